@@ -1,0 +1,1 @@
+"""The training core: configuration, the step loop, evaluation, checkpoints and metrics."""
