@@ -1,0 +1,75 @@
+# hiera-train. Every target is one plain command; `make` lists them. Pass anything on with ARGS="--flag value".
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+
+IMAGES ?= data/imagenet
+FRAMES ?= data/tiny-kinetics-400
+BENCH ?= all
+NODE_RANK ?= 0
+MASTER ?= localhost:29500
+
+# What a training command takes from the variables; those left empty keep the preset's value.
+SETTINGS = $(if $(RUN),--run.name $(RUN)) $(if $(DATA),--data.path $(DATA)) $(if $(MODEL),--model.name $(MODEL)) \
+	$(if $(INIT),--model.init $(INIT)) $(if $(DEVICE),--speed.device $(DEVICE))
+# One machine: the command starts GPUS processes itself. Several: torchrun's rendezvous joins them.
+START = $(if $(NODES),.venv/bin/torchrun --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
+	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
+COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
+
+.PHONY: help demo shards verify train-mae train-ft eval plot bench test check lock env clean
+
+help:  ## this list
+	@echo "make TARGET [VARIABLE=value ...]   (ARGS=\"...\" is passed on to the command)"
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 14
+
+demo: env  ## draw data, pack, pretrain, finetune, evaluate and plot images and clips, on any machine
+	$(PY) -m tools.demo $(ARGS)
+
+shards: env  ## pack IMAGES=data/imagenet and FRAMES=data/tiny-kinetics-400 into shards/
+	$(PY) -m tools.pack --images $(IMAGES) --frames $(FRAMES) $(ARGS)
+
+verify: env  ## check every byte, index and label of DATA=shards/imagenet
+	$(PY) -m tools.verify $(or $(DATA),shards/imagenet) $(ARGS)
+
+train-mae: env  ## pretrain: RECIPE=image-mae-base GPUS NODES RUN MODEL DATA INIT DEVICE=cpu|cuda
+	$(START) train.mae $(or $(RECIPE),image-mae-base) $(SETTINGS) $(COUNT) $(ARGS)
+
+train-ft: env  ## finetune: RECIPE=image-ft-base INIT=runs/NAME/model.safetensors GPUS NODES RUN MODEL DATA DEVICE
+	$(START) train.finetune $(or $(RECIPE),image-ft-base) $(SETTINGS) $(COUNT) $(ARGS)
+
+eval: env  ## evaluate RUN=NAME, or other WEIGHTS=FILE with its settings, or other DATA
+	$(PY) -m train.evaluate runs/$(or $(RUN),RUN-is-not-set) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(DATA),--data $(DATA)) \
+		$(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+plot: env  ## draw the curves of RUN="NAME [NAME ...]"
+	$(PY) -m tools.plot $(addprefix runs/,$(or $(RUN),RUN-is-not-set)) $(ARGS)
+
+bench: env  ## measure speed side by side: BENCH=all|loader|model
+	$(PY) -m tools.bench $(BENCH) $(ARGS)
+
+test: check  ## all tests, after check
+	$(PY) -m pytest $(ARGS)
+
+check: env  ## lint, format, types
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyrefly check
+
+lock: env  ## requirements.in -> requirements.lock
+	$(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
+		requirements.in -o requirements.lock
+
+clean:  ## remove the environment, caches and demo results; shards and runs of yours stay
+	rm -rf .venv .uv .pytest_cache .ruff_cache data/demo shards/demo-images shards/demo-clips runs/demo-*
+
+# ---- the environment: .venv from the lock, by uv, which is fetched when missing
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+
+env: .venv/.ready  ## make .venv from requirements.lock
+
+.venv/.ready: requirements.lock | $(filter .uv/bin/uv,$(UV))
+	$(UV) venv -q --clear --python '>=3.11,<3.14' .venv
+	$(UV) pip sync -q --require-hashes --python $(PY) requirements.lock
+	touch $@
+
+.uv/bin/uv:
+	python3 -m venv .uv && .uv/bin/python -m pip install -q 'uv>=0.9'

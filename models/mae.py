@@ -1,0 +1,201 @@
+"""Masked autoencoder for Hiera (arXiv 2306.00989, after MAE, arXiv 2111.06377).
+
+The encoder sees the kept mask units alone. The decoder attends over all tokens of the coarsest map, and
+since attention has no order of its own, they stand as [kept, in unit order | masked, in spatial order]:
+no scatter, and predictions and labels are made for the masked ones alone.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.errors import ModelError
+from models.hiera import NORM_EPS, Block, Encoder, HieraConfig, init_uniform, unit_mask
+from models.unroll import FRAMES, STRIDE, UNIT, take, unroll
+
+POOLS = 2  # the autoencoder's last stage does not pool
+SIDE = UNIT >> POOLS  # tokens along a unit's side in the coarsest map
+PATCH = STRIDE << POOLS  # pixels along one predicted patch
+VARIANCE_EPS = 1e-6
+
+
+class MaeOutput(NamedTuple):
+    """What a forward pass gives; M is the number of masked tokens in the batch, P = 16 * 16 * channels."""
+
+    loss: Tensor  # scalar
+    pred: Tensor  # [M, P]
+    label: Tensor  # [M, P]
+    mask: Tensor  # bool [B, units], True = kept
+
+
+class MaskedAutoencoder(Encoder):
+    """Hiera encoder, multi-scale fusion, and a plain transformer decoder that predicts pixels."""
+
+    unit_tokens: Tensor  # int64 [units, 4]: coarsest tokens of every unit, in unit order
+
+    def __init__(self, config: HieraConfig) -> None:
+        super().__init__(config, pools=POOLS)
+        if not 0 < config.decode_ratio <= 1:
+            raise ModelError(f"decode_ratio is a share between 0 and 1, not {config.decode_ratio}")
+        dim = config.decoder_width
+        self.grid = (self.units[0], SIDE * self.units[1], SIDE * self.units[2])
+        self.encoder_norm = nn.LayerNorm(self.width_out, eps=NORM_EPS)
+        self.multi_scale_fusion_heads = nn.ModuleList(self._fusion_heads())
+        self.decoder_embed = nn.Linear(self.width_out, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), dim))
+        blocks = (Block(dim, dim, config.decoder_heads) for _ in range(config.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.decoder_pred = nn.Linear(dim, PATCH * PATCH * config.in_chans)
+        tokens = torch.arange(math.prod(self.grid)).view(1, *self.grid, 1)
+        self.register_buffer("unit_tokens", unroll(tokens, UNIT.bit_length() - 1 - POOLS)[0, :, :, 0], False)
+        self.init_weights()
+
+    def _fusion_heads(self) -> list[nn.Module]:
+        """Convolutions that bring stages 1 and 2 to the last stage's grid and width."""
+        conv, ahead = (nn.Conv3d, (1,)) if self.config.video else (nn.Conv2d, ())
+        sides = [1 << (POOLS - stage) for stage in range(POOLS)]
+        widths = [self.config.width << stage for stage in range(POOLS)]
+        return [conv(c, self.width_out, (*ahead, s, s)) for s, c in zip(sides, widths, strict=True)]
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw every parameter anew, as the authors' release does."""
+        for name, parameter in self.named_parameters():
+            if "pos_embed" in name or name == "mask_token":
+                nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        for head in self.multi_scale_fusion_heads:
+            init_uniform(head, "weight", "bias")
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        init_uniform(self.patch_embed.proj, "bias")
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, mask_ratio: float = 0.6, keep: Tensor | None = None
+    ) -> MaeOutput:
+        """Predict the masked patches of images [B, C, H, W] or clips [B, C, T, H, W].
+
+        mask: bool [B, units], True = kept, equally many in every row; reading their number syncs the host.
+        keep: the same as sorted indices, int64 [B, kept]; no sync, static shapes.
+        With neither, a random share `mask_ratio` of the units is masked.
+        The loss is the mean squared error over masked pixels, normalised per patch.
+        """
+        if keep is None:
+            keep = random_keep(x, self.num_mask_units, mask_ratio) if mask is None else keep_of(mask)
+        kept, masked = self.split_tokens(keep)
+        if self.training and self.config.decode_ratio < 1:
+            masked = _random_share(masked, self.config.decode_ratio)
+        pred = self.decode(self.fuse(self.encode(x, keep)), kept, masked)
+        with torch.no_grad():
+            label, _, _ = self.labels(x, masked)
+        loss = F.mse_loss(pred.float(), label.float())
+        return MaeOutput(loss, pred.flatten(0, 1), label.flatten(0, 1), unit_mask(keep, self.num_mask_units))
+
+    def split_tokens(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Spatial indices of the coarsest tokens: kept [B, 4k] in unit order, masked [B, rest] ascending."""
+        kept = self.unit_tokens[keep].flatten(1)
+        flags = torch.zeros(keep.shape[0], math.prod(self.grid), dtype=torch.int8, device=keep.device)
+        order = flags.scatter(1, kept, 1).argsort(dim=1, stable=True)
+        return kept, order[:, : order.shape[1] - kept.shape[1]]
+
+    def fuse(self, stages: list[Tensor]) -> Tensor:
+        """Sum stages 1, 2 and 4 at the coarsest resolution, normalised: [B, kept, 4, width_out]."""
+        x = stages[-1]
+        for head, stage in zip(self.multi_scale_fusion_heads, stages, strict=False):
+            x = x + _unit_conv(stage, head, cells=x.shape[2])
+        return self.encoder_norm(x)
+
+    def decode(self, latent: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
+        """Predictions [B, masked, P] from latent [B, kept units, 4, width_out] and tokens' indices."""
+        x = self.decoder_embed(latent).flatten(1, 2)
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(*masked.shape, -1)], dim=1)
+        x = x + F.embedding(torch.cat([kept, masked], dim=1), self.decoder_pos_embed[0])
+        x = x[:, None]  # the blocks' unit axis
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x[:, 0, kept.shape[1] :]))
+
+    def labels(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels of patches `ids` [B, M], normalised per patch [B, M, P], and their mean and deviation."""
+        patches = take(self.patches(x), ids).flatten(2)
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        deviation = (variance + VARIANCE_EPS).sqrt()
+        return (patches - mean) / deviation, mean, deviation
+
+    def patches(self, x: Tensor) -> Tensor:
+        """View the target pixels as patches, [B, t, h, w, ...]: (C, s, s) for images, (s, s, C) for clips.
+
+        A clip's target is the first frame of every token. The two layouts are the release's.
+        """
+        x = x[:, :, ::FRAMES] if self.config.video else x.unsqueeze(2)
+        x = x.unfold(3, PATCH, PATCH).unfold(4, PATCH, PATCH)  # [B, C, t, h, w, s, s]
+        return x.permute(0, 2, 3, 4, 5, 6, 1) if self.config.video else x.permute(0, 2, 3, 4, 1, 5, 6)
+
+
+def _unit_conv(x: Tensor, conv: nn.Module, cells: int) -> Tensor:
+    """A convolution whose kernel and stride are one cell, on tokens in pooling order.
+
+    x: [B, units, n, C]; of n tokens the last axis of pooling order counts `cells`, so a cell's tokens lie
+    n / cells apart and the convolution is one matrix product. Gives [B, units, cells, channels out].
+    """
+    weight = conv.get_parameter("weight")
+    side = weight.shape[-1]
+    kernel = weight.reshape(*weight.shape[:2], 1, side, side).permute(0, 2, 3, 4, 1)
+    x = x.unflatten(2, (side * side, cells)).transpose(2, 3).flatten(3)
+    return F.linear(x, unroll(kernel, side.bit_length() - 1).flatten(1), conv.get_parameter("bias"))
+
+
+def random_keep(x: Tensor, units: int, mask_ratio: float) -> Tensor:
+    """Sorted indices of randomly kept units, int64 [B, int(units * (1 - mask_ratio))]."""
+    kept = int(units * (1 - mask_ratio))
+    if not 0 < kept < units:
+        raise ModelError(f"mask_ratio {mask_ratio} keeps {kept} of {units} mask units; keep some, mask some")
+    noise = torch.rand(x.shape[0], units, device=x.device)
+    return noise.argsort(dim=1)[:, :kept].sort(dim=1).values
+
+
+def keep_of(mask: Tensor) -> Tensor:
+    """Sorted indices of a boolean mask's True entries, int64 [B, kept]. Syncs the host.
+
+    Raises ModelError when rows keep different numbers of units.
+    """
+    counts = mask.sum(dim=1).tolist()
+    if len(set(counts)) != 1:
+        raise ModelError(f"every row of a mask must keep equally many units, not {sorted(set(counts))}")
+    return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : counts[0]]
+
+
+def _random_share(ids: Tensor, ratio: float) -> Tensor:
+    """A random share of every row's entries, in their order (dual masking, arXiv 2303.16727)."""
+    count = max(1, round(ids.shape[1] * ratio))
+    chosen = torch.rand(ids.shape, device=ids.device).argsort(dim=1)[:, :count].sort(dim=1).values
+    return ids.gather(1, chosen)
+
+
+@torch.no_grad()
+def reconstruct(model: MaskedAutoencoder, x: Tensor, keep: Tensor) -> Tensor:
+    """The input with its masked patches predicted: [B, C, H, W], or [B, C, T / 2, H, W] for clips.
+
+    Predictions are of normalised patches; the true patches' mean and deviation bring them back to pixels.
+    """
+    kept, masked = model.split_tokens(keep)
+    pred = model.decode(model.fuse(model.encode(x, keep)), kept, masked)
+    _, mean, deviation = model.labels(x, masked)
+    patches = model.patches(x).clone(memory_format=torch.contiguous_format)
+    shape = patches.shape
+    flat = patches.flatten(4).flatten(1, 3)
+    flat = flat.scatter(1, masked[..., None].expand_as(pred), (pred.float() * deviation + mean).to(x.dtype))
+    patches = flat.view(shape)
+    if not model.config.video:
+        return patches.squeeze(1).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)

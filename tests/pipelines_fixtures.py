@@ -1,0 +1,84 @@
+"""Small packed datasets made with plain tarfile and the catalogue's schema alone."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipelines.catalogue import SCHEMA
+
+
+def picture(width: int, height: int, seed: int) -> np.ndarray:
+    """A smooth random picture, uint8 [height, width, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def write_dataset(root: Path, clips: list[list[bytes]], kind: str, per_shard: int = 8, split: str = "train"):
+    """Pack clips (lists of JPEGs; an image is a list of one), label = index modulo 3, into `root`."""
+    (root / split).mkdir(parents=True)
+    rows = []
+    for index, frames in enumerate(clips):
+        width, height = Image.open(io.BytesIO(frames[0])).size
+        shard = index // per_shard
+        row = {
+            "key": f"{index:08d}-x",
+            "label": index % 3,
+            "class_name": f"c{index % 3}",
+            "source": f"{index}.jpg",
+        }
+        row |= {
+            "status": "ok",
+            "reason": "",
+            "change": "copied",
+            "width": width,
+            "height": height,
+            "sha256": "",
+        }
+        row |= {
+            "frames": len(frames),
+            "shard": shard,
+            "offsets": [],
+            "sizes": [len(frame) for frame in frames],
+        }
+        with tarfile.open(root / split / f"{shard:06d}.tar", "a", format=tarfile.USTAR_FORMAT) as tar:
+            for number, frame in enumerate(frames):
+                suffix = "jpg" if kind == "image" else f"f{number:04d}.jpg"
+                info = tarfile.TarInfo(f"{row['key']}.{suffix}")
+                info.size = len(frame)
+                row["offsets"].append(tar.offset + 512)
+                tar.addfile(info, io.BytesIO(frame))
+        rows.append(row)
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), root / f"{split}.parquet")
+    shards = -(-len(clips) // per_shard)
+    frames = sum(map(len, clips))
+    write_info(
+        root, kind, {split: {"samples": len(clips), "rejected": 0, "frames": frames, "shards": shards}}
+    )
+    return root
+
+
+def write_info(root: Path, kind: str, splits: dict):
+    info = {"format": 1, "kind": kind, "classes": ["c0", "c1", "c2"], "splits": splits, "packing": {}}
+    (root / "dataset.json").write_text(json.dumps(info))
+
+
+def image_dataset(root: Path, count: int = 30, size: tuple[int, int] = (96, 72)) -> Path:
+    return write_dataset(root, [[jpeg(picture(*size, seed))] for seed in range(count)], "image")
+
+
+def clip_dataset(root: Path, lengths: list[int], size: tuple[int, int] = (64, 48)) -> Path:
+    """Clips of the given lengths; frame k is a flat gray of level 2 k, so that frames can be told apart."""
+    clips = [[jpeg(np.full((size[1], size[0], 3), 2 * k, np.uint8)) for k in range(n)] for n in lengths]
+    return write_dataset(root, clips, "video")

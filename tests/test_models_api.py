@@ -1,0 +1,225 @@
+"""Names, sizes, masks, weights files and errors of the models; numbers are in test_models_parity."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.optim import param_groups_layer_decay
+
+import models
+from models.mae import reconstruct
+from models.unroll import reroll, unroll
+
+torch.set_num_threads(2)
+
+
+def keep_of(model, batch, kept, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(batch, model.num_mask_units, generator=generator).argsort(1)
+    return order[:, :kept].sort(1).values
+
+
+def test_names():
+    names = models.list_models()
+    assert len(names) == len(set(names)) == 28
+    assert {"hiera_pico_96", "hiera_pico_16x64", "mae_hiera_huge_16x224", "mae_hiera_base_plus_224"} <= set(
+        names
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "says"),
+    [
+        ("hiera_bse_224", {}, "did you mean 'hiera_base_224'"),
+        ("hiera_pico_96", {"input_size": 100}, "nearest that can: 96x96 and 128x128"),
+        ("hiera_pico_16x64", {"input_size": (15, 64, 64)}, "nearest that can: 14x64x64 and 16x64x64"),
+        ("hiera_pico_16x64", {"input_size": (64, 64)}, "(T, H, W)"),
+        ("hiera_pico_96", {"num_clases": 3}, "did you mean 'num_classes'"),
+        ("mae_hiera_pico_96", {"num_classes": 3}, "no setting 'num_classes'"),
+        ("mae_hiera_pico_96", {"decode_ratio": 1.5}, "decode_ratio"),
+    ],
+)
+def test_wrong_use_gets_one_sentence(name, overrides, says):
+    with pytest.raises(models.ModelError) as caught:
+        models.create(name, **overrides)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_input_and_masks():
+    model = models.create("mae_hiera_pico_96")
+    with pytest.raises(models.ModelError, match=r"\[B, 3, 96, 96\]"):
+        model(torch.rand(1, 3, 64, 64))
+    with pytest.raises(models.ModelError, match="keeps 0 of 9"):
+        model(torch.rand(1, 3, 96, 96), mask_ratio=0.95)
+    uneven = torch.zeros(2, 9, dtype=torch.bool)
+    uneven[0, :3] = uneven[1, :4] = True
+    with pytest.raises(models.ModelError, match="equally many"):
+        model(torch.rand(2, 3, 96, 96), mask=uneven)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("hiera_pico_96", {"input_size": 64, "in_chans": 1, "num_classes": 7, "head_dropout": 0.5}),
+        ("hiera_pico_96", {"input_size": (96, 160), "drop_path_rate": 0.2}),
+        ("hiera_pico_16x64", {"input_size": (8, 64, 96), "num_classes": 5}),
+    ],
+)
+def test_classifier_sizes(name, overrides):
+    model = models.create(name, **overrides)
+    logits, maps = model(
+        torch.rand(2, overrides.get("in_chans", 3), *model.input_size), return_intermediates=True
+    )
+    assert logits.shape == (2, overrides.get("num_classes", 1000))
+    strides = [4, 8, 16, 32]
+    for level, stride in zip(maps, strides, strict=True):
+        spatial = tuple(size // stride for size in model.input_size[-2:])
+        frames = (model.input_size[0] // 2,) if model.config.video else ()
+        assert level.shape[1:-1] == frames + spatial
+
+
+@pytest.mark.parametrize("pools", [1, 2, 3])
+def test_reroll_undoes_unroll_and_pooling_is_spatial(pools):
+    x = torch.rand(2, 3, 16, 24, 5)
+    tokens = unroll(x, pools)
+    units = (3, 16 >> pools, 24 >> pools)
+    assert torch.equal(reroll(tokens, units), x)
+    pooled = models.unroll.max_pool(tokens)
+    frames = x.flatten(0, 1).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.max_pool2d(frames, 2).permute(0, 2, 3, 1).unflatten(0, (2, 3))
+    assert torch.equal(reroll(pooled, units), expected)
+
+
+@pytest.mark.parametrize("name", ["mae_hiera_pico_96", "mae_hiera_pico_16x64"])
+def test_masked_pixels_get_no_gradient_from_kept_tokens(name):
+    model = models.create(name)
+    x = torch.rand(2, 3, *model.input_size, requires_grad=True)
+    keep = keep_of(model, 2, 3)
+    model.fuse(model.encode(x, keep)).square().sum().backward()
+    mask = model(x, keep=keep).mask.view(2, 1, *model.mask_units)
+    for axis, size in enumerate(model.input_size, start=2):
+        mask = mask.repeat_interleave(size // mask.shape[axis], dim=axis)
+    assert x.grad is not None
+    assert (x.grad[~mask.expand_as(x)] == 0).all()
+    assert (x.grad[mask.expand_as(x)] != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["mae_hiera_pico_96", "mae_hiera_pico_16x64"])
+def test_mask_keep_and_ratio_are_one_thing(name):
+    model = models.create(name).eval()
+    x = torch.rand(2, 3, *model.input_size)
+    drawn = model(x, mask_ratio=0.6)
+    assert (drawn.mask.sum(1) == int(model.num_mask_units * 0.4)).all()
+    again = model(x, mask=drawn.mask)
+    assert torch.equal(again.loss, drawn.loss)
+    assert torch.equal(again.loss, ((again.pred - again.label) ** 2).mean())
+
+
+@pytest.mark.parametrize("name", [n for n in models.list_models() if "pico" in n])
+def test_every_parameter_is_initialised(name):
+    model = models.create(name, **({} if "mae" in name or "16x" in name else {"abs_win": True}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    model.init_weights()
+    assert not [n for n, p in model.named_parameters() if not p.isfinite().all()]
+    assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if n.endswith("weight"))
+
+
+@pytest.mark.parametrize("name", ["mae_hiera_pico_96", "mae_hiera_pico_16x64"])
+def test_reconstruct_replaces_masked_patches_only(name):
+    model = models.create(name).eval()
+    x = torch.rand(2, 3, *model.input_size)
+    keep = keep_of(model, 2, 4)
+    picture = reconstruct(model, x, keep)
+    frames = x[:, :, ::2] if model.config.video else x
+    assert picture.shape == frames.shape
+    output = model(x, keep=keep)
+    mask = output.mask.view(2, 1, *model.mask_units)
+    mask = mask.repeat_interleave(32, -1).repeat_interleave(32, -2).expand_as(frames)
+    assert torch.equal(picture[mask], frames[mask])
+    # A model that predicts the labels exactly must give the input back.
+    model.decode = lambda latent, kept, masked: model.labels(x, masked)[0]
+    torch.testing.assert_close(reconstruct(model, x, keep), frames)
+
+
+def test_decode_ratio_takes_a_share_in_training_alone():
+    model = models.create("mae_hiera_pico_96", decode_ratio=0.5)
+    x, keep = torch.rand(2, 3, 96, 96), torch.tensor([[0, 4], [1, 8]])
+    assert model.train()(x, keep=keep).pred.shape == (2 * 14, 768)
+    full = model.eval()(x, keep=keep)
+    assert full.pred.shape == (2 * 28, 768)
+    torch.manual_seed(3)
+    part = model.train()(x, keep=keep)
+    rows = {tuple(row) for row in full.label.tolist()}
+    assert all(tuple(row) in rows for row in part.label.tolist())
+
+
+@pytest.mark.parametrize("name", ["hiera_pico_16x64", "mae_hiera_pico_96"])
+def test_checkpointing_changes_nothing(name):
+    plain = models.create(name, drop_path_rate=0.3)
+    saving = models.create(name, drop_path_rate=0.3, checkpoint_stages=(1, 2, 3, 4))
+    models.load_weights(saving, plain.state_dict(), quiet=True)
+    x = torch.rand(2, 3, *plain.input_size)
+    grads = []
+    for model in (plain, saving):
+        torch.manual_seed(1)
+        output = model(x) if name.startswith("hiera") else model(x).loss
+        output.sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_layer_decay_groups():
+    model = models.create("hiera_pico_96")
+    groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
+    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    named = dict(model.named_parameters())
+    assert scale[id(named["head.projection.weight"])] == scale[id(named["norm.weight"])] == 1
+    assert scale[id(named["blocks.7.attn.qkv.weight"])] == 0.5
+    assert scale[id(named["pos_embed"])] == scale[id(named["patch_embed.proj.weight"])] == 0.5**9
+    assert decay[id(named["pos_embed"])] == 0 < decay[id(named["blocks.0.mlp.fc1.weight"])]
+
+
+def test_load_autoencoder_into_classifier(tmp_path, capsys):
+    mae = models.create("mae_hiera_pico_96")
+    torch.save({"model_state": mae.state_dict()}, tmp_path / "mae.pth")
+    model = models.create("hiera_pico_96")
+    before = model.norm.bias.clone()
+    report = models.load_weights(model, tmp_path / "mae.pth")
+    assert torch.equal(model.blocks[3].attn.qkv.weight, mae.blocks[3].attn.qkv.weight)
+    assert torch.equal(model.norm.bias, before)
+    fresh = {"norm.weight", "norm.bias", "head.projection.weight", "head.projection.bias"}
+    assert set(report.fresh) == fresh
+    assert "decoder_blocks.*" in capsys.readouterr().out
+    report = models.load_weights(model, tmp_path / "mae.pth", reuse_encoder_norm=True)
+    assert "norm.weight" in report.loaded
+    assert torch.equal(model.norm.bias, mae.encoder_norm.bias)
+
+
+def test_load_another_class_count_drops_the_head(tmp_path):
+    save_file(models.create("hiera_pico_96").state_dict(), tmp_path / "model.safetensors")
+    report = models.load_weights(
+        models.create("hiera_pico_96", num_classes=7), tmp_path / "model.safetensors"
+    )
+    assert set(report.fresh) == {"head.projection.weight", "head.projection.bias"}
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    model = models.create("hiera_pico_96")
+    with pytest.raises(models.ModelError, match="no weights file at"):
+        models.load_weights(model, tmp_path / "absent.pth")
+    (tmp_path / "broken.pth").write_bytes(b"not a zip")
+    (tmp_path / "broken.safetensors").write_bytes(b"not one")
+    for name in ("broken.pth", "broken.safetensors"):
+        with pytest.raises(models.ModelError, match="is no weights file"):
+            models.load_weights(model, tmp_path / name)
+    torch.save({"model_state": [print]}, tmp_path / "code.pth")
+    with pytest.raises(models.ModelError, match="is no weights file"):
+        models.load_weights(model, tmp_path / "code.pth")
+    with pytest.raises(models.ModelError, match="does not fit"):
+        models.load_weights(model, models.create("hiera_pico_96", width=96).state_dict())
+    with pytest.raises(models.ModelError, match="it lacks decoder"):
+        models.load_weights(models.create("mae_hiera_pico_96"), model.state_dict())
+    models.load_weights(models.create("mae_hiera_pico_96"), model.state_dict(), allow_mismatch=True)

@@ -1,0 +1,108 @@
+"""What a packed dataset says of itself, and the sentence for every way in which it may be broken."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from pipelines_fixtures import clip_dataset, image_dataset, jpeg, picture, write_dataset
+
+from pipelines.catalogue import open_catalogue, read_info
+from pipelines.errors import UserError
+
+
+def test_rows_and_bytes_are_found(tmp_path):
+    clips = [[jpeg(picture(32, 24, 10 * clip + k)) for k in range(clip + 1)] for clip in range(5)]
+    root = write_dataset(tmp_path / "d", clips, "video", per_shard=2)
+    catalogue = open_catalogue(root, "train")
+    assert len(catalogue) == 5 and catalogue.info.classes == ("c0", "c1", "c2")
+    assert catalogue.shard.tolist() == [0, 0, 1, 1, 2]
+    assert catalogue.label.tolist() == [0, 1, 2, 0, 1]
+    assert catalogue.frame_counts(np.arange(5)).tolist() == [1, 2, 3, 4, 5]
+    assert catalogue.keys.to_pylist() == [f"{i:08d}-x" for i in range(5)]
+    for sample, frames in enumerate(clips):
+        for number, frame in enumerate(frames):
+            assert catalogue.frame_bytes(sample, number).tobytes() == frame
+
+
+def test_rejected_rows_are_left_out(tmp_path):
+    root = image_dataset(tmp_path / "d", count=6)
+    table = pq.read_table(root / "train.parquet").to_pylist()
+    table[2] |= {
+        "status": "rejected",
+        "reason": "truncated",
+        "shard": -1,
+        "offsets": [],
+        "sizes": [],
+        "frames": 0,
+    }
+    pq.write_table(pq.read_table(root / "train.parquet").from_pylist(table), root / "train.parquet")
+    info = json.loads((root / "dataset.json").read_text())
+    info["splits"]["train"] |= {"samples": 5, "rejected": 1}
+    (root / "dataset.json").write_text(json.dumps(info))
+    catalogue = open_catalogue(root, "train")
+    assert catalogue.keys.to_pylist() == [f"{i:08d}-x" for i in (0, 1, 3, 4, 5)]
+    assert catalogue.frame_bytes(2, 0).tobytes() == jpeg(picture(96, 72, 3))
+
+
+def test_more_tars_than_open_files_are_allowed(tmp_path):
+    import resource
+
+    root = image_dataset(tmp_path / "d", count=60)
+    table = pq.read_table(root / "train.parquet").to_pylist()
+    for number in range(60):
+        (root / "train" / f"{100 + number:06d}.tar").symlink_to(root / "train" / "000000.tar")
+        table[number] |= {"shard": 100 + number, "offsets": table[0]["offsets"], "sizes": table[0]["sizes"]}
+    pq.write_table(pq.read_table(root / "train.parquet").from_pylist(table), root / "train.parquet")
+    catalogue = open_catalogue(root, "train")
+    catalogue.frame_bytes(0, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list((tmp_path / "/proc/self/fd").iterdir()))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, hard))
+        first = jpeg(picture(96, 72, 0))
+        assert all(catalogue.frame_bytes(sample, 0).tobytes() == first for sample in range(60))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_each_broken_dataset_gets_its_sentence(tmp_path):
+    def expect(root, match, split="train"):
+        with pytest.raises(UserError, match=match) as caught:
+            open_catalogue(root, split)
+        assert "\n" not in str(caught.value)
+
+    expect(tmp_path / "absent", "absent does not exist")
+    (tmp_path / "empty").mkdir()
+    expect(tmp_path / "empty", "no dataset.json")
+    root = clip_dataset(tmp_path / "d", [3, 4])
+    expect(root, "no split 'test', only train", split="test")
+
+    whole = (root / "dataset.json").read_text()
+    (root / "dataset.json").write_text(whole[:40])
+    expect(root, "dataset.json is damaged")
+    (root / "dataset.json").write_text("[]")
+    expect(root, "dataset.json is damaged")
+    (root / "dataset.json").write_text(whole.replace('"format": 1', '"format": 2'))
+    expect(root, "format 2, this version reads 1")
+    (root / "dataset.json").write_text(whole.replace('"samples": 2', '"samples": 3'))
+    expect(root, "lists 2 samples, dataset.json says 3")
+    (root / "dataset.json").write_text(whole)
+
+    rows = (root / "train.parquet").read_bytes()
+    (root / "train.parquet").write_bytes(rows[: len(rows) // 2])
+    expect(root, "train.parquet cannot be read")
+    (root / "train.parquet").unlink()
+    expect(root, "train.parquet is missing")
+
+
+def test_a_missing_tar_is_named(tmp_path):
+    root = image_dataset(tmp_path / "d", count=3)
+    (root / "train" / "000000.tar").unlink()
+    with pytest.raises(UserError, match=r"000000\.tar cannot be read"):
+        open_catalogue(root, "train").frame_bytes(0, 0)
+
+
+def test_read_info_reads_what_packing_wrote(tmp_path):
+    info = read_info(image_dataset(tmp_path / "d", count=3))
+    assert info.kind == "image" and info.splits["train"]["samples"] == 3

@@ -1,0 +1,194 @@
+"""Batches out of real DALI graphs: right pixels, right samples, the same ones however the run is split."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines_fixtures import clip_dataset, image_dataset, jpeg, picture, write_dataset
+
+from pipelines import inputs
+from pipelines.catalogue import open_catalogue
+from pipelines.errors import UserError
+from pipelines.loader import ViewSpec, eval_batches, short_clip_note, train_batches, train_plan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return open_catalogue(image_dataset(tmp_path_factory.mktemp("data") / "images"), "train")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    root = clip_dataset(tmp_path_factory.mktemp("data") / "clips", [1, 3, 9, 20, 40, 64, 70])
+    return open_catalogue(root, "train")
+
+
+def train(catalogue, view, steps, *, start=0, batch=12, rank=0, world=1, accumulate=1, seed=5):
+    batches = train_batches(
+        catalogue,
+        view,
+        seed=seed,
+        global_batch=batch,
+        rank=rank,
+        world=world,
+        accumulate=accumulate,
+        start_step=start,
+        device=CPU,
+        threads=2,
+    )
+    return list(itertools.islice(batches, steps * accumulate))
+
+
+def rows(batches):
+    """{(epoch, id): pixels} of batches."""
+    return {
+        (int(epoch), int(sample)): batch.pixels[row]
+        for batch in batches
+        for row, (epoch, sample) in enumerate(zip(batch.epochs, batch.ids, strict=True))
+    }
+
+
+def test_training_batches_have_their_shapes_and_labels(images, clips):
+    (batch,) = train(images, ViewSpec(32), 1)
+    assert batch.pixels.shape == (12, 32, 32, 3) and batch.pixels.dtype == torch.uint8
+    assert batch.labels.dtype == torch.int64 and batch.labels.tolist() == (batch.ids % 3).tolist()
+    assert batch.valid.all() and (batch.epochs == 0).all()
+    (batch,) = train(clips, ViewSpec(32, frames=4), 1, batch=4)
+    assert batch.pixels.shape == (4, 4, 32, 32, 3)
+
+
+@pytest.mark.parametrize("kind", ["images", "clips"])
+def test_starting_in_the_middle_gives_the_same_bytes(kind, request):
+    catalogue = request.getfixturevalue(kind)
+    view = ViewSpec(32, frames=1 if kind == "images" else 4)
+    whole = train(catalogue, view, 6)
+    late = train(catalogue, view, 2, start=4)
+    for a, b in zip(whole[4:], late, strict=True):
+        assert torch.equal(a.pixels, b.pixels) and np.array_equal(a.ids, b.ids)
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 3), (4, 3)])
+def test_the_global_batch_does_not_depend_on_how_it_is_split(images, world, accumulate):
+    view = ViewSpec(32)
+    whole = train(images, view, 3, start=1)
+    split = [
+        batch
+        for rank in range(world)
+        for batch in train(images, view, 3, start=1, rank=rank, world=world, accumulate=accumulate)
+    ]
+    whole, split = rows(whole), rows(split)
+    assert whole.keys() == split.keys() and len(whole) == 36
+    assert all(torch.equal(whole[key], split[key]) for key in whole)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_evaluation_counts_every_sample_once_and_ranks_agree_on_batches(images, world):
+    runs = [
+        list(eval_batches(images, ViewSpec(24), batch=4, rank=rank, world=world, device=CPU, threads=2))
+        for rank in range(world)
+    ]
+    assert len({len(batches) for batches in runs}) == 1
+    seen = np.concatenate([batch.ids[batch.valid] for batches in runs for batch in batches])
+    assert np.array_equal(np.sort(seen), np.arange(len(images)))
+
+
+def test_batches_keep_their_pixels_while_later_ones_are_made(images):
+    batches = train(images, ViewSpec(32), 60)
+    again = train(images, ViewSpec(32), 60)
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(batches, again, strict=True))
+    assert len({batch.pixels.data_ptr() for batch in batches}) == 60
+
+
+def test_decoded_pixels_equal_pillows(images):
+    view = ViewSpec(72, crop_fraction=1.0)  # the central 72 x 72 pixels of 96 x 72, not resampled
+    (batch,) = eval_batches(images, view, batch=30, rank=0, world=1, device=CPU, threads=2)
+    for sample in range(30):
+        pixels = Image.open(io.BytesIO(images.frame_bytes(sample, 0).tobytes())).crop((12, 0, 84, 72))
+        gap = np.abs(batch.pixels[sample].numpy().astype(int) - np.asarray(pixels))
+        assert gap.max() <= 8 and gap.mean() < 0.5  # chroma differs a little at the window's border
+
+
+@pytest.mark.parametrize("size", [20, 100])
+def test_resampling_equals_pillows_antialiased_bilinear(tmp_path, size):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    root = write_dataset(tmp_path / "d", [[jpeg(noise)]], "image")
+    view = ViewSpec(size, crop_fraction=1.0)
+    (batch,) = eval_batches(open_catalogue(root, "train"), view, batch=1, rank=0, world=1, device=CPU)
+    pixels = Image.open(io.BytesIO(jpeg(noise))).resize((size, size), Image.Resampling.BILINEAR)
+    gap = np.abs(batch.pixels[0].numpy().astype(int) - np.asarray(pixels))
+    assert gap.max() <= 12 and gap.mean() < 2.5  # of noise that spans 256 levels
+
+
+def test_the_window_and_the_flip_of_the_plan_are_what_comes_out(images):
+    view = ViewSpec(40, scale=(0.3, 1.0))
+    (batch,) = train(images, view, 1, batch=30)
+    plan = train_plan(images, view, 5, np.arange(30))
+    assert 0 < plan.flips.sum() < 30
+    for row, (x, y, w, h) in enumerate(plan.windows.tolist()):
+        whole = Image.open(io.BytesIO(images.frame_bytes(int(plan.ids[row]), 0).tobytes()))
+        expected = whole.crop((x, y, x + w, y + h)).resize((40, 40), Image.Resampling.BILINEAR)
+        if plan.flips[row]:
+            expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        assert np.abs(batch.pixels[row].numpy().astype(int) - np.asarray(expected)).mean() < 1.5
+
+
+def test_all_frames_of_a_clip_get_one_window_and_one_flip(tmp_path):
+    clips = [[jpeg(picture(64, 48, seed))] * 30 for seed in range(8)]
+    catalogue = open_catalogue(write_dataset(tmp_path / "d", clips, "video"), "train")
+    (batch,) = train(catalogue, ViewSpec(32, frames=8), 1, batch=8)
+    assert (batch.pixels == batch.pixels[:, :1]).all()
+    other = rows(train(catalogue, ViewSpec(32, frames=8), 1, start=1, batch=8))
+    assert any(not torch.equal(batch.pixels[row], other[1, int(batch.ids[row])]) for row in range(8))
+
+
+def test_clips_give_the_frames_they_should(clips):
+    # Frame k is a flat gray of level 2 k, so a pixel tells which frame it is of.
+    batches = eval_batches(clips, ViewSpec(16, frames=4), batch=7, rank=0, world=1, device=CPU)
+    frames = next(batches).pixels[:, :, 8, 8, 0].numpy() / 2
+    short = [[0, 0, 0, 0], [0, 1, 2, 2], [1, 3, 5, 7], [3, 7, 11, 15]]
+    assert np.abs(frames[:4] - short).max() <= 0.5
+    assert np.abs(np.diff(frames[3:], axis=1) - 4).max() <= 1
+
+
+def test_views_of_a_clip_stand_side_by_side(clips):
+    view = ViewSpec(16, frames=4)
+    batches = eval_batches(clips, view, batch=5, rank=0, world=1, device=CPU, temporal=2, spatial=3)
+    first, last = batches
+    assert first.ids.tolist() == np.repeat(np.arange(5), 6).tolist()
+    assert last.ids[last.valid].tolist() == np.repeat([5, 6], 6).tolist()
+    frames = last.pixels[:12, :, 8, 8, 0].numpy() / 2
+    assert np.abs(frames[6:9] - np.arange(0, 16, 4)).max() <= 0.5
+    assert np.abs(frames[9:12] - np.arange(57, 70, 4)).max() <= 0.5
+
+
+def test_short_clips_are_said(clips):
+    assert short_clip_note(clips, ViewSpec(16, frames=16)).startswith(
+        "5 of 7 train clips are shorter than 16"
+    )
+    assert short_clip_note(clips, ViewSpec(16, frames=1)) is None
+
+
+def test_wrong_uses_get_one_sentence(images, clips):
+    for catalogue, view, options, match in [
+        (images, ViewSpec(16, frames=4), {}, "holds image shards, but this run reads video input"),
+        (clips, ViewSpec(16), {}, "holds video shards, but this run reads image input"),
+        (images, ViewSpec(16), {"batch": 10, "world": 4}, "a batch of 10 does not divide into 4 processes"),
+        (images, ViewSpec(16, interpolation="nearest"), {}, "unknown interpolation 'nearest'"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            train(catalogue, view, 1, **options)
+
+
+def test_normalise_subtracts_the_mean_in_units_of_the_deviation():
+    pixels = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8)
+    out = inputs.normalise(pixels, *inputs.IMAGE_STATS)
+    assert out.shape == (2, 3, 3, 8, 8) and out.dtype == torch.float32
+    for channel, (mean, std) in enumerate(zip(*inputs.IMAGE_STATS, strict=True)):
+        expected = (pixels[..., channel] / 255 - mean) / std
+        torch.testing.assert_close(out[:, channel], expected, rtol=1e-5, atol=1e-5)
+    assert inputs.normalise(pixels[:, 0], *inputs.VIDEO_STATS).shape == (2, 3, 8, 8)

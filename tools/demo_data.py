@@ -1,0 +1,216 @@
+"""Draws the demo's data: pictures whose class is their look, and clips whose class is their motion alone.
+
+    python -m tools.demo_data --out data/demo
+
+Every picture and clip has its own random appearance, drawn from a seed of its own; nothing is shared between
+training and validation. The trees have the shape of ImageNet and of Tiny-Kinetics-400.
+"""
+
+import csv
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from pipelines.errors import run_cli
+from pipelines.files import atomic_write
+from tools.packing import worker_count, writing_to
+
+IMAGE_SIDE = 128
+IMAGES = {"train": 50, "val": 25}  # a class
+CLIP_SIDE = 80
+CLIP_FRAMES = 48
+CLIPS = {"train": 64, "val": 20}  # a class
+QUALITY = 85
+
+Draw = np.random.Generator
+
+
+# ---- pictures: class = texture and a range of hues -------------------------------------------------------
+
+
+def _stripes(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return np.sin(y)
+
+
+def _checks(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return np.sign(np.sin(y) * np.sin(x))
+
+
+def _dots(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return np.where(np.cos(y) + np.cos(x) > 0.9, 1.0, -1.0)
+
+
+def _rings(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return np.sin(np.hypot(y, x))
+
+
+TEXTURES = {"checks": _checks, "dots": _dots, "rings": _rings, "stripes": _stripes}
+HUES = {"blue": 0.6, "orange": 0.08}  # centres; each picture strays from them
+PICTURE_CLASSES = [f"{hue}_{texture}" for hue in HUES for texture in TEXTURES]
+
+
+def draw_picture(draw: Draw, name: str) -> np.ndarray:
+    """One picture of class `name`, uint8 [128, 128, 3]: a turned, shifted texture in two colours, with noise."""
+    hue, texture = name.split("_")
+    angle = draw.uniform(-0.4, 0.4)
+    period = draw.uniform(14, 24)
+    centre = draw.uniform(0.2, 0.8, 2) * IMAGE_SIDE
+    y, x = np.mgrid[:IMAGE_SIDE, :IMAGE_SIDE] - centre[:, None, None]
+    turned = np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
+    weight = 0.5 + 0.5 * TEXTURES[texture](*(2 * np.pi / period * np.stack(turned)))
+    ink = _rgb(HUES[hue] + draw.normal(0, 0.05), draw.uniform(0.5, 1), draw.uniform(0.5, 1))
+    paper = np.full(3, draw.uniform(0.1, 0.9)) + draw.uniform(-0.1, 0.1, 3)
+    light = draw.uniform(0.7, 1.1) + 0.2 * _smooth(draw, IMAGE_SIDE, 40)
+    picture = (paper + (ink - paper) * weight[..., None]) * light[..., None]
+    return _uint8(picture + draw.normal(0, 0.04, picture.shape))
+
+
+def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
+    """A colour [3] in 0..1; hue 0..1 round the circle from red."""
+    ramp = np.abs((hue * 6 + np.array([3.0, 1.0, 5.0])) % 6 - 3) - 1
+    return value * (1 - saturation * (1 - np.clip(np.array([1, -1, -1]) * 0 + ramp, 0, 1)))
+
+
+def _smooth(draw: Draw, side: int, scale: float) -> np.ndarray:
+    """Smooth noise [side, side] of unit variance on a torus, its features about `scale` pixels wide."""
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side))
+    spectrum = np.fft.fft2(draw.normal(size=(side, side))) * np.exp(-((frequency * scale) ** 2))
+    noise = np.fft.ifft2(spectrum).real
+    return (noise - noise.mean()) / noise.std()
+
+
+def _uint8(picture: np.ndarray) -> np.ndarray:
+    return np.rint(255 * np.clip(picture, 0, 1)).astype(np.uint8)
+
+
+# ---- clips: class = motion -------------------------------------------------------------------------------
+# A clip is one picture on a torus, seen through offsets that change with time. Whatever the motion, each
+# single offset is uniform over the torus, so that one frame has the same distribution in every class. Left
+# and right are one class because training mirrors clips.
+
+
+def _still(draw: Draw, speed: float) -> np.ndarray:
+    return np.zeros((CLIP_FRAMES, 2))
+
+
+def _up(draw: Draw, speed: float) -> np.ndarray:
+    return np.outer(np.arange(CLIP_FRAMES), [-speed, 0])
+
+
+def _down(draw: Draw, speed: float) -> np.ndarray:
+    return np.outer(np.arange(CLIP_FRAMES), [speed, 0])
+
+
+def _sideways(draw: Draw, speed: float) -> np.ndarray:
+    return np.outer(np.arange(CLIP_FRAMES), [0, speed * draw.choice([-1, 1])])
+
+
+def _jumping(draw: Draw, speed: float) -> np.ndarray:
+    return draw.uniform(0, CLIP_SIDE, (CLIP_FRAMES, 2))
+
+
+MOTIONS: dict[str, Callable[[Draw, float], np.ndarray]] = {
+    "changing colour": _still,
+    "jumping about": _jumping,
+    "moving down": _down,
+    "moving sideways": _sideways,
+    "moving up": _up,
+    "standing still": _still,
+}
+
+
+def draw_clip(draw: Draw, label: str) -> np.ndarray:
+    """One clip of motion `label`, uint8 [48, 80, 80, 3]; it moves 1 to 2 pixels a frame."""
+    picture = _blobs(draw)
+    start = draw.uniform(0, CLIP_SIDE, 2)
+    offsets = np.rint(start + MOTIONS[label](draw, draw.uniform(1, 2))).astype(int)
+    frames = np.stack([np.roll(picture, tuple(offset), (0, 1)) for offset in offsets])
+    orders = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+    chosen = draw.integers(6, size=CLIP_FRAMES if label == "changing colour" else 1)
+    return np.take_along_axis(frames, np.broadcast_to(orders[chosen][:, None, None], frames.shape), -1)
+
+
+def _blobs(draw: Draw) -> np.ndarray:
+    """Four soft coloured blobs on a mottled ground, uint8 [80, 80, 3]; opposite edges meet."""
+    ground = draw.uniform(0.2, 0.6) + 0.06 * _smooth(draw, CLIP_SIDE, 12)
+    picture = np.repeat(ground[..., None], 3, -1)
+    y, x = np.mgrid[:CLIP_SIDE, :CLIP_SIDE] / CLIP_SIDE
+    for _ in range(4):
+        place, radius = draw.uniform(0, 1, 2), draw.uniform(6, 12)
+        apart = np.stack([y - place[0], x - place[1]])
+        distance = CLIP_SIDE * np.hypot(*(apart - np.rint(apart)))
+        cover = 1 / (1 + np.exp(2 * (distance - radius)))
+        picture += cover[..., None] * (_rgb(draw.uniform(), draw.uniform(0.6, 1), 1.0) - picture)
+    return _uint8(picture)
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def demo_data(out: Path, workers: int | None = None) -> None:
+    """Draw the demo's pictures and clips; the same files on every machine with the same lock.
+
+    Args:
+        out: folder to write images/ and clips/ to.
+        workers: processes; one a core unless given.
+    """
+    processes = worker_count(workers)
+    with writing_to(out):
+        clips = out / "clips"
+        (clips / "annotations").mkdir(parents=True, exist_ok=True)
+        names = {split: list(_clip_names(split)) for split in CLIPS}
+        jobs = [(out / "images", split, name) for split in IMAGES for name in PICTURE_CLASSES]
+        films = [(clips, split, label, names[split]) for split in CLIPS for label in MOTIONS]
+        with get_context("spawn").Pool(processes) as pool:
+            pool.starmap(_write_clips, films, chunksize=1)
+            pool.starmap(_write_images, jobs, chunksize=1)
+        for split in CLIPS:
+            _annotate(clips / "annotations" / f"tiny_{split}.csv", split, names[split])
+
+
+def _draw(*key: str | int) -> Draw:
+    """A generator of its own for each thing drawn."""
+    return np.random.default_rng(list("/".join(map(str, key)).encode()))
+
+
+def _write_images(root: Path, split: str, name: str) -> None:
+    folder = root / split / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(IMAGES[split]):
+        picture = draw_picture(_draw(split, name, number), name)
+        Image.fromarray(picture).save(folder / f"{split}_{name}_{number:04d}.JPEG", quality=QUALITY)
+
+
+def _clip_names(split: str) -> Iterator[tuple[str, str, int, int]]:
+    """(label, id, start, end) of every clip; ids look like YouTube's, some with a leading - or _."""
+    letters = np.array(list("-_ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"))
+    draw = _draw(split, "names")
+    for label in MOTIONS:
+        for number in range(CLIPS[split]):
+            video = "".join(draw.choice(letters, 11))
+            start = int(draw.integers(0, 600))
+            yield label, ("-_"[number % 2] if number < 4 else "") + video[number < 4 :], start, start + 10
+
+
+def _write_clips(root: Path, split: str, label: str, names: list[tuple[str, str, int, int]]) -> None:
+    mine = [name for name in names if name[0] == label]
+    for number, (_, video, start, end) in enumerate(mine):
+        folder = root / "data_30fps_frames" / label.replace(" ", "_") / f"{video}_{start:06d}_{end:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, frame in enumerate(draw_clip(_draw(split, label, number), label)):
+            Image.fromarray(frame).save(folder / f"frame_{index + 1:05d}.jpg", quality=QUALITY)
+
+
+def _annotate(path: Path, split: str, names: list[tuple[str, str, int, int]]) -> None:
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["label", "youtube_id", "time_start", "time_end", "split", "is_cc"])
+        writer.writerows([*name, split, 0] for name in names)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: tyro.cli(demo_data))

@@ -1,0 +1,164 @@
+"""Strict decoding: every frame that enters a shard is one that any JPEG decoder will accept.
+
+A single bad JPEG ends a DALI pipeline, so a file is either right already (and kept byte for byte), made
+right (and the change is named), or refused with a reason.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+QUALITY = 90
+COPIED = "copied"
+
+Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is decoded
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+class BadImage(Exception):
+    """A file that cannot be packed; its text is the reason, the same for all files of one kind."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A JPEG ready for a shard, its size once decoded, and what was done to the source file."""
+
+    data: bytes
+    width: int
+    height: int
+    change: str
+
+
+def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int] | None = None) -> Picture:
+    """Decode `data` strictly; return it unchanged where it is right, else as a JPEG of quality 90.
+
+    `short_side`: larger pictures are scaled down to it, antialiased; smaller ones stay. `size`: force this
+    (width, height) instead. Raises `BadImage` with the reason.
+    """
+    data, changes = _whole_jpeg(data) if data[:2] == b"\xff\xd8" else (data, [])
+    try:
+        picture = _open(data, max_pixels)
+        goal = size or fitted(_upright_size(picture), short_side)
+        picture.draft(None, (2 * max(goal), 2 * max(goal)))  # phone pictures: the decoder shrinks 2, 4, 8-fold
+        picture.load()
+        upright, made = _normal(picture)
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise nearly every type on hostile bytes
+        raise BadImage(_decoder_says(data, error)) from error
+    changes += made
+    if upright.size != goal:
+        upright = upright.resize(goal, Image.Resampling.BICUBIC)
+        changes.append("resized")
+    if not changes:
+        return Picture(data, *upright.size, COPIED)
+    if changes != ["bytes after its end cut off"]:
+        data = encode(upright)
+    return Picture(data, *upright.size, ", ".join(changes))
+
+
+def fitted(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """The (width, height) with its shorter side brought down to `short_side` where it is larger."""
+    scale = min(1.0, short_side / min(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def encode(picture: Image.Image) -> bytes:
+    """A plain baseline JPEG of the pixels alone, without metadata."""
+    picture.info = {}
+    out = io.BytesIO()
+    try:
+        picture.save(out, "JPEG", quality=QUALITY)
+    except OSError as error:  # a side above 65,535 pixels
+        raise BadImage("too long or too wide for a JPEG") from error
+    return out.getvalue()
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise BadImage("empty file")
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:
+        raise BadImage("not an image, or its header is damaged") from error
+    if picture.width * picture.height > max_pixels:
+        raise BadImage(f"more than --max-pixels {max_pixels}")
+    return picture
+
+
+def _decoder_says(data: bytes, error: Exception) -> str:
+    text = str(error)
+    return "truncated" if "truncated" in text or "Truncated" in text else "damaged: it cannot be decoded"
+
+
+def _upright_size(picture: Image.Image) -> tuple[int, int]:
+    width, height = picture.size
+    return (height, width) if _orientation(picture) >= 5 else (width, height)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 5 and above swap the sides."""
+    value = picture.getexif().get(0x0112, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _normal(picture: Image.Image) -> tuple[Image.Image, list[str]]:
+    """The picture upright in mode L or RGB, and what that took."""
+    changes = []
+    if picture.format not in ("JPEG", "MPO"):
+        changes.append(f"{picture.format} to JPEG")
+    upright: Image.Image = picture
+    if _orientation(picture) != 1:
+        upright = ImageOps.exif_transpose(picture)
+        changes.append("turned upright as its EXIF says")
+    if upright.mode in ("L", "RGB") and "transparency" not in upright.info:
+        return upright, changes
+    if upright.mode.startswith("I;16"):
+        changes.append("16 bit to 8 bit")
+        return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)), changes
+    if upright.mode in ("I", "F"):
+        raise BadImage("32 bit samples")
+    if upright.has_transparency_data:
+        changes.append("transparency on white")
+        upright = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB"), changes
+    changes.append(f"{upright.mode} to RGB")
+    return upright.convert("RGB"), changes
+
+
+def _whole_jpeg(data: bytes) -> tuple[bytes, list[str]]:
+    """Check the chain of JPEG markers up to the end marker; cut off what follows it.
+
+    Decoders differ on a stream that stops early: Pillow accepts a missing end marker, DALI does not.
+    """
+    end = 0
+    changes = []
+    for marker, start in _markers(data):
+        if 0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            changes = ["unusual JPEG coding made baseline"]
+        end = start + 2 if marker == 0xD9 else 0
+    if not end:
+        raise BadImage("truncated")
+    if end < len(data):
+        changes.append("bytes after its end cut off")
+    return data[:end], changes
+
+
+_NEXT_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+
+
+def _markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """(marker code, byte offset) of each marker in turn, up to the end marker or the end of the bytes."""
+    position = 2
+    while found := _NEXT_MARKER.search(data, position):
+        marker = found[1][0]
+        yield marker, found.end() - 2
+        if marker == 0xD9:
+            return
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")

@@ -1,0 +1,59 @@
+"""Packs whatever is there: `make shards` = python -m tools.pack --images DIR --frames DIR.
+
+Images become shards/imagenet, clips shards/kinetics; what does not exist is left out and said.
+"""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from pipelines.errors import UserError, run_cli
+from tools.pack_imagenet import pack_imagenet
+from tools.pack_kinetics import pack_kinetics
+
+IMAGES, FRAMES = Path("data/imagenet"), Path("data/tiny-kinetics-400")
+WHERE = f"""nothing to pack. Put data in place, then run make shards again:
+  images  ImageNet-1K from image-net.org (train and val class folders) into {IMAGES}/
+  clips   Tiny-Kinetics-400 from github.com/Tramac/tiny-kinetics-400 (annotations/, data_30fps_frames/)
+          into {FRAMES}/
+  or name your own folders: make shards IMAGES=DIR FRAMES=DIR
+  or see everything work on drawn data: make demo"""
+
+
+def pack(
+    images: Path = IMAGES,
+    frames: Path = FRAMES,
+    out: Path = Path("shards"),
+    workers: int | None = None,
+    short_side: int = 256,
+) -> int:
+    """Pack images and clips, those of the two that exist.
+
+    Args:
+        images: folder for tools.pack_imagenet.
+        frames: folder that holds data_30fps_frames/ and annotations/, for tools.pack_kinetics.
+        out: folder for both results, imagenet and kinetics.
+        workers: processes; one a core unless given.
+        short_side: larger pictures and frames are scaled down to this.
+    """
+    for path, default in ((images, IMAGES), (frames, FRAMES)):
+        if path != default and not path.is_dir():
+            raise UserError(f"{path} does not exist; check IMAGES= and FRAMES=")
+    if not images.is_dir() and not frames.is_dir():
+        raise UserError(WHERE)
+    codes = []
+    if images.is_dir():
+        codes.append(pack_imagenet(images, out / "imagenet", workers, short_side))
+    else:
+        print(f"{images} does not exist: no images packed")
+    if frames.is_dir():
+        folders = (frames / "data_30fps_frames", frames / "annotations")
+        codes.append(pack_kinetics(*folders, out / "kinetics", workers, short_side))
+    else:
+        print(f"{frames} does not exist: no clips packed")
+    return max(codes)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: sys.exit(tyro.cli(pack)))

@@ -1,0 +1,119 @@
+"""Packs a folder of pictures into shards: ImageNet as published, class folders, or a flat folder.
+
+    python -m tools.pack_imagenet --source data/imagenet --out shards/imagenet
+
+`--source` holds train/<class>/* and val/<class>/*, or <class>/*, or pictures alone (unlabelled: for MAE).
+Without a val folder, `--val-fraction` of the pictures (of each class) becomes the validation split.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from pipelines.errors import UserError, run_cli
+from tools.images import SUFFIXES, prepare
+from tools.packing import label_of, run, settings, source_folder, worker_count
+from tools.shards import Packed, Packing, Plan, Sample, make_key, shuffled
+
+Listed = tuple[str, str]  # (path below the source folder, class name or "")
+
+
+def load_image(root: Path, source: str, packing: Packing) -> Packed:
+    """Read and check one picture. Raises `BadImage` or `OSError`."""
+    picture = prepare((root / source).read_bytes(), packing.short_side, packing.max_pixels)
+    return Packed([picture.data], picture.width, picture.height, picture.change)
+
+
+def pack_imagenet(
+    source: Path,
+    out: Path,
+    workers: int | None = None,
+    short_side: int = 256,
+    shard_size: int = 1000,
+    val_fraction: float = 0.1,
+    max_pixels: int = 100_000_000,
+    max_reject: float = 0.01,
+) -> int:
+    """Pack pictures into shards; run it again after an interruption to go on.
+
+    Args:
+        source: folder with train/<class>/* and val/<class>/*, or <class>/*, or pictures alone.
+        out: folder to write, for example shards/imagenet.
+        workers: processes; one a core unless given.
+        short_side: pictures whose shorter side is larger are scaled down to this.
+        shard_size: pictures a shard.
+        val_fraction: share of each class that becomes the validation split where the source has none.
+        max_pixels: larger pictures are rejected.
+        max_reject: end with exit code 1 when more than this share is rejected.
+    """
+    packing = settings(short_side, shard_size, max_pixels, val_fraction)
+    processes = worker_count(workers)
+    source_folder(source, "--source", "the pictures")
+    plan = plan_images(source, packing)
+    return run(plan, source, out, load_image, processes, max_reject)
+
+
+def plan_images(source: Path, packing: Packing) -> Plan:
+    """List the pictures below `source` and decide split, label, key and order. Raises `UserError`."""
+    has_val = (source / "train").is_dir() and (source / "val").is_dir()
+    train = list_images(source, "train" if (source / "train").is_dir() else "")
+    if has_val:
+        val = list_images(source, "val")
+    else:
+        train, val = split_off(train, packing.val_fraction)
+    classes = sorted({name for _, name in train if name})
+    labels = label_of(classes, [name for _, name in val if name], str(source))
+    splits = {"train": _samples(train, labels), "val": _samples(val, labels)}
+    return Plan("image", classes, splits, packing)
+
+
+def list_images(source: Path, below: str) -> list[Listed]:
+    """The (path, class) of every picture in source/below, sorted; the class is its first folder's name."""
+    found: list[Listed] = []
+    seen: set[str] = set()
+    top = source / below
+    for folder, folders, files in os.walk(top, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()  # a link back to a folder above would never end
+            continue
+        seen.add(real)
+        place = Path(folder).relative_to(top).parts
+        for name in files:
+            if Path(name).suffix.lower() in SUFFIXES:
+                path = Path(folder, name).relative_to(source).as_posix()
+                found.append((path, place[0] if place else ""))
+    if not found:
+        raise UserError(f"{top} holds no pictures ({' '.join(sorted(SUFFIXES))}); check --source.")
+    if len({not name for _, name in found}) == 2:
+        loose = min(path for path, name in found if not name)
+        raise UserError(f"{top} holds both class folders and loose pictures such as {loose}; move one kind.")
+    return sorted(found, key=lambda item: os.fsencode(item[0]))
+
+
+def split_off(listed: Sequence[Listed], fraction: float) -> tuple[list[Listed], list[Listed]]:
+    """Split a listing into train and val: of each class the same fraction, drawn without its order."""
+    by_class: dict[str, list[Listed]] = {}
+    for item in listed:
+        by_class.setdefault(item[1], []).append(item)
+    val = {
+        items[index]
+        for items in by_class.values()
+        for index in shuffled(len(items))[: round(fraction * len(items))]
+    }
+    return [item for item in listed if item not in val], [item for item in listed if item in val]
+
+
+def _samples(listed: Sequence[Listed], labels: dict[str, int]) -> list[Sample]:
+    return [
+        Sample(make_key(index, Path(path).stem), labels.get(name, -1), name, path)
+        for index in shuffled(len(listed)).tolist()
+        for path, name in [listed[index]]
+    ]
+
+
+if __name__ == "__main__":
+    run_cli(lambda: sys.exit(tyro.cli(pack_imagenet)))

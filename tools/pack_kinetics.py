@@ -1,0 +1,191 @@
+"""Packs clips kept as folders of frames, with annotations as Kinetics and Tiny-Kinetics-400 publish them.
+
+    python -m tools.pack_kinetics --frames data/tiny-kinetics-400/data_30fps_frames \\
+        --annotations data/tiny-kinetics-400/annotations --out shards/tiny-kinetics-400
+
+A clip with bad frames keeps its longest run of good ones where that is at least half the clip; otherwise it
+is rejected.
+"""
+
+import csv
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from pipelines.errors import UserError, run_cli
+from tools.images import COPIED, SUFFIXES, BadImage, Picture, prepare
+from tools.packing import label_of, run, settings, source_folder, worker_count
+from tools.shards import Packed, Packing, Plan, Sample, make_key, shuffled
+
+COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One line of an annotation file."""
+
+    label: str
+    video: str
+    start: int  # seconds
+    end: int
+
+    def name(self) -> str:
+        """The name of its folder of frames."""
+        return f"{self.video}_{self.start:06d}_{self.end:06d}"
+
+
+def pack_kinetics(
+    frames: Path,
+    annotations: Path,
+    out: Path,
+    workers: int | None = None,
+    short_side: int = 256,
+    shard_size: int = 64,
+    max_pixels: int = 100_000_000,
+    max_reject: float = 0.01,
+) -> int:
+    """Pack folders of frames into shards; run it again after an interruption to go on.
+
+    Args:
+        frames: folder with <label>/<youtube_id>_<start>_<end>/frame_00001.jpg ...
+        annotations: folder with tiny_train.csv and tiny_val.csv, or train.csv and val.csv.
+        out: folder to write, for example shards/tiny-kinetics-400.
+        workers: processes; one a core unless given.
+        short_side: frames whose shorter side is larger are scaled down to this.
+        shard_size: clips a shard.
+        max_pixels: larger frames are rejected.
+        max_reject: end with exit code 1 when more than this share is rejected.
+    """
+    packing = settings(short_side, shard_size, max_pixels, 0.0)
+    processes = worker_count(workers)
+    source_folder(frames, "--frames", "a folder for each label")
+    source_folder(annotations, "--annotations", "tiny_train.csv and tiny_val.csv")
+    plan = plan_clips(frames, annotations, packing)
+    return run(plan, frames, out, load_clip, processes, max_reject)
+
+
+def plan_clips(frames: Path, annotations: Path, packing: Packing) -> Plan:
+    """Read the annotations and decide label, key and order of every clip. Raises `UserError`."""
+    listed = {split: read_annotations(annotations, split) for split in ("train", "val")}
+    classes = sorted({clip.label for clip in listed["train"]})
+    labels = label_of(classes, [clip.label for clip in listed["val"]], str(annotations))
+    splits = {split: _samples(frames, clips, labels) for split, clips in listed.items()}
+    if not any((frames / sample.source).is_dir() for samples in splits.values() for sample in samples):
+        example = splits["train"][0].source
+        raise UserError(f"none of the annotated videos is below {frames}; {frames / example} was expected.")
+    return Plan("video", classes, splits, packing)
+
+
+def read_annotations(folder: Path, split: str) -> list[Clip]:
+    """The clips that tiny_<split>.csv, or else <split>.csv, names. Raises `UserError`."""
+    paths = [folder / f"tiny_{split}.csv", folder / f"{split}.csv"]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise UserError(f"{folder} holds neither {paths[0].name} nor {paths[1].name}; check --annotations.")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+                raise UserError(f"{path} has no column {missing[0]!r}; its first line must name {COLUMNS}.")
+            clips = [_clip(row, f"{path} line {reader.line_num}") for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV text file in UTF-8: {error}.") from error
+    if not clips:
+        raise UserError(f"{path} names no clips.")
+    return clips
+
+
+def _clip(row: dict[str, str | None], where: str) -> Clip:
+    label, video, start, end = (row[name] or "" for name in COLUMNS)
+    try:
+        clip = Clip(label.strip(), video.strip(), int(float(start)), int(float(end)))
+    except ValueError as error:
+        raise UserError(f"{where}: time_start and time_end must be seconds, not {start!r} {end!r}.") from error
+    if not clip.label or not clip.video or "/" in clip.label + clip.video:
+        raise UserError(f"{where}: label {label!r} or youtube_id {video!r} cannot name a folder.")
+    return clip
+
+
+def _samples(frames: Path, clips: Sequence[Clip], labels: dict[str, int]) -> list[Sample]:
+    """The clips as samples in their final order; key numbers follow the sorted sources."""
+    listed = sorted((_folder(frames, clip), clip.label, clip.name()) for clip in clips)
+    return [
+        Sample(make_key(index, name), labels[label], label, source)
+        for index in shuffled(len(listed)).tolist()
+        for source, label, name in [listed[index]]
+    ]
+
+
+def _folder(frames: Path, clip: Clip) -> str:
+    """The clip's folder below `frames`: labels are published with underscores, some copies keep spaces."""
+    underscored = f"{clip.label.replace(' ', '_')}/{clip.name()}"
+    spaced = f"{clip.label}/{clip.name()}"
+    return spaced if spaced != underscored and (frames / spaced).is_dir() else underscored
+
+
+def load_clip(root: Path, source: str, packing: Packing) -> Packed:
+    """Read and check the frames of one clip. Raises `BadImage` or `OSError`."""
+    folder = root / source
+    if not folder.is_dir():
+        raise BadImage("no frame folder")
+    files = sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=_frame_number)
+    if not files:
+        raise BadImage("no frames in its folder")
+    read = [_read(path, packing) for path in files]
+    first, last = longest_run([isinstance(frame, Picture) for frame in read])
+    if 2 * (last - first) < len(files):
+        reasons = Counter(str(frame) for frame in read if isinstance(frame, BadImage))
+        raise BadImage(f"under half of its frames in a row are good: {reasons.most_common(1)[0][0]}")
+    pictures = _one_size(files[first:last], [frame for frame in read[first:last] if isinstance(frame, Picture)], packing)
+    changes = {picture.change for picture in pictures}
+    changes = changes - {COPIED} if len(changes) > 1 else changes
+    cut = ["bad frames cut off"] if last - first < len(files) else []
+    frames = [picture.data for picture in pictures]
+    return Packed(frames, pictures[0].width, pictures[0].height, "; ".join([*cut, *sorted(changes)]))
+
+
+def _read(path: Path, packing: Packing) -> Picture | BadImage:
+    try:
+        return prepare(path.read_bytes(), packing.short_side, packing.max_pixels)
+    except BadImage as error:
+        return error
+    except OSError as error:
+        return BadImage(f"cannot be read: {error.strerror}")
+
+
+def _frame_number(path: Path) -> tuple[int, str]:
+    """Frames follow the last number of their names, zero-padded or not."""
+    numbers = re.findall(r"\d+", path.stem)
+    return int(numbers[-1]) if numbers else -1, path.name
+
+
+def longest_run(good: Sequence[bool]) -> tuple[int, int]:
+    """The first longest run of True in `good`, as (start, end past it)."""
+    best = (0, 0)
+    start = 0
+    for index, value in enumerate([*good, False]):
+        if not value:
+            best = max(best, (start, index), key=lambda run: run[1] - run[0])
+            start = index + 1
+    return best
+
+
+def _one_size(files: Sequence[Path], pictures: Sequence[Picture], packing: Packing) -> list[Picture]:
+    """Bring frames that differ to the size most of the clip has."""
+    sizes = Counter((picture.width, picture.height) for picture in pictures)
+    goal = sizes.most_common(1)[0][0]
+    return [
+        picture
+        if (picture.width, picture.height) == goal
+        else prepare(path.read_bytes(), packing.short_side, packing.max_pixels, goal)
+        for path, picture in zip(files, pictures, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    run_cli(lambda: sys.exit(tyro.cli(pack_kinetics)))

@@ -1,0 +1,234 @@
+"""Writes a packed dataset: WebDataset tars, a DALI index and a Parquet catalogue (shards/README.md).
+
+One shard is one call of `pack_shard`, a plain function of a picklable job, so that any scheduler can run it.
+It is a fixed slice of the plan and the plan a function of the source listing: its bytes depend neither
+on the workers nor on how often the run was interrupted.
+"""
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.catalogue import FORMAT_VERSION, SCHEMA
+from pipelines.files import atomic_write
+from tools.images import BadImage
+
+PLAN_FILE = ".plan.json"
+ROWS_IN_MEMORY = 64 << 20  # bytes of catalogue gathered before they become a Parquet row group
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What decides a shard's bytes, beside the source files."""
+
+    short_side: int
+    shard_size: int
+    max_pixels: int
+    val_fraction: float
+    pillow: str  # another version may encode other bytes
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One source sample: an image file or a folder of frames."""
+
+    key: str
+    label: int
+    class_name: str
+    source: str  # path below the source folder
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A sample's frames as JPEGs of one size, and what was done to them."""
+
+    frames: Sequence[bytes]
+    width: int
+    height: int
+    change: str
+
+
+Load = Callable[[Path, str, Packing], Packed]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write: `load(root, source, packing)` reads a sample or raises `BadImage`."""
+
+    root: Path
+    folder: Path
+    shard: int
+    samples: Sequence[Sample]
+    kind: str
+    packing: Packing
+    load: Load
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole dataset to pack: per split the samples in their final order."""
+
+    kind: str
+    classes: Sequence[str]
+    splits: dict[str, Sequence[Sample]]
+    packing: Packing
+
+    def settings(self) -> dict[str, object]:
+        """What must agree for a run to go on with the shards of an earlier one."""
+        return {**asdict(self.packing), "source_sha256": self._fingerprint()}
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for split, samples in self.splits.items():
+            for sample in samples:
+                digest.update(json.dumps([split, *asdict(sample).values()]).encode())
+        return digest.hexdigest()
+
+
+def make_key(index: int, name: str) -> str:
+    """A sample key that tar, WebDataset and DALI all take: unique by its index, readable by its name."""
+    return f"{index:08d}-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)[:60]}"
+
+
+def shuffled(count: int) -> np.ndarray:
+    """A fixed permutation [count]: shards of samples sorted by class would ruin training."""
+    return np.argsort(np.random.PCG64(0).random_raw(count), kind="stable")
+
+
+def readable(text: str) -> str:
+    """A file name as valid Unicode; undecodable bytes of odd file systems become question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
+# ---- one shard -------------------------------------------------------------------------------------------
+
+
+def pack_shard(job: Job) -> tuple[int, int]:
+    """Write one shard's tar, index and, last, its rows; return (samples packed, rejected).
+
+    The rows are the mark that the shard is done. Raises `OSError` where the shard cannot be written.
+    """
+    stem = job.folder / f"{job.shard:06d}"
+    rows: list[dict[str, object]] = []
+    with atomic_write(stem.with_suffix(".tar")) as path:
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            index = [line for sample in job.samples if (line := _add_sample(tar, sample, job, rows))]
+    with atomic_write(stem.with_suffix(".idx")) as path:
+        path.write_text("".join([f"v1.2 {len(index)}\n", *index]))
+    with atomic_write(stem.with_suffix(".parquet")) as path:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
+    return len(index), len(rows) - len(index)
+
+
+def _add_sample(tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[dict[str, object]]) -> str:
+    """Append one sample to the tar and its row to `rows`; return its index line, "" if rejected."""
+    row: dict[str, object] = asdict(sample) | {"source": readable(sample.source), "frames": 0, "shard": -1}
+    row |= {"status": "rejected", "reason": "", "change": "", "width": 0, "height": 0, "sha256": ""}
+    row |= {"offsets": [], "sizes": []}
+    rows.append(row)
+    try:
+        packed = job.load(job.root, sample.source, job.packing)
+    except BadImage as error:
+        row["reason"] = str(error)
+        return ""
+    except OSError as error:
+        row["reason"] = f"cannot be read: {error.strerror}"
+        return ""
+    row |= {"status": "ok", "change": packed.change, "shard": job.shard, "frames": len(packed.frames)}
+    row |= {"width": packed.width, "height": packed.height}
+    places = [
+        (name, _add_member(tar, f"{sample.key}.{name}", data), len(data))
+        for name, data in _members(row, packed.frames, job.kind)
+    ]
+    row["offsets"] = [offset for _, offset, _ in places[: len(packed.frames)]]
+    row["sizes"] = [size for _, _, size in places[: len(packed.frames)]]
+    row["sha256"] = hashlib.sha256(b"".join(packed.frames)).hexdigest()
+    return " ".join(f"{name} {offset} {size} {sample.key}.{name}" for name, offset, size in places) + "\n"
+
+
+def _members(row: dict[str, object], frames: Sequence[bytes], kind: str) -> list[tuple[str, bytes]]:
+    """A sample's (extension, bytes) in the order of the tar: frames, label, description."""
+    told = ("label", "class_name", "source", "width", "height", "frames")
+    names = ["jpg"] if kind == "image" else [f"f{number:04d}.jpg" for number in range(len(frames))]
+    description = json.dumps({name: row[name] for name in told}, ensure_ascii=False)
+    return [*zip(names, frames, strict=True), ("cls", b"%d" % row["label"]), ("json", description.encode())]
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a file with fixed times and owner; return the byte offset of its content."""
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    offset = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(header, BytesIO(data))
+    return offset
+
+
+# ---- all shards of a dataset -----------------------------------------------------------------------------
+
+
+def jobs_of(plan: Plan, root: Path, out: Path, load: Load) -> list[Job]:
+    """Every shard of the plan, in order; training shards first."""
+    size = plan.packing.shard_size
+    return [
+        Job(root, out / split, start // size, samples[start : start + size], plan.kind, plan.packing, load)
+        for split, samples in plan.splits.items()
+        for start in range(0, len(samples), size)
+    ]
+
+
+def is_done(job: Job) -> bool:
+    """Whether an earlier run wrote this shard; its rows are written last."""
+    return (job.folder / f"{job.shard:06d}.parquet").exists()
+
+
+def finish(plan: Plan, out: Path) -> None:
+    """Merge the shards' rows into one catalogue a split and write dataset.json, which makes it a dataset."""
+    splits = {split: merge(out, split) for split in plan.splits}
+    info = {
+        "format": FORMAT_VERSION,
+        "kind": plan.kind,
+        "classes": list(plan.classes),
+        "splits": splits,
+        "packing": plan.settings(),
+    }
+    with atomic_write(out / "dataset.json") as path:
+        path.write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n")
+
+
+def merge(out: Path, split: str) -> dict[str, int]:
+    """Join out/split/*.parquet in shard order into out/split.parquet; return the split's counts."""
+    parts = sorted((out / split).glob("[0-9]*.parquet"))
+    counts = {"samples": 0, "rejected": 0, "frames": 0, "shards": len(parts)}
+    with atomic_write(out / f"{split}.parquet") as path, pq.ParquetWriter(path, SCHEMA) as writer:
+        waiting: list[pa.Table] = []
+        for part in parts:
+            table = pq.read_table(part, schema=SCHEMA)
+            good = pc.sum(pc.equal(table["status"], "ok")).as_py()
+            counts["samples"] += good
+            counts["rejected"] += len(table) - good
+            counts["frames"] += pc.sum(table["frames"]).as_py()
+            waiting.append(table)
+            if sum(rows.nbytes for rows in waiting) > ROWS_IN_MEMORY:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        writer.write_table(pa.concat_tables([SCHEMA.empty_table(), *waiting]))
+    return counts
+
+
+def tidy(out: Path, splits: Sequence[str]) -> None:
+    """Remove what only an unfinished dataset needs: the shards' rows and files of killed writers."""
+    for split in splits:
+        for leftover in [*(out / split).glob("[0-9]*.parquet"), *(out / split).glob(".*.tmp-*")]:
+            leftover.unlink(missing_ok=True)
+    for leftover in [out / PLAN_FILE, *out.glob(".*.tmp-*")]:
+        leftover.unlink(missing_ok=True)

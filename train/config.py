@@ -1,0 +1,228 @@
+"""What a run is made of: frozen dataclasses, presets by name, dotted overrides from the command line.
+
+Keys that change results are kept apart from keys that change only speed (`speed.*`) and place (`run.name`,
+`run.root`): a run may be resumed with other values of the latter, never of the former.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipelines.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how it is augmented."""
+
+    path: Path = Path("shards/imagenet")
+    """Folder made by tools.pack_imagenet or tools.pack_kinetics."""
+    size: int = 224
+    """Side of the square input in pixels."""
+    frames: int = 1
+    """Frames per clip; 1 means images."""
+    stride: int = 4
+    """Source frames from one clip frame to the next."""
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Area share of the random resized crop."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect range of the random resized crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip; 0 where left and right mean something (SSv2)."""
+    interpolation: str = "triangular"
+    """Resize filter: triangular (antialiased, as torchvision), cubic or linear."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which Hiera."""
+
+    name: str = "hiera_base_224"
+    """A name from `python -m models.zoo`."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block, rising linearly from 0."""
+    dropout: float = 0.0
+    """Dropout before the classifier's last layer."""
+    init: str = ""
+    """Starting weights: a file, or empty for random ones. Warm start only; resuming needs nothing."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, warmup, cosine. The batch is global: all processes and accumulation together."""
+
+    batch: int = 1024
+    """Samples per optimizer step over all processes; clips are the unit for video."""
+    lr: float = 1e-3
+    """Learning rate at `lr_batch`; the run scales it linearly to `batch` and prints the result."""
+    lr_batch: int = 1024
+    """The batch that `lr` is stated for."""
+    epochs: float = 100.0
+    warmup_epochs: float = 5.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    """Learning rate factor from each layer to the one before it; the head has 1 (MAE, SlowFast)."""
+    clip_norm: float = 0.0
+    """Clip gradients to this norm; 0 = never."""
+    min_lr: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go and how often."""
+
+    name: str = ""
+    """Folder name under `root`; empty = the preset's name."""
+    root: Path = Path("runs")
+    seed: int = 0
+    log_every: int = 20
+    """Steps between metric rows."""
+    eval_every: int = 1000
+    """Steps between evaluations on the validation split; one always follows the last step."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints: what a crash can cost at most."""
+    keep: int = 2
+    """How many checkpoints stay."""
+    max_skipped: int = 10
+    """Stop after so many non-finite steps in a row."""
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """How it is computed. Nothing here changes what is computed, rounding apart."""
+
+    device: str = "auto"
+    """auto (CUDA when there is one), cuda or cpu."""
+    processes: int = 1
+    """Processes to start on this machine, one per GPU. Leave it at 1 under torchrun."""
+    micro_batch: int = 64
+    """Samples per process per forward; gradients accumulate up to optim.batch."""
+    eval_batch: int = 0
+    """Samples per process per evaluation step; 0 = micro_batch."""
+    precision: str = "auto"
+    """auto (bf16 autocast on CUDA, fp32 on the CPU), bf16 or fp32."""
+    compile: str = "auto"
+    """torch.compile: auto (on CUDA), yes or no."""
+    threads: int = 0
+    """DALI threads per process; 0 = chosen from the machine."""
+
+
+@dataclass(frozen=True)
+class MaeConfig:
+    """Masked-autoencoder pretraining."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    mask_ratio: float = 0.6
+    """Share of mask units hidden."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Supervised finetuning."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    smoothing: float = 0.1
+    """Label smoothing."""
+    mixup: float = 0.0
+    """Beta parameter of mixup; 0 = off."""
+    cutmix: float = 0.0
+    """Beta parameter of cutmix; 0 = off. A clip's box is the same in every frame."""
+    views: tuple[int, int] = (1, 1)
+    """Temporal x spatial views averaged per clip in evaluation."""
+
+
+Config = MaeConfig | FinetuneConfig
+KINDS: dict[str, type] = {"mae": MaeConfig, "finetune": FinetuneConfig}
+
+
+def parse(presets: Mapping[str, Config], program: str) -> Config:
+    """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words."""
+    import tyro
+
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0].startswith("-"):
+        wanted = "help" if arguments and arguments[0] in ("-h", "--help") else "preset"
+        text = f"usage: python -m {program} PRESET [--dotted.overrides]; presets: {', '.join(presets)}"
+        if wanted == "help":
+            print(f"{text}\nEvery setting of a preset: python -m {program} PRESET --help")
+            sys.exit(0)
+        raise UserError(f"name a preset first; {text}")
+    name = arguments[0]
+    if name not in presets:
+        raise UserError(f"unknown preset '{name}'{_hint(name, presets)}; presets: {', '.join(presets)}")
+    preset = presets[name]
+    preset = dataclasses.replace(preset, run=dataclasses.replace(preset.run, name=name))
+    config, unknown = tyro.cli(
+        type(preset),
+        default=preset,
+        args=arguments[1:],
+        prog=f"python -m {program} {name}",
+        return_unknown_args=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+    if unknown:
+        flags = [f"--{key.replace('_', '-')}" for key in flatten(to_dict(preset))]
+        raise UserError(f"unknown argument '{unknown[0]}'{_hint(unknown[0].split('=')[0], flags)}")
+    return config
+
+
+def _hint(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def to_dict(config: Config) -> dict:
+    """The resolved configuration as JSON-ready values, with its kind ("mae" or "finetune")."""
+    kind = next(name for name, cls in KINDS.items() if cls is type(config))
+    return {"kind": kind, **json.loads(json.dumps(dataclasses.asdict(config), default=str))}
+
+
+def from_dict(values: Mapping) -> Config:
+    """The inverse of `to_dict`."""
+    return _build(KINDS[values["kind"]], values)
+
+
+def _build(cls: type, values: Mapping) -> typing.Any:
+    hints = typing.get_type_hints(cls)
+    return cls(**{f.name: _coerce(hints[f.name], values[f.name]) for f in dataclasses.fields(cls)})
+
+
+def _coerce(hint: typing.Any, value: typing.Any) -> typing.Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    return Path(value) if hint is Path else value
+
+
+def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested settings as {"optim.lr": 0.1, ...}."""
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: Mapping, new: Mapping) -> list[str]:
+    """The settings that change results and differ, as "key: old -> new"."""
+    free = ("speed.", "run.name", "run.root", "run.keep")
+    before, after = flatten(old), flatten(new)
+    keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(free)]
+    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]

@@ -1,0 +1,48 @@
+"""What a person sees: lines on the screen and in log.txt, a progress bar where there is a terminal."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Screen:
+    """Rank 0's voice; on other ranks every method does nothing."""
+
+    def __init__(self, speaks: bool) -> None:
+        self._speaks = speaks
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._file: IO[str] | None = None
+        self._progress: Progress | None = None
+
+    def log_to(self, path: Path) -> None:
+        """Append every line to `path` as well."""
+        self._file = path.open("a", buffering=1) if self._speaks else None
+
+    def line(self, text: str) -> None:
+        if not self._speaks:
+            return
+        self._console.print(text, markup=False)
+        sys.stdout.flush()
+        if self._file:
+            self._file.write(text + "\n")
+
+    @contextmanager
+    def progress(self, done: int, total: int) -> Iterator[None]:
+        """Show a bar from step `done` to `total` while the block runs, if this is a terminal."""
+        if not (self._speaks and self._console.is_terminal):
+            yield
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=self._console) as self._progress:
+            self._task = self._progress.add_task("", total=total, completed=done)
+            yield
+        self._progress = None
+
+    def advance(self, step: int, text: str | None = None) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=text)

@@ -1,0 +1,139 @@
+"""Processes and devices: starting them, summing over them, and stopping all of them at the same step."""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from pipelines.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank of size, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def under_torchrun() -> bool:
+    return "LOCAL_RANK" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def resolve_device(name: str, processes: int) -> str:
+    """ "cuda" or "cpu" for `processes` on this machine; raises UserError when the GPUs do not suffice."""
+    if name not in ("auto", "cuda", "cpu"):
+        raise UserError(f"speed.device is '{name}'; it can be auto, cuda or cpu")
+    if processes < 1:
+        raise UserError(f"speed.processes (GPUS) is {processes}; it must be at least 1")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and gpus == 0 and processes == 1):
+        return "cpu"
+    if processes > gpus:
+        raise UserError(
+            f"{processes} GPUs were asked for and this machine has {gpus}; ask for fewer, or add DEVICE=cpu "
+            f"(--speed.device cpu) to run the same {processes} processes on the CPU"
+        )
+    return "cuda"
+
+
+def launch(processes: int) -> None:
+    """Run this same command in `processes` processes by torchrun's engine and exit with their status."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    module = sys.modules["__main__"].__spec__
+    name = module.name if module else sys.argv[0]
+    arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", name, *sys.argv[1:]]
+    # One thread pool per process that together fill the machine; torchrun would otherwise force one thread.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    try:
+        run(parse_args(arguments))
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        sys.exit(next((code for code in codes if code > 0), 1))
+    sys.exit(0)
+
+
+def start(device: str) -> World:
+    """Join the process group that torchrun described, or be a world of one."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    kind = resolve_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    if size > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return World(rank(), size, torch.device(kind, local) if kind == "cuda" else torch.device("cpu"))
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean of a tensor over all processes."""
+    return total(values) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class StopSignal:
+    """SIGTERM, SIGINT or SIGUSR1 seen by any process, acted on by all of them at the same step.
+
+    The processes exchange one flag per step in the background and read it a step later, so nothing waits.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.number = 0
+        self._group: dist.ProcessGroup | None = (
+            dist.new_group(backend="gloo") if world.size > 1 else None  # pyrefly: ignore
+        )
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.number = number
+
+    def agreed(self) -> int:
+        """The signal's number once every process knows of it, else 0. Call it once per step."""
+        if self._group is None:
+            return self.number
+        previous = self.wait()
+        flag = torch.tensor([self.number])
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (work, flag) if work is not None else None
+        return previous
+
+    def wait(self) -> int:
+        """Finish the exchange under way; gives what it agreed on."""
+        if self._pending is None:
+            return 0
+        work, flag = self._pending
+        self._pending = None
+        work.wait()
+        return int(flag.item())

@@ -1,0 +1,133 @@
+"""Evaluation, exact over any number of processes: python -m train.evaluate RUN [--weights FILE] [--data DIR].
+
+Every validation sample counts once, whatever the batch size and the number of processes.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from torch import nn
+from torch.nn import functional
+
+from pipelines.catalogue import Catalogue, open_catalogue
+from pipelines.errors import UserError, run_cli
+from pipelines.inputs import normalise
+from pipelines.loader import Batch, eval_batches
+from pipelines.sampler import keep_units
+from train import distributed, setup
+from train.config import Config, FinetuneConfig, MaeConfig, from_dict
+from train.distributed import World
+from train.setup import Autocast
+
+
+def _batches(config: Config, world: World, catalogue: Catalogue, views: tuple[int, int]) -> Iterator[Batch]:
+    return eval_batches(
+        catalogue,
+        setup.view_spec(config),
+        batch=config.speed.eval_batch or config.speed.micro_batch,
+        rank=world.rank,
+        world=world.size,
+        device=world.device,
+        threads=config.speed.threads,
+        temporal=views[0],
+        spatial=views[1],
+    )
+
+
+@torch.inference_mode()
+def classifier_evaluation(
+    config: FinetuneConfig, world: World, autocast: Autocast, model: nn.Module, catalogue: Catalogue
+) -> dict[str, float]:
+    """Top-1, top-5 and cross-entropy; the softmax of a sample's views is averaged first."""
+    mean, std = setup.stats(config)
+    views = config.views[0] * config.views[1]
+    sums = torch.zeros(4, device=world.device, dtype=torch.float64)
+    model.eval()
+    for batch in _batches(config, world, catalogue, config.views):
+        with autocast():
+            logits = model(normalise(batch.pixels, mean, std))
+        chances = logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
+        labels = batch.labels[::views].to(world.device)
+        valid = torch.from_numpy(batch.valid[::views].copy()).to(world.device)
+        best = chances.topk(min(5, chances.shape[1])).indices == labels[:, None]
+        losses = functional.nll_loss(chances.clamp_min(1e-12).log(), labels, reduction="none")
+        sums += torch.stack([(x * valid).sum() for x in (best[:, 0], best.any(1), losses, valid)])
+    top1, top5, loss, count = distributed.total(sums).tolist()
+    return {"acc": top1 / count, "acc5": top5 / count, "loss_val": loss / count}
+
+
+@torch.inference_mode()
+def mae_evaluation(
+    config: MaeConfig, world: World, autocast: Autocast, model: nn.Module, catalogue: Catalogue
+) -> dict[str, float]:
+    """Reconstruction loss with each sample's own fixed mask: comparable between steps and runs."""
+    units, kept = setup.check_masking(config, model)
+    mean, std = setup.stats(config)
+    sums = torch.zeros(2, device=world.device, dtype=torch.float64)
+    model.eval()
+    for batch in _batches(config, world, catalogue, (1, 1)):
+        # In evaluation every epoch is -1, so a sample's mask never changes.
+        keep = torch.from_numpy(keep_units(0, batch.epochs, batch.ids, units, kept)).to(world.device)
+        with autocast():
+            output = model(normalise(batch.pixels, mean, std), keep=keep)
+        losses = (output.pred.float() - output.label.float()).square().reshape(len(keep), -1).mean(1)
+        valid = torch.from_numpy(batch.valid).to(world.device)
+        sums += torch.stack([(losses * valid).sum(), valid.sum()])
+    loss, count = distributed.total(sums).tolist()
+    return {"loss_val": loss / count}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Evaluate a run's weights on the validation split."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, such as runs/image-ft-pico."""
+    weights: Path | None = None
+    """Other weights than the run's model.safetensors."""
+    data: Path | None = None
+    """Other shards than the run's."""
+    views: tuple[int, int] | None = None
+    """Temporal x spatial views; default as in the run."""
+    device: str = "auto"
+
+
+def evaluate(arguments: Arguments) -> dict[str, float]:
+    """Load the run's configuration and weights and evaluate them in this process; raises UserError."""
+    path = arguments.run / "config.json"
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a run folder made by train.mae or train.finetune")
+    config = from_dict(json.loads(path.read_text()))
+    if arguments.data:
+        config = replace(config, data=replace(config.data, path=arguments.data))
+    if arguments.views and isinstance(config, FinetuneConfig):
+        config = replace(config, views=arguments.views)
+    weights = arguments.weights or arguments.run / "model.safetensors"
+    if not weights.exists():
+        raise UserError(f"{weights} does not exist; let the run finish first, or name a file with WEIGHTS=")
+    config = replace(config, model=replace(config.model, init=str(weights)))
+    world = distributed.start(arguments.device)
+    autocast, words = setup.precision(config, world)
+    print(words)
+    catalogue = open_catalogue(config.data.path, "val")
+    options = {} if isinstance(config, MaeConfig) else {"num_classes": len(catalogue.info.classes)}
+    model = setup.build_model(config, **options)
+    print(setup.warm_start(model, config))
+    model.to(world.device)
+    if isinstance(config, MaeConfig):
+        return mae_evaluation(config, world, autocast, model, catalogue)
+    return classifier_evaluation(config, world, autocast, model, catalogue)
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="python -m train.evaluate")
+    for name, value in evaluate(arguments).items():
+        print(f"{name} {value:.6g}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,70 @@
+"""Supervised finetuning: python -m train.finetune PRESET [--overrides].
+
+python -m train.finetune image-ft-base --model.init runs/image-mae-base/model.safetensors --speed.processes 4
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pipelines.catalogue import Catalogue
+from pipelines.errors import UserError, run_cli
+from pipelines.inputs import normalise
+from pipelines.loader import Batch
+from train import loop, setup
+from train.config import Config, FinetuneConfig, parse
+from train.distributed import World
+from train.evaluate import classifier_evaluation
+from train.metrics import FINETUNE_COLUMNS
+from train.presets import FINETUNE_PRESETS
+from train.setup import Autocast
+
+
+def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Autocast) -> loop.Task:
+    """The model and the two functions that make the loop a classifier's."""
+    assert isinstance(config, FinetuneConfig)
+    classes = len(catalogue.info.classes)
+    if classes < 2 or (catalogue.label < 0).any():
+        raise UserError(f"{config.data.path} has samples without a class; finetuning needs labelled shards")
+    model = setup.build_model(config, num_classes=classes, head_dropout=config.model.dropout)
+    mean, std = setup.stats(config)
+    mix = make_mixup(config, classes)
+
+    def loss(wrapped: nn.Module, batch: Batch) -> torch.Tensor:
+        pixels = normalise(batch.pixels, mean, std)
+        labels = loop.to_device(batch.labels, world.device)
+        if mix is not None and len(labels) % 2 == 0:
+            # Time folds into channels: timm's box would otherwise cut time x height and mislabel.
+            folded = pixels.flatten(1, -3)
+            folded, labels = mix(folded, labels)
+            pixels = folded.view_as(pixels)
+        return functional.cross_entropy(
+            wrapped(pixels).float(), labels, label_smoothing=0.0 if mix is not None else config.smoothing
+        )
+
+    return loop.Task(
+        model=model,
+        loss=loss,
+        evaluate=functools.partial(classifier_evaluation, config, world, autocast),
+        columns=FINETUNE_COLUMNS,
+        loss_column="loss",
+    )
+
+
+def make_mixup(config: FinetuneConfig, classes: int):  # noqa: ANN201
+    """timm's Mixup (arXiv 1710.09412, 1905.04899), one draw per micro batch; None when both are off."""
+    if not (config.mixup or config.cutmix):
+        return None
+    from timm.data.mixup import Mixup
+
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
+
+
+def main() -> None:
+    loop.main(parse(FINETUNE_PRESETS, "train.finetune"), make_task)
+
+
+if __name__ == "__main__":
+    run_cli(main)

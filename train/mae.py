@@ -1,0 +1,58 @@
+"""MAE pretraining (arXiv 2111.06377, 2306.00989): python -m train.mae PRESET [--overrides].
+
+python -m train.mae image-mae-base --data.path shards/imagenet --speed.processes 4
+"""
+
+import functools
+
+import torch
+from torch import nn
+
+from pipelines.catalogue import Catalogue
+from pipelines.errors import run_cli
+from pipelines.inputs import normalise
+from pipelines.loader import Batch
+from pipelines.sampler import keep_units
+from train import loop, pictures, rundir, setup
+from train.config import Config, MaeConfig, parse
+from train.distributed import World
+from train.evaluate import mae_evaluation
+from train.metrics import MAE_COLUMNS
+from train.presets import MAE_PRESETS
+from train.setup import Autocast
+
+
+def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Autocast) -> loop.Task:
+    """The model and the two functions that make the loop a masked autoencoder's."""
+    assert isinstance(config, MaeConfig)
+    model = setup.build_model(config)
+    units, kept = setup.check_masking(config, model)
+    mean, std = setup.stats(config)
+    seed = config.run.seed
+
+    def loss(wrapped: nn.Module, batch: Batch) -> torch.Tensor:
+        # Which units a sample keeps depends on (seed, epoch, sample) alone, so any process may draw it.
+        keep = loop.to_device(keep_units(seed, batch.epochs, batch.ids, units, kept), world.device)
+        return wrapped(normalise(batch.pixels, mean, std), keep=keep).loss
+
+    return loop.Task(
+        model=model,
+        loss=loss,
+        evaluate=functools.partial(mae_evaluation, config, world, autocast),
+        columns=MAE_COLUMNS,
+        loss_column="loss_train",
+        picture=functools.partial(
+            pictures.save_reconstructions,
+            config,
+            world.device,
+            rundir.folder_of(config) / "reconstruction.png",
+        ),
+    )
+
+
+def main() -> None:
+    loop.main(parse(MAE_PRESETS, "train.mae"), make_task)
+
+
+if __name__ == "__main__":
+    run_cli(main)

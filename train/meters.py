@@ -1,0 +1,73 @@
+"""What is measured along the way: sums on the device that nobody waits for, and a clock."""
+
+import resource
+import time
+
+import torch
+
+from train.distributed import mean
+
+
+class Meters:
+    """Sums kept on the device: loss, gradient norm, counted steps, skipped steps, skipped in a row."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    @classmethod
+    def fresh(cls, device: torch.device) -> "Meters":
+        return cls(torch.zeros(5, device=device, dtype=torch.float64))
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
+        good = 1.0 - skipped
+        counted = torch.stack(
+            [loss.nan_to_num(0, 0, 0) * good, norm.nan_to_num(0, 0, 0) * good, good, skipped]
+        )
+        in_a_row = (self.values[4:] + skipped) * skipped
+        self.values = torch.cat([self.values[:4] + counted, in_a_row])
+
+    def take(self) -> torch.Tensor:
+        """Means over all processes, on their way to the host; sums other than the skips start anew."""
+        taken = self.values.clone()
+        taken[:2] = mean(taken[:2] / taken[2])
+        self.values[:3] = 0
+        return taken.to("cpu", non_blocking=True)
+
+
+class Clock:
+    """Elapsed training time over all resumes, and the time and data wait of the current interval."""
+
+    def __init__(self, elapsed: float) -> None:
+        self._begin = time.perf_counter() - elapsed
+        self._mark = time.perf_counter()
+        self.steps, self.waited = 0, 0.0
+        self._excluded = 0.0
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._begin
+
+    def skip(self) -> None:
+        """Leave the time since the last mark or row (evaluation, saving) out of the step time."""
+        self._mark = time.perf_counter()
+        self.steps, self.waited = 0, 0.0
+
+    def row(self, step: int, batch: int, device: torch.device) -> dict:
+        now, steps = time.perf_counter(), max(self.steps, 1)
+        per_step = (now - self._mark) / steps
+        row = {
+            "time": self.elapsed(),
+            "step": step,
+            "samples": step * batch,
+            "samples_per_s": batch / per_step,
+            "step_ms": per_step * 1e3,
+            "data_wait_ms": self.waited / steps * 1e3,
+            "max_mem_gb": _peak_memory_gb(device),
+        }
+        self.skip()
+        return row
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,101 @@
+"""Metric rows: a CSV that can be read while it grows, and the same rows as a Parquet dataset."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.files import atomic_write
+
+INTEGERS = ("step", "samples", "skipped")
+COMMON = (
+    "epoch",
+    "samples",
+    "grad_norm",
+    "samples_per_s",
+    "step_ms",
+    "data_wait_ms",
+    "max_mem_gb",
+    "skipped",
+)
+MAE_COLUMNS = ("time", "step", "loss_train", "lr", "loss_val", *COMMON)
+FINETUNE_COLUMNS = ("time", "step", "loss", "lr", "acc", *COMMON, "acc5", "loss_val")
+TIMING_COLUMNS = ("time", "samples_per_s", "step_ms", "data_wait_ms", "max_mem_gb")
+
+Row = Mapping[str, float | int | None]
+
+
+class MetricsWriter:
+    """Appends rows to `metrics.csv` at once and to `metrics/part-*.parquet` at each `commit`.
+
+    Opened for a run that resumes after `step`, it first drops every later row from both: those steps will be
+    done again, and no row may stand twice.
+    """
+
+    def __init__(self, run: Path, columns: tuple[str, ...], step: int) -> None:
+        self.columns = columns
+        self.folder = run / "metrics"
+        self.folder.mkdir(exist_ok=True)
+        path = run / "metrics.csv"
+        rows = [row for row in read_csv(path) if row["step"] <= step] if path.exists() and step else []
+        with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+            csv.writer(file).writerows([columns, *[_texts(row, columns) for row in rows]])
+        for part in self.folder.glob("*.parquet"):
+            part.unlink()
+        self._uncommitted = rows
+        self.commit()
+        self._file = path.open("a", newline="")
+        self._csv = csv.writer(self._file)
+
+    def write(self, row: Row) -> None:
+        """Append one row; `None` and missing columns stay empty."""
+        self._csv.writerow(_texts(row, self.columns))
+        self._file.flush()
+        self._uncommitted.append(dict(row))
+
+    def commit(self) -> None:
+        """Write the rows since the last commit as a Parquet part of their own."""
+        if self._uncommitted:
+            path = self.folder / f"part-{self._uncommitted[-1]['step']:09d}.parquet"
+            with atomic_write(path) as temporary:
+                pq.write_table(_table(self._uncommitted, self.columns), temporary)
+            self._uncommitted = []
+
+    def close(self) -> None:
+        """Commit, then merge the parts into one."""
+        self.commit()
+        self._file.close()
+        parts = sorted(self.folder.glob("part-*.parquet"))
+        if len(parts) > 1:
+            table = pa.concat_tables([pq.read_table(part) for part in parts])
+            # The merged file takes the last part's name, so a crash in between leaves at worst older parts,
+            # which the next start removes.
+            with atomic_write(parts[-1]) as temporary:
+                pq.write_table(table, temporary)
+            for part in parts[:-1]:
+                part.unlink()
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a metrics.csv: numbers parsed, empty fields None, a half-written last line dropped."""
+    with path.open(newline="") as file:
+        reader = csv.reader(line for line in file if line.endswith("\n"))
+        header = next(reader, [])
+        return [{k: _number(k, v) for k, v in zip(header, row, strict=True)} for row in reader]
+
+
+def _number(column: str, text: str) -> float | int | None:
+    if text == "":
+        return None
+    return int(text) if column in INTEGERS else float(text)
+
+
+def _texts(row: Row, columns: tuple[str, ...]) -> list[str]:
+    return ["" if row.get(column) is None else repr(row[column]) for column in columns]
+
+
+def _table(rows: list[dict], columns: tuple[str, ...]) -> pa.Table:
+    types = [(name, pa.int64() if name in INTEGERS else pa.float64()) for name in columns]
+    return pa.Table.from_pylist(rows, schema=pa.schema(types))

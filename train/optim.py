@@ -1,0 +1,64 @@
+"""Optimizer, learning-rate schedule and per-step seeds."""
+
+import random
+
+import numpy as np
+import torch
+from torch import nn
+
+from train.config import OptimConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW in timm's groups: no decay for 1-D parameters and position embeddings, lr by layer."""
+    from timm.optim import param_groups_layer_decay
+
+    groups = param_groups_layer_decay(
+        model,
+        weight_decay=config.weight_decay,
+        no_weight_decay_list=model.no_weight_decay(),  # pyrefly: ignore
+        layer_decay=config.layer_decay,
+    )
+    return torch.optim.AdamW(groups, lr=scaled_lr(config), betas=config.betas, fused=True)
+
+
+def scaled_lr(config: OptimConfig) -> float:
+    """The linear scaling rule (arXiv 1706.02677): lr x batch / lr_batch."""
+    return config.lr * config.batch / config.lr_batch
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int, per_epoch: float):  # noqa: ANN201
+    """Linear warmup from 0, then half a cosine down to `min_lr`; set per step, honouring layer decay."""
+    from timm.scheduler import CosineLRScheduler
+
+    warmup = min(round(config.warmup_epochs * per_epoch), steps)
+    return CosineLRScheduler(
+        optimizer, t_initial=max(steps, 2), lr_min=config.min_lr, warmup_t=warmup, t_in_epochs=False
+    )
+
+
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip and step; a non-finite gradient skips the step without the host looking at it.
+
+    After DDP's mean every process holds the same gradient, so all of them skip alike. Returns the norm before
+    clipping and 1.0 where the step was skipped, both 0-D on the device.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
+    skipped = (~torch.isfinite(norm)).float()
+    optimizer.found_inf, optimizer.grad_scale = skipped, None  # fused AdamW reads both  # pyrefly: ignore
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skipped
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every generator for one step, so that resuming needs no generator state.
+
+    Drop path, dropout and mixup thus depend on (seed, step, rank) alone; data and masks on (seed, sample).
+    """
+    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)  # timm's mixup draws from the global generator
+    random.seed(number)

@@ -1,0 +1,85 @@
+"""Pictures of what a masked autoencoder sees and fills in."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+
+from models.mae import reconstruct
+from pipelines.catalogue import Catalogue
+from pipelines.files import atomic_write
+from pipelines.inputs import normalise
+from pipelines.loader import eval_batches
+from pipelines.sampler import keep_units
+from train import setup
+from train.config import MaeConfig
+
+SHOWN_SAMPLES, SHOWN_FRAMES = 6, 4
+GAP, HEADER = 4, 16
+
+
+@torch.inference_mode()
+def save_reconstructions(
+    config: MaeConfig, device: torch.device, path: Path, model: nn.Module, catalogue: Catalogue
+) -> None:
+    """Write a PNG: a row per sample, its input, what was kept, and the reconstruction; clips as strips.
+
+    The prediction is in units of each patch's own mean and deviation, so the true ones colour it: the picture
+    says so in its title.
+    """
+    units, kept = setup.check_masking(config, model)
+    batch = next(
+        eval_batches(
+            catalogue,
+            setup.view_spec(config),
+            batch=SHOWN_SAMPLES,
+            rank=0,
+            world=1,
+            device=device,
+            threads=config.speed.threads,
+        )
+    )
+    count = int(batch.valid.sum())
+    mean, std = setup.stats(config)
+    inputs = normalise(batch.pixels, mean, std)[:count]
+    keep = torch.from_numpy(keep_units(0, batch.epochs, batch.ids, units, kept))[:count].to(device)
+    model.eval()
+    filled = reconstruct(model, inputs, keep)  # pyrefly: ignore
+    if inputs.ndim == 5:
+        inputs = inputs[:, :, :: inputs.shape[2] // filled.shape[2]]
+    visible = _visible(model, keep, inputs)
+    columns = [_pixels(x, mean, std) for x in (inputs, torch.where(visible, inputs, 0.0), filled)]
+    titles = ("input", "kept", "reconstruction (with the true patch mean and deviation)")
+    with atomic_write(path) as temporary:
+        _grid(columns, titles).save(temporary, format="png")
+
+
+def _visible(model: nn.Module, keep: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """Bool [b, 1, (t), h, w]: which pixels belong to kept mask units."""
+    grid: tuple[int, ...] = model.mask_units  # pyrefly: ignore
+    mask = torch.zeros(len(keep), model.num_mask_units, device=keep.device)  # pyrefly: ignore
+    mask = mask.scatter(1, keep, 1.0).view(len(keep), 1, *grid)
+    return nn.functional.interpolate(mask, size=inputs.shape[2:], mode="nearest") > 0.5
+
+
+def _pixels(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """[b, 3, (t), h, w] normalised -> uint8 [b, h, columns, 3], frames side by side."""
+    if x.ndim == 5:
+        frames = np.linspace(0, x.shape[2] - 1, SHOWN_FRAMES).round().astype(int).tolist()
+        x = torch.cat([x[:, :, f] for f in frames], dim=-1)
+    shape = (1, 3, 1, 1)
+    x = x.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    return (x.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def _grid(columns: list[np.ndarray], titles: tuple[str, ...]) -> Image.Image:
+    rows, height, width, _ = columns[0].shape
+    sheet = Image.new("RGB", (len(columns) * (width + GAP), HEADER + rows * (height + GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, (column, title) in enumerate(zip(columns, titles, strict=True)):
+        draw.text((c * (width + GAP) + 2, 2), title, fill="black")
+        for r in range(rows):
+            sheet.paste(Image.fromarray(column[r]), (c * (width + GAP), HEADER + r * (height + GAP)))
+    return sheet
