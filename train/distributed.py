@@ -1,5 +1,6 @@
 """Processes and devices: starting them, summing over them, and stopping all of them at the same step."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ def start(device: str) -> World:
     kind = resolve_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if kind == "cuda":
         torch.cuda.set_device(local)
+    if under_torchrun():
+        # A launcher that is killed outright must not leave its processes training on: they save and stop.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return World(rank(), size, torch.device(kind, local) if kind == "cuda" else torch.device("cpu"))
@@ -94,6 +100,15 @@ def total(values: torch.Tensor) -> torch.Tensor:
 def mean(values: torch.Tensor) -> torch.Tensor:
     """Mean of a tensor over all processes."""
     return total(values) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def gather(values: torch.Tensor) -> torch.Tensor:
+    """Every process's tensor [n] as [processes, n]."""
+    if not dist.is_initialized():
+        return values[None]
+    rows = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, values)
+    return torch.stack(rows)
 
 
 def barrier() -> None:

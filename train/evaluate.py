@@ -38,7 +38,7 @@ def _batches(config: Config, world: World, catalogue: Catalogue, views: tuple[in
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def classifier_evaluation(
     config: FinetuneConfig, world: World, autocast: Autocast, model: nn.Module, catalogue: Catalogue
 ) -> dict[str, float]:
@@ -60,7 +60,7 @@ def classifier_evaluation(
     return {"acc": top1 / count, "acc5": top5 / count, "loss_val": loss / count}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def mae_evaluation(
     config: MaeConfig, world: World, autocast: Autocast, model: nn.Module, catalogue: Catalogue
 ) -> dict[str, float]:

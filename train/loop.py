@@ -121,7 +121,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        meters = Meters(state["meters"].to(world.device))
+        meters.restore(state["meters"], world.rank, world.size)
         start, elapsed = state["step"], state["elapsed"]
         screen.line(f"resumed from step {start} of {steps}")
     metrics = MetricsWriter(run, task.columns, start) if world.is_main else None
@@ -173,9 +173,10 @@ def fit(config: Config, make_task: MakeTask) -> int:
                     clock.skip()
             if last or signal_number or step % config.run.checkpoint_every == 0:
                 settle()
+                sums = meters.gathered()
                 if world.is_main and metrics is not None:
                     metrics.commit()
-                    state = {"step": step, "elapsed": clock.elapsed(), "meters": meters.values}
+                    state = {"step": step, "elapsed": clock.elapsed(), "meters": sums}
                     state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     checkpoint.save(run / "checkpoints", step, state, config.run.keep)
                 clock.skip()

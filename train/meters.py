@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from train.distributed import mean
+from train.distributed import gather, mean
 
 
 class Meters:
@@ -25,6 +25,14 @@ class Meters:
         )
         in_a_row = (self.values[4:] + skipped) * skipped
         self.values = torch.cat([self.values[:4] + counted, in_a_row])
+
+    def gathered(self) -> torch.Tensor:
+        """All processes' values [processes, 5], for a checkpoint; the loss is each one's own."""
+        return gather(self.values)
+
+    def restore(self, rows: torch.Tensor, rank: int, processes: int) -> None:
+        """Take up this process's values again, or their mean where the number of processes changed."""
+        self.values = rows[rank].clone() if len(rows) == processes else rows.mean(0)
 
     def take(self) -> torch.Tensor:
         """Means over all processes, on their way to the host; sums other than the skips start anew."""

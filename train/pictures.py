@@ -7,7 +7,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from models.mae import reconstruct
 from pipelines.catalogue import Catalogue
 from pipelines.files import atomic_write
 from pipelines.inputs import normalise
@@ -20,7 +19,7 @@ SHOWN_SAMPLES, SHOWN_FRAMES = 6, 4
 GAP, HEADER = 4, 16
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def save_reconstructions(
     config: MaeConfig, device: torch.device, path: Path, model: nn.Module, catalogue: Catalogue
 ) -> None:
@@ -29,6 +28,8 @@ def save_reconstructions(
     The prediction is in units of each patch's own mean and deviation, so the true ones colour it: the picture
     says so in its title.
     """
+    from models.mae import reconstruct
+
     units, kept = setup.check_masking(config, model)
     batch = next(
         eval_batches(

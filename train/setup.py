@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models import create, load_weights
 from pipelines import loader
 from pipelines.catalogue import Catalogue, open_catalogue, read_info
 from pipelines.errors import UserError
@@ -82,6 +81,8 @@ def view_spec(config: Config) -> loader.ViewSpec:
 
 def build_model(config: Config, **options: object) -> nn.Module:
     """The model at the configured input size; a wrong name or size becomes a UserError."""
+    from models import create  # here: with timm it takes seconds, which a launcher can do without
+
     data = config.data
     size = (data.size, data.size) if data.frames == 1 else (data.frames, data.size, data.size)
     try:
@@ -92,8 +93,10 @@ def build_model(config: Config, **options: object) -> nn.Module:
 
 def warm_start(model: nn.Module, config: Config) -> str:
     """Load `model.init` into the model; returns the report of what was loaded. Raises UserError."""
+    from models import load_weights
+
     try:
-        return f"starting weights {config.model.init}:\n{load_weights(model, config.model.init)}"
+        return f"starting weights {config.model.init}:\n{load_weights(model, config.model.init, quiet=True)}"
     except ValueError as error:
         raise UserError(f"starting weights {config.model.init}: {error}") from error
 

@@ -1,0 +1,236 @@
+"""The parts of the training core by themselves: configuration, metrics, checkpoints, optimizer."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+
+import models
+from pipelines.errors import UserError
+from train import checkpoint, config, optim
+from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS, MetricsWriter, read_csv
+from train.presets import FINETUNE_PRESETS, MAE_PRESETS
+
+PRESETS = {**MAE_PRESETS, **FINETUNE_PRESETS}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json_and_names_a_model(name: str):
+    preset = PRESETS[name]
+    assert config.from_dict(json.loads(json.dumps(config.to_dict(preset)))) == preset
+    assert preset.model.name in models.list_models()
+    assert preset.model.name.startswith("mae_") == (name in MAE_PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "name a preset first"),
+        (["image-mae-bace"], "did you mean 'image-mae-base'"),
+        (["image-mae-pico", "--optim.epoch", "3"], "did you mean '--optim.epochs'"),
+        (["image-mae-pico", "surplus"], "unknown argument 'surplus'"),
+    ],
+)
+def test_wrong_words_get_one_sentence_with_a_hint(monkeypatch, words: list[str], expected: str):
+    monkeypatch.setattr("sys.argv", ["train.mae", *words])
+    with pytest.raises(UserError, match=expected) as caught:
+        config.parse(MAE_PRESETS, "train.mae")
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_reach_the_configuration(monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["x", "image-mae-pico", "--optim.lr", "0.5", "--data.flip=0", "--run.seed", "7"]
+    )
+    parsed = config.parse(MAE_PRESETS, "train.mae")
+    assert (parsed.optim.lr, parsed.data.flip, parsed.run.seed) == (0.5, 0.0, 7)
+    assert parsed.run.name == "image-mae-pico"
+
+
+def test_only_settings_that_change_results_count_as_differences():
+    old = config.to_dict(MAE_PRESETS["image-mae-pico"])
+    new = json.loads(json.dumps(old))
+    new["speed"]["threads"], new["run"]["name"] = 9, "other"
+    assert config.differences(old, new) == []
+    new["optim"]["lr"] = 1.0
+    assert config.differences(old, new) == [f"optim.lr: {old['optim']['lr']} -> 1.0"]
+
+
+# ---- metrics
+
+
+def row(step: int) -> dict:
+    return {
+        "time": step * 0.1,
+        "step": step,
+        "loss": 1 / (step + 3),
+        "lr": 0.1,
+        "samples": step * 8,
+        "skipped": 0,
+    }
+
+
+def parquet_rows(run: Path) -> list[dict]:
+    return pq.read_table(run / "metrics").to_pylist()
+
+
+def test_csv_and_parquet_hold_the_same_rows_also_after_a_resume(tmp_path: Path):
+    writer = MetricsWriter(tmp_path, FINETUNE_COLUMNS, 0)
+    for step in (1, 2):
+        writer.write(row(step))
+    writer.commit()
+    writer.write(row(3))  # never committed: as after a crash
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("0.4,4,0.1")  # and a line that the crash cut off
+    writer = MetricsWriter(tmp_path, FINETUNE_COLUMNS, 2)
+    for step in (3, 4):
+        writer.write(row(step))
+        writer.commit()
+    assert len(list((tmp_path / "metrics").iterdir())) == 3
+    writer.close()
+    assert len(list((tmp_path / "metrics").iterdir())) == 1
+    rows = read_csv(tmp_path / "metrics.csv")
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert rows == parquet_rows(tmp_path)
+    assert rows[0]["loss"] == row(1)["loss"] and rows[0]["acc"] is None
+
+
+def test_metric_columns_begin_as_the_reference_trainer_names_them():
+    assert MAE_COLUMNS[:5] == ("time", "step", "loss_train", "lr", "loss_val")
+    assert FINETUNE_COLUMNS[:5] == ("time", "step", "loss", "lr", "acc")
+
+
+def test_a_fresh_start_drops_rows_of_an_earlier_start_that_saved_nothing(tmp_path: Path):
+    writer = MetricsWriter(tmp_path, FINETUNE_COLUMNS, 0)
+    writer.write(row(1))
+    writer.close()
+    MetricsWriter(tmp_path, FINETUNE_COLUMNS, 0).close()
+    assert read_csv(tmp_path / "metrics.csv") == []
+
+
+# ---- checkpoints
+
+CPU = torch.device("cpu")
+
+
+def test_checkpoints_keep_the_last_and_leave_no_leftovers(tmp_path: Path):
+    (tmp_path / ".step-000000001.pt.tmp-99").write_bytes(b"killed while writing")
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step, "w": torch.full((3,), float(step))}, keep=2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"step-00000000{s}.{end}" for s in (2, 3) for end in ("pt", "sha256")]
+    state, complaints = checkpoint.load_newest(tmp_path, CPU)
+    assert state is not None and state["step"] == 3 and not complaints
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no digest"])
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path: Path, damage: str):
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, step, {"step": step}, keep=2)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "no digest":
+        path.with_suffix(".sha256").unlink()
+    else:
+        path.write_bytes({"cut": content[:100], "flipped": content, "empty": b""}[damage])
+    state, complaints = checkpoint.load_newest(tmp_path, CPU)
+    assert state == {"step": 1}
+    assert len(complaints) == 1 and "step-000000002" in complaints[0]
+
+
+def test_no_checkpoint_means_a_fresh_start(tmp_path: Path):
+    assert checkpoint.load_newest(tmp_path / "none", CPU) == (None, [])
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "owned",))
+
+    checkpoint.save(tmp_path, 1, {"step": 1, "evil": Evil()}, keep=1)
+    with pytest.raises(Exception, match=r"(?i)weights_only|unsupported"):
+        checkpoint.load_newest(tmp_path, CPU)
+    assert not (tmp_path / "owned").exists()
+
+
+# ---- optimizer
+
+
+def pico() -> nn.Module:
+    torch.manual_seed(0)
+    return models.create("hiera_pico_96", input_size=(64, 64), num_classes=3)
+
+
+def test_groups_decay_matrices_only_and_scale_the_rate_by_depth():
+    model = pico()
+    settings = FINETUNE_PRESETS["image-ft-pico"].optim
+    groups = optim.make_optimizer(model, settings).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: g for g in groups for p in g["params"]}
+    assert set(found) == set(names.values())
+    for name, group in found.items():
+        plain = name.endswith(".weight") and "norm" not in name
+        assert group["weight_decay"] == (settings.weight_decay if plain else 0.0), name
+    decay, last = settings.layer_decay, len(model.blocks) - 1  # pyrefly: ignore
+    assert found["head.projection.weight"]["lr_scale"] == 1.0
+    assert found[f"blocks.{last}.mlp.fc1.weight"]["lr_scale"] == pytest.approx(decay)
+    assert found["blocks.0.mlp.fc1.weight"]["lr_scale"] == pytest.approx(decay ** (last + 1))
+    assert found["patch_embed.proj.weight"]["lr_scale"] == pytest.approx(decay ** (last + 2))
+
+
+def test_schedule_warms_up_then_follows_a_cosine_for_every_layer():
+    settings = config.OptimConfig(batch=8, lr=0.4, lr_batch=16, warmup_epochs=2, layer_decay=0.5)
+    optimizer = optim.make_optimizer(pico(), settings)
+    schedule = optim.make_schedule(optimizer, settings, steps=50, per_epoch=5.0)
+    head = max(optimizer.param_groups, key=lambda g: g["lr_scale"])
+    body = min(optimizer.param_groups, key=lambda g: g["lr_scale"])
+    rates = []
+    for step in range(50):
+        schedule.step_update(step)
+        rates.append(head["lr"])
+        assert body["lr"] == pytest.approx(head["lr"] * body["lr_scale"])
+    assert rates[0] == 0 and rates[5] == pytest.approx(0.1) and rates[10] == pytest.approx(0.2, rel=0.11)
+    assert rates[30] == pytest.approx(0.1 * (1 + torch.cos(torch.tensor(30 / 50 * torch.pi)).item()))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+
+
+def test_a_non_finite_gradient_changes_nothing_and_is_counted():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def step(value: float) -> float:
+        (model(torch.ones(1, 3)) * value).sum().backward()
+        return optim.update(model, optimizer, clip_norm=1.0)[1].item()
+
+    assert step(1.0) == 0
+    before = [p.detach().clone() for p in model.parameters()]
+    state = [s["exp_avg"].clone() for s in optimizer.state.values()]
+    for bad in (float("nan"), float("inf")):
+        assert step(bad) == 1
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(state, optimizer.state.values(), strict=True))
+    assert step(1.0) == 0
+    assert not torch.equal(before[0], next(iter(model.parameters())))
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported():
+    model = nn.Linear(4, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    before = model.weight.detach().clone()
+    (model(torch.ones(1, 4)) * 100).sum().backward()
+    norm, _ = optim.update(model, optimizer, clip_norm=0.5)
+    assert norm.item() == pytest.approx(200)
+    assert (before - model.weight).norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_steps_are_seeded_by_seed_step_and_rank():
+    def draw(*key: int) -> float:
+        optim.seed_step(*key)
+        return torch.rand(1).item()
+
+    assert draw(0, 5, 0) == draw(0, 5, 0)
+    assert len({draw(s, k, r) for s in range(2) for k in range(3) for r in range(2)}) == 12

@@ -1,0 +1,240 @@
+"""Whole runs: pretraining and finetuning, images and clips, one and two processes, killed and resumed."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pipelines.errors import UserError
+from tests.train_helpers import ROOT, arguments, call, module, small
+from tools.plot import plot
+from train import evaluate, finetune, loop, mae, setup
+from train.metrics import TIMING_COLUMNS, read_csv
+
+
+def fit(config, task) -> Path:
+    setup.check(config)
+    assert loop.fit(config, task) == 0
+    return config.run.root / config.run.name
+
+
+def results(run: Path) -> tuple[dict, list[dict]]:
+    rows = read_csv(run / "metrics.csv")
+    assert rows == pq.read_table(run / "metrics").to_pylist()
+    kept = [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in rows]
+    return load_file(run / "model.safetensors"), kept
+
+
+def assert_same(a: Path, b: Path) -> None:
+    (weights_a, rows_a), (weights_b, rows_b) = results(a), results(b)
+    assert rows_a == rows_b
+    assert weights_a.keys() == weights_b.keys()
+    assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
+
+
+def test_images_pretrain_then_finetune_then_evaluate(images: Path, tmp_path: Path, capsys):
+    pretrained = fit(small("image-mae-pico", images, tmp_path, "mae"), mae.make_task)
+    assert [row["step"] for row in results(pretrained)[1]] == [3, 5, 6, 9, 10]
+    assert Image.open(pretrained / "reconstruction.png").width > 3 * 64
+    config = small("image-ft-pico", images, tmp_path, "ft", epochs=6.0, lr=2e-3)
+    config = replace(config, model=replace(config.model, init=str(pretrained / "model.safetensors")))
+    tuned = fit(config, finetune.make_task)
+    assert "loaded" in (tuned / "log.txt").read_text()
+    last = results(tuned)[1][-1]
+    assert last["acc"] > 0.9  # bright against dark
+    assert json.loads((tuned / "env.json").read_text())["packages"]["torch"]
+    again = evaluate.evaluate(evaluate.Arguments(tuned, device="cpu"))
+    assert again == {name: last[name] for name in again}
+    assert Image.open(plot((pretrained, tuned))).height > 100
+    assert loop.main(config, finetune.make_task) is None
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_clips_pretrain_then_finetune_with_mixup(clips: Path, tmp_path: Path):
+    pretrained = fit(small("video-mae-pico", clips, tmp_path, "mae", epochs=2.0), mae.make_task)
+    assert (pretrained / "reconstruction.png").exists()
+    config = small("video-ft-pico", clips, tmp_path, "ft", epochs=2.0)
+    config = replace(config, mixup=0.8, cutmix=1.0, views=(2, 3))
+    config = replace(config, model=replace(config.model, init=str(pretrained / "model.safetensors")))
+    tuned = fit(config, finetune.make_task)
+    assert 0 <= results(tuned)[1][-1]["acc"] <= 1
+
+
+def test_accumulation_and_processes_do_not_change_the_result(images: Path, tmp_path: Path):
+    """1 x 12, 1 x 3 x 4 and 2 processes x 3 x 2: one global batch, the same weights to rounding."""
+    base = small("image-mae-pico", images, tmp_path, "joined", epochs=2.0)
+    base = replace(base, model=replace(base.model, drop_path=0.0))  # its draws are per process
+
+    def variant(name: str, **speed: object):
+        run, speed_config = replace(base.run, name=name), replace(base.speed, **speed)
+        return replace(base, run=run, speed=speed_config)
+
+    joined = fit(variant("joined", micro_batch=12), mae.make_task)
+    split = fit(variant("split", micro_batch=3), mae.make_task)
+    done = call("train.mae", "image-mae-pico", *arguments(variant("two", micro_batch=3, processes=2)))
+    assert done.returncode == 0, done.stderr
+    assert "2 processes x 3 micro x 2 accumulated" in done.stdout
+    reference, rows = results(joined)
+    for other in (split, tmp_path / "two"):
+        weights, other_rows = results(other)
+        for name, value in reference.items():
+            if name.endswith(
+                "attn.qkv.bias"
+            ):  # softmax ignores the key's bias: its gradient is rounding noise
+                weights[name], value = (x.view(3, -1)[[0, 2]] for x in (weights[name], value))
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        for a, b in zip(rows, other_rows, strict=True):
+            assert a["step"] == b["step"]
+            assert a["loss_train"] == pytest.approx(b["loss_train"], rel=1e-4)
+            if a["loss_val"] is not None:
+                assert a["loss_val"] == pytest.approx(b["loss_val"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "processes"), [("image-ft-pico", 1), ("video-mae-pico", 1), ("image-mae-pico", 2)]
+)
+def test_sigkill_at_a_random_step_then_resume_is_bit_identical(
+    images: Path, clips: Path, tmp_path: Path, preset: str, processes: int
+):
+    data = clips if "video" in preset else images
+    program = "train.mae" if "mae" in preset else "train.finetune"
+    config = small(preset, data, tmp_path, "whole", epochs=5.0)
+    config = replace(config, speed=replace(config.speed, processes=processes))
+    killed = replace(config, run=replace(config.run, name="killed"))
+    task = mae.make_task if "mae" in preset else finetune.make_task
+    alone = processes == 1
+    if alone:
+        fit(config, task)
+    else:
+        assert call(program, preset, *arguments(config)).returncode == 0
+    wanted = random.randint(5, 9)  # past the first checkpoint and inside an epoch of 3.3 (clips: 1.7) steps
+    command = module(program, preset, *arguments(killed))
+    kill_at_row(command, tmp_path / "killed" / "metrics.csv", wanted, signal.SIGKILL)
+    if alone:
+        fit(killed, task)
+    else:
+        assert call(program, preset, *arguments(killed)).returncode == 0
+    assert "resumed from step" in (tmp_path / "killed" / "log.txt").read_text()
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def kill_at_row(command: list[str], metrics: Path, step: int, number: signal.Signals) -> int:
+    """Start a command in its own process group and signal the group once a row of `step` or later stands."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and any(row["step"] >= step for row in read_csv(metrics)):
+            break
+        time.sleep(0.01)
+    assert process.poll() is None, "the run ended before it could be killed"
+    # SIGKILL strikes the workers too, which are in sessions of their own; SIGTERM reaches them by torchrun.
+    for pid in descendants(process.pid) if number == signal.SIGKILL else []:
+        os.kill(pid, number)
+    process.send_signal(number)
+    return process.wait(60)
+
+
+def descendants(parent: int) -> list[int]:
+    """Process ids below `parent`, from /proc."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found = children.get(parent, [])
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def test_sigterm_finishes_the_step_saves_and_says_so(images: Path, tmp_path: Path):
+    config = small("image-mae-pico", images, tmp_path, "stopped", epochs=60.0)
+    config = replace(config, run=replace(config.run, checkpoint_every=100_000, log_every=1))
+    command = module("train.mae", "image-mae-pico", *arguments(config))
+    assert kill_at_row(command, tmp_path / "stopped" / "metrics.csv", 3, signal.SIGTERM) == 143
+    assert "run the same command to go on" in (tmp_path / "stopped" / "log.txt").read_text()
+    saved = list((tmp_path / "stopped" / "checkpoints").glob("*.pt"))
+    assert len(saved) == 1
+    rows = read_csv(tmp_path / "stopped" / "metrics.csv")
+    assert f"step-{rows[-1]['step']:09d}" == saved[0].stem
+
+
+# ---- wrong use
+
+
+def test_a_folder_with_other_settings_is_refused_and_kept(images: Path, tmp_path: Path):
+    config = small("image-mae-pico", images, tmp_path, "run", epochs=1.0)
+    run = fit(config, mae.make_task)
+    before = (run / "config.json").read_text()
+    other = replace(config, optim=replace(config.optim, lr=0.123))
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 -> 0\.123"):
+        setup.check(other)
+    assert (run / "config.json").read_text() == before
+
+
+def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Path):
+    good = small("image-mae-pico", images, tmp_path, "run")
+
+    def changed(part: str, **values: object):
+        return replace(good, **{part: replace(getattr(good, part), **values)})
+
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "does not exist": changed("data", path=tmp_path / "nowhere"),
+        "no dataset.json": changed("data", path=tmp_path / "empty"),
+        "holds video shards": changed("data", path=clips),
+        "must be at least 1": changed("optim", batch=0),
+        "it must be more than 0": changed("optim", epochs=0.0),
+        "can be auto, cuda or cpu": changed("speed", device="tpu"),
+        "speed.precision is 'fp8'": changed("speed", precision="fp8"),
+    }
+    if not torch.cuda.is_available():
+        cases["DEVICE=cpu"] = changed("speed", processes=2, device="auto")
+    for expected, config in cases.items():
+        with pytest.raises(UserError, match=expected) as caught:
+            setup.check(config)
+        assert "\n" not in str(caught.value)
+    for expected, config in {
+        "no masked autoencoder": changed("model", name="hiera_pico_96"),
+        "keeps 0 of 4 mask units": replace(good, mask_ratio=0.9),
+        "multiples of 32 pixels": changed("data", size=50),
+        "no weights file": changed("model", init="missing.safetensors"),
+        "hiera_pico": changed("model", name="mae_hiera_pixo_96"),
+    }.items():
+        with pytest.raises(UserError, match=expected):
+            loop.fit(config, mae.make_task)
+
+
+def test_two_runs_cannot_share_a_folder(images: Path, tmp_path: Path):
+    from train import rundir
+
+    config = small("image-mae-pico", images, tmp_path, "run")
+    lock = rundir.open_run(config, {})
+    with pytest.raises(UserError, match="another process is training"):
+        loop.fit(config, mae.make_task)
+    lock.close()
+
+
+def test_the_command_line_answers_in_one_sentence_and_fails(tmp_path: Path):
+    done = call("train.finetune", "image-ft-pico", "--data.path", str(tmp_path / "nowhere"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

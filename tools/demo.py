@@ -1,0 +1,125 @@
+"""The whole job on drawn data, on any machine: python -m tools.demo (= make demo).
+
+Every line it runs is printed first and can be pasted. Interrupted, it goes on where it was.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.errors import UserError, run_cli
+from train.metrics import read_csv
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One half of the demo: what it is called and which recipes it runs."""
+
+    name: str
+    unit: str
+    pack: str
+    pretrain: str
+    finetune: str
+
+
+KINDS = (
+    Kind(
+        name="images",
+        unit="images",
+        pack="tools.pack_imagenet --source data/demo/images",
+        pretrain="image-mae-pico --optim.epochs 15",
+        finetune="image-ft-pico --optim.epochs 10",
+    ),
+    Kind(
+        name="clips",
+        unit="clips",
+        pack="tools.pack_kinetics --frames data/demo/clips/data_30fps_frames"
+        " --annotations data/demo/clips/annotations",
+        pretrain="video-mae-pico --optim.epochs 10",
+        finetune="video-ft-pico --optim.epochs 15",
+    ),
+)
+
+
+def commands(kind: Kind) -> list[str]:
+    """The kind's whole job, a module and its arguments a line."""
+    shards, mae, finetune = (f"shards/demo-{kind.name}", f"demo-{kind.name}-mae", f"demo-{kind.name}-ft")
+    return [
+        f"{kind.pack} --out {shards}",
+        f"tools.verify {shards}",
+        f"train.mae {kind.pretrain} --data.path {shards} --run.name {mae}",
+        f"train.finetune {kind.finetune} --data.path {shards} --run.name {finetune}"
+        f" --model.init runs/{mae}/model.safetensors",
+        f"train.evaluate runs/{finetune}",
+        f"tools.plot runs/{mae}",
+        f"tools.plot runs/{finetune}",
+    ]
+
+
+def main() -> None:
+    begin = time.monotonic()
+    run("tools.demo_data --out data/demo")
+    for kind in KINDS:
+        for command in commands(kind):
+            run(command)
+    Console().print(closing_table(time.monotonic() - begin))
+
+
+def run(command: str) -> None:
+    """Run `python -m COMMAND`; raises UserError when it fails, whose own message stands above."""
+    print(f"\n$ python -m {command}", flush=True)
+    code = subprocess.run([sys.executable, "-m", *shlex.split(command)], check=False).returncode
+    if code:
+        raise UserError(f"the demo stopped: python -m {command} ended with exit code {code}; see above")
+
+
+def closing_table(seconds: float) -> Table:
+    """What came out of it, read back from the run folders."""
+    table = Table("", *(kind.name for kind in KINDS), title=f"make demo: {seconds:.0f} s")
+    rows: dict[str, list[str]] = {}
+    for kind in KINDS:
+        for name, value in _results(kind).items():
+            rows.setdefault(name, []).append(value)
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    return table
+
+
+def _results(kind: Kind) -> dict[str, str]:
+    mae, finetune = (read_csv(Path(f"runs/demo-{kind.name}-{part}/metrics.csv")) for part in ("mae", "ft"))
+    classes = len(json.loads(Path(f"shards/demo-{kind.name}/dataset.json").read_text())["classes"])
+    losses = [row["loss_val"] for row in mae if row["loss_val"] is not None]
+    accuracy = finetune[-1]["acc"]
+    return {
+        "MAE validation loss, first": f"{losses[0]:.3f} (step {_step(mae, 'loss_val')})",
+        "MAE validation loss, last": f"{losses[-1]:.3f} (step {mae[-1]['step']})",
+        "accuracy after finetuning": f"{100 * accuracy:.1f} %",
+        "accuracy of chance": f"{100 / classes:.1f} %",
+        "accuracy / chance": f"{accuracy * classes:.1f} x",
+        "MAE speed": _speed(mae, kind),
+        "finetuning speed": _speed(finetune, kind),
+        "files": f"runs/demo-{kind.name}-mae\nruns/demo-{kind.name}-ft\nshards/demo-{kind.name}",
+    }
+
+
+def _step(rows: list[dict], column: str) -> int:
+    return next(row["step"] for row in rows if row[column] is not None)
+
+
+def _speed(rows: list[dict], kind: Kind) -> str:
+    """Means over the run's rows, the first apart: it holds the warming up."""
+    rows = rows[1:] or rows
+    rate = sum(row["samples_per_s"] for row in rows) / len(rows)
+    wait = sum(row["data_wait_ms"] for row in rows) / sum(row["step_ms"] for row in rows)
+    return f"{rate:.1f} {kind.unit}/s, data wait {100 * wait:.1f} %"
+
+
+if __name__ == "__main__":
+    run_cli(main)

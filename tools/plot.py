@@ -1,0 +1,76 @@
+"""Draws the curves of one run or of several over each other: python -m tools.plot runs/A [runs/B ...]."""
+
+from pathlib import Path
+
+import tyro
+
+from pipelines.errors import UserError, run_cli
+from pipelines.files import atomic_write
+from train.metrics import read_csv
+
+# (title, columns drawn into it, logarithmic); a panel that no run has numbers for is left out.
+PANELS = (
+    ("loss", ("loss_train", "loss", "loss_val"), False),
+    ("accuracy", ("acc", "acc5"), False),
+    ("learning rate", ("lr",), False),
+    ("gradient norm", ("grad_norm",), True),
+    ("samples per second", ("samples_per_s",), False),
+    ("step and data wait, ms", ("step_ms", "data_wait_ms"), False),
+)
+
+
+def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> Path:
+    """Write a PNG of the runs' curves over steps.
+
+    Args:
+        runs: run folders.
+        out: picture to write; curves.png in the first run's folder unless given.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if not runs:
+        raise UserError("name at least one run folder, such as runs/image-mae-pico")
+    tables = {run.name: _read(run) for run in runs}
+    panels = [panel for panel in PANELS if any(_has(rows, panel[1]) for rows in tables.values())]
+    figure, axes = pyplot.subplots(-(-len(panels) // 2), 2, figsize=(11, 3.2 * -(-len(panels) // 2)))
+    for axis, (title, columns, logarithmic) in zip(axes.flat, panels, strict=False):
+        for name, rows in tables.items():
+            for column in columns:
+                points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
+                if points:
+                    label = column if len(tables) == 1 else f"{name} {column}"
+                    axis.plot(
+                        *zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None
+                    )
+        axis.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    figure.suptitle(", ".join(tables))
+    figure.tight_layout()
+    path = out or runs[0] / "curves.png"
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return path
+
+
+def _read(run: Path) -> list[dict]:
+    path = run / "metrics.csv"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name a run folder, such as RUN=image-mae-pico")
+    rows = read_csv(path)
+    if not rows:
+        raise UserError(f"{path} has no rows yet; wait for the run's first metric row")
+    return rows
+
+
+def _has(rows: list[dict], columns: tuple[str, ...]) -> bool:
+    return any(row.get(column) is not None for row in rows for column in columns)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: print(tyro.cli(plot)))
