@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ModelError
-from models.hiera import NORM_EPS, Block, Encoder, HieraConfig, init_uniform, unit_mask
+from models.hiera import Encoder, HieraConfig
+from models.layers import NORM_EPS, Block, conv, init_uniform, unit_mask
 from models.unroll import FRAMES, STRIDE, UNIT, take, unroll
 
 POOLS = 2  # the autoencoder's last stage does not pool
@@ -57,10 +58,8 @@ class MaskedAutoencoder(Encoder):
 
     def _fusion_heads(self) -> list[nn.Module]:
         """Convolutions that bring stages 1 and 2 to the last stage's grid and width."""
-        conv, ahead = (nn.Conv3d, (1,)) if self.config.video else (nn.Conv2d, ())
-        sides = [1 << (POOLS - stage) for stage in range(POOLS)]
-        widths = [self.config.width << stage for stage in range(POOLS)]
-        return [conv(c, self.width_out, (*ahead, s, s)) for s, c in zip(sides, widths, strict=True)]
+        width, out, video = self.config.width, self.width_out, self.config.video
+        return [conv(video, width << stage, out, 1, side=1 << (POOLS - stage)) for stage in range(POOLS)]
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -98,7 +97,7 @@ class MaskedAutoencoder(Encoder):
         pred = self.decode(self.fuse(self.encode(x, keep)), kept, masked)
         with torch.no_grad():
             label, _, _ = self.labels(x, masked)
-        loss = F.mse_loss(pred.float(), label.float())
+        loss = F.mse_loss(pred.to(label.dtype), label)
         return MaeOutput(loss, pred.flatten(0, 1), label.flatten(0, 1), unit_mask(keep, self.num_mask_units))
 
     def split_tokens(self, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +193,7 @@ def reconstruct(model: MaskedAutoencoder, x: Tensor, keep: Tensor) -> Tensor:
     patches = model.patches(x).clone(memory_format=torch.contiguous_format)
     shape = patches.shape
     flat = patches.flatten(4).flatten(1, 3)
-    flat = flat.scatter(1, masked[..., None].expand_as(pred), (pred.float() * deviation + mean).to(x.dtype))
+    flat = flat.scatter(1, masked[..., None].expand_as(pred), pred.to(x.dtype) * deviation + mean)
     patches = flat.view(shape)
     if not model.config.video:
         return patches.squeeze(1).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

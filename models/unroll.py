@@ -21,6 +21,7 @@ Attention inside units folds units into the batch, global attention joins them i
 dropping masked units is a gather along axis 1.
 """
 
+import torch
 from torch import Tensor
 
 from models.errors import ModelError
@@ -91,5 +92,5 @@ def take(cells: Tensor, ids: Tensor) -> Tensor:
     `cells` may be a strided view; only the cells asked for are copied.
     """
     _, _, h, w = cells.shape[:4]
-    batch = ids.new_ones(ids.shape[0]).cumsum(0)[:, None] - 1
+    batch = torch.arange(len(ids), device=ids.device)[:, None]
     return cells[batch, ids // (h * w), ids // w % h, ids % w]

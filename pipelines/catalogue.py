@@ -1,18 +1,22 @@
 """The catalogue of a packed dataset: what every shard holds, and where in it each frame lies."""
 
+import ctypes
 import json
+import mmap
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.columns import READABLE, load_columns
 from pipelines.errors import UserError
 
 FORMAT_VERSION = 1
-READABLE = [("status", "=", "ok")]
+LIBC = ctypes.CDLL(None)
+LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 # One row per source sample of a split, the rejected ones too; written by tools/shards.py.
 SCHEMA = pa.schema(
@@ -82,14 +86,54 @@ class Catalogue:
     def tar_path(self, shard: int) -> Path:
         return self.info.root / self.split / f"{shard:06d}.tar"
 
+    def tar(self, shard: int) -> np.ndarray:
+        """A shard's bytes, mapped when first asked for."""
+        if shard not in self._tars:
+            self._tars[shard] = map_tar(self.tar_path(shard))
+        return self._tars[shard]
+
+    @cached_property
+    def _tars(self) -> dict[int, np.ndarray]:
+        return {}
+
     def frame_bytes(self, sample: int, frame: int) -> np.ndarray:
-        """The JPEG of a frame, uint8 [bytes], a view on the memory-mapped tar: nothing is copied."""
-        row = self.first_frame[sample] + frame
-        start = self.offset[row]
-        return map_tar(self.tar_path(int(self.shard[sample])))[start : start + self.size[row]]
+        """The JPEG of a frame, uint8 [bytes]; see `clip_bytes`."""
+        return self.clip_bytes(np.array([sample]), np.array([[frame]]))[0]
+
+    def clip_bytes(self, ids: np.ndarray, frames: np.ndarray) -> list[np.ndarray]:
+        """The JPEGs of frames [n, T] of samples ids [n], sample after sample: n * T views, uint8 [bytes].
+
+        They lie in the memory-mapped tars: nothing is read or copied here. Raises UserError when a tar is
+        not there.
+        """
+        rows = self.first_frame[ids][:, None] + frames
+        starts, ends = self.offset[rows], self.offset[rows] + self.size[rows]
+        tars = [self.tar(shard) for shard in self.shard[ids].tolist()]
+        places = zip(tars, starts.tolist(), ends.tolist(), strict=True)
+        return [tar[a:b] for tar, low, high in places for a, b in zip(low, high, strict=True)]
+
+    def member_name(self, sample: int, frame: int) -> str:
+        """A frame's name inside its tar, "KEY.jpg" or "KEY.f0003.jpg", from the header before its bytes."""
+        start = int(self.offset[self.first_frame[sample] + frame])
+        header = self.tar(int(self.shard[sample]))[start - 512 : start - 412]
+        return header.tobytes().rstrip(b"\0").decode("ascii", "replace")
+
+    def will_need(self, ids: np.ndarray, frames: np.ndarray) -> None:
+        """Ask the kernel to read frames [n, T] of samples ids [n] ahead, so that cold files stall nobody.
+
+        Asks for all from a sample's first frame to its last in one go, which is how disks like it.
+        """
+        rows = self.first_frame[ids][:, None] + frames
+        low, high = rows.min(axis=1), rows.max(axis=1)
+        starts = self.offset[low] // mmap.PAGESIZE * mmap.PAGESIZE
+        lengths = self.offset[high] + self.size[high] - starts
+        for shard, start, length in zip(
+            self.shard[ids].tolist(), starts.tolist(), lengths.tolist(), strict=True
+        ):
+            address = self.tar(shard).__array_interface__["data"][0]
+            LIBC.madvise(address + start, length, mmap.MADV_WILLNEED)  # a hint: failure does not matter
 
 
-@cache
 def map_tar(path: Path) -> np.ndarray:
     """A tar as uint8 [bytes], memory-mapped, so that processes share its pages.
 
@@ -133,7 +177,7 @@ def open_catalogue(root: Path | str, split: str) -> Catalogue:
     if not path.is_file():
         raise UserError(f"{path} is missing; pack this dataset again")
     try:
-        columns = read_columns(path)
+        columns = load_columns(path)
     except (pa.ArrowException, OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}); pack this dataset again") from error
     if len(columns["shard"]) != info.splits[split]["samples"]:
@@ -142,16 +186,3 @@ def open_catalogue(root: Path | str, split: str) -> Catalogue:
             f"{info.splits[split]['samples']}; pack this dataset again"
         )
     return Catalogue(info, split, **columns)
-
-
-def read_columns(path: Path) -> dict[str, np.ndarray]:
-    """The numeric columns of the rows whose status is "ok", as `Catalogue` names them."""
-    flat = ["shard", "label", "width", "height"]
-    table = pq.read_table(path, columns=[*flat, "offsets", "sizes"], filters=READABLE)
-    columns = {name: table[name].to_numpy() for name in flat}
-    offsets, sizes = table["offsets"].combine_chunks(), table["sizes"].combine_chunks()
-    counts = sizes.value_lengths().to_numpy()
-    columns["first_frame"] = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    columns["offset"] = offsets.flatten().to_numpy()
-    columns["size"] = sizes.flatten().to_numpy()
-    return columns

@@ -1,11 +1,14 @@
-"""The DALI graph from JPEG bytes to uint8 frames: the same code for images and clips, CPU and GPU.
+"""The DALI graph from JPEG bytes to uint8 frames: one code for images and clips, CPU and GPU.
 
 A clip goes through flat, as its frames: the batch of a graph is samples x frames. Every frame is fed its
-window and flip from outside, and the frames of a clip are fed the same, so that no operator needs to
-know of clips and nothing random happens inside the graph.
+window and flip from outside, and the frames of a clip are fed the same ones, so that no operator needs to
+know of clips and nothing random happens inside.
+
+On a GPU the graph decodes and resamples. On a CPU it decodes, and torch resamples (`resample.py`), because
+DALI's CPU resize is five times slower than torch's and would be the bottleneck.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +17,10 @@ from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
+from pipelines import resample
+
 # name -> (filter, antialias); "triangular" is what torchvision and Pillow call bilinear.
-INTERPOLATIONS = {
+FILTERS = {
     "triangular": (types.DALIInterpType.INTERP_LINEAR, True),
     "linear": (types.DALIInterpType.INTERP_LINEAR, False),
     "cubic": (types.DALIInterpType.INTERP_CUBIC, True),
@@ -24,65 +29,111 @@ INTERPOLATIONS = {
 
 @dataclass(frozen=True)
 class Feed:
-    """What the graph is fed for one batch of n frames."""
+    """What the graph is fed for n frames, each to come out `copies` times."""
 
     jpegs: list[np.ndarray]  # n x uint8 [bytes]
-    windows: np.ndarray  # [n, 4] int32: x, y, width, height in pixels
-    flips: np.ndarray  # [n] bool: mirror left to right
+    boxes: np.ndarray  # [n, 4] int32: x, y, width, height of what is decoded, in pixels
+    windows: np.ndarray  # [n, copies, 4] int32: x, y, width, height of each copy within its box
+    flips: np.ndarray  # [n, copies] bool: mirror left to right
 
 
-def frame_graph(
-    jpegs: DataNode, anchors: DataNode, shapes: DataNode, sizes: DataNode, interpolation: str, gpu: bool
-) -> DataNode:
-    """Decode a window of each JPEG and bring it to `sizes` (height, width; a negative one mirrors)."""
-    # Only the window is decoded. Fancy upsampling makes the GPU's chroma equal the CPU's.
-    pixels = fn.decoders.image_slice(
-        jpegs, anchors, shapes, device="mixed" if gpu else "cpu", jpeg_fancy_upsampling=True
+@dataclass(frozen=True)
+class Settings:
+    """How a graph is built; `hw_decoder_load` and what follows change its speed, not its output."""
+
+    samples: int
+    clip: int  # frames per sample
+    copies: int  # rows that each decoded sample fills
+    size: int  # side of the square output, pixels
+    interpolation: str  # a key of FILTERS
+    device: torch.device
+    threads: int
+    prefetch: int = 2
+    hw_decoder_load: float = 0.65  # share of the JPEGs for the GPU's decoding engines
+    resize_on_cpu: bool = False  # resample inside the graph without a GPU too: for tests and comparisons
+
+    @property
+    def frames(self) -> int:
+        return self.samples * self.clip
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the graph itself resamples."""
+        return self.device.type == "cuda" or self.resize_on_cpu
+
+
+def decode(jpegs: DataNode, anchors: DataNode, shapes: DataNode, settings: Settings) -> DataNode:
+    """Decode a box of each JPEG, RGB. Fancy upsampling makes the GPU's chroma equal the CPU's."""
+    return fn.decoders.image_slice(
+        jpegs,
+        anchors,
+        shapes,
+        device="mixed" if settings.device.type == "cuda" else "cpu",
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=settings.hw_decoder_load,
     )
-    kind, antialias = INTERPOLATIONS[interpolation]
-    resized = fn.resize(pixels, size=sizes, interp_type=kind, antialias=antialias)
+
+
+def resize(pixels: DataNode, starts: DataNode, shapes: DataNode, sizes: DataNode, kind: str) -> DataNode:
+    """Bring a window of each box to `sizes` (height, width; a negative width mirrors)."""
+    filter_type, antialias = FILTERS[kind]
+    window = fn.slice(pixels, start=starts, shape=shapes, axis_names="WH")
+    resized = fn.resize(window, size=sizes, interp_type=filter_type, antialias=antialias)
     assert isinstance(resized, DataNode)
     return resized
 
 
-def build_pipeline(
-    source: Callable[[int], Feed],
-    *,
-    batch: int,
-    size: int,
-    interpolation: str,
-    device: torch.device,
-    threads: int,
-    prefetch: int = 2,
-) -> Pipeline:
-    """A pipeline whose i-th run gives the frames of `source(i)`, uint8 [batch, size, size, 3].
+def build_pipeline(source: Callable[[int], Feed], settings: Settings) -> Pipeline:
+    """A pipeline whose i-th run works on `source(i)`, until that raises StopIteration.
 
-    The arrays in `Feed.jpegs` are read where they lie and must stay valid (memory-mapped tars do).
+    It gives uint8 frames: per copy [frames, size, size, 3], or where torch resamples the decoded boxes.
     """
-    gpu = device.type == "cuda"
+    copies = settings.copies if settings.resizes else 0
 
-    def feed(info: types.BatchInfo) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    def feed(info: types.BatchInfo) -> tuple[list[np.ndarray] | np.ndarray, ...]:
         parts = source(info.iteration)
-        sizes = np.full((batch, 2), size, np.float32)
-        sizes[parts.flips, 1] *= -1
-        anchors, shapes = np.split(np.ascontiguousarray(parts.windows, np.int32), 2, axis=1)
-        return parts.jpegs, anchors.copy(), shapes.copy(), sizes
+        inputs = [parts.jpegs, *corners(parts.boxes)]
+        for copy in range(copies):
+            sizes = np.full((settings.frames, 2), settings.size, np.float32)
+            sizes[parts.flips[:, copy], 1] *= -1
+            inputs += [*corners(parts.windows[:, copy]), sizes]
+        return tuple(inputs)
 
-    gpu_id = (device.index or 0) if gpu else None
-    pipeline = Pipeline(batch, threads, gpu_id, prefetch_queue_depth=prefetch)
+    gpu = (settings.device.index or 0) if settings.device.type == "cuda" else None
+    pipeline = Pipeline(settings.frames, settings.threads, gpu, prefetch_queue_depth=settings.prefetch)
     with pipeline:
-        inputs = fn.external_source(source=feed, num_outputs=4, batch=True, batch_info=True)
-        pipeline.set_outputs(frame_graph(*inputs, interpolation=interpolation, gpu=gpu))
+        jpegs, anchors, shapes, *rest = fn.external_source(
+            source=feed, num_outputs=3 + 3 * copies, batch=True, batch_info=True
+        )
+        pixels = decode(jpegs, anchors, shapes, settings)
+        groups = zip(rest[0::3], rest[1::3], rest[2::3], strict=True)
+        resized = [resize(pixels, *group, settings.interpolation) for group in groups]
+        pipeline.set_outputs(*(resized or [pixels]))
     pipeline.build()
     return pipeline
 
 
-def run(pipeline: Pipeline, device: torch.device) -> torch.Tensor:
-    """The next batch, uint8 [n, size, size, 3], handed over without a copy.
+def corners(rectangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n, 4] rectangles -> start (x, y) [n, 2] and shape (width, height) [n, 2], each contiguous."""
+    return rectangles[:, :2].copy(), rectangles[:, 2:].copy()
 
-    The tensor owns its memory: later runs leave it alone. On a GPU it is ordered after, and given back
-    before, the work on the current stream.
+
+def run(
+    pipeline: Pipeline, settings: Settings, fed: Sequence[tuple[object, Feed]], workers: resample.Workers
+) -> torch.Tensor:
+    """The next batch, uint8 [samples * copies, clip, size, size, 3]; fed[0][1] is what was fed for it.
+
+    The tensor owns its memory: later runs leave it alone. On a GPU it is ordered after, and its memory
+    is given back after, the work on the current stream.
     """
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    (frames,) = pipeline.run(stream)
-    return torch.from_dlpack(frames.as_tensor())
+    gpu = settings.device.type == "cuda"
+    outputs = pipeline.run(torch.cuda.current_stream(settings.device) if gpu else None)
+    if settings.resizes:
+        copies = [torch.from_dlpack(out.as_tensor()).unflatten(0, (-1, settings.clip)) for out in outputs]
+        return copies[0] if len(copies) == 1 else torch.stack(copies, dim=1).flatten(0, 1)
+    boxes = [torch.from_dlpack(outputs[0][index]) for index in range(settings.frames)]
+    shape = (settings.samples, settings.copies, settings.clip, settings.size, settings.size, 3)
+    out = torch.empty(shape, dtype=torch.uint8)
+    slots = [slot for sample in out.transpose(1, 2) for slot in sample]
+    workers(boxes, fed[0][1].windows, fed[0][1].flips, slots)
+    return out.flatten(0, 1)

@@ -4,51 +4,53 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines import graph, sampler
+from pipelines import graph, resample, sampler
+from pipelines.augment import Augment, augment
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError
+from pipelines.faults import Faults
+from pipelines.plans import (
+    Plan,
+    ViewSpec,
+    check_view,
+    eval_plan,
+    feed_of,
+    repeated,
+    short_clip_note,
+    train_plan,
+)
 
+__all__ = ["Augment", "Batch", "ViewSpec", "eval_batches", "short_clip_note", "sizing", "train_batches"]
 
-@dataclass(frozen=True)
-class ViewSpec:
-    """How a sample is cut in time and space."""
-
-    size: int  # side of the square output in pixels
-    frames: int = 1  # per clip; 1: images
-    stride: int = 4  # source frames from one clip frame to the next
-    scale: tuple[float, float] = (0.08, 1.0)  # area share of the random resized crop
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its aspect ratios
-    flip: float = 0.5  # probability of a left-right mirror
-    interpolation: str = "triangular"  # a key of graph.INTERPOLATIONS
-    crop_fraction: float = 224 / 256  # evaluation: side of the square window / short side of the source
+READ_AHEAD = 4  # batches before its own that a file is asked for
 
 
 @dataclass(frozen=True)
 class Batch:
-    """b samples; in evaluation with v views each, sample i fills rows i * v to i * v + v - 1."""
+    """b rows; a sample's evaluation views, or its repeats in training, stand side by side."""
 
     pixels: torch.Tensor  # uint8 [b, H, W, 3] or [b, T, H, W, 3], on the device
     labels: torch.Tensor  # int64 [b], on the CPU, -1: unlabelled
     ids: NDArray[np.int64]  # [b]
-    epochs: NDArray[np.int64]  # [b]; -1 in evaluation
-    valid: NDArray[np.bool_]  # [b]; False: padding of a last evaluation batch
+    epochs: NDArray[np.int64]  # [b] -1 in evaluation; with r repeats the k-th row has epoch * r + k
+    valid: NDArray[np.bool_]  # [b] False in evaluation: padding of a last batch, or a damaged sample
+    bad: int = 0  # damaged samples that this process has replaced so far
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What one batch of b samples consists of, before a byte is read."""
+class Sizing:
+    """What the machine allows, and why."""
 
-    ids: NDArray[np.int64]  # [b]
-    epochs: NDArray[np.int64]  # [b]
-    valid: NDArray[np.bool_]  # [b]
-    frames: NDArray[np.int64]  # [b, T] indices into the sample's frames
-    windows: NDArray[np.int32]  # [b, 4] x, y, width, height
-    flips: NDArray[np.bool_]  # [b]
+    threads: int
+    prefetch: int  # batches made ahead
+    reason: str
 
 
 def train_batches(
@@ -63,26 +65,51 @@ def train_batches(
     start_step: int = 0,
     device: torch.device,
     threads: int = 0,
+    order: str = "random",
+    window: int = 4096,
+    max_bad: float = 0.001,
+    hw_decoder_load: float = 0.65,
 ) -> Iterator[Batch]:
     """Endless micro batches of this rank, `accumulate` of them per step, from `start_step` on.
 
-    `global_batch` counts the samples of a step over all ranks; the same samples with the same windows
-    make up a step at any number of processes. `threads` 0: chosen from the machine. Raises UserError
-    when the data does not suit the view or the batch does not divide.
+    `global_batch` counts the rows of a step over all ranks; the same rows with the same windows make up
+    a step at any number of processes. `order` is "random" (one permutation of everything) or "local"
+    (shards permuted, then windows of `window` samples shuffled). Samples that fail to decode are named on
+    stderr and replaced, up to the share `max_bad` of the split (always at least one); beyond that, when
+    the data does not suit the view, or when the batch does not divide, UserError.
     """
     check_view(catalogue, view)
-    if global_batch % (world * accumulate):
+    if global_batch % (world * accumulate * view.repeats):
         raise UserError(
-            f"a batch of {global_batch} does not divide into {world} processes x {accumulate} micro batches; "
-            f"make it a multiple of {world * accumulate}"
+            f"a batch of {global_batch} does not divide into {world} processes x {accumulate} micro batches "
+            f"x {view.repeats} repeats; make it a multiple of {world * accumulate * view.repeats}"
         )
+    arrange = make_order(catalogue, order, window, seed)
 
     def plan(iteration: int) -> Plan:
         step, micro = divmod(start_step * accumulate + iteration, accumulate)
         positions = sampler.batch_positions(step, global_batch, rank, world, accumulate)[micro]
-        return train_plan(catalogue, view, seed, positions)
+        return train_plan(catalogue, view, seed, *repeated(positions, view.repeats, arrange))
 
-    return run_plans(catalogue, view, plan, global_batch // (world * accumulate), device, threads)
+    def replan(ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> Plan:
+        epochs = (epochs[:, None] + np.arange(view.copies)).ravel()
+        return train_plan(catalogue, view, seed, np.repeat(ids, view.copies), epochs)
+
+    faults = Faults(
+        catalogue,
+        device,
+        seed,
+        copies=view.copies,
+        unit=view.copies,
+        limit=max(1, int(max_bad * len(catalogue) / world)),
+        replan=replan,
+    )
+    rows = global_batch // (world * accumulate)
+    settings = settings_of(view, rows, view.copies, device, threads, hw_decoder_load)
+    return (
+        batch_of(faults, row_plan, augment(pixels, view.augment, seed, row_plan.epochs, row_plan.ids))
+        for row_plan, pixels in run_plans(faults, plan, settings)
+    )
 
 
 def eval_batches(
@@ -96,11 +123,13 @@ def eval_batches(
     threads: int = 0,
     temporal: int = 1,
     spatial: int = 1,
+    max_bad: float = 0.001,
+    hw_decoder_load: float = 0.65,
 ) -> Iterator[Batch]:
     """Every sample once over all ranks, in `temporal` x `spatial` views; `batch` counts samples.
 
-    Each rank gets the same number of batches; rows that fill up the last ones have valid = False.
-    Raises UserError when the data does not suit the view.
+    Each rank gets the same number of batches; rows that fill up the last ones have valid = False, and so
+    have those of samples that fail to decode. Raises UserError as `train_batches` does.
     """
     check_view(catalogue, view)
     ids = sampler.eval_ids(len(catalogue), rank, world)
@@ -114,129 +143,105 @@ def eval_batches(
         rows = slice(iteration * batch, (iteration + 1) * batch)
         return eval_plan(catalogue, view, padded[rows], valid[rows], temporal, spatial)
 
-    return run_plans(catalogue, view, plan, batch * temporal * spatial, device, threads)
+    def replan(ids: NDArray[np.int64], _: NDArray[np.int64]) -> Plan:
+        return eval_plan(catalogue, view, ids, np.zeros(len(ids), bool), temporal, spatial)
 
-
-def train_plan(catalogue: Catalogue, view: ViewSpec, seed: int, positions: NDArray[np.int64]) -> Plan:
-    """The random windows and flips of the samples at stream positions [b]."""
-    epochs, ids = sampler.sample_at(positions, len(catalogue), seed)
-
-    def draw(stream: int, count: int) -> NDArray[np.float64]:
-        return sampler.uniform(seed, epochs, ids, stream, count)
-
-    starts = draw(sampler.STREAM_START, 1)[:, 0]
-    crops = draw(sampler.STREAM_WINDOW, 22)
-    frames = sampler.clip_frames_train(starts, catalogue.frame_counts(ids), view.frames, view.stride)
-    width, height = catalogue.width[ids], catalogue.height[ids]
-    windows = sampler.random_resized_crop(crops, width, height, view.scale, view.ratio)
-    flips = draw(sampler.STREAM_FLIP, 1)[:, 0] < view.flip
-    return Plan(ids, epochs, np.ones(len(ids), bool), frames, windows, flips)
-
-
-def eval_plan(
-    catalogue: Catalogue,
-    view: ViewSpec,
-    ids: NDArray[np.int64],
-    valid: NDArray[np.bool_],
-    temporal: int,
-    spatial: int,
-) -> Plan:
-    """The fixed views of samples [n]: n * temporal * spatial rows, a sample's views side by side."""
-    counts, views = catalogue.frame_counts(ids), temporal * spatial
-    frames = sampler.clip_frames_eval(counts, view.frames, view.stride, temporal)
-    windows = sampler.eval_windows(catalogue.width[ids], catalogue.height[ids], view.crop_fraction, spatial)
-    rows = len(ids) * views
-    return Plan(
-        np.repeat(ids, views),
-        np.full(rows, sampler.EVALUATION, np.int64),
-        np.repeat(valid, views),
-        np.repeat(frames, spatial, axis=1).reshape(rows, view.frames),
-        np.tile(windows, (1, temporal, 1)).reshape(rows, 4),
-        np.zeros(rows, bool),
-    )
+    views = temporal * spatial
+    limit = max(1, int(max_bad * len(catalogue) / world))
+    faults = Faults(catalogue, device, 0, copies=spatial, unit=views, limit=limit, replan=replan)
+    settings = settings_of(view, batch * views, spatial, device, threads, hw_decoder_load)
+    return (batch_of(faults, row_plan, pixels) for row_plan, pixels in run_plans(faults, plan, settings))
 
 
 def run_plans(
-    catalogue: Catalogue,
-    view: ViewSpec,
-    plan: Callable[[int], Plan],
-    rows: int,
-    device: torch.device,
-    threads: int,
-) -> Iterator[Batch]:
-    """Run plan(0), plan(1), ... of `rows` samples each through one pipeline until StopIteration."""
-    waiting: deque[Plan] = deque()  # handed to the graph, not yet come out of it
+    faults: Faults, plan: Callable[[int], Plan], settings: graph.Settings
+) -> Iterator[tuple[Plan, torch.Tensor]]:
+    """Run plan(0), plan(1), ... through one pipeline, and through a new one after a damaged sample.
 
-    def source(iteration: int) -> graph.Feed:
-        waiting.append(plan(iteration))
-        return feed_of(catalogue, waiting[-1])
-
-    pipeline = graph.build_pipeline(
-        source,
-        batch=rows * view.frames,
-        size=view.size,
-        interpolation=view.interpolation,
-        device=device,
-        threads=threads or default_threads(),
-    )
+    Gives each plan, repaired, with its pixels uint8 [rows, (T,) H, W, 3], until plan raises StopIteration.
+    """
+    catalogue, workers = faults.catalogue, resample.start_workers(settings.threads, settings.interpolation)
+    planned = lru_cache(maxsize=READ_AHEAD + settings.prefetch + 2)(plan)
+    done = 0
     while True:
+        waiting: deque[tuple[Plan, graph.Feed]] = deque()  # fed to the graph, not yet come out of it
+
+        def source(iteration: int, first: int = done, waiting: deque = waiting) -> graph.Feed:
+            advise(catalogue, planned, first + iteration, iteration == 0)
+            rows = faults.repair(planned(first + iteration))
+            waiting.append((rows, feed_of(catalogue, rows, settings.copies)))
+            return waiting[-1][1]
+
         try:
-            pixels = graph.run(pipeline, device)
+            pipeline = graph.build_pipeline(source, settings)
+            while True:
+                pixels = graph.run(pipeline, settings, waiting, workers)
+                yield waiting.popleft()[0], pixels if settings.clip > 1 else pixels.squeeze(1)
+                done += 1
         except StopIteration:
             return
-        yield batch_of(catalogue, view, waiting.popleft(), pixels)
+        except RuntimeError as error:
+            faults.examine([rows for rows, _ in waiting], error)
 
 
-def feed_of(catalogue: Catalogue, plan: Plan) -> graph.Feed:
-    """The frames of a batch, sample after sample; all frames of a sample get its window and flip."""
-    per_sample = plan.frames.shape[1]
-    rows = zip(plan.ids.tolist(), plan.frames.tolist(), strict=True)
-    return graph.Feed(
-        [catalogue.frame_bytes(sample, frame) for sample, frames in rows for frame in frames],
-        np.repeat(plan.windows, per_sample, axis=0),
-        np.repeat(plan.flips, per_sample),
-    )
+def advise(catalogue: Catalogue, planned: Callable[[int], Plan], iteration: int, opening: bool) -> None:
+    """Ask for the files of the batch READ_AHEAD from here; at the opening also of those before it."""
+    for ahead in range(1 if opening else READ_AHEAD, READ_AHEAD + 1):
+        try:
+            rows = planned(iteration + ahead)
+        except StopIteration:
+            return
+        catalogue.will_need(rows.ids, rows.frames)
 
 
-def batch_of(catalogue: Catalogue, view: ViewSpec, plan: Plan, pixels: torch.Tensor) -> Batch:
+def batch_of(faults: Faults, plan: Plan, pixels: torch.Tensor) -> Batch:
     """Put together what came out of the graph and what never went in."""
-    if view.frames > 1:
-        pixels = pixels.unflatten(0, (-1, view.frames))
-    labels = torch.from_numpy(catalogue.label[plan.ids].astype(np.int64))
-    return Batch(pixels, labels, plan.ids, plan.epochs, plan.valid)
+    labels = torch.from_numpy(faults.catalogue.label[plan.ids].astype(np.int64))
+    return Batch(pixels, labels, plan.ids, plan.epochs, plan.valid, len(faults.suspects))
 
 
-def default_threads() -> int:
-    """Decoding threads for this process: its share of the CPU cores it may use."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // local)
+def make_order(catalogue: Catalogue, name: str, window: int, seed: int) -> sampler.Order:
+    """The order of training samples that `name` stands for. Raises UserError for an unknown one."""
+    if name == "local":
+        return sampler.local_order(catalogue.shard, seed, window)
+    if name != "random":
+        raise UserError(f"unknown order {name!r}; choose random or local")
+    return lambda positions: sampler.sample_at(positions, len(catalogue), seed)
 
 
-def check_view(catalogue: Catalogue, view: ViewSpec) -> None:
-    """Raise UserError when images are asked of clips, clips of images, or there is nothing to read."""
-    wanted = "image" if view.frames == 1 else "video"
-    root, kind = catalogue.info.root, catalogue.info.kind
-    if kind != wanted:
-        raise UserError(
-            f"{root} holds {kind} shards, but this run reads {wanted} input; "
-            f"choose a preset for {kind}s or shards of the other kind"
-        )
-    if len(catalogue) == 0:
-        raise UserError(f"{root} has no readable {catalogue.split} sample; {catalogue.parquet} says why")
-    if view.interpolation not in graph.INTERPOLATIONS:
-        raise UserError(
-            f"unknown interpolation {view.interpolation!r}; choose {', '.join(graph.INTERPOLATIONS)}"
-        )
-
-
-def short_clip_note(catalogue: Catalogue, view: ViewSpec) -> str | None:
-    """One sentence about the clips too short for the view, or None when there are none."""
-    counts = np.diff(catalogue.first_frame)
-    span = (view.frames - 1) * view.stride + 1
-    short = int((counts < span).sum())
-    if view.frames == 1 or short == 0:
-        return None
-    return (
-        f"{short} of {len(catalogue)} {catalogue.split} clips are shorter than {view.frames} frames x stride "
-        f"{view.stride} ({span} frames): their stride shrinks to what fits, then the last frame repeats"
+def settings_of(
+    view: ViewSpec, rows: int, copies: int, device: torch.device, threads: int, hw_decoder_load: float
+) -> graph.Settings:
+    """The graph that makes `rows` rows at a time, `copies` of them from each decoded sample."""
+    size = sizing(device, threads)
+    return graph.Settings(
+        rows // copies,
+        view.frames,
+        copies,
+        view.size,
+        view.interpolation,
+        device,
+        size.threads,
+        size.prefetch,
+        hw_decoder_load,
     )
+
+
+def sizing(device: torch.device, threads: int = 0) -> Sizing:
+    """Decoding threads and queue depth for this process, and the reason in words; 0 = from the machine."""
+    cores, processes = usable_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = max(1, cores // processes)
+    if device.type == "cuda" and share > 2:
+        share -= 1  # for the thread that feeds the GPU
+    chosen, ahead = threads or share, 2 if device.type == "cuda" else 3
+    why = "as asked" if threads else f"{cores} cores, {processes} processes"
+    reason = f"{chosen} decoding threads ({why}), {ahead} batches made and {READ_AHEAD} more read ahead"
+    return Sizing(chosen, ahead, reason)
+
+
+def usable_cores() -> int:
+    """CPU cores this process may use: its affinity, or the container's quota when that is less."""
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    parts = quota.read_text().split() if quota.is_file() else ["max"]
+    return cores if parts[0] == "max" else max(1, min(cores, int(parts[0]) // int(parts[1])))

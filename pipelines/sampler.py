@@ -4,13 +4,20 @@ No generator object and no table is kept. The batch of any step, on any number o
 from the step's number alone, so resuming in the middle of an epoch is exact and costs nothing.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import numpy as np
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 EVALUATION = -1  # the "epoch" under which evaluation draws
 
+Order = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # positions [n] -> epochs [n], ids [n]
+
 # What a draw is for; two streams of one sample are independent.
 STREAM_WINDOW, STREAM_FLIP, STREAM_START, STREAM_MASK, STREAM_ORDER = range(5)
+STREAM_JITTER, STREAM_ERASE, STREAM_SHARDS, STREAM_NEARBY, STREAM_REPLACE = range(5, 10)
+STREAM_RAND = 100  # one stream per layer of RandAugment from here on
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -67,6 +74,42 @@ def sample_at(positions: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, 
     """
     epochs, places = np.divmod(np.asarray(positions, np.int64), size)
     return epochs, permute(places, size, keys_of(seed, STREAM_ORDER, epochs))
+
+
+def local_order(shards: np.ndarray, seed: int, window: int) -> Order:
+    """An order that reads nearly in sequence, for disks and network file systems: positions -> (epochs, ids).
+
+    Shards come in random order, and what they hold is shuffled within windows of `window` samples. As
+    exact and as stateless as `sample_at`. `shards` [N] is the shard of every sample, ascending.
+    """
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(shards)) + 1, [len(shards)]])
+    lengths, size, count = np.diff(starts), len(shards), len(starts) - 1
+
+    @lru_cache(maxsize=2)
+    def shard_order(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = permute(np.arange(count), count, keys_of(seed, STREAM_SHARDS, np.full(count, epoch)))
+        return order, np.concatenate([[0], np.cumsum(lengths[order])])
+
+    def of_epoch(epoch: int, places: np.ndarray) -> np.ndarray:
+        order, ends = shard_order(epoch)
+        windows, within = np.divmod(places, window)
+        sizes = np.minimum(window, size - windows * window)
+        keys = keys_of(seed, STREAM_NEARBY, epoch, windows)
+        for length in np.unique(sizes):
+            rows = sizes == length
+            within[rows] = permute(within[rows], int(length), keys[rows])
+        places = windows * window + within
+        slot = np.searchsorted(ends, places, side="right") - 1
+        return starts[order[slot]] + places - ends[slot]
+
+    def order(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        epochs, places = np.divmod(np.asarray(positions, np.int64), size)
+        ids = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            ids[epochs == epoch] = of_epoch(int(epoch), places[epochs == epoch])
+        return epochs, ids
+
+    return order
 
 
 def batch_positions(step: int, global_batch: int, rank: int, world: int, accumulate: int) -> np.ndarray:

@@ -1,13 +1,15 @@
 """What a packed dataset says of itself, and the sentence for every way in which it may be broken."""
 
 import json
+from multiprocessing import get_context
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from pipelines_fixtures import clip_dataset, image_dataset, jpeg, picture, write_dataset
 
-from pipelines.catalogue import open_catalogue, read_info
+from pipelines import columns
+from pipelines.catalogue import SCHEMA, open_catalogue, read_info
 from pipelines.errors import UserError
 
 
@@ -106,3 +108,50 @@ def test_a_missing_tar_is_named(tmp_path):
 def test_read_info_reads_what_packing_wrote(tmp_path):
     info = read_info(image_dataset(tmp_path / "d", count=3))
     assert info.kind == "image" and info.splits["train"]["samples"] == 3
+
+
+def opened(root):
+    """A catalogue's numbers by name."""
+    catalogue = open_catalogue(root, "train")
+    return {name: np.array(getattr(catalogue, name)) for name in columns.TYPES}
+
+
+def assert_equal(one, other):
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_large_catalogue_is_mapped_and_follows_its_parquet(tmp_path, monkeypatch):
+    root = clip_dataset(tmp_path / "d", [3, 9, 4])
+    small = opened(root)
+    monkeypatch.setattr(columns, "LARGE", 1)
+    assert_equal(small, opened(root))
+    (folder,) = root.glob(".train.*.columns")
+    made = folder.stat().st_mtime_ns
+    assert_equal(small, opened(root))
+    assert folder.stat().st_mtime_ns == made
+
+    rows = pq.read_table(root / "train.parquet").to_pylist()
+    rows[1]["label"] = 77
+    pq.write_table(pq.read_table(root / "train.parquet").from_pylist(rows, SCHEMA), root / "train.parquet")
+    assert opened(root)["label"].tolist() == [0, 77, 2]
+    assert len(list(root.glob(".train.*.columns"))) == 1 and not folder.exists()
+
+
+def test_a_large_catalogue_on_a_disk_that_cannot_be_written_is_mapped_from_elsewhere(tmp_path, monkeypatch):
+    root = clip_dataset(tmp_path / "d", [3, 9, 4])
+    small = opened(root)
+    monkeypatch.setattr(columns, "LARGE", 1)
+    monkeypatch.setattr(columns.tempfile, "tempdir", str(tmp_path))
+    (root / ".train.lock").mkdir()  # what makes writing beside the Parquet fail, also for root
+    assert_equal(small, opened(root))
+    assert len(list(tmp_path.glob("hiera-train-*/*.columns"))) == 1
+
+
+def test_many_processes_may_be_the_first_to_open_a_large_catalogue(tmp_path, monkeypatch):
+    root = image_dataset(tmp_path / "d")
+    small = opened(root)
+    monkeypatch.setattr(columns, "LARGE", 1)
+    with get_context("fork").Pool(4) as pool:
+        for found in pool.map(opened, [root] * 8, chunksize=1):
+            assert_equal(small, found)
+    assert len(list(root.glob(".*"))) == 2  # the columns and the lock, no leftovers

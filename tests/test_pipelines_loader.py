@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 from PIL import Image
 from pipelines_fixtures import clip_dataset, image_dataset, jpeg, picture, write_dataset
 
-from pipelines import inputs
+from pipelines import graph, inputs, resample, sampler
 from pipelines.catalogue import open_catalogue
 from pipelines.errors import UserError
-from pipelines.loader import ViewSpec, eval_batches, short_clip_note, train_batches, train_plan
+from pipelines.loader import Augment, ViewSpec, eval_batches, short_clip_note, train_batches
+from pipelines.plans import feed_of, train_plan
 
 CPU = torch.device("cpu")
 
@@ -28,7 +30,7 @@ def clips(tmp_path_factory):
     return open_catalogue(root, "train")
 
 
-def train(catalogue, view, steps, *, start=0, batch=12, rank=0, world=1, accumulate=1, seed=5):
+def train(catalogue, view, steps, *, start=0, batch=12, rank=0, world=1, accumulate=1, seed=5, **options):
     batches = train_batches(
         catalogue,
         view,
@@ -40,6 +42,7 @@ def train(catalogue, view, steps, *, start=0, batch=12, rank=0, world=1, accumul
         start_step=start,
         device=CPU,
         threads=2,
+        **options,
     )
     return list(itertools.islice(batches, steps * accumulate))
 
@@ -114,20 +117,82 @@ def test_decoded_pixels_equal_pillows(images):
 
 
 @pytest.mark.parametrize("size", [20, 100])
-def test_resampling_equals_pillows_antialiased_bilinear(tmp_path, size):
+@pytest.mark.parametrize(("ours", "pillows"), [("triangular", "BILINEAR"), ("cubic", "BICUBIC")])
+def test_resampling_equals_pillows(tmp_path, size, ours, pillows):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     root = write_dataset(tmp_path / "d", [[jpeg(noise)]], "image")
-    view = ViewSpec(size, crop_fraction=1.0)
+    view = ViewSpec(size, crop_fraction=1.0, interpolation=ours)
     (batch,) = eval_batches(open_catalogue(root, "train"), view, batch=1, rank=0, world=1, device=CPU)
-    pixels = Image.open(io.BytesIO(jpeg(noise))).resize((size, size), Image.Resampling.BILINEAR)
-    gap = np.abs(batch.pixels[0].numpy().astype(int) - np.asarray(pixels))
-    assert gap.max() <= 12 and gap.mean() < 2.5  # of noise that spans 256 levels
+    pixels = Image.open(io.BytesIO(jpeg(noise))).resize((size, size), Image.Resampling[pillows])
+    assert np.abs(batch.pixels[0].numpy().astype(int) - np.asarray(pixels)).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["triangular", "linear", "cubic"])
+@pytest.mark.parametrize(("repeats", "clip"), [(1, 1), (2, 1), (1, 4), (2, 4)])
+def test_resampling_inside_the_graph_gives_the_same_picture(images, clips, kind, repeats, clip):
+    # The graph that a GPU runs, on the CPU: the same windows, flips and order of rows as torch's path.
+    catalogue = images if clip == 1 else clips
+    view = ViewSpec(40, frames=clip, repeats=repeats, same_clip=True, scale=(0.3, 1.0), interpolation=kind)
+    _, ids = sampler.sample_at(np.arange(6), len(catalogue), seed=0)
+    rows = train_plan(catalogue, view, 0, np.repeat(ids, repeats), np.arange(6 * repeats))
+    feed = feed_of(catalogue, rows, repeats)
+    settings = graph.Settings(6, clip, repeats, 40, kind, CPU, threads=2)
+    workers = resample.start_workers(2, kind)
+    outside, inside = (
+        graph.run(graph.build_pipeline(lambda _: feed, chosen), chosen, [(rows, feed)], workers)
+        for chosen in (settings, replace(settings, resize_on_cpu=True))
+    )
+    assert outside.shape == inside.shape == (6 * repeats, clip, 40, 40, 3)
+    assert 0 < rows.flips.sum() < 6 * repeats
+    gap = (outside.int() - inside.int()).abs().float()
+    assert gap.mean() < 1 and gap.max() < 24
+
+
+def test_repeats_differ_and_share_frames_only_where_asked(clips):
+    view = ViewSpec(24, frames=4, repeats=3)
+    (own,) = train(clips, view, 1, batch=21)
+    (shared,) = train(clips, replace(view, same_clip=True), 1, batch=21)
+    for batch in (own, shared):
+        assert (batch.ids.reshape(-1, 3) == batch.ids[::3, None]).all()
+        assert np.array_equal(batch.epochs.reshape(-1, 3), np.tile([0, 1, 2], (7, 1)))
+    gray = [batch.pixels[:, :, 0, 0, 0].unflatten(0, (7, 3)).int() for batch in (own, shared)]
+    assert (gray[1] - gray[1][:, :1]).abs().max() <= 1  # one clip for all three
+    assert (gray[0] - gray[0][:, :1]).abs().max() > 8
+    split = [train(clips, view, 1, batch=21, rank=rank, world=7)[0] for rank in range(7)]
+    assert torch.equal(own.pixels, torch.cat([batch.pixels for batch in split]))
+
+
+def test_repeats_of_an_image_are_what_separate_decodes_would_give(images):
+    view = ViewSpec(32, repeats=4)
+    (batch,) = train(images, view, 1, batch=12)
+    assert all(not torch.equal(batch.pixels[0], batch.pixels[row]) for row in (1, 2, 3))
+    rows = train_plan(images, view, 5, batch.ids, batch.epochs)
+    feed = feed_of(images, rows, 1)
+    settings = graph.Settings(12, 1, 1, 32, "triangular", CPU, threads=2)
+    pipeline = graph.build_pipeline(lambda _: feed, settings)
+    alone = graph.run(pipeline, settings, [(rows, feed)], resample.start_workers(2, "triangular"))
+    assert (batch.pixels.int() - alone[:, 0].int()).abs().float().mean() < 0.5  # chroma at window borders
+
+
+def test_local_order_reads_the_same_samples(images):
+    (batch,) = train(images, ViewSpec(24), 1, batch=30, order="local", window=8)
+    assert sorted(batch.ids) == list(range(30))
+
+
+def test_augmented_batches_do_not_depend_on_how_they_are_split(clips):
+    view = ViewSpec(24, frames=4, augment=Augment(layers=2, jitter=0.4, erase=0.5))
+    whole = rows(train(clips, view, 3))
+    split = rows([batch for rank in range(3) for batch in train(clips, view, 3, rank=rank, world=3)])
+    plain = rows(train(clips, replace(view, augment=Augment()), 3))
+    assert all(torch.equal(whole[key], split[key]) for key in whole)
+    assert sum(torch.equal(whole[key], plain[key]) for key in whole) < 8  # black stays black
 
 
 def test_the_window_and_the_flip_of_the_plan_are_what_comes_out(images):
     view = ViewSpec(40, scale=(0.3, 1.0))
     (batch,) = train(images, view, 1, batch=30)
-    plan = train_plan(images, view, 5, np.arange(30))
+    epochs, ids = sampler.sample_at(np.arange(30), len(images), seed=5)
+    plan = train_plan(images, view, 5, ids, epochs)
     assert 0 < plan.flips.sum() < 30
     for row, (x, y, w, h) in enumerate(plan.windows.tolist()):
         whole = Image.open(io.BytesIO(images.frame_bytes(int(plan.ids[row]), 0).tobytes()))
@@ -179,6 +244,7 @@ def test_wrong_uses_get_one_sentence(images, clips):
         (clips, ViewSpec(16), {}, "holds video shards, but this run reads image input"),
         (images, ViewSpec(16), {"batch": 10, "world": 4}, "a batch of 10 does not divide into 4 processes"),
         (images, ViewSpec(16, interpolation="nearest"), {}, "unknown interpolation 'nearest'"),
+        (images, ViewSpec(16), {"order": "sorted"}, "unknown order 'sorted'; choose random or local"),
     ]:
         with pytest.raises(UserError, match=match):
             train(catalogue, view, 1, **options)

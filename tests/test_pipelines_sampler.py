@@ -26,6 +26,24 @@ def test_orders_differ_between_epochs_and_seeds_and_look_random():
         assert (a == b).mean() < 0.01
 
 
+@pytest.mark.parametrize("window", [1, 7, 64, 10_000])
+def test_local_order_is_exact_and_stays_near(window):
+    shards = np.repeat(np.arange(10), [50, 50, 50, 13, 50, 1, 50, 50, 50, 49])
+    size = len(shards)
+    order = sampler.local_order(shards, 3, window)
+    epochs, ids = order(np.arange(3 * size))
+    assert np.array_equal(epochs, np.repeat(np.arange(3), size))
+    firsts = [ids[: size // 2], ids[size : size + size // 2]]
+    for epoch in range(3):
+        assert np.array_equal(np.sort(ids[epoch * size : (epoch + 1) * size]), np.arange(size))
+    assert not np.array_equal(*firsts)
+    some = np.array([900, 5, 412, 411, 77])
+    assert np.array_equal(order(some)[1], ids[some])  # stateless: any positions in any order
+    if window == 64:  # at most the shards of one window, and those that straddle its ends, are in use
+        assert max(len(set(shards[ids[at : at + 64]])) for at in range(0, size, 64)) <= 5
+        assert (np.diff(ids[:64]) != 1).mean() > 0.8
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", [1, 5, 50, 101])
 def test_each_id_once_per_epoch_at_any_number_of_ranks(world, size):

@@ -22,7 +22,7 @@ from tools.packing import worker_count, writing_to
 IMAGE_SIDE = 128
 IMAGES = {"train": 50, "val": 25}  # a class
 CLIP_SIDE = 80
-CLIP_FRAMES = 48
+CLIP_FRAMES = 40
 CLIPS = {"train": 64, "val": 20}  # a class
 QUALITY = 85
 
@@ -124,7 +124,7 @@ MOTIONS: dict[str, Callable[[Draw, float], np.ndarray]] = {
 
 
 def draw_clip(draw: Draw, label: str) -> np.ndarray:
-    """One clip of motion `label`, uint8 [48, 80, 80, 3]; it moves 1 to 2 pixels a frame."""
+    """One clip of motion `label`, uint8 [40, 80, 80, 3]; it moves 1 to 2 pixels a frame."""
     picture = _blobs(draw)
     start = draw.uniform(0, CLIP_SIDE, 2)
     offsets = np.rint(start + MOTIONS[label](draw, draw.uniform(1, 2))).astype(int)
@@ -135,9 +135,9 @@ def draw_clip(draw: Draw, label: str) -> np.ndarray:
 
 
 def _blobs(draw: Draw) -> np.ndarray:
-    """Four soft coloured blobs on a mottled ground, uint8 [80, 80, 3]; opposite edges meet."""
-    ground = draw.uniform(0.2, 0.6) + 0.06 * _smooth(draw, CLIP_SIDE, 12)
-    picture = np.repeat(ground[..., None], 3, -1)
+    """Four soft coloured blobs on softly lit ground of one hue, uint8 [80, 80, 3]; opposite edges meet."""
+    light = 1 + 0.15 * _smooth(draw, CLIP_SIDE, 48)
+    picture = _rgb(draw.uniform(), draw.uniform(0.3, 0.7), draw.uniform(0.3, 0.7)) * light[..., None]
     y, x = np.mgrid[:CLIP_SIDE, :CLIP_SIDE] / CLIP_SIDE
     for _ in range(4):
         place, radius = draw.uniform(0, 1, 2), draw.uniform(6, 12)

@@ -6,17 +6,21 @@ right (and the change is named), or refused with a reason.
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 QUALITY = 90
 COPIED = "copied"
+CUT = "bytes after its end cut off"
 
+warnings.filterwarnings("ignore", module="PIL")  # each odd EXIF block would print two lines
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is decoded
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
@@ -35,6 +39,13 @@ class Picture:
     change: str
 
 
+def read_file(path: Path) -> bytes:
+    """A file's bytes. Raises `OSError`, or `BadImage` for a pipe or device, which could block for ever."""
+    if path.exists() and not path.is_file():
+        raise BadImage("not a regular file")
+    return path.read_bytes()
+
+
 def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int] | None = None) -> Picture:
     """Decode `data` strictly; return it unchanged where it is right, else as a JPEG of quality 90.
 
@@ -45,20 +56,22 @@ def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int]
     try:
         picture = _open(data, max_pixels)
         goal = size or fitted(_upright_size(picture), short_side)
-        picture.draft(None, (2 * max(goal), 2 * max(goal)))  # phone pictures: the decoder shrinks 2, 4, 8-fold
+        # Lets the decoder shrink phone pictures 2, 4 or 8-fold, to no less than twice the goal.
+        picture.draft(None, (2 * max(goal), 2 * max(goal)))
         picture.load()
         upright, made = _normal(picture)
-    except BadImage:
+    except (BadImage, MemoryError):
         raise
     except Exception as error:  # decoders raise nearly every type on hostile bytes
-        raise BadImage(_decoder_says(data, error)) from error
+        truncated = "truncated" in str(error).lower()
+        raise BadImage("truncated" if truncated else "damaged: it cannot be decoded") from error
     changes += made
     if upright.size != goal:
         upright = upright.resize(goal, Image.Resampling.BICUBIC)
         changes.append("resized")
     if not changes:
         return Picture(data, *upright.size, COPIED)
-    if changes != ["bytes after its end cut off"]:
+    if changes != [CUT]:
         data = encode(upright)
     return Picture(data, *upright.size, ", ".join(changes))
 
@@ -92,20 +105,21 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     return picture
 
 
-def _decoder_says(data: bytes, error: Exception) -> str:
-    text = str(error)
-    return "truncated" if "truncated" in text or "Truncated" in text else "damaged: it cannot be decoded"
-
-
 def _upright_size(picture: Image.Image) -> tuple[int, int]:
     width, height = picture.size
     return (height, width) if _orientation(picture) >= 5 else (width, height)
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 5 and above swap the sides."""
-    value = picture.getexif().get(0x0112, 1)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    """The EXIF orientation, 1 (upright) to 8, or 0 if there is none; 5 and above swap the sides."""
+    value = picture.getexif().get(0x0112)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 0
+
+
+def _doubtful_exif(picture: Image.Image) -> bool:
+    """Whether another decoder may find an orientation in the EXIF data where Pillow does not."""
+    exif = picture.info.get("exif", b"")
+    return _orientation(picture) == 0 and (b"\x01\x12" in exif or b"\x12\x01" in exif)
 
 
 def _normal(picture: Image.Image) -> tuple[Image.Image, list[str]]:
@@ -114,7 +128,9 @@ def _normal(picture: Image.Image) -> tuple[Image.Image, list[str]]:
     if picture.format not in ("JPEG", "MPO"):
         changes.append(f"{picture.format} to JPEG")
     upright: Image.Image = picture
-    if _orientation(picture) != 1:
+    if _doubtful_exif(picture):
+        changes.append("unclear EXIF left out")
+    if _orientation(picture) > 1:
         upright = ImageOps.exif_transpose(picture)
         changes.append("turned upright as its EXIF says")
     if upright.mode in ("L", "RGB") and "transparency" not in upright.info:
@@ -123,42 +139,51 @@ def _normal(picture: Image.Image) -> tuple[Image.Image, list[str]]:
         changes.append("16 bit to 8 bit")
         return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)), changes
     if upright.mode in ("I", "F"):
-        raise BadImage("32 bit samples")
+        raise BadImage("samples of more than 16 bit")
     if upright.has_transparency_data:
         changes.append("transparency on white")
-        upright = upright.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB"), changes
+        page = Image.new("RGBA", upright.size, "white")
+        return Image.alpha_composite(page, upright.convert("RGBA")).convert("RGB"), changes
     changes.append(f"{upright.mode} to RGB")
     return upright.convert("RGB"), changes
 
 
 def _whole_jpeg(data: bytes) -> tuple[bytes, list[str]]:
-    """Check the chain of JPEG markers up to the end marker; cut off what follows it.
+    """Follow the chain of JPEG markers to the end marker; cut off what comes after it.
 
-    Decoders differ on a stream that stops early: Pillow accepts a missing end marker, DALI does not.
+    Decoders differ on a damaged chain: Pillow takes a stream without an end marker and strays between the
+    segments of its header, DALI takes neither.
     """
-    end = 0
     changes = []
-    for marker, start in _markers(data):
+    end = 0
+    for marker, start, strays in _markers(data):
+        if strays and "stray bytes in its header left out" not in changes:
+            changes.append("stray bytes in its header left out")
         if 0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            changes = ["unusual JPEG coding made baseline"]
+            changes.append("unusual JPEG coding made baseline")
         end = start + 2 if marker == 0xD9 else 0
     if not end:
         raise BadImage("truncated")
     if end < len(data):
-        changes.append("bytes after its end cut off")
+        changes.append(CUT)
     return data[:end], changes
 
 
-_NEXT_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+_NEXT_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
 
-def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """(marker code, byte offset) of each marker in turn, up to the end marker or the end of the bytes."""
+def _markers(data: bytes) -> Iterator[tuple[int, int, bool]]:
+    """(code, byte offset, whether strays precede it) of each marker up to the end marker, if it comes.
+
+    Coded pixels lie between a scan's header (0xDA) and the next marker; before the first scan each segment
+    must follow the last one directly.
+    """
     position = 2
+    in_header = True
     while found := _NEXT_MARKER.search(data, position):
         marker = found[1][0]
-        yield marker, found.end() - 2
+        yield marker, found.start(), in_header and found.start() != position
         if marker == 0xD9:
             return
+        in_header = in_header and marker != 0xDA
         position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")

@@ -8,22 +8,22 @@ Without a val folder, `--val-fraction` of the pictures (of each class) becomes t
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
 
 from pipelines.errors import UserError, run_cli
-from tools.images import SUFFIXES, prepare
+from tools.images import SUFFIXES, prepare, read_file
 from tools.packing import label_of, run, settings, source_folder, worker_count
-from tools.shards import Packed, Packing, Plan, Sample, make_key, shuffled
+from tools.shards import Packed, Packing, Plan, Sample, make_key, readable, shuffled
 
 Listed = tuple[str, str]  # (path below the source folder, class name or "")
 
 
 def load_image(root: Path, source: str, packing: Packing) -> Packed:
     """Read and check one picture. Raises `BadImage` or `OSError`."""
-    picture = prepare((root / source).read_bytes(), packing.short_side, packing.max_pixels)
+    picture = prepare(read_file(root / source), packing.short_side, packing.max_pixels)
     return Packed([picture.data], picture.width, picture.height, picture.change)
 
 
@@ -49,7 +49,7 @@ def pack_imagenet(
         max_pixels: larger pictures are rejected.
         max_reject: end with exit code 1 when more than this share is rejected.
     """
-    packing = settings(short_side, shard_size, max_pixels, val_fraction)
+    packing = settings(short_side, shard_size, max_pixels, val_fraction, max_reject)
     processes = worker_count(workers)
     source_folder(source, "--source", "the pictures")
     plan = plan_images(source, packing)
@@ -58,8 +58,12 @@ def pack_imagenet(
 
 def plan_images(source: Path, packing: Packing) -> Plan:
     """List the pictures below `source` and decide split, label, key and order. Raises `UserError`."""
-    has_val = (source / "train").is_dir() and (source / "val").is_dir()
-    train = list_images(source, "train" if (source / "train").is_dir() else "")
+    has_train, has_val = (source / "train").is_dir(), (source / "val").is_dir()
+    if has_val and not has_train:
+        raise UserError(
+            f"{source} has a val folder but no train folder; to split val give --source {source}/val."
+        )
+    train = list_images(source, "train" if has_train else "")
     if has_val:
         val = list_images(source, "val")
     else:
@@ -72,26 +76,40 @@ def plan_images(source: Path, packing: Packing) -> Plan:
 
 def list_images(source: Path, below: str) -> list[Listed]:
     """The (path, class) of every picture in source/below, sorted; the class is its first folder's name."""
-    found: list[Listed] = []
-    seen: set[str] = set()
     top = source / below
-    for folder, folders, files in os.walk(top, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()  # a link back to a folder above would never end
-            continue
-        seen.add(real)
-        place = Path(folder).relative_to(top).parts
-        for name in files:
-            if Path(name).suffix.lower() in SUFFIXES:
-                path = Path(folder, name).relative_to(source).as_posix()
-                found.append((path, place[0] if place else ""))
+    found: list[Listed] = []
+    others: list[Path] = []
+    for path in walk(top):
+        if path.suffix.lower() in SUFFIXES:
+            place = path.relative_to(top).parts
+            found.append((path.relative_to(source).as_posix(), readable(place[0]) if place[1:] else ""))
+        else:
+            others.append(path)
+    if others:
+        print(
+            f"left out {len(others)} files that are not named as pictures, such as {readable(str(others[0]))}"
+        )
     if not found:
         raise UserError(f"{top} holds no pictures ({' '.join(sorted(SUFFIXES))}); check --source.")
     if len({not name for _, name in found}) == 2:
         loose = min(path for path, name in found if not name)
         raise UserError(f"{top} holds both class folders and loose pictures such as {loose}; move one kind.")
     return sorted(found, key=lambda item: os.fsencode(item[0]))
+
+
+def walk(top: Path) -> Iterator[Path]:
+    """Every file below `top` that is not hidden, links followed. Raises `UserError` for a closed folder."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be listed: {error.strerror}.") from error
+
+    for folder, folders, files in os.walk(top, onerror=refuse, followlinks=True):
+        here = Path(folder)
+        if any(here.samefile(parent) for parent in here.parents if parent.is_relative_to(top)):
+            folders.clear()  # a link back to a folder above would never end
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (here / name for name in files if not name.startswith("."))
 
 
 def split_off(listed: Sequence[Listed], fraction: float) -> tuple[list[Listed], list[Listed]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from pipelines.errors import UserError, run_cli
-from tools.images import COPIED, SUFFIXES, BadImage, Picture, prepare
+from tools.images import COPIED, SUFFIXES, BadImage, Picture, prepare, read_file
 from tools.packing import label_of, run, settings, source_folder, worker_count
 from tools.shards import Packed, Packing, Plan, Sample, make_key, shuffled
 
@@ -61,7 +61,7 @@ def pack_kinetics(
         max_pixels: larger frames are rejected.
         max_reject: end with exit code 1 when more than this share is rejected.
     """
-    packing = settings(short_side, shard_size, max_pixels, 0.0)
+    packing = settings(short_side, shard_size, max_pixels, 0.0, max_reject)
     processes = worker_count(workers)
     source_folder(frames, "--frames", "a folder for each label")
     source_folder(annotations, "--annotations", "tiny_train.csv and tiny_val.csv")
@@ -104,8 +104,10 @@ def _clip(row: dict[str, str | None], where: str) -> Clip:
     label, video, start, end = (row[name] or "" for name in COLUMNS)
     try:
         clip = Clip(label.strip(), video.strip(), int(float(start)), int(float(end)))
-    except ValueError as error:
-        raise UserError(f"{where}: time_start and time_end must be seconds, not {start!r} {end!r}.") from error
+    except (ValueError, OverflowError) as error:
+        raise UserError(
+            f"{where}: time_start and time_end must be seconds, not {start!r} {end!r}."
+        ) from error
     if not clip.label or not clip.video or "/" in clip.label + clip.video:
         raise UserError(f"{where}: label {label!r} or youtube_id {video!r} cannot name a folder.")
     return clip
@@ -133,7 +135,7 @@ def load_clip(root: Path, source: str, packing: Packing) -> Packed:
     folder = root / source
     if not folder.is_dir():
         raise BadImage("no frame folder")
-    files = sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=_frame_number)
+    files = sorted((path for path in folder.iterdir() if _is_frame(path)), key=_frame_number)
     if not files:
         raise BadImage("no frames in its folder")
     read = [_read(path, packing) for path in files]
@@ -141,17 +143,24 @@ def load_clip(root: Path, source: str, packing: Packing) -> Packed:
     if 2 * (last - first) < len(files):
         reasons = Counter(str(frame) for frame in read if isinstance(frame, BadImage))
         raise BadImage(f"under half of its frames in a row are good: {reasons.most_common(1)[0][0]}")
-    pictures = _one_size(files[first:last], [frame for frame in read[first:last] if isinstance(frame, Picture)], packing)
-    changes = {picture.change for picture in pictures}
-    changes = changes - {COPIED} if len(changes) > 1 else changes
-    cut = ["bad frames cut off"] if last - first < len(files) else []
-    frames = [picture.data for picture in pictures]
-    return Packed(frames, pictures[0].width, pictures[0].height, "; ".join([*cut, *sorted(changes)]))
+    pictures = _one_size(
+        files[first:last], [frame for frame in read[first:last] if isinstance(frame, Picture)], packing
+    )
+    changes = {picture.change for picture in pictures} - {COPIED}
+    notes = ["bad frames cut off"] if last - first < len(files) else []
+    if _frame_number(files[last - 1])[0] - _frame_number(files[first])[0] >= last - first:
+        notes.append("gaps in its frame numbers closed")
+    change = "; ".join([*notes, *sorted(changes)]) or COPIED
+    return Packed([picture.data for picture in pictures], pictures[0].width, pictures[0].height, change)
+
+
+def _is_frame(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _read(path: Path, packing: Packing) -> Picture | BadImage:
     try:
-        return prepare(path.read_bytes(), packing.short_side, packing.max_pixels)
+        return prepare(read_file(path), packing.short_side, packing.max_pixels)
     except BadImage as error:
         return error
     except OSError as error:
@@ -182,7 +191,7 @@ def _one_size(files: Sequence[Path], pictures: Sequence[Picture], packing: Packi
     return [
         picture
         if (picture.width, picture.height) == goal
-        else prepare(path.read_bytes(), packing.short_side, packing.max_pixels, goal)
+        else prepare(read_file(path), packing.short_side, packing.max_pixels, goal)
         for path, picture in zip(files, pictures, strict=True)
     ]
 

@@ -1,6 +1,7 @@
 """Runs a packing plan to its end: resume, worker processes, progress, the closing table."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import PIL
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,16 +21,33 @@ from rich.table import Table
 
 from pipelines.errors import UserError
 from pipelines.files import atomic_write
-from tools.shards import PLAN_FILE, Job, Load, Packing, Plan, finish, is_done, jobs_of, pack_shard, tidy
+from tools.images import COPIED
+from tools.shards import (
+    PLAN_FILE,
+    Job,
+    Load,
+    Packing,
+    Plan,
+    finish,
+    is_done,
+    jobs_of,
+    pack_shard,
+    remove_unfinished,
+    tidy,
+)
 
 
-def settings(short_side: int, shard_size: int, max_pixels: int, val_fraction: float) -> Packing:
+def settings(
+    short_side: int, shard_size: int, max_pixels: int, val_fraction: float, max_reject: float
+) -> Packing:
     """Check the numbers of the command line. Raises `UserError`."""
     for name, value in (("short-side", short_side), ("shard-size", shard_size), ("max-pixels", max_pixels)):
         if value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}.")
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction must be at least 0 and below 1, not {val_fraction}.")
+    if not 0 <= max_reject <= 1:
+        raise UserError(f"--max-reject must be a share from 0 to 1, not {max_reject}.")
     return Packing(short_side, shard_size, max_pixels, val_fraction, PIL.__version__)
 
 
@@ -59,14 +76,14 @@ def label_of(classes: Sequence[str], val_classes: Sequence[str], where: str) -> 
 
 def run(plan: Plan, root: Path, out: Path, load: Load, workers: int, max_reject: float) -> int:
     """Pack what is not packed yet, print the closing table; return the exit code (1: too many rejected)."""
-    console = Console()
+    console = Console(markup=False, highlight=False, emoji=False)
     with writing_to(out):
         if not (out / "dataset.json").exists():
-            _begin(plan, out)
-            _pack_missing(jobs_of(plan, root, out, load), workers)
-            finish(plan, out)
+            with _begun(plan, out):
+                _pack_missing(jobs_of(plan, root, out, load), workers)
+                finish(plan, out)
         elif _agree(plan, out / "dataset.json"):
-            console.print(f"{out} is already packed with these settings.")
+            console.print(f"{out} is already packed with these settings.", soft_wrap=True)
         tidy(out, list(plan.splits))
     return _report(console, out, list(plan.splits), max_reject)
 
@@ -76,7 +93,7 @@ def writing_to(out: Path) -> Iterator[None]:
     """Turn a failure to write below `out` into one sentence that says what to do."""
     try:
         yield
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, MemoryError) as error:
         raise UserError(
             "a worker process was killed, perhaps for lack of memory; run the same command again with "
             "fewer --workers, finished shards are kept."
@@ -90,30 +107,38 @@ def writing_to(out: Path) -> Iterator[None]:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror}.") from error
 
 
-def _begin(plan: Plan, out: Path) -> None:
-    """Note the plan in a new folder, or check that an unfinished one was begun with the same plan."""
-    if (out / PLAN_FILE).exists():
-        _agree(plan, out / PLAN_FILE)
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    if any(entry for entry in out.iterdir() if not entry.name.startswith(f".{PLAN_FILE}.tmp-")):
-        raise UserError(f"--out {out} holds other files; give a new or an empty folder.")
-    with atomic_write(out / PLAN_FILE) as path:
-        path.write_text(json.dumps({"packing": plan.settings()}))
+@contextmanager
+def _begun(plan: Plan, out: Path) -> Iterator[None]:
+    """Note the plan in a new folder, or check that it was begun with the same plan; keep others out of it."""
+    if not (out / PLAN_FILE).exists():
+        out.mkdir(parents=True, exist_ok=True)
+        if any(entry for entry in out.iterdir() if not entry.name.startswith(f".{PLAN_FILE}.tmp-")):
+            raise UserError(f"--out {out} holds other files; give a new or an empty folder.")
+        with atomic_write(out / PLAN_FILE) as path:
+            path.write_text(json.dumps({"packing": plan.settings()}))
+    _agree(plan, out / PLAN_FILE)
+    with (out / PLAN_FILE).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is packing into {out}; wait for it or stop it.") from error
+        remove_unfinished(out, list(plan.splits))
+        yield
 
 
 def _agree(plan: Plan, noted: Path) -> bool:
     """Whether `noted` describes this plan. Raises `UserError` naming the first setting that differs."""
-    now = plan.settings()
-    then = json.loads(noted.read_text())["packing"]
-    for name in now.keys() - ({"pillow"} if noted.name == "dataset.json" else set()):
-        if now[name] != then.get(name):
-            what = f"{name.replace('_', '-')} {then.get(name)}, not {now[name]}"
-            if name == "source_sha256":
-                what = "another listing of source files"
-            raise UserError(
-                f"{noted.parent} was packed with {what}; delete that folder or give another --out."
-            )
+    try:
+        then = json.loads(noted.read_text())["packing"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{noted} is damaged; delete {noted.parent} and pack again.") from error
+    for name, now in plan.settings().items():
+        if now == then.get(name) or (name == "pillow" and noted.name == "dataset.json"):
+            continue  # a finished dataset stays good whatever version made it
+        what = f"{name.replace('_', '-')} {then.get(name)}, not {now}"
+        if name == "source_sha256":
+            what = "another listing of source files"
+        raise UserError(f"{noted.parent} was packed with {what}; delete that folder or give another --out.")
     return True
 
 
@@ -165,20 +190,30 @@ def _report(console: Console, out: Path, splits: Sequence[str], max_reject: floa
     table = Table("split", "what", "samples", "example", title=str(out))
     total = rejected = 0
     for split in splits:
-        rows = pq.read_table(out / f"{split}.parquet", columns=["status", "reason", "change", "source"])
-        bad = rows.filter(pc.equal(rows["status"], "rejected"))
-        good = rows.filter(pc.equal(rows["status"], "ok"))
-        total, rejected = total + len(rows), rejected + len(bad)
-        for column, part, style in (("change", good, ""), ("reason", bad, "red")):
-            for line in part.group_by(column).aggregate([("source", "count"), ("source", "min")]).to_pylist():
-                what = ("rejected: " if style else "") + line[column]
-                example = "" if what == "copied" else line["source_min"]
-                table.add_row(split, what, str(line["source_count"]), example, style=style)
+        for status, change, reason, count, example in _outcomes(out / f"{split}.parquet"):
+            total += count
+            if status == "ok":
+                table.add_row(split, change, str(count), "" if change == COPIED else example)
+            else:
+                rejected += count
+                table.add_row(split, f"rejected: {reason}", str(count), example, style="red")
     console.print(table)
     if rejected <= max_reject * total:
         return 0
     console.print(
-        f"{rejected} of {total} samples were rejected, more than --max-reject {max_reject:.2%} allows. The rest "
-        f"is packed in {out}. To take the bad ones in, put the files right, delete that folder and pack again."
+        f"{rejected} of {total} samples were rejected, more than --max-reject {max_reject:.2%} allows; the "
+        f"rest is packed in {out}. To take them in, put the files right, delete that folder and pack again.",
+        soft_wrap=True,
     )
     return 1
+
+
+def _outcomes(catalogue: Path) -> list[tuple[str, str, str, int, str]]:
+    """(status, change, reason, samples, one such source), packed before rejected, most frequent first."""
+    columns = ["status", "change", "reason"]
+    rows = pq.read_table(catalogue, columns=[*columns, "source"])
+    groups = rows.group_by(columns).aggregate([("source", "count"), ("source", "min")]).to_pylist()
+    groups.sort(key=lambda group: (group["status"], -group["source_count"], group["change"], group["reason"]))
+    return [
+        (*(group[name] for name in columns), group["source_count"], group["source_min"]) for group in groups
+    ]

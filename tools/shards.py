@@ -9,14 +9,14 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.catalogue import FORMAT_VERSION, SCHEMA
@@ -38,7 +38,7 @@ class Packing:
     pillow: str  # another version may encode other bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One source sample: an image file or a folder of frames."""
 
@@ -58,6 +58,7 @@ class Packed:
     change: str
 
 
+Row = dict[str, Any]  # one row of the catalogue
 Load = Callable[[Path, str, Packing], Packed]
 
 
@@ -80,7 +81,7 @@ class Plan:
 
     kind: str
     classes: Sequence[str]
-    splits: dict[str, Sequence[Sample]]
+    splits: Mapping[str, Sequence[Sample]]
     packing: Packing
 
     def settings(self) -> dict[str, object]:
@@ -119,10 +120,12 @@ def pack_shard(job: Job) -> tuple[int, int]:
     The rows are the mark that the shard is done. Raises `OSError` where the shard cannot be written.
     """
     stem = job.folder / f"{job.shard:06d}"
-    rows: list[dict[str, object]] = []
-    with atomic_write(stem.with_suffix(".tar")) as path:
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            index = [line for sample in job.samples if (line := _add_sample(tar, sample, job, rows))]
+    rows: list[Row] = []
+    with (
+        atomic_write(stem.with_suffix(".tar")) as path,
+        tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        index = [line for sample in job.samples if (line := _add_sample(tar, sample, job, rows))]
     with atomic_write(stem.with_suffix(".idx")) as path:
         path.write_text("".join([f"v1.2 {len(index)}\n", *index]))
     with atomic_write(stem.with_suffix(".parquet")) as path:
@@ -130,9 +133,9 @@ def pack_shard(job: Job) -> tuple[int, int]:
     return len(index), len(rows) - len(index)
 
 
-def _add_sample(tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[dict[str, object]]) -> str:
+def _add_sample(tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[Row]) -> str:
     """Append one sample to the tar and its row to `rows`; return its index line, "" if rejected."""
-    row: dict[str, object] = asdict(sample) | {"source": readable(sample.source), "frames": 0, "shard": -1}
+    row: Row = asdict(sample) | {"source": readable(sample.source), "frames": 0, "shard": -1}
     row |= {"status": "rejected", "reason": "", "change": "", "width": 0, "height": 0, "sha256": ""}
     row |= {"offsets": [], "sizes": []}
     rows.append(row)
@@ -156,7 +159,7 @@ def _add_sample(tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[dict[
     return " ".join(f"{name} {offset} {size} {sample.key}.{name}" for name, offset, size in places) + "\n"
 
 
-def _members(row: dict[str, object], frames: Sequence[bytes], kind: str) -> list[tuple[str, bytes]]:
+def _members(row: Row, frames: Sequence[bytes], kind: str) -> list[tuple[str, bytes]]:
     """A sample's (extension, bytes) in the order of the tar: frames, label, description."""
     told = ("label", "class_name", "source", "width", "height", "frames")
     names = ["jpg"] if kind == "image" else [f"f{number:04d}.jpg" for number in range(len(frames))]
@@ -213,10 +216,10 @@ def merge(out: Path, split: str) -> dict[str, int]:
         waiting: list[pa.Table] = []
         for part in parts:
             table = pq.read_table(part, schema=SCHEMA)
-            good = pc.sum(pc.equal(table["status"], "ok")).as_py()
+            good = table["status"].to_pylist().count("ok")
             counts["samples"] += good
             counts["rejected"] += len(table) - good
-            counts["frames"] += pc.sum(table["frames"]).as_py()
+            counts["frames"] += sum(table["frames"].to_pylist())
             waiting.append(table)
             if sum(rows.nbytes for rows in waiting) > ROWS_IN_MEMORY:
                 writer.write_table(pa.concat_tables(waiting))
@@ -225,10 +228,17 @@ def merge(out: Path, split: str) -> dict[str, int]:
     return counts
 
 
-def tidy(out: Path, splits: Sequence[str]) -> None:
-    """Remove what only an unfinished dataset needs: the shards' rows and files of killed writers."""
-    for split in splits:
-        for leftover in [*(out / split).glob("[0-9]*.parquet"), *(out / split).glob(".*.tmp-*")]:
+def remove_unfinished(out: Path, splits: Sequence[str]) -> None:
+    """Remove the temporary files of writers that were killed."""
+    for folder in (out, *(out / split for split in splits)):
+        for leftover in folder.glob(".*.tmp-*"):
             leftover.unlink(missing_ok=True)
-    for leftover in [out / PLAN_FILE, *out.glob(".*.tmp-*")]:
-        leftover.unlink(missing_ok=True)
+
+
+def tidy(out: Path, splits: Sequence[str]) -> None:
+    """Remove what only an unfinished dataset needs: the shards' rows and the note of the plan."""
+    for split in splits:
+        for leftover in (out / split).glob("[0-9]*.parquet"):
+            leftover.unlink(missing_ok=True)
+    if (out / PLAN_FILE).exists():  # on a read-only disk removing even a missing file fails
+        (out / PLAN_FILE).unlink(missing_ok=True)

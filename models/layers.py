@@ -1,0 +1,149 @@
+"""The layers of Hiera; x is [batch, units, tokens per unit, channels] (see unroll.py)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from models.unroll import FRAMES, STRIDE, UNIT, Grid, max_pool, take, unroll
+
+KERNEL, PADDING = 7, 3  # patch embedding, in pixels; in time it is 3 frames, 1 padded in front
+HALO = KERNEL - STRIDE  # pixels that a unit's tokens see above and left of the unit
+NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head attention inside mask units (`windowed`) or over all tokens, queries pooled on demand."""
+
+    def __init__(
+        self, dim: int, dim_out: int, heads: int, windowed: bool = False, pool: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads, self.windowed, self.pool = heads, windowed, pool
+        self.qkv = nn.Linear(dim, 3 * dim_out)
+        self.proj = nn.Linear(dim_out, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, U, n, dim] -> [B, U, n or n / 4, dim_out]."""
+        batch, units = x.shape[:2]
+        # Four dimensions, windows in the batch: with a fifth, PyTorch leaves the fused kernels.
+        windows = batch * units if self.windowed else batch
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.pool:
+            q = max_pool(q)
+        q, k, v = (z.reshape(windows, -1, self.heads, z.shape[-1] // self.heads) for z in (q, k, v))
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj(y.transpose(1, 2).reshape(batch, units, -1, self.proj.in_features))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a GELU, four times as wide inside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; at the start of a stage it widens, and pools where the stage does."""
+
+    def __init__(
+        self,
+        dim: int,
+        dim_out: int,
+        heads: int,
+        windowed: bool = False,
+        pool: bool = False,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, dim_out, heads, windowed, pool)
+        self.norm2 = nn.LayerNorm(dim_out, eps=NORM_EPS)
+        self.mlp = Mlp(dim_out)
+        self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
+        self.drop_path = DropPath(drop) if drop > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, U, n, dim] -> [B, U, n or n / 4, dim_out]."""
+        y = self.norm1(x)
+        if self.proj is not None:
+            x = max_pool(self.proj(y)) if self.attn.pool else self.proj(y)
+        x = x + self.drop_path(self.attn(y))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping convolution from pixels to tokens, computed for the kept mask units alone."""
+
+    def __init__(self, video: bool, channels: int, dim: int) -> None:
+        super().__init__()
+        self.span, self.step = (3, FRAMES) if video else (1, 1)
+        self.proj = conv(video, channels, dim, self.span, KERNEL)  # holds the parameters; see forward
+
+    def forward(self, x: Tensor, keep: Tensor | None, units: Grid) -> Tensor:
+        """[B, C, T, H, W], keep [B, k] or None -> [B, k or all units, 64, dim].
+
+        Time taps are laid beside the channels and time steps into the batch, so that a two-dimensional
+        convolution does it all.
+        """
+        batch = x.shape[0]
+        x = F.pad(x, (0, 0, 0, 0, self.span // 2, 0)) if keep is None else self._hide(x, keep, units)
+        x = x.unfold(2, self.span, self.step).permute(0, 2, 1, 5, 3, 4)  # [B, t, C, taps, H, W]
+        weight = self.proj.weight.flatten(1, -3)
+        if keep is None:
+            x = F.conv2d(x.flatten(2, 3).flatten(0, 1), weight, self.proj.bias, STRIDE, PADDING)
+            x = x.unflatten(0, (batch, -1)).permute(0, 1, 3, 4, 2)
+            return unroll(x)
+        side = UNIT * STRIDE
+        x = x.unfold(4, side + HALO, side).unfold(5, side + HALO, side).permute(0, 1, 4, 5, 2, 3, 6, 7)
+        x = take(x, keep).flatten(0, 1).flatten(1, 2)  # [B * k, C * taps, 35, 35]
+        x = F.conv2d(x, weight, self.proj.bias, STRIDE)
+        return unroll(x.permute(0, 2, 3, 1)[:, None]).reshape(batch, keep.shape[1], UNIT * UNIT, -1)
+
+    def _hide(self, x: Tensor, keep: Tensor, units: Grid) -> Tensor:
+        """Zero the masked pixels, which would leak through the overlap, and pad in front of every axis."""
+        mask = unit_mask(keep, math.prod(units)).view(-1, 1, *units)
+        for axis, size in zip((2, 3, 4), x.shape[2:], strict=True):
+            mask = mask.repeat_interleave(size // mask.shape[axis], dim=axis)
+        return F.pad(x * mask, (HALO, 0, HALO, 0, self.span // 2, 0))
+
+
+class Head(nn.Module):
+    """Dropout and the linear classifier; gives logits in training and evaluation alike."""
+
+    def __init__(self, dim: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.projection = nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, dim] -> logits [B, classes]."""
+        return self.projection(self.dropout(x))
+
+
+def unit_mask(keep: Tensor, units: int) -> Tensor:
+    """Boolean mask [B, units], True where `keep` [B, k] lists the unit."""
+    mask = torch.zeros(keep.shape[0], units, dtype=torch.bool, device=keep.device)
+    return mask.scatter(1, keep, True)
+
+
+def conv(video: bool, dim: int, dim_out: int, frames: int, side: int) -> nn.Conv2d | nn.Conv3d:
+    """A convolution with the kernel shape that released weights have for images or clips."""
+    if video:
+        return nn.Conv3d(dim, dim_out, (frames, side, side))
+    return nn.Conv2d(dim, dim_out, (side, side))
+
+
+def init_uniform(conv: nn.Module, *names: str) -> None:
+    """PyTorch's own draw for convolutions, uniform within 1 / sqrt(fan in), on the named parameters."""
+    bound = 1 / math.sqrt(conv.get_parameter("weight")[0].numel())
+    for name in names:
+        nn.init.uniform_(conv.get_parameter(name), -bound, bound)

@@ -1,0 +1,97 @@
+"""The numbers of a catalogue as flat arrays; a large one's are memory-mapped, so that processes share them.
+
+A catalogue of millions of frames is written out once, array by array, in a hidden folder beside its
+Parquet, named after the Parquet's size and time, and mapped from there: opening takes milliseconds and
+the pages are the same for every process on the machine.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import UserError
+from pipelines.files import sync
+
+LARGE = 2_000_000  # frames from which a catalogue is mapped instead of read
+ROWS_AT_ONCE = 4096
+PER_SAMPLE = ("shard", "label", "width", "height")
+TYPES = dict.fromkeys(PER_SAMPLE, np.int32) | {"first_frame": np.int64, "offset": np.int64, "size": np.int32}
+READABLE = [("status", "=", "ok")]
+
+
+def load_columns(parquet: Path) -> dict[str, np.ndarray]:
+    """The columns of the rows whose status is "ok", by the names `Catalogue` gives them."""
+    with pq.ParquetFile(parquet) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        frames = sum(group.column(group.num_columns - 2).num_values for group in groups)
+    if frames < LARGE:
+        parts = list(readable(parquet))
+        return {name: np.concatenate([part[name] for part in parts]) for name in TYPES}
+    stat = parquet.stat()
+    stamp = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    beside = parquet.with_name(f".{parquet.stem}.{stamp}.columns")
+    elsewhere = (
+        Path(tempfile.gettempdir()) / f"hiera-train-{os.getuid()}" / f"{stat.st_ino:x}-{stamp}.columns"
+    )
+    for folder in (beside, elsewhere):  # the second where the data lies on a read-only disk
+        try:
+            folder.parent.mkdir(exist_ok=True, mode=0o700)
+            return mapped(folder, parquet)
+        except OSError as error:
+            reason = error
+    raise UserError(
+        f"{beside.parent} and {elsewhere.parent} cannot be written to ({reason}); free some space"
+    )
+
+
+def mapped(folder: Path, parquet: Path) -> dict[str, np.ndarray]:
+    """The columns mapped from `folder`, which the first process to come here makes."""
+    if not folder.is_dir():
+        with (folder.parent / f".{parquet.stem}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.is_dir():
+                make_folder(folder, parquet)
+    return {name: np.asarray(np.memmap(folder / name, kind, "r")) for name, kind in TYPES.items()}
+
+
+def make_folder(folder: Path, parquet: Path) -> None:
+    """Write the columns out; the folder gets its name last, and those of earlier versions go."""
+    temporary = Path(tempfile.mkdtemp(prefix=".columns-", dir=folder.parent))
+    try:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((temporary / name).open("wb")) for name in TYPES}
+            for part in readable(parquet):
+                for name, values in part.items():
+                    files[name].write(values.data)
+        for name in TYPES:  # a folder that has its name must hold its data, also after a power cut
+            sync(temporary / name)
+        temporary.replace(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in folder.parent.glob(f".{parquet.stem}.*.columns"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def readable(parquet: Path) -> Iterator[dict[str, np.ndarray]]:
+    """The columns of the rows whose status is "ok", in order, a few thousand rows at a time."""
+    total = 0
+    yield {name: np.zeros(int(name == "first_frame"), kind) for name, kind in TYPES.items()}
+    with pq.ParquetFile(parquet) as file:
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=["status", *PER_SAMPLE, "offsets", "sizes"]):
+            rows = batch.filter(pa.array(np.asarray(batch["status"].to_pylist(), object) == "ok"))
+            part = {name: rows[name].to_numpy() for name in PER_SAMPLE}
+            part["first_frame"] = total + np.cumsum(rows["sizes"].value_lengths().to_numpy(), dtype=np.int64)
+            part["offset"] = rows["offsets"].flatten().to_numpy()
+            part["size"] = rows["sizes"].flatten().to_numpy()
+            total += len(part["size"])
+            yield part

@@ -1,0 +1,138 @@
+"""Frames that do not decode at training time (bit rot after packing): found, named, replaced, counted.
+
+One such frame kills a DALI pipeline for good. The loader then decodes the batches under way frame by
+frame, replaces what fails by other samples and goes on with a new pipeline. Whether a row is replaced, and
+by which sample, depends on its own bytes, window and epoch alone: not on rank, order or earlier failures.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines import graph, sampler
+from pipelines.catalogue import Catalogue
+from pipelines.errors import UserError
+from pipelines.plans import Plan, feed_of
+
+# New rows for sample ids [n] in epochs [n]: a plan of n * unit rows.
+Replan = Callable[[NDArray[np.int64], NDArray[np.int64]], Plan]
+
+
+@dataclass
+class Faults:
+    """What one process knows of samples that fail; it grows while a run goes on."""
+
+    catalogue: Catalogue
+    device: torch.device
+    seed: int
+    copies: int  # rows that share their decoded frames
+    unit: int  # rows that are replaced together: a sample's views, or its copies
+    limit: int  # samples that may fail before the run stops
+    replan: Replan
+    suspects: dict[int, str] = field(default_factory=dict)  # sample id -> what was said of it
+
+    def repair(self, plan: Plan) -> Plan:
+        """The plan with every unit that does not decode replaced; costs nothing while none has failed."""
+        for attempt in range(8):
+            groups = plan.ids[:: self.unit]
+            checked = [unit for unit, sample in enumerate(groups.tolist()) if sample in self.suspects]
+            bad = [unit for unit in checked if failing(self, take(plan, unit, self.unit))]
+            if not bad:
+                return plan
+            plan = self.replace(plan, np.array(bad), attempt)
+        raise UserError(f"{self.catalogue.info.root} has too many damaged samples; run `make verify`")
+
+    def replace(self, plan: Plan, units: NDArray[np.int64], attempt: int) -> Plan:
+        """The plan with other samples, drawn from (seed, epoch, id, attempt), in these units."""
+        first = units * self.unit
+        ids, epochs = plan.ids[first], plan.epochs[first]
+        draws = sampler.uniform(self.seed, epochs, ids, sampler.STREAM_REPLACE, attempt + 1)[:, attempt]
+        others = self.replan((draws * len(self.catalogue)).astype(np.int64), epochs)
+        rows = (first[:, None] + np.arange(self.unit)).ravel()
+        whole = {}
+        for part in fields(Plan):
+            whole[part.name] = getattr(plan, part.name).copy()
+            whole[part.name][rows] = getattr(others, part.name)
+        return Plan(**whole)
+
+    def examine(self, plans: list[Plan], error: RuntimeError) -> None:
+        """After a pipeline died with `error`: find the samples at fault and name each once.
+
+        Raises UserError with the list when there are too many, and `error` when none is at fault.
+        """
+        found = False
+        for plan in plans:
+            for frame in failing(self, plan):
+                per_group = plan.frames.shape[1]
+                row = frame // per_group * self.copies
+                found |= self.note(int(plan.ids[row]), int(plan.frames[row, frame % per_group]))
+        if not found:
+            raise error
+        if len(self.suspects) > self.limit:
+            listed = "; ".join(list(self.suspects.values())[:20])
+            raise UserError(
+                f"{len(self.suspects)} samples do not decode, more than the {self.limit} allowed; "
+                f"run `make verify` and pack them again: {listed}"
+            )
+
+    def note(self, sample: int, frame: int) -> bool:
+        """Name a failing frame, once per sample; True when it is news."""
+        if sample in self.suspects:
+            return False
+        catalogue = self.catalogue
+        offset = int(catalogue.offset[catalogue.first_frame[sample] + frame])
+        tar = catalogue.tar_path(int(catalogue.shard[sample]))
+        self.suspects[sample] = f"{tar}: {catalogue.member_name(sample, frame)} at byte {offset}"
+        say_once(f"{self.suspects[sample]} does not decode; another sample takes its place")
+        return True
+
+
+@cache
+def say_once(sentence: str) -> None:
+    """Print to stderr what this process has not said before."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def take(plan: Plan, unit: int, size: int) -> Plan:
+    """The rows of one unit of `size` rows."""
+    rows = slice(unit * size, (unit + 1) * size)
+    return Plan(*(getattr(plan, part.name)[rows] for part in fields(Plan)))
+
+
+def failing(faults: Faults, plan: Plan) -> list[int]:
+    """Indices of the frames of `feed_of(plan)` that do not decode, each tried alone."""
+    feed = feed_of(faults.catalogue, plan, faults.copies)
+    bad: list[int] = []
+    start = 0
+    while start < len(feed.jpegs):
+        start = first_failing(feed, start, faults.device)
+        if start < len(feed.jpegs):
+            bad.append(start)
+        start += 1
+    return bad
+
+
+def first_failing(feed: graph.Feed, start: int, device: torch.device) -> int:
+    """Index of the first frame from `start` on that does not decode, or the number of frames."""
+
+    def source(iteration: int) -> graph.Feed:
+        index = start + iteration
+        if index >= len(feed.jpegs):
+            raise StopIteration
+        box = feed.boxes[index : index + 1]
+        whole = np.concatenate([np.zeros_like(box[:, :2]), box[:, 2:]], axis=1)[:, None]
+        return graph.Feed(feed.jpegs[index : index + 1], box, whole, np.zeros((1, 1), bool))
+
+    settings = graph.Settings(1, 1, 1, 8, "linear", device, threads=1, prefetch=1)
+    pipeline = graph.build_pipeline(source, settings)
+    for index in range(start, len(feed.jpegs)):
+        try:
+            pipeline.run()
+        except RuntimeError:
+            return index
+    return len(feed.jpegs)

@@ -1,0 +1,94 @@
+"""What a forward pass costs, and that it compiles as one graph."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from models.factory import CONFIGS
+from models.macs import forward_macs
+
+torch.set_num_threads(2)
+KINDS = ["hiera_pico_96", "mae_hiera_pico_96", "hiera_pico_16x64", "mae_hiera_pico_16x64"]
+
+
+def inputs(model, name, kept=None):
+    x = torch.rand(2, 3, *model.input_size)
+    if not name.startswith("mae_"):
+        return {"x": x}
+    kept = kept or model.num_mask_units // 3
+    keep = torch.rand(2, model.num_mask_units).argsort(1)[:, :kept].sort(1).values
+    return {"x": x, "keep": keep}
+
+
+@pytest.mark.parametrize("name", models.list_models())
+def test_macs_equal_the_counter(name):
+    mae = name.startswith("mae_")
+    with torch.device("meta"):
+        model = models.create(name)
+        ratio = 0.9 if model.config.video else 0.6
+        given = inputs(model, name, kept=int(model.num_mask_units * (1 - ratio)))
+        with FlopCounterMode(display=False) as counter:
+            model(**given)
+    assert 2 * 2 * forward_macs(model.config, mae, ratio) == pytest.approx(
+        counter.get_total_flops(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("base_224", 9),
+        ("large_224", 40),
+        ("huge_224", 125),
+        ("base_16x224", 102),
+        ("large_16x224", 413),
+        ("huge_16x224", 1158),
+    ],
+)
+def test_macs_equal_the_published(name, published):
+    """Published as whole numbers, so the smallest carries a rounding of 5 %."""
+    counted = forward_macs(CONFIGS[f"hiera_{name}"]) / 1e9
+    assert counted == pytest.approx(published, rel=0.03) or round(counted) == published
+
+
+def test_decode_ratio_saves_what_the_count_says():
+    full, half = (models.create("mae_hiera_pico_16x64", decode_ratio=r).train() for r in (1.0, 0.5))
+    counted = []
+    for model in (full, half):
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs(model, "mae_", kept=int(32 * 0.1)))
+        counted.append(counter.get_total_flops())
+        assert counted[-1] == pytest.approx(4 * forward_macs(model.config, True, 0.9), rel=1e-6)
+    assert counted[1] < 0.8 * counted[0]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_training_forward_is_one_graph(name):
+    model = models.create(name, drop_path_rate=0.1, stages=(1, 1, 1, 1)).train()
+    if "mae" in name:
+        model = models.create(name, drop_path_rate=0.1, stages=(1, 1, 1, 1), decode_ratio=0.5).train()
+    given = inputs(model, name)
+    explained = torch._dynamo.explain(model)(**given)
+    assert explained.graph_count == 1
+    assert explained.graph_break_count == 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_compiled_equals_eager(name):
+    """The generated code where it is cheap to build, and the same graph without code elsewhere."""
+    model = models.create(name, stages=(1, 1, 1, 1))
+    backend = "inductor" if name == "mae_hiera_pico_96" else "aot_eager"
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    given = inputs(model, name)
+    grads = []
+    for run in (model, compiled):
+        model.zero_grad(set_to_none=True)
+        output = run(**given)
+        loss = output.loss if name.startswith("mae_") else output.square().sum()
+        loss.backward()
+        grads.append([loss.detach()] + [p.grad for p in model.parameters()])
+    for eager, other in zip(*grads, strict=True):
+        assert (eager - other).abs().max() <= 1e-5 * eager.abs().max()
+    torch._dynamo.reset()

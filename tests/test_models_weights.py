@@ -1,0 +1,252 @@
+"""Weights between formats, sizes and kinds of model, and the download of official ones."""
+
+import hashlib
+import http.server
+import re
+import threading
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import models
+from models import official
+from models.adapt import inflate, resample
+from models.formats import format_of, from_ours, to_ours
+from tools.check_parity import randomise, run_ours, timm_model, transformers_model, upstream_model
+from tools.convert import convert
+
+torch.set_num_threads(2)
+
+
+def random_model(name, **overrides):
+    torch.manual_seed(0)
+    model = models.create(name, **overrides).eval()
+    randomise(model)
+    return model
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", ["hiera_pico_96", "mae_hiera_pico_96"])
+@pytest.mark.parametrize("to", ["timm", "transformers"])
+def test_round_trips_are_bit_equal(name, to, tmp_path):
+    """upstream -> ours -> another -> ours -> upstream, each step through a file and the tool."""
+    theirs = upstream_model(models.create(name).config, mae=name.startswith("mae_"))
+    torch.save({"model_state": theirs.state_dict(), "epoch": 3}, tmp_path / "a.pth")
+    convert(str(tmp_path / "a.pth"), tmp_path / "b.safetensors", to="ours")
+    convert(str(tmp_path / "b.safetensors"), tmp_path / "c.safetensors", to=to)
+    convert(str(tmp_path / "c.safetensors"), tmp_path / "d.pth", to="upstream")
+    start, middle = theirs.state_dict(), load_file(tmp_path / "c.safetensors")
+    assert format_of(middle) == to
+    end = torch.load(tmp_path / "d.pth", weights_only=True)["model_state"]
+    if name == "mae_hiera_pico_96" and to == "timm":  # which has the encoder, and encoder_norm as its norm
+        assert torch.equal(end.pop("norm.weight"), start["encoder_norm.weight"])
+        assert torch.equal(end.pop("norm.bias"), start["encoder_norm.bias"])
+        start = {n: v for n, v in start.items() if n.startswith(("patch_embed", "pos_embed", "blocks"))}
+    assert same(start, end)
+
+
+def test_clip_models_reach_timm_and_back():
+    state = models.create("hiera_pico_16x64").state_dict()
+    assert same(to_ours(from_ours(state, "timm")), state)
+    with pytest.raises(models.ModelError, match="images"):
+        from_ours(state, "transformers")
+
+
+def test_transformers_opens_a_converted_folder(tmp_path):
+    model = random_model("hiera_base_plus_224", stages=(1, 1, 1, 1), input_size=64, num_classes=5)
+    save_file(model.state_dict(), tmp_path / "ours.safetensors")
+    convert(str(tmp_path / "ours.safetensors"), tmp_path / "hf", to="transformers")
+    theirs = transformers.HieraForImageClassification.from_pretrained(tmp_path / "hf").eval()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x).logits, model(x), rtol=1e-4, atol=1e-5)
+    again = models.create("hiera_base_plus_224", stages=(1, 1, 1, 1), input_size=64, num_classes=5)
+    models.load_weights(again, tmp_path / "hf")
+    assert same(again.state_dict(), model.state_dict())
+
+
+def test_transformers_opens_a_converted_autoencoder(tmp_path):
+    model = random_model("mae_hiera_pico_96")
+    save_file(model.state_dict(), tmp_path / "ours.safetensors")
+    convert(str(tmp_path / "ours.safetensors"), tmp_path / "hf", to="transformers")
+    theirs = transformers.HieraForPreTraining.from_pretrained(tmp_path / "hf").eval()
+    x, mask = torch.rand(1, 3, 96, 96), (torch.arange(9) % 3 == 0)[None]
+    with torch.no_grad():
+        loss = model(x, mask).loss
+        theirs.config.mask_ratio = theirs.hiera.embeddings.patch_embeddings.mask_ratio = 2 / 3
+        torch.testing.assert_close(theirs(x, noise=(~mask).float()).loss, loss)
+
+
+def test_loading_timm_and_transformers_models_directly():
+    model = random_model("hiera_pico_96")
+    for build in (timm_model, transformers_model):
+        theirs = build(model.config, mae=False)
+        ours = models.create("hiera_pico_96").eval()
+        report = models.load_weights(ours, theirs.state_dict(), quiet=True)
+        assert not report.fresh
+        assert not report.unused
+        x = torch.rand(1, 3, 96, 96)
+        theirs_logits = theirs.eval()(x)
+        theirs_logits = getattr(theirs_logits, "logits", theirs_logits)
+        torch.testing.assert_close(ours(x), theirs_logits)
+
+
+def test_resampling_keeps_what_it_can():
+    table = torch.rand(1, 7 * 7, 4)
+    assert torch.equal(resample(table, 1, (1, 7, 7)), table)
+    flat = torch.full((1, 2 * 9, 4), 0.5)
+    torch.testing.assert_close(resample(flat, 2, (5, 4, 6)), torch.full((1, 5 * 24, 4), 0.5))
+    ramp = torch.arange(8.0).view(1, 8, 1)
+    torch.testing.assert_close(resample(ramp, 8, (4, 1, 1)).flatten(), torch.tensor([0.5, 2.5, 4.5, 6.5]))
+    rows = torch.arange(8.0).repeat_interleave(8).view(1, 64, 1)  # grows down the rows alone
+    bigger = resample(rows, 1, (1, 16, 24)).view(16, 24)
+    torch.testing.assert_close(bigger, bigger[:, :1].expand(-1, 24))
+    assert (bigger[:, 0].diff() > -1e-3).all()
+    with pytest.raises(models.ModelError, match="no square input"):
+        resample(torch.rand(1, 12, 4), 1, (1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "resampled"),
+    [
+        ("hiera_pico_96", (64, 160), {"pos_embed"}),
+        ("mae_hiera_pico_96", 128, {"pos_embed", "decoder_pos_embed"}),
+        ("hiera_pico_16x64", (8, 64, 64), {"pos_embed_temporal"}),
+        (
+            "mae_hiera_pico_16x64",
+            (32, 96, 96),
+            {"pos_embed_spatial", "pos_embed_temporal", "decoder_pos_embed"},
+        ),
+    ],
+)
+def test_loading_into_another_input_size(name, size, resampled):
+    source, target = random_model(name), models.create(name, input_size=size)
+    report = models.load_weights(target, source.state_dict(), quiet=True)
+    assert set(report.resampled) == resampled
+    assert not report.fresh
+    assert not report.unused
+    x = torch.rand(1, 3, *target.input_size)
+    output = target(x)
+    assert (output.loss if name.startswith("mae_") else output).isfinite().all()
+
+
+def test_image_autoencoder_inflates_to_clips():
+    image = random_model("mae_hiera_pico_96", input_size=64)
+    video = models.create("mae_hiera_pico_16x64").eval()
+    report = models.load_weights(video, image.state_dict(), quiet=True)
+    assert {"patch_embed.proj.weight", "pos_embed_temporal", "decoder_pred.weight"} <= set(report.inflated)
+    assert not report.fresh
+    assert not report.unused
+    picture = torch.rand(1, 3, 64, 64)
+    clip = picture.unsqueeze(2).expand(-1, -1, 16, -1, -1)
+    still = video.patch_embed(clip, None, video.units) + video.positions()
+    once = image.patch_embed(picture.unsqueeze(2), None, image.units) + image.positions()
+    # A still clip's tokens are its picture's at every step but the first, whose frame -1 is padding.
+    torch.testing.assert_close(still.unflatten(1, (8, 4))[:, 1:], once[:, None].expand(-1, 7, -1, -1, -1))
+    # A patch's prediction lists channels first in an image and last in a clip.
+    latent = torch.rand(1, 1, 128)
+    a = image.decoder_pred(latent).view(3, 256).T.flatten()
+    torch.testing.assert_close(video.decoder_pred(latent).flatten(), a)
+
+
+def test_image_autoencoder_into_clip_classifier_of_another_size():
+    model = models.create("hiera_pico_16x64")
+    report = models.load_weights(model, random_model("mae_hiera_pico_96").state_dict(), quiet=True)
+    assert report.resampled == ("pos_embed_spatial",)
+    assert set(report.inflated) == {"patch_embed.proj.weight", "pos_embed_temporal"}
+    assert all(name.startswith(("norm.", "head.")) for name in report.fresh)
+    state, names = inflate(model.state_dict(), model)
+    assert not names, "clip weights are left alone"
+    assert state.keys() == model.state_dict().keys()
+
+
+def test_parity_of_every_kind_after_a_file(tmp_path):
+    """What a file brought back computes the same, not only equals in name."""
+    for name in ("hiera_pico_16x64", "mae_hiera_pico_16x64"):
+        model = random_model(name)
+        save_file(model.state_dict(), tmp_path / "m.safetensors")
+        again = models.create(name).eval()
+        models.load_weights(again, tmp_path / "m.safetensors", quiet=True)
+        x = torch.rand(1, 3, 16, 64, 64)
+        mask = (torch.arange(32) % 4 == 0)[None] if name.startswith("mae_") else None
+        with torch.no_grad():
+            pairs = zip(run_ours(model, x, mask), run_ours(again, x, mask), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `body` after the faults listed in `faults`: a status code, or "cut" for a broken connection."""
+
+    body = b""
+    faults: list = []  # noqa: RUF012
+    asked: list = []  # noqa: RUF012
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, int):
+            return self.send_error(fault)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body[: len(self.body) // 2] if fault == "cut" else self.body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    torch.save({"model_state": random_model("mae_hiera_pico_96").state_dict()}, tmp_path / "weights.pth")
+    Server.body, Server.faults, Server.asked = (tmp_path / "weights.pth").read_bytes(), [], []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+NAME = "mae_hiera_tiny_224:mae_in1k"
+
+
+def test_official_weights_are_fetched_once_with_retries(server, tmp_path, capsys):
+    Server.faults += [503, "cut"]
+    path = official.fetch(NAME, server, wait=0.01)
+    assert path == tmp_path / "hub/checkpoints/mae_hiera_tiny_224.pth"
+    assert path.read_bytes() == Server.body
+    assert "CC BY-NC 4.0" in capsys.readouterr().out
+    assert path.with_suffix(".pth.sha256").read_text().strip() == hashlib.sha256(Server.body).hexdigest()
+    assert official.fetch(NAME, server) == path
+    assert Server.asked == ["/mae_hiera_tiny_224.pth"] * 3
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, path.name + ".sha256"]
+
+
+def test_official_weights_that_changed_are_refused(server):
+    path = official.fetch(NAME, server)
+    path.write_bytes(b"something else")
+    with pytest.raises(models.ModelError, match="has changed since its download"):
+        official.fetch(NAME, server)
+
+
+def test_official_weights_offline_say_where_to_put_the_file(server):
+    Server.faults += [404]
+    with pytest.raises(models.ModelError, match=r"put it at .*checkpoints/mae_hiera_tiny_224.pth"):
+        official.fetch(NAME, server)
+    assert len(Server.asked) == 1, "no retry when the file does not exist"
+    with pytest.raises(models.ModelError, match="put it at"):
+        official.fetch(NAME, "http://127.0.0.1:9", wait=0.01)
+    with pytest.raises(models.ModelError, match="known: hiera_tiny_224:mae_in1k_ft_in1k"):
+        official.fetch("hiera_tiny_224:mae_k400", server)
+
+
+def test_loading_by_official_name(server, monkeypatch, capsys):
+    monkeypatch.setattr(official, "URL", server)
+    model = models.create("hiera_pico_96")
+    models.load_weights(model, NAME)
+    said = capsys.readouterr().out
+    assert re.search(r"mae_hiera_tiny_224:mae_in1k: \d+ tensors loaded, 4 fresh \(norm.\*, head.\*\)", said)

@@ -1,0 +1,90 @@
+"""What a fresh clone must hold together: one source of dependencies, a Makefile that says what it does."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def requirements(name: str) -> list[Requirement]:
+    lines = re.sub(r"\\\n", " ", (ROOT / name).read_text()).splitlines()
+    kept = [re.sub(r"--hash=\S+|#.*", "", line).strip() for line in lines]
+    return [Requirement(line) for line in kept if line]
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_lock_pins_every_direct_dependency_within_its_range(python: str):
+    here = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
+    pins: dict[str, set[str]] = {}
+    for pin in requirements("requirements.lock"):
+        if pin.marker is None or pin.marker.evaluate(here):
+            pins.setdefault(pin.name.lower(), set()).add(str(pin.specifier).removeprefix("=="))
+    for wanted in requirements("requirements.in"):
+        found = pins.get(wanted.name.lower(), set())
+        assert len(found) == 1, wanted
+        assert wanted.specifier.contains(found.pop()), wanted
+
+
+def test_every_pin_has_hashes_and_no_host_stands_in_the_lock():
+    text = (ROOT / "requirements.lock").read_text()
+    blocks = re.split(r"\n(?=\S)", text)
+    pins = [block for block in blocks if re.match(r"[A-Za-z0-9_.-]+==", block)]
+    assert len(pins) > 50 and all("--hash=sha256:" in block for block in pins)
+    assert "://" not in text and "index-url" not in text
+
+
+def test_conda_builds_from_the_same_lock():
+    text = (ROOT / "environment.yml").read_text()
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("- ")]
+    assert lines == ["- conda-forge", "- python>=3.11,<3.14", "- pip", "- pip:", "- -r requirements.lock"]
+    assert ">=3.11,<3.14" in (ROOT / "Makefile").read_text()
+
+
+TARGETS = (
+    "demo",
+    "shards",
+    "verify",
+    "train-mae",
+    "train-ft",
+    "eval",
+    "plot",
+    "bench",
+    "test",
+    "check",
+    "env",
+    "clean",
+)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_lists_its_targets_and_a_command_can_be_pasted():
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(re.search(rf"^  {target} +\S", listed, re.M) for target in TARGETS)
+    dry = [
+        "make",
+        "-n",
+        "train-mae",
+        "GPUS=2",
+        "DEVICE=cpu",
+        "RECIPE=image-mae-pico",
+        "ARGS=--optim.epochs 1",
+    ]
+    lines = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    wanted = "train.mae image-mae-pico --speed.device cpu --speed.processes 2 --optim.epochs 1"
+    assert " ".join(lines[-1].split()) == f".venv/bin/python -m {wanted}"
+
+
+def test_imports_go_one_way():
+    allowed = {"pipelines": set(), "models": set(), "train": {"pipelines", "models"}}
+    for package, others in allowed.items():
+        for path in (ROOT / package).glob("*.py"):
+            found = set(
+                re.findall(r"^\s*(?:from|import) (pipelines|models|train|tools)\b", path.read_text(), re.M)
+            )
+            assert found <= {package} | others, path
