@@ -73,14 +73,9 @@ def _full_size(size: object, default: tuple[int, ...]) -> tuple[int, ...]:
     """Complete an input size: an int is the side of a square, with the default's frames."""
     full = (*default[:-2], size, size) if isinstance(size, int) else tuple(size)  # pyrefly: ignore
     if len(full) != len(default):
-        raise ModelError(
-            f"input_size {size} does not fit: this model takes {_axes(default)} (such as {default})"
-        )
+        axes = "(T, H, W)" if len(default) == 3 else "(H, W)"
+        raise ModelError(f"this model's input_size is a side or {axes}, not {size}")
     return full
-
-
-def _axes(size: tuple[int, ...]) -> str:
-    return "an int or (T, H, W)" if len(size) == 3 else "an int or (H, W)"
 
 
 def _closest(word: str, known: list[str]) -> str:

@@ -52,6 +52,8 @@ class Encoder(nn.Module):
 
     def __init__(self, config: HieraConfig, pools: int) -> None:
         super().__init__()
+        if not set(config.checkpoint_stages) <= {1, 2, 3, 4}:
+            raise ModelError(f"checkpoint_stages can name 1, 2, 3 and 4, not {config.checkpoint_stages}")
         self.config = config
         self.input_size = config.input_size
         self.units = unit_grid(config.input_size)

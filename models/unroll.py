@@ -8,12 +8,14 @@ Inside a unit, tokens lie in pooling order rather than row by row. Each of the t
 both axes in two: bit 1 of a row or column (y1, x1) is what the first pooling merges, bit 3 what the last
 one does. The order is (y1 x1)(y2 x2)(y3 x3), finest pair slowest:
 
-    an 8x8 unit, numbered by place in memory       the first pooling sees [4, 16, C]:
-                                                   its groups are the rows of that view
-      0  16   4  20 |  8  24  12  28
-     32  48  36  52 | 40  56  44  60               0 16 32 48   one 2x2 square, at distance 16
-      1  17   5  21 |  9  25  13  29   ...         1 17 33 49   the square two tokens further right...
-      ...                                          max over the first axis = 2x2 max pooling
+    a unit's first rows, numbered by place in memory     what the first pooling sees, [4, 16, C]
+
+      0  16   4  20 |  1  17   5  21                        0   1   2   3   4   5 ...
+     32  48  36  52 | 33  49  37  53                       16  17  18  19  20  21
+      8  24  12  28 |  9  25  13  29                       32  33  34  35  36  37
+     40  56  44  60 | 41  57  45  61                       48  49  50  51  52  53
+     ---------------+---------------                        |
+      2  18   6  22 |  3  19   7  23                        a column is a 2x2 square of the unit
 
 so pooling is `view(4, n / 4, C).max(0)`, contiguous, and what is left is again in pooling order. Units lie
 side by side, in (time, row, column) order: x is [batch, units, tokens per unit, channels] everywhere.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models import official
 from models.adapt import inflate, resample_positions
@@ -37,7 +38,7 @@ def summary(names: tuple[str, ...]) -> str:
 
 
 def load_weights(
-    model: Encoder,
+    model: nn.Module,
     source: str | Path | State,
     *,
     reuse_encoder_norm: bool = False,
@@ -54,6 +55,8 @@ def load_weights(
     and a clip model takes image weights inflated. Any other difference raises ModelError, unless
     `allow_mismatch`, which loads what fits.
     """
+    if not isinstance(model, Encoder):
+        raise ModelError(f"load_weights takes a model that models.create built, not a {type(model).__name__}")
     label = "weights" if isinstance(source, dict) else str(source)
     state = to_ours(source if isinstance(source, dict) else _read(str(source)))
     state, inflated = inflate(state, model)
@@ -85,7 +88,7 @@ def _match_heads(state: State, own: State, reuse_encoder_norm: bool) -> tuple[St
         return state, ("norm.", "head.", *AUTOENCODER_ONLY)
     if _shape(state, "head.projection.weight") != _shape(own, "head.projection.weight"):
         return state, ("head.",)
-    return state, ("\0",)  # none: str.startswith takes no name for this
+    return state, ()
 
 
 def _refuse(label: str, own: State, state: State, names: list[str]) -> None:

@@ -50,7 +50,7 @@ class DatasetInfo:
     packing: dict[str, object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Catalogue:
     """The readable samples of one split; a sample's id is its row here, N samples, F frames in all.
 

@@ -17,7 +17,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
-from pipelines import resample
+from pipelines.resample import Resample, start_resample
 
 # name -> (filter, antialias); "triangular" is what torchvision and Pillow call bilinear.
 FILTERS = {
@@ -74,11 +74,10 @@ def decode(jpegs: DataNode, anchors: DataNode, shapes: DataNode, settings: Setti
     )
 
 
-def resize(pixels: DataNode, starts: DataNode, shapes: DataNode, sizes: DataNode, kind: str) -> DataNode:
-    """Bring a window of each box to `sizes` (height, width; a negative width mirrors)."""
+def resize(pixels: DataNode, sizes: DataNode, kind: str) -> DataNode:
+    """Bring frames to `sizes` (height, width; a negative width mirrors)."""
     filter_type, antialias = FILTERS[kind]
-    window = fn.slice(pixels, start=starts, shape=shapes, axis_names="WH")
-    resized = fn.resize(window, size=sizes, interp_type=filter_type, antialias=antialias)
+    resized = fn.resize(pixels, size=sizes, interp_type=filter_type, antialias=antialias)
     assert isinstance(resized, DataNode)
     return resized
 
@@ -89,6 +88,7 @@ def build_pipeline(source: Callable[[int], Feed], settings: Settings) -> Pipelin
     It gives uint8 frames: per copy [frames, size, size, 3], or where torch resamples the decoded boxes.
     """
     copies = settings.copies if settings.resizes else 0
+    step = 3 if copies > 1 else 1  # inputs per copy: the only one takes its whole box, so has no window
 
     def feed(info: types.BatchInfo) -> tuple[list[np.ndarray] | np.ndarray, ...]:
         parts = source(info.iteration)
@@ -96,21 +96,34 @@ def build_pipeline(source: Callable[[int], Feed], settings: Settings) -> Pipelin
         for copy in range(copies):
             sizes = np.full((settings.frames, 2), settings.size, np.float32)
             sizes[parts.flips[:, copy], 1] *= -1
-            inputs += [*corners(parts.windows[:, copy]), sizes]
+            inputs += [*(corners(parts.windows[:, copy]) if copies > 1 else ()), sizes]
         return tuple(inputs)
 
-    gpu = (settings.device.index or 0) if settings.device.type == "cuda" else None
-    pipeline = Pipeline(settings.frames, settings.threads, gpu, prefetch_queue_depth=settings.prefetch)
+    pipeline = Pipeline(
+        settings.frames, settings.threads, gpu_index(settings.device), prefetch_queue_depth=settings.prefetch
+    )
     with pipeline:
         jpegs, anchors, shapes, *rest = fn.external_source(
-            source=feed, num_outputs=3 + 3 * copies, batch=True, batch_info=True
+            source=feed, num_outputs=3 + step * copies, batch=True, batch_info=True
         )
         pixels = decode(jpegs, anchors, shapes, settings)
-        groups = zip(rest[0::3], rest[1::3], rest[2::3], strict=True)
-        resized = [resize(pixels, *group, settings.interpolation) for group in groups]
-        pipeline.set_outputs(*(resized or [pixels]))
+        outputs = [] if copies else [pixels]
+        for first in range(0, len(rest), step):
+            *window, size = rest[first : first + step]
+            part = pixels
+            if window:
+                part = fn.slice(pixels, start=window[0], shape=window[1], axis_names="WH")
+            outputs.append(resize(part, size, settings.interpolation))
+        pipeline.set_outputs(*outputs)
     pipeline.build()
     return pipeline
+
+
+def gpu_index(device: torch.device) -> int | None:
+    """The device's number for DALI; None stands for the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def corners(rectangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,7 +132,7 @@ def corners(rectangles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(
-    pipeline: Pipeline, settings: Settings, fed: Sequence[tuple[object, Feed]], workers: resample.Workers
+    pipeline: Pipeline, settings: Settings, fed: Sequence[tuple[object, Feed]], resampling: Resample
 ) -> torch.Tensor:
     """The next batch, uint8 [samples * copies, clip, size, size, 3]; fed[0][1] is what was fed for it.
 
@@ -131,9 +144,20 @@ def run(
     if settings.resizes:
         copies = [torch.from_dlpack(out.as_tensor()).unflatten(0, (-1, settings.clip)) for out in outputs]
         return copies[0] if len(copies) == 1 else torch.stack(copies, dim=1).flatten(0, 1)
-    boxes = [torch.from_dlpack(outputs[0][index]) for index in range(settings.frames)]
-    shape = (settings.samples, settings.copies, settings.clip, settings.size, settings.size, 3)
-    out = torch.empty(shape, dtype=torch.uint8)
-    slots = [slot for sample in out.transpose(1, 2) for slot in sample]
-    workers(boxes, fed[0][1].windows, fed[0][1].flips, slots)
-    return out.flatten(0, 1)
+    feed = fed[0][1]
+    if settings.copies == 1 and (feed.boxes[:, 2:] == settings.size).all() and not feed.flips.any():
+        return torch.from_dlpack(outputs[0].as_tensor()).unflatten(0, (-1, settings.clip))
+    boxes = [np.asarray(outputs[0][index]) for index in range(settings.frames)]
+    return resampling(boxes, feed.windows, feed.flips)
+
+
+def start_resampling(settings: Settings) -> Resample:
+    """What `run` resamples with where the graph does not."""
+    return start_resample(
+        settings.threads,
+        settings.interpolation,
+        settings.samples,
+        settings.copies,
+        settings.clip,
+        settings.size,
+    )

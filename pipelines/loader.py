@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines import graph, resample, sampler
+from pipelines import graph, sampler
 from pipelines.augment import Augment, augment
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError
@@ -160,7 +160,7 @@ def run_plans(
 
     Gives each plan, repaired, with its pixels uint8 [rows, (T,) H, W, 3], until plan raises StopIteration.
     """
-    catalogue, workers = faults.catalogue, resample.start_workers(settings.threads, settings.interpolation)
+    catalogue, resampling = faults.catalogue, graph.start_resampling(settings)
     planned = lru_cache(maxsize=READ_AHEAD + settings.prefetch + 2)(plan)
     done = 0
     while True:
@@ -175,7 +175,7 @@ def run_plans(
         try:
             pipeline = graph.build_pipeline(source, settings)
             while True:
-                pixels = graph.run(pipeline, settings, waiting, workers)
+                pixels = graph.run(pipeline, settings, waiting, resampling)
                 yield waiting.popleft()[0], pixels if settings.clip > 1 else pixels.squeeze(1)
                 done += 1
         except StopIteration:

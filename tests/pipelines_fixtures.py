@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
 from pipelines.catalogue import SCHEMA
+
+torch.set_num_threads(1)  # torch's threads would spin against DALI's on a small machine
 
 
 def picture(width: int, height: int, seed: int) -> np.ndarray:

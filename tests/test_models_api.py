@@ -36,6 +36,8 @@ def test_names():
         ("hiera_pico_96", {"num_clases": 3}, "did you mean 'num_classes'"),
         ("mae_hiera_pico_96", {"num_classes": 3}, "no setting 'num_classes'"),
         ("mae_hiera_pico_96", {"decode_ratio": 1.5}, "decode_ratio"),
+        ("hiera_pico_96", {"checkpoint_stages": (0,)}, "checkpoint_stages"),
+        ("hiera_pico_16x64", {"abs_win": True}, "images only"),
     ],
 )
 def test_wrong_use_gets_one_sentence(name, overrides, says):
@@ -76,6 +78,12 @@ def test_classifier_sizes(name, overrides):
         spatial = tuple(size // stride for size in model.input_size[-2:])
         frames = (model.input_size[0] // 2,) if model.config.video else ()
         assert level.shape[1:-1] == frames + spatial
+
+
+def test_the_order_is_as_drawn():
+    """The first rows of the drawing at the top of models/unroll.py."""
+    order = unroll(torch.arange(64).view(1, 1, 8, 8, 1)).flatten().argsort().view(8, 8)
+    assert order[:2].tolist() == [[0, 16, 4, 20, 1, 17, 5, 21], [32, 48, 36, 52, 33, 49, 37, 53]]
 
 
 @pytest.mark.parametrize("pools", [1, 2, 3])

@@ -5,8 +5,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from models import zoo
 from models.factory import CONFIGS
 from models.macs import forward_macs
+from pipelines.errors import UserError
+from tools import bench_model
 
 torch.set_num_threads(2)
 KINDS = ["hiera_pico_96", "mae_hiera_pico_96", "hiera_pico_16x64", "mae_hiera_pico_16x64"]
@@ -64,6 +67,17 @@ def test_decode_ratio_saves_what_the_count_says():
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_all_attention_runs_in_fused_kernels(name):
+    """A fifth dimension would send it to the path that multiplies matrices and keeps their product."""
+    model = models.create(name)
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs(model, name))
+    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    assert counts["aten._scaled_dot_product_flash_attention_for_cpu"] > 0
+    assert not any("bmm" in op for op in counts)
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_training_forward_is_one_graph(name):
     model = models.create(name, drop_path_rate=0.1, stages=(1, 1, 1, 1)).train()
     if "mae" in name:
@@ -92,3 +106,21 @@ def test_compiled_equals_eager(name):
     for eager, other in zip(*grads, strict=True):
         assert (eager - other).abs().max() <= 1e-5 * eager.abs().max()
     torch._dynamo.reset()
+
+
+def test_zoo_prints_every_model(capsys):
+    zoo.main()
+    table = capsys.readouterr().out
+    assert all(name in table for name in models.list_models())
+    line = next(line for line in table.splitlines() if " hiera_base_16x224 " in line)
+    assert [cell.strip() for cell in line.split("│")[2:7]] == ["51.1", "101.7", "25088", "8x7x7", "84.0"]
+
+
+def test_bench_compares_with_the_peer():
+    rows = bench_model.run(("mae_hiera_pico_16x64",), rounds=1, device="cpu", memory=False)
+    assert [row.variant for row in rows] == ["hiera-transformer", "ours", "ours decode_ratio=0.5"]
+    assert rows[0].speed_up == 1
+    assert all(row.samples_per_s > 0 and row.speed_up for row in rows)
+    assert "decode_ratio=0.5" in "".join(map(str, bench_model.table_of(rows).columns[1].cells))
+    with pytest.raises(UserError, match="peer can be hiera-transformer"):
+        bench_model.run(peer="nothing")

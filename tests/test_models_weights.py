@@ -14,6 +14,7 @@ import models
 from models import official
 from models.adapt import inflate, resample
 from models.formats import format_of, from_ours, to_ours
+from pipelines.errors import UserError
 from tools.check_parity import randomise, run_ours, timm_model, transformers_model, upstream_model
 from tools.convert import convert
 
@@ -55,6 +56,22 @@ def test_clip_models_reach_timm_and_back():
     assert same(to_ours(from_ours(state, "timm")), state)
     with pytest.raises(models.ModelError, match="images"):
         from_ours(state, "transformers")
+
+
+@pytest.mark.parametrize(
+    ("weights", "target", "to", "says"),
+    [
+        ({"a": torch.zeros(1)}, "out.pth", "ours", "holds no Hiera weights"),
+        ("hiera_pico_96", "out.bin", "timm", "must end in .safetensors or .pth"),
+        ("hiera_pico_16x64", "out", "transformers", "images with plain position embeddings only"),
+    ],
+)
+def test_conversions_that_cannot_be(tmp_path, weights, target, to, says):
+    state = models.create(weights).state_dict() if isinstance(weights, str) else weights
+    torch.save(state, tmp_path / "in.pth")
+    with pytest.raises(UserError, match=says):
+        convert(str(tmp_path / "in.pth"), tmp_path / target, to=to)
+    assert not (tmp_path / target).exists()
 
 
 def test_transformers_opens_a_converted_folder(tmp_path):

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from pipelines_fixtures import clip_dataset, image_dataset, jpeg, picture, write_dataset
 
-from pipelines import graph, inputs, resample, sampler
+from pipelines import graph, inputs, loader, sampler
 from pipelines.catalogue import open_catalogue
 from pipelines.errors import UserError
-from pipelines.loader import Augment, ViewSpec, eval_batches, short_clip_note, train_batches
+from pipelines.loader import Augment, ViewSpec, eval_batches, short_clip_note, sizing, train_batches
 from pipelines.plans import feed_of, train_plan
 
 CPU = torch.device("cpu")
@@ -105,6 +105,31 @@ def test_batches_keep_their_pixels_while_later_ones_are_made(images):
     again = train(images, ViewSpec(32), 60)
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(batches, again, strict=True))
     assert len({batch.pixels.data_ptr() for batch in batches}) == 60
+    # A view of a batch keeps its memory too, and what nobody holds is used again.
+    first = iter(train(images, ViewSpec(32), 1)[0].pixels)
+    assert torch.equal(next(first), batches[0].pixels[0])
+    batches = train_batches(images, ViewSpec(32), seed=5, global_batch=12, rank=0, world=1, device=CPU)
+    held = [next(batches).pixels[3] for _ in range(5)]
+    assert len({next(batches).pixels.data_ptr() for _ in range(20)}) <= 2
+    assert all(torch.equal(row, batch.pixels[3]) for row, batch in zip(held, again, strict=False))
+
+
+def test_frames_that_need_no_resampling_keep_their_pixels_too(images):
+    def views():
+        view = ViewSpec(72, crop_fraction=1.0)
+        return list(eval_batches(images, view, batch=4, rank=0, world=1, device=CPU, threads=2))
+
+    for a, b in zip(views(), views(), strict=True):
+        assert torch.equal(a.pixels, b.pixels) and a.pixels.float().std() > 20
+
+
+def test_threads_follow_the_machine(monkeypatch):
+    assert sizing(CPU, 5).threads == 5 and sizing(CPU, 5).reason.startswith("5 decoding threads (as asked)")
+    monkeypatch.setattr(loader, "usable_cores", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert sizing(CPU).threads == 4 and sizing(torch.device("cuda")).threads == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
+    assert sizing(CPU).threads == 1
 
 
 def test_decoded_pixels_equal_pillows(images):
@@ -137,9 +162,9 @@ def test_resampling_inside_the_graph_gives_the_same_picture(images, clips, kind,
     rows = train_plan(catalogue, view, 0, np.repeat(ids, repeats), np.arange(6 * repeats))
     feed = feed_of(catalogue, rows, repeats)
     settings = graph.Settings(6, clip, repeats, 40, kind, CPU, threads=2)
-    workers = resample.start_workers(2, kind)
+    resampling = graph.start_resampling(settings)
     outside, inside = (
-        graph.run(graph.build_pipeline(lambda _: feed, chosen), chosen, [(rows, feed)], workers)
+        graph.run(graph.build_pipeline(lambda _: feed, chosen), chosen, [(rows, feed)], resampling)
         for chosen in (settings, replace(settings, resize_on_cpu=True))
     )
     assert outside.shape == inside.shape == (6 * repeats, clip, 40, 40, 3)
@@ -170,7 +195,7 @@ def test_repeats_of_an_image_are_what_separate_decodes_would_give(images):
     feed = feed_of(images, rows, 1)
     settings = graph.Settings(12, 1, 1, 32, "triangular", CPU, threads=2)
     pipeline = graph.build_pipeline(lambda _: feed, settings)
-    alone = graph.run(pipeline, settings, [(rows, feed)], resample.start_workers(2, "triangular"))
+    alone = graph.run(pipeline, settings, [(rows, feed)], graph.start_resampling(settings))
     assert (batch.pixels.int() - alone[:, 0].int()).abs().float().mean() < 0.5  # chroma at window borders
 
 

@@ -15,6 +15,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -41,29 +42,26 @@ Batches = Iterator[object]
 # ---- data ------------------------------------------------------------------------------------------------
 
 
-def make_data(images: Path, work: Path, pictures: int, clips: int) -> None:
+def make_data(images: Path, work: Path, pictures: int = 512, clips: int = 24) -> None:
     """Write 500-pixel originals and 340 x 256 clips as their published trees, and pack both."""
     from tools.pack_imagenet import pack_imagenet
     from tools.pack_kinetics import pack_kinetics
 
     found = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     if len(found) < pictures:
-        raise UserError(f"{images} holds {len(found)} JPEG pictures, fewer than --pictures {pictures}")
+        raise UserError(f"{images} holds {len(found)} JPEG pictures, fewer than {pictures}")
     chosen = random.Random(0).sample(found, pictures)
     for index, path in enumerate(chosen):
-        save(
-            Image.open(path).resize((500, 375), Image.Resampling.BICUBIC),
-            work,
-            f"originals/c{index % 10}",
-            index,
-        )
+        original = Image.open(path).resize((500, 375), Image.Resampling.BICUBIC)
+        save(original, work / "originals" / f"c{index % 10}" / f"{index:05d}.JPEG")
     rows = [("label", "youtube_id", "time_start", "time_end", "split", "is_cc")]
     for index, path in enumerate(chosen[:clips]):
         whole = Image.open(path).resize((340 + CLIP_LENGTH, 256), Image.Resampling.BICUBIC)
         name = f"video{index:04d}_000000_000010"
         rows.append((f"c{index % 4}", f"video{index:04d}", "0", "10", "train", "0"))
         for frame in range(CLIP_LENGTH):  # the camera pans
-            save(whole.crop((frame, 0, frame + 340, 256)), work, f"frames/c{index % 4}/{name}", frame + 1)
+            folder = work / "frames" / f"c{index % 4}" / name
+            save(whole.crop((frame, 0, frame + 340, 256)), folder / f"frame_{frame + 1:05d}.jpg")
     (work / "annotations").mkdir(exist_ok=True)
     for split in ("train", "val"):
         with (work / "annotations" / f"{split}.csv").open("w", newline="") as file:
@@ -73,98 +71,84 @@ def make_data(images: Path, work: Path, pictures: int, clips: int) -> None:
     pack_kinetics(work / "frames", work / "annotations", work / "clips", 2, 256, 8)
 
 
-def save(picture: Image.Image, work: Path, folder: str, number: int) -> None:
-    (work / folder).mkdir(parents=True, exist_ok=True)
-    picture.convert("RGB").save(work / folder / f"frame_{number:05d}.JPEG", quality=90)
+def save(picture: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.convert("RGB").save(path, quality=90)
 
 
 # ---- contenders: endless batches -------------------------------------------------------------------------
 
 
-def view_of(frames: int) -> ViewSpec:
-    return ViewSpec(SIZE, frames, STRIDE)
-
-
-def ours(catalogue: Catalogue, frames: int, centre: bool, batch: int, threads: int) -> Batches:
+def ours(root: Path, frames: int, centre: bool, batch: int, threads: int) -> Batches:
+    catalogue, view = open_catalogue(root, "train"), ViewSpec(SIZE, frames, STRIDE)
     if not centre:
-        return train_batches(
-            catalogue,
-            view_of(frames),
-            seed=0,
-            global_batch=batch,
-            rank=0,
-            world=1,
-            device=CPU,
-            threads=threads,
-        )
+        options = {"rank": 0, "world": 1, "device": CPU, "threads": threads}
+        return train_batches(catalogue, view, seed=0, global_batch=batch, **options)
     faults = Faults(catalogue, CPU, 0, 1, 1, 1, lambda ids, epochs: plan(0))
-    settings = loader.settings_of(view_of(frames), batch, 1, CPU, threads, 0)
+    settings = loader.settings_of(view, batch, 1, CPU, threads, 0)
 
     def plan(step: int) -> plans.Plan:
         ids = np.arange(step * batch, (step + 1) * batch) % len(catalogue)
-        return plans.eval_plan(catalogue, view_of(frames), ids, np.ones(batch, bool), 1, 1)
+        return plans.eval_plan(catalogue, view, ids, np.ones(batch, bool), 1, 1)
 
     return loader.run_plans(faults, plan, settings)  # endless, where eval_batches would end
 
 
-def pillow_frames(data: Sequence[bytes | Path], centre: bool, floats: bool) -> torch.Tensor:
-    """The reference way: Pillow decodes each frame, torchvision crops, resizes and flips them alike.
+@dataclass(frozen=True)
+class Way:
+    """How the reference prepares a sample."""
 
-    `floats`: and normalises them, as reference trainers do in their workers; else uint8 comes out.
-    """
+    centre: bool = False  # a central crop, else a random resized crop and flip
+    floats: bool = True  # normalise, as reference trainers do in their workers, else leave uint8
+
+
+def pillow_frames(data: Sequence[bytes | Path], way: Way) -> torch.Tensor:
+    """Pillow decodes each frame, torchvision crops, resizes and flips them alike; of clips, 16 frames."""
     from torchvision.transforms import RandomResizedCrop
     from torchvision.transforms import functional as tv
 
+    if len(data) > 1:
+        free = len(data) - (FRAMES - 1) * STRIDE - 1
+        start = free // 2 if way.centre else random.randint(0, free)
+        data = data[start : start + (FRAMES - 1) * STRIDE + 1 : STRIDE]
     pictures: list[Any] = [Image.open(BytesIO(x) if isinstance(x, bytes) else x).convert("RGB") for x in data]
-    if centre:
+    if way.centre:
         done: list[Any] = [tv.center_crop(tv.resize(picture, [256]), [SIZE, SIZE]) for picture in pictures]
     else:
         window = RandomResizedCrop.get_params(pictures[0], [0.08, 1.0], [3 / 4, 4 / 3])
         flip = random.random() < 0.5
         done = [tv.resized_crop(picture, *window, [SIZE, SIZE]) for picture in pictures]
         done = [tv.hflip(picture) for picture in done] if flip else done
-    if floats:
-        mean, std = map(list, inputs.IMAGE_STATS)
-        return torch.stack([tv.normalize(tv.to_tensor(picture), mean, std) for picture in done])
-    return torch.stack([tv.pil_to_tensor(picture) for picture in done])
-
-
-def window_of(files: list, centre: bool) -> list:
-    """The frames of one clip: `FRAMES` of them, `STRIDE` apart, central or from a random start."""
-    free = len(files) - (FRAMES - 1) * STRIDE - 1
-    start = free // 2 if centre else random.randint(0, free)
-    return files[start : start + (FRAMES - 1) * STRIDE + 1 : STRIDE]
+    if not way.floats:
+        return torch.stack([tv.pil_to_tensor(picture) for picture in done])
+    mean, std = map(list, inputs.IMAGE_STATS)
+    return torch.stack([tv.normalize(tv.to_tensor(picture), mean, std) for picture in done])
 
 
 class Folder(Dataset):
     """Pictures, or clips as folders of frames, read by Pillow."""
 
-    def __init__(self, samples: list[list[Path]], centre: bool, floats: bool) -> None:
-        self.samples, self.centre, self.floats = samples, centre, floats
+    def __init__(self, samples: list[list[Path]], way: Way) -> None:
+        self.samples, self.way = samples, way
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        files = self.samples[index]
-        files = files if len(files) == 1 else window_of(files, self.centre)
-        return pillow_frames(files, self.centre, self.floats)
+        return pillow_frames(self.samples[index], self.way)
 
 
-def torchvision_batches(
-    samples: list[list[Path]], centre: bool, batch: int, workers: int, floats: bool = True
-) -> Batches:
-    dataset = Folder(samples, centre, floats)
+def torchvision_batches(samples: list[list[Path]], way: Way, batch: int, workers: int) -> Batches:
+    dataset = Folder(samples, way)
     order = RandomSampler(dataset, replacement=True, num_samples=10**6)
     return iter(DataLoader(dataset, batch, sampler=order, num_workers=workers))
 
 
-def webdataset_batches(tars: list[Path], centre: bool, batch: int, workers: int) -> Batches:
+def webdataset_batches(tars: list[Path], way: Way, batch: int, workers: int) -> Batches:
     import webdataset
 
     def prepare(sample: dict[str, bytes]) -> torch.Tensor:
-        frames = [sample[key] for key in sorted(sample) if key.endswith("jpg")]
-        return pillow_frames(frames if len(frames) == 1 else window_of(frames, centre), centre, floats=True)
+        return pillow_frames([sample[key] for key in sorted(sample) if key.endswith("jpg")], way)
 
     stream = webdataset.WebDataset([str(tar) for tar in tars], resampled=True, shardshuffle=False)
     shuffled: Any = stream.shuffle(64).map(prepare)
@@ -172,14 +156,14 @@ def webdataset_batches(tars: list[Path], centre: bool, batch: int, workers: int)
 
 
 def graph_alone(catalogue: Catalogue, batch: int, threads: int) -> Batches:
-    """The graph with torch's resampling left out: it only decodes windows."""
-    settings = graph.Settings(batch, 1, 1, SIZE, "triangular", CPU, threads)
-
-    def source(step: int) -> graph.Feed:
+    """The graph by itself, on windows drawn beforehand and with torch's resampling left out."""
+    settings = loader.settings_of(ViewSpec(SIZE), batch, 1, CPU, threads, 0)
+    feeds = []
+    for step in range(len(catalogue) // batch):
         epochs, ids = sampler.sample_at(np.arange(step * batch, (step + 1) * batch), len(catalogue), 0)
-        return plans.feed_of(catalogue, plans.train_plan(catalogue, view_of(1), 0, ids, epochs), 1)
-
-    pipeline = graph.build_pipeline(source, settings)
+        rows = plans.train_plan(catalogue, ViewSpec(SIZE), 0, ids, epochs)
+        feeds.append(plans.feed_of(catalogue, rows, 1))
+    pipeline = graph.build_pipeline(lambda step: feeds[step % len(feeds)], settings)
     return (pipeline.run() for _ in itertools.count())
 
 
@@ -190,11 +174,13 @@ def bare_dali(tars: list[Path], batch: int, threads: int, resize: bool) -> Batch
     pipeline = Pipeline(batch, threads, None)
     with pipeline:
         indices = [str(tar.with_suffix(".idx")) for tar in tars]
-        options = {"random_shuffle": True, "initial_fill": 256, "missing_component_behavior": "error"}
+        options = {"random_shuffle": True, "missing_component_behavior": "error"}
         jpegs: Any = fn.readers.webdataset(
             paths=[str(tar) for tar in tars], index_paths=indices, ext=["jpg"], **options
         )
-        frames = fn.decoders.image_random_crop(jpegs, random_area=[0.08, 1.0])
+        frames = fn.decoders.image_random_crop(
+            jpegs, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
+        )
         pipeline.set_outputs(fn.resize(frames, size=[SIZE, SIZE]) if resize else frames)
     return (pipeline.run() for _ in itertools.count())
 
@@ -216,10 +202,8 @@ def race(contenders: dict[str, Batches], batch: int, rounds: int, batches: int) 
             start, used = time.perf_counter(), cpu_seconds()
             for _ in range(batches):
                 next(source)
-            samples = batch * batches
-            rates[name].append(
-                (samples / (time.perf_counter() - start), samples / (cpu_seconds() - used + 1e-9))
-            )
+            spent = (time.perf_counter() - start, cpu_seconds() - used)
+            rates[name].append((batch * batches / spent[0], batch * batches / spent[1]))
     return {name: np.median(values, axis=0).tolist() for name, values in rates.items()}
 
 
@@ -241,88 +225,74 @@ def cpu_seconds() -> float:
 
 
 def run(
-    images: Path,
-    work: Path,
-    pictures: int = 512,
-    clips: int = 24,
-    batch: int = 32,
-    workers: int = 2,
-    rounds: int = 5,
-    only: str = "",
+    images: Path, work: Path, batch: int = 32, workers: int = 2, rounds: int = 5, only: str = ""
 ) -> dict[str, dict[str, list[float]]]:
     """Measure everything; the result also goes to `work`/loader.json.
 
     Args:
         images: folder of JPEG pictures, searched through.
         work: folder for what is made from them; kept, and used again.
-        pictures: originals to make.
-        clips: clips to make.
         batch: pictures a batch; clips take a quarter of it.
         workers: DataLoader workers, and our decoding threads.
         rounds: how often each contender is measured.
         only: measure the comparisons whose name contains this.
     """
     if not (work / "clips" / "dataset.json").is_file():
-        make_data(images, work, pictures, clips)
-    as_is, short, video = (open_catalogue(work / name, "train") for name in ("as-is", "short256", "clips"))
-    originals = [[path] for path in sorted((work / "originals").rglob("*.JPEG"))]
-    folders = [sorted(folder.iterdir()) for folder in sorted((work / "frames").glob("*/*"))]
-    tars, clip_tars = (sorted((work / name / "train").glob("*.tar")) for name in ("short256", "clips"))
+        make_data(images, work)
     few = max(1, batch // 4)
-
-    def clip_race(centre: bool) -> dict[str, Batches]:
-        return {
-            "ours": ours(video, FRAMES, centre, few, workers),
-            "torchvision": torchvision_batches(folders, centre, few, workers),
-            "torchvision, uint8": torchvision_batches(folders, centre, few, workers, floats=False),
-            "webdataset": webdataset_batches(clip_tars, centre, few, workers),
-        }
-
     comparisons: dict[str, tuple[int, int, Callable[[], dict[str, Batches]]]] = {
-        "images": (
-            batch,
-            12,
-            lambda: {
-                "ours, 500 px": ours(as_is, 1, False, batch, workers),
-                "ours, short side 256": ours(short, 1, False, batch, workers),
-                "torchvision, 500 px": torchvision_batches(originals, False, batch, workers),
-                "torchvision, 500 px, uint8": torchvision_batches(
-                    originals, False, batch, workers, floats=False
-                ),
-                "webdataset, short side 256": webdataset_batches(tars, False, batch, workers),
-                "DALI alone, short side 256": bare_dali(tars, batch, workers, resize=True),
-            },
-        ),
-        "clips, random crop": (few, 4, lambda: clip_race(False)),
-        "clips, centre crop": (few, 4, lambda: clip_race(True)),
-        "decoding windows": (
-            batch,
-            20,
-            lambda: {
-                "our graph": graph_alone(short, batch, workers),
-                "DALI's reader": bare_dali(tars, batch, workers, resize=False),
-            },
-        ),
+        "images, random crop": (batch, 12, lambda: image_race(work, batch, workers)),
+        "clips, random crop": (few, 4, lambda: clip_race(work, Way(), few, workers)),
+        "clips, centre crop": (few, 4, lambda: clip_race(work, Way(centre=True), few, workers)),
+        "decoding windows": (batch, 20, lambda: decode_race(work, batch, workers)),
     }
     results = {}
-    for name, (size, batches, start) in comparisons.items():
+    for name, (size, batches, contenders) in comparisons.items():
         if only in name:
-            results[name] = race(start(), size, rounds, batches)
+            results[name] = race(contenders(), size, rounds, batches)
             show(name, results[name])
     (work / "loader.json").write_text(json.dumps(results, indent=1))
     return results
 
 
+def image_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
+    originals = [[path] for path in sorted((work / "originals").rglob("*.JPEG"))]
+    tars = sorted((work / "short256" / "train").glob("*.tar"))
+    return {
+        "ours, short side 256": ours(work / "short256", 1, False, batch, workers),
+        "ours, 500 px": ours(work / "as-is", 1, False, batch, workers),
+        "torchvision, 500 px": torchvision_batches(originals, Way(), batch, workers),
+        "torchvision, 500 px, uint8": torchvision_batches(originals, Way(floats=False), batch, workers),
+        "webdataset, short side 256": webdataset_batches(tars, Way(), batch, workers),
+        "DALI alone, short side 256": bare_dali(tars, batch, workers, resize=True),
+    }
+
+
+def clip_race(work: Path, way: Way, batch: int, workers: int) -> dict[str, Batches]:
+    folders = [sorted(folder.iterdir()) for folder in sorted((work / "frames").glob("*/*"))]
+    tars = sorted((work / "clips" / "train").glob("*.tar"))
+    return {
+        "ours": ours(work / "clips", FRAMES, way.centre, batch, workers),
+        "torchvision": torchvision_batches(folders, way, batch, workers),
+        "torchvision, uint8": torchvision_batches(folders, replace(way, floats=False), batch, workers),
+        "webdataset": webdataset_batches(tars, way, batch, workers),
+    }
+
+
+def decode_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
+    tars = sorted((work / "short256" / "train").glob("*.tar"))
+    return {
+        "our graph": graph_alone(open_catalogue(work / "short256", "train"), batch, workers),
+        "DALI's reader": bare_dali(tars, batch, workers, resize=False),
+    }
+
+
 def show(title: str, rates: dict[str, list[float]]) -> None:
     table = Table("contender", "samples/s", "first / this", "per CPU second", "first / this", title=title)
-    first = next(iter(rates.values()))
-    for name, rate in rates.items():
-        cells = [
-            text
-            for mine, its in zip(first, rate, strict=True)
-            for text in (f"{its:.1f}", f"{mine / its:.2f}")
-        ]
-        table.add_row(name, *cells)
+    (rate, per_cpu), *_ = rates.values()
+    for name, (its_rate, its_cpu) in rates.items():
+        cells = (its_rate, rate / its_rate, its_cpu, per_cpu / its_cpu)
+        table.add_row(name, *(f"{cell:.2f}" for cell in cells))
     Console().print(table)
 
 

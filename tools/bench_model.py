@@ -207,13 +207,12 @@ def table_of(rows: list[Row]) -> Table:
     for head in heads:
         table.add_column(head, justify="left" if head in ("model", "variant") else "right")
     for row in rows:
-        ratios = [f"{v:.2f}x" if v else "-" for v in (row.speed_up, row.memory_ratio)]
-        share = f"{row.peak_share:.1%}" if row.peak_share else "-"
-        memory = f"{row.memory_mb:.0f}" if row.memory_mb else "-"
-        rate = f"{row.samples_per_s:.3g}"
-        table.add_row(row.model, row.variant, str(row.batch), rate, ratios[0], share, memory, ratios[1])
+        numbers = (row.samples_per_s, row.speed_up, row.peak_share, row.memory_mb, row.memory_ratio)
+        formats = ("{:.3g}", "{:.2f}x", "{:.1%}", "{:.0f}", "{:.2f}x")
+        shown = ["-" if n is None else f.format(n) for f, n in zip(formats, numbers, strict=True)]
+        table.add_row(row.model, row.variant, str(row.batch), *shown)
     return table
 
 
 if __name__ == "__main__":
-    run_cli(lambda: Console(width=None if sys.stdout.isatty() else 120).print(table_of(tyro.cli(run))))
+    run_cli(lambda: Console(width=None if sys.stdout.isatty() else 130).print(table_of(tyro.cli(run))))

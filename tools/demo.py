@@ -34,7 +34,7 @@ KINDS = (
         name="images",
         unit="images",
         pack="tools.pack_imagenet --source data/demo/images",
-        pretrain="image-mae-pico --optim.epochs 15",
+        pretrain="image-mae-pico --optim.epochs 16",
         finetune="image-ft-pico --optim.epochs 10",
     ),
     Kind(
@@ -42,8 +42,8 @@ KINDS = (
         unit="clips",
         pack="tools.pack_kinetics --frames data/demo/clips/data_30fps_frames"
         " --annotations data/demo/clips/annotations",
-        pretrain="video-mae-pico --optim.epochs 10",
-        finetune="video-ft-pico --optim.epochs 15",
+        pretrain="video-mae-pico --optim.epochs 6",
+        finetune="video-ft-pico --optim.epochs 8",
     ),
 )
 

@@ -7,7 +7,7 @@ training and validation. The trees have the shape of ImageNet and of Tiny-Kineti
 """
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -54,7 +54,7 @@ PICTURE_CLASSES = [f"{hue}_{texture}" for hue in HUES for texture in TEXTURES]
 
 
 def draw_picture(draw: Draw, name: str) -> np.ndarray:
-    """One picture of class `name`, uint8 [128, 128, 3]: a turned, shifted texture in two colours, with noise."""
+    """One picture of class `name`, uint8 [128, 128, 3]: a turned and shifted texture in two colours."""
     hue, texture = name.split("_")
     angle = draw.uniform(-0.4, 0.4)
     period = draw.uniform(14, 24)
@@ -71,8 +71,8 @@ def draw_picture(draw: Draw, name: str) -> np.ndarray:
 
 def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
     """A colour [3] in 0..1; hue 0..1 round the circle from red."""
-    ramp = np.abs((hue * 6 + np.array([3.0, 1.0, 5.0])) % 6 - 3) - 1
-    return value * (1 - saturation * (1 - np.clip(np.array([1, -1, -1]) * 0 + ramp, 0, 1)))
+    place = (hue * 6 + np.array([5.0, 3.0, 1.0])) % 6
+    return value * (1 - saturation * np.clip(np.minimum(place, 4 - place), 0, 1))
 
 
 def _smooth(draw: Draw, side: int, scale: float) -> np.ndarray:
@@ -88,64 +88,31 @@ def _uint8(picture: np.ndarray) -> np.ndarray:
 
 
 # ---- clips: class = motion -------------------------------------------------------------------------------
-# A clip is one picture on a torus, seen through offsets that change with time. Whatever the motion, each
-# single offset is uniform over the torus, so that one frame has the same distribution in every class. Left
-# and right are one class because training mirrors clips.
+# A clip is one picture on a torus, seen at offsets that change with time: it rests, drifts, or hops elsewhere
+# every so many frames. Whatever the motion, each single offset is uniform over the torus, so that one frame
+# has the same distribution in every class. Mirroring a clip does not change its class.
 
-
-def _still(draw: Draw, speed: float) -> np.ndarray:
-    return np.zeros((CLIP_FRAMES, 2))
-
-
-def _up(draw: Draw, speed: float) -> np.ndarray:
-    return np.outer(np.arange(CLIP_FRAMES), [-speed, 0])
-
-
-def _down(draw: Draw, speed: float) -> np.ndarray:
-    return np.outer(np.arange(CLIP_FRAMES), [speed, 0])
-
-
-def _sideways(draw: Draw, speed: float) -> np.ndarray:
-    return np.outer(np.arange(CLIP_FRAMES), [0, speed * draw.choice([-1, 1])])
-
-
-def _jumping(draw: Draw, speed: float) -> np.ndarray:
-    return draw.uniform(0, CLIP_SIDE, (CLIP_FRAMES, 2))
-
-
-MOTIONS: dict[str, Callable[[Draw, float], np.ndarray]] = {
-    "changing colour": _still,
-    "jumping about": _jumping,
-    "moving down": _down,
-    "moving sideways": _sideways,
-    "moving up": _up,
-    "standing still": _still,
-}
+HOPS = {"jumping wildly": 2, "hopping fast": 4, "hopping": 8, "hopping slowly": 16}  # frames from hop to hop
+MOTIONS = ["drifting", *HOPS, "standing still"]
 
 
 def draw_clip(draw: Draw, label: str) -> np.ndarray:
-    """One clip of motion `label`, uint8 [40, 80, 80, 3]; it moves 1 to 2 pixels a frame."""
-    picture = _blobs(draw)
-    start = draw.uniform(0, CLIP_SIDE, 2)
-    offsets = np.rint(start + MOTIONS[label](draw, draw.uniform(1, 2))).astype(int)
-    frames = np.stack([np.roll(picture, tuple(offset), (0, 1)) for offset in offsets])
-    orders = np.array([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
-    chosen = draw.integers(6, size=CLIP_FRAMES if label == "changing colour" else 1)
-    return np.take_along_axis(frames, np.broadcast_to(orders[chosen][:, None, None], frames.shape), -1)
+    """One clip of motion `label`, uint8 [40, 80, 80, 3]; what drifts does so by 1 to 2 pixels a frame."""
+    picture, time = _patchwork(draw), np.arange(CLIP_FRAMES)
+    offsets = np.tile(draw.uniform(0, CLIP_SIDE, 2), (CLIP_FRAMES, 1))
+    if label == "drifting":
+        angle = draw.uniform(0, 2 * np.pi)
+        offsets += np.outer(time * draw.uniform(1, 2), [np.sin(angle), np.cos(angle)])
+    if label in HOPS:
+        places = draw.uniform(0, CLIP_SIDE, (CLIP_FRAMES, 2))
+        offsets = places[(time + draw.integers(HOPS[label])) // HOPS[label]]
+    return np.stack([np.roll(picture, tuple(offset), (0, 1)) for offset in np.rint(offsets).astype(int)])
 
 
-def _blobs(draw: Draw) -> np.ndarray:
-    """Four soft coloured blobs on softly lit ground of one hue, uint8 [80, 80, 3]; opposite edges meet."""
-    light = 1 + 0.15 * _smooth(draw, CLIP_SIDE, 48)
-    picture = _rgb(draw.uniform(), draw.uniform(0.3, 0.7), draw.uniform(0.3, 0.7)) * light[..., None]
-    y, x = np.mgrid[:CLIP_SIDE, :CLIP_SIDE] / CLIP_SIDE
-    for _ in range(4):
-        place, radius = draw.uniform(0, 1, 2), draw.uniform(6, 12)
-        apart = np.stack([y - place[0], x - place[1]])
-        distance = CLIP_SIDE * np.hypot(*(apart - np.rint(apart)))
-        cover = 1 / (1 + np.exp(2 * (distance - radius)))
-        picture += cover[..., None] * (_rgb(draw.uniform(), draw.uniform(0.6, 1), 1.0) - picture)
-    return _uint8(picture)
+def _patchwork(draw: Draw) -> np.ndarray:
+    """Patches of many colours about one tint, uint8 [80, 80, 3]; opposite edges meet."""
+    channels = [draw.normal() + _smooth(draw, CLIP_SIDE, draw.uniform(16, 28)) for _ in range(3)]
+    return _uint8(1 / (1 + np.exp(-2.5 * np.stack(channels, -1))))
 
 
 # ---- files -----------------------------------------------------------------------------------------------

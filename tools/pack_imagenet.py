@@ -69,6 +69,8 @@ def plan_images(source: Path, packing: Packing) -> Plan:
     else:
         train, val = split_off(train, packing.val_fraction)
     classes = sorted({name for _, name in train if name})
+    if val and bool(classes) != any(name for _, name in val):
+        raise UserError(f"only one of {source}/train and {source}/val has class folders; give both or none.")
     labels = label_of(classes, [name for _, name in val if name], str(source))
     splits = {"train": _samples(train, labels), "val": _samples(val, labels)}
     return Plan("image", classes, splits, packing)
@@ -86,9 +88,7 @@ def list_images(source: Path, below: str) -> list[Listed]:
         else:
             others.append(path)
     if others:
-        print(
-            f"left out {len(others)} files that are not named as pictures, such as {readable(str(others[0]))}"
-        )
+        print(f"left out {len(others)} files not named as pictures, such as {readable(str(min(others)))}")
     if not found:
         raise UserError(f"{top} holds no pictures ({' '.join(sorted(SUFFIXES))}); check --source.")
     if len({not name for _, name in found}) == 2:

@@ -106,7 +106,7 @@ def video_mae_pico() -> MaeConfig:
     return MaeConfig(
         data=DataConfig(CLIPS, size=64, frames=16, stride=2, scale=(0.5, 1.0)),
         model=ModelConfig("mae_hiera_pico_16x64"),
-        optim=OptimConfig(16, 1e-3, 16, epochs=20, warmup_epochs=2, betas=(0.9, 0.95), clip_norm=1.0),
+        optim=OptimConfig(16, 2e-3, 16, epochs=20, warmup_epochs=1, betas=(0.9, 0.95), clip_norm=1.0),
         run=PICO_RUN,
         speed=SpeedConfig(micro_batch=8),
         mask_ratio=0.75,
@@ -129,9 +129,10 @@ def video_ft_pico() -> FinetuneConfig:
     return FinetuneConfig(
         data=DataConfig(CLIPS, size=64, frames=16, stride=2, scale=(0.5, 1.0)),
         model=ModelConfig("hiera_pico_16x64"),
-        optim=OptimConfig(16, 1e-3, 16, epochs=20, warmup_epochs=2, layer_decay=0.8, clip_norm=1.0),
+        optim=OptimConfig(8, 6e-4, 8, epochs=20, warmup_epochs=1, layer_decay=0.75, clip_norm=1.0),
         run=PICO_RUN,
         speed=SpeedConfig(micro_batch=8),
+        smoothing=0.0,
     )
 
 
