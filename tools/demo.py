@@ -34,7 +34,7 @@ KINDS = (
         name="images",
         unit="images",
         pack="tools.pack_imagenet --source data/demo/images",
-        pretrain="image-mae-pico --optim.epochs 16",
+        pretrain="image-mae-pico --optim.epochs 16 --run.eval-every 20",
         finetune="image-ft-pico --optim.epochs 10",
     ),
     Kind(
@@ -42,7 +42,7 @@ KINDS = (
         unit="clips",
         pack="tools.pack_kinetics --frames data/demo/clips/data_30fps_frames"
         " --annotations data/demo/clips/annotations",
-        pretrain="video-mae-pico --optim.epochs 6",
+        pretrain="video-mae-pico --optim.epochs 5 --run.eval-every 20",
         finetune="video-ft-pico --optim.epochs 8",
     ),
 )

@@ -110,8 +110,8 @@ def draw_clip(draw: Draw, label: str) -> np.ndarray:
 
 
 def _patchwork(draw: Draw) -> np.ndarray:
-    """Patches of many colours about one tint, uint8 [80, 80, 3]; opposite edges meet."""
-    channels = [draw.normal() + _smooth(draw, CLIP_SIDE, draw.uniform(16, 28)) for _ in range(3)]
+    """Patches of many colours, uint8 [80, 80, 3]; opposite edges meet."""
+    channels = [_smooth(draw, CLIP_SIDE, draw.uniform(16, 28)) for _ in range(3)]
     return _uint8(1 / (1 + np.exp(-2.5 * np.stack(channels, -1))))
 
 
