@@ -1,5 +1,6 @@
 """What a fresh clone must hold together: one source of dependencies, a Makefile that says what it does."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -64,20 +65,19 @@ TARGETS = (
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_lists_its_targets_and_a_command_can_be_pasted():
-    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = call_make()
     assert all(re.search(rf"^  {target} +\S", listed, re.M) for target in TARGETS)
-    dry = [
-        "make",
-        "-n",
-        "train-mae",
-        "GPUS=2",
-        "DEVICE=cpu",
-        "RECIPE=image-mae-pico",
-        "ARGS=--optim.epochs 1",
-    ]
-    lines = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    settings = ("GPUS=2", "DEVICE=cpu", "RECIPE=image-mae-pico", "ARGS=--optim.epochs 1")
+    command = call_make("-n", "train-mae", *settings).splitlines()[-1]
     wanted = "train.mae image-mae-pico --speed.device cpu --speed.processes 2 --optim.epochs 1"
-    assert " ".join(lines[-1].split()) == f".venv/bin/python -m {wanted}"
+    assert " ".join(command.split()) == f".venv/bin/python -m {wanted}"
+
+
+def call_make(*words: str) -> str:
+    """What `make` prints, also when these tests run under make."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--no-print-directory", *words]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
 
 
 def test_imports_go_one_way():
