@@ -5,11 +5,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from benchmarks import model as bench_model
 from models import zoo
 from models.factory import CONFIGS
 from models.macs import forward_macs
 from pipelines.errors import UserError
-from tools import bench_model
 
 torch.set_num_threads(2)
 KINDS = ["hiera_pico_96", "mae_hiera_pico_96", "hiera_pico_16x64", "mae_hiera_pico_16x64"]

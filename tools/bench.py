@@ -1,6 +1,6 @@
 """Measures speed side by side with peers: python -m tools.bench loader|model|all [flags of that benchmark].
 
-`python -m tools.bench_loader --help` and `python -m tools.bench_model --help` list the flags.
+`python -m tools.bench loader --help` and `python -m tools.bench model --help` list the flags.
 """
 
 import subprocess
@@ -17,7 +17,7 @@ def main() -> None:
     if name not in (*BENCHMARKS, "all"):
         raise UserError(f"unknown benchmark '{name}'; it can be all, {' or '.join(BENCHMARKS)}")
     for part in BENCHMARKS if name == "all" else (name,):
-        code = subprocess.run([sys.executable, "-m", f"tools.bench_{part}", *flags], check=False).returncode
+        code = subprocess.run([sys.executable, "-m", f"benchmarks.{part}", *flags], check=False).returncode
         if code:
             sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Times our models beside another implementation: `python -m tools.bench_model --peer hiera-transformer`.
+"""Times our models beside another implementation: `python -m tools.bench model --peer hiera-transformer`.
 
 One step is forward and backward in training mode, bf16 autocast on CUDA, float32 on the CPU. The variants of
 a model take turns within every round, so that whatever else the machine does hits them alike; the speed-up
@@ -141,7 +141,7 @@ def _resident(field: str) -> float:
 def _memory_in_child(row: Row, device: str, threads: int) -> float:
     """Run `memory_of` in a fresh process."""
     call = f"memory_of({row.model!r}, {row.variant!r}, {row.batch}, torch.device({device!r}))"
-    code = f"import torch; from tools.bench_model import *; torch.set_num_threads({threads}); print({call})"
+    code = f"import torch; from benchmarks.model import *; torch.set_num_threads({threads}); print({call})"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
     )
