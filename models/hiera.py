@@ -84,7 +84,7 @@ class Encoder(nn.Module):
             table = F.interpolate(self.pos_embed, size=(h, w), mode="bicubic", antialias=True)
             table = (table + self.pos_embed_win.tile(self.units[1:])).permute(0, 2, 3, 1)
         elif self.config.video:
-            table = self.pos_embed_spatial + self.pos_embed_temporal.transpose(0, 1)
+            table = self.pos_embed_spatial + self.pos_embed_temporal.view(t, 1, -1)
         else:
             table = self.pos_embed
         return unroll(table.reshape(1, t, h, w, -1))[0]

@@ -58,6 +58,7 @@ class Faults:
         for part in fields(Plan):
             whole[part.name] = getattr(plan, part.name).copy()
             whole[part.name][rows] = getattr(others, part.name)
+        whole["replaced"][rows] = True
         return Plan(**whole)
 
     def examine(self, plans: list[Plan], error: RuntimeError) -> None:

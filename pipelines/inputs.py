@@ -1,17 +1,37 @@
 """Pixels as the data path delivers them -> what a model takes."""
 
 import torch
+from torch import Tensor, nn
 
 # Per channel, of values in [0, 1]: ImageNet's, and the ones video models have used since SlowFast.
 IMAGE_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 VIDEO_STATS = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
 
 
-def normalise(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """(x / 255 - mean) / std: uint8 [b, (T,) H, W, 3] -> float32 [b, 3, (T,) H, W].
+class Normalised(nn.Module):
+    """A model with its normalisation in front, so that bytes cross from the loader and one graph does both.
 
-    Pure torch, to be compiled into the step: bytes, not floats, cross from the loader.
+    model takes float32 [b, 3, (T,) H, W]; this takes [b, (T,) H, W, 3] of 0 to 255, uint8 or float.
     """
-    offset = torch.tensor(mean, device=pixels.device) * 255
-    factor = 1 / (torch.tensor(std, device=pixels.device) * 255)
-    return ((pixels.float() - offset) * factor).movedim(-1, 1)
+
+    offset: Tensor
+    factor: Tensor
+
+    def __init__(self, model: nn.Module, frames: int) -> None:
+        super().__init__()
+        self.model = model
+        mean, deviation = (torch.tensor(s) * 255 for s in (IMAGE_STATS if frames == 1 else VIDEO_STATS))
+        self.register_buffer("offset", mean, persistent=False)
+        self.register_buffer("factor", 1 / deviation, persistent=False)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(x / 255 - mean) / deviation, channels first."""
+        return ((pixels.float() - self.offset) * self.factor).movedim(-1, 1)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `normalise`: float32 [b, (T,) H, W, 3] of 0 to 255 and a little beyond."""
+        return x.movedim(1, -1) / self.factor + self.offset
+
+    def forward(self, pixels: Tensor, **given: Tensor) -> object:
+        """What the model gives for these pixels."""
+        return self.model(self.normalise(pixels), **given)

@@ -41,7 +41,7 @@ class Batch:
     ids: NDArray[np.int64]  # [b]
     epochs: NDArray[np.int64]  # [b] -1 in evaluation; with r repeats the k-th row has epoch * r + k
     valid: NDArray[np.bool_]  # [b] False in evaluation: padding of a last batch, or a damaged sample
-    bad: int = 0  # damaged samples that this process has replaced so far
+    bad: int = 0  # rows in which another sample stands in for a damaged one
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def advise(catalogue: Catalogue, planned: Callable[[int], Plan], iteration: int,
 def batch_of(faults: Faults, plan: Plan, pixels: torch.Tensor) -> Batch:
     """Put together what came out of the graph and what never went in."""
     labels = torch.from_numpy(faults.catalogue.label[plan.ids].astype(np.int64))
-    return Batch(pixels, labels, plan.ids, plan.epochs, plan.valid, len(faults.suspects))
+    return Batch(pixels, labels, plan.ids, plan.epochs, plan.valid, int(plan.replaced.sum()))
 
 
 def make_order(catalogue: Catalogue, name: str, window: int, seed: int) -> sampler.Order:

@@ -44,6 +44,7 @@ class Plan:
     frames: NDArray[np.int64]  # [b, T] indices into the sample's frames
     windows: NDArray[np.int32]  # [b, 4] x, y, width, height
     flips: NDArray[np.bool_]  # [b]
+    replaced: NDArray[np.bool_]  # [b] True where a damaged sample was drawn and another stands in
 
 
 def train_plan(
@@ -61,7 +62,8 @@ def train_plan(
     crops = draw(sampler.STREAM_WINDOW, 22)
     windows = sampler.random_resized_crop(crops, width, height, view.scale, view.ratio)
     flips = draw(sampler.STREAM_FLIP, 1)[:, 0] < view.flip
-    return Plan(ids, epochs, np.ones(len(ids), bool), frames, windows, flips)
+    good = np.ones(len(ids), bool)
+    return Plan(ids, epochs, good, frames, windows, flips, ~good)
 
 
 def eval_plan(
@@ -83,6 +85,7 @@ def eval_plan(
         np.repeat(valid, views),
         np.repeat(frames, spatial, axis=1).reshape(rows, view.frames),
         np.tile(windows, (1, temporal, 1)).reshape(rows, 4),
+        np.zeros(rows, bool),
         np.zeros(rows, bool),
     )
 

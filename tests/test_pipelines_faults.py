@@ -40,7 +40,7 @@ def train(catalogue, view, steps, **options):
 def test_damaged_samples_are_replaced_named_once_and_counted(images, capfd):
     batches = train(images, ViewSpec(32), 8)  # more than three epochs
     ids = np.concatenate([batch.ids for batch in batches])
-    assert not set(ids) & {4, 17} and batches[-1].bad == 2
+    assert not set(ids) & {4, 17} and 2 * 3 <= sum(batch.bad for batch in batches) <= 2 * 4
     assert all((batch.labels.numpy() == batch.ids % 3).all() for batch in batches)
     said = capfd.readouterr().err
     offset = int(images.offset[4])
@@ -63,7 +63,7 @@ def test_replacement_does_not_depend_on_start_or_ranks(images):
 def test_evaluation_leaves_damaged_samples_out(images):
     batches = list(eval_batches(images, ViewSpec(24), batch=8, rank=0, world=1, device=CPU, max_bad=0.2))
     seen = np.concatenate([batch.ids[batch.valid] for batch in batches])
-    assert sorted(seen) == sorted(set(range(30)) - {4, 17}) and batches[-1].bad == 2
+    assert sorted(seen) == sorted(set(range(30)) - {4, 17}) and sum(batch.bad for batch in batches) == 2
 
 
 def test_too_much_damage_stops_with_the_list(images):
@@ -77,7 +77,8 @@ def test_a_clip_fails_only_when_its_window_meets_the_damage(tmp_path):
     view = ViewSpec(16, frames=4, repeats=2)
     batches = train(catalogue, view, 12, max_bad=0.5)
     ids = np.concatenate([batch.ids for batch in batches])
-    assert 0 < (ids == 2).sum() < 24 and batches[-1].bad == 1  # 24 = 12 epochs x 2 repeats
+    bad = sum(batch.bad for batch in batches)
+    assert 0 < (ids == 2).sum() < 24 and 0 < bad < 24  # 24 = 12 epochs x 2 repeats
     again = train(catalogue, view, 4, max_bad=0.5, start_step=8)
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(batches[8:], again, strict=True))
 

@@ -276,10 +276,13 @@ def test_wrong_uses_get_one_sentence(images, clips):
 
 
 def test_normalise_subtracts_the_mean_in_units_of_the_deviation():
-    pixels = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8)
-    out = inputs.normalise(pixels, *inputs.IMAGE_STATS)
-    assert out.shape == (2, 3, 3, 8, 8) and out.dtype == torch.float32
-    for channel, (mean, std) in enumerate(zip(*inputs.IMAGE_STATS, strict=True)):
-        expected = (pixels[..., channel] / 255 - mean) / std
-        torch.testing.assert_close(out[:, channel], expected, rtol=1e-5, atol=1e-5)
-    assert inputs.normalise(pixels[:, 0], *inputs.VIDEO_STATS).shape == (2, 3, 8, 8)
+    clips = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8)
+    for frames, pixels, stats in ((1, clips[:, 0], inputs.IMAGE_STATS), (3, clips, inputs.VIDEO_STATS)):
+        model = inputs.Normalised(torch.nn.Identity(), frames)
+        out = model(pixels)
+        assert out.shape == (2, 3, *pixels.shape[1:-1]) and out.dtype == torch.float32
+        for channel, (mean, std) in enumerate(zip(*stats, strict=True)):
+            expected = (pixels[..., channel] / 255 - mean) / std
+            torch.testing.assert_close(out[:, channel], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.restore(out), pixels.float(), atol=1e-3, rtol=0)
+        assert model.state_dict() == {}

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipelines.augment import Augment
 from pipelines.errors import UserError
 
 
@@ -36,6 +37,21 @@ class DataConfig:
     """Probability of a horizontal flip; 0 where left and right mean something (SSv2)."""
     interpolation: str = "triangular"
     """Resize filter: triangular (antialiased, as torchvision), cubic or linear."""
+    crop: float = 224 / 256
+    """Evaluation: side of the centre window as a share of the short side."""
+    augment: Augment = field(default_factory=Augment)
+    """RandAugment, colour jitter and random erasing of training rows, alike in all frames of a clip."""
+    repeats: int = 1
+    """Rows made of each sample drawn (repeated sampling); optim.batch and epochs count rows."""
+    same_clip: bool = False
+    """The repeats of a clip share its frames, and one decode; else each is a clip of its own."""
+    order: str = "random"
+    """random (a permutation of all samples), or local (of shards, then of windows of samples: reads nearly
+    in sequence, for disks and network file systems)."""
+    window: int = 4096
+    """Samples shuffled together in local order."""
+    max_bad: float = 0.001
+    """Share of samples that may fail to decode while training; they are replaced and counted."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +120,15 @@ class SpeedConfig:
     micro_batch: int = 64
     """Samples per process per forward; gradients accumulate up to optim.batch."""
     eval_batch: int = 0
-    """Samples per process per evaluation step; 0 = micro_batch."""
+    """Views (images, or clips) per process per evaluation step; 0 = micro_batch."""
     precision: str = "auto"
     """auto (bf16 autocast on CUDA, fp32 on the CPU), bf16 or fp32."""
     compile: str = "auto"
     """torch.compile: auto (on CUDA), yes or no."""
     threads: int = 0
     """DALI threads per process; 0 = chosen from the machine."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs that the GPU's decoding engines take, where it has them."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +216,8 @@ def from_dict(values: Mapping) -> Config:
 
 def _build(cls: type, values: Mapping) -> typing.Any:
     hints = typing.get_type_hints(cls)
-    return cls(**{f.name: _coerce(hints[f.name], values[f.name]) for f in dataclasses.fields(cls)})
+    known = [f for f in dataclasses.fields(cls) if f.name in values]
+    return cls(**{f.name: _coerce(hints[f.name], values[f.name]) for f in known})
 
 
 def _coerce(hint: typing.Any, value: typing.Any) -> typing.Any:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 import tyro
-from torch import nn
 from torch.nn import functional
 
 from pipelines.catalogue import Catalogue, open_catalogue
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import normalise
+from pipelines.inputs import Normalised
 from pipelines.loader import Batch, eval_batches
 from pipelines.sampler import keep_units
 from train import distributed, setup
@@ -28,7 +27,7 @@ def _batches(config: Config, world: World, catalogue: Catalogue, views: tuple[in
     return eval_batches(
         catalogue,
         setup.view_spec(config),
-        batch=config.speed.eval_batch or config.speed.micro_batch,
+        batch=max(1, (config.speed.eval_batch or config.speed.micro_batch) // (views[0] * views[1])),
         rank=world.rank,
         world=world.size,
         device=world.device,
@@ -40,16 +39,15 @@ def _batches(config: Config, world: World, catalogue: Catalogue, views: tuple[in
 
 @torch.no_grad()
 def classifier_evaluation(
-    config: FinetuneConfig, world: World, autocast: Autocast, model: nn.Module, catalogue: Catalogue
+    config: FinetuneConfig, world: World, autocast: Autocast, model: Normalised, catalogue: Catalogue
 ) -> dict[str, float]:
     """Top-1, top-5 and cross-entropy; the softmax of a sample's views is averaged first."""
-    mean, std = setup.stats(config)
     views = config.views[0] * config.views[1]
     sums = torch.zeros(4, device=world.device, dtype=torch.float64)
     model.eval()
     for batch in _batches(config, world, catalogue, config.views):
         with autocast():
-            logits = model(normalise(batch.pixels, mean, std))
+            logits = model(batch.pixels)
         chances = logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
         labels = batch.labels[::views].to(world.device)
         valid = torch.from_numpy(batch.valid[::views].copy()).to(world.device)
@@ -62,18 +60,17 @@ def classifier_evaluation(
 
 @torch.no_grad()
 def mae_evaluation(
-    config: MaeConfig, world: World, autocast: Autocast, model: nn.Module, catalogue: Catalogue
+    config: MaeConfig, world: World, autocast: Autocast, model: Normalised, catalogue: Catalogue
 ) -> dict[str, float]:
     """Reconstruction loss with each sample's own fixed mask: comparable between steps and runs."""
-    units, kept = setup.check_masking(config, model)
-    mean, std = setup.stats(config)
+    units, kept = setup.check_masking(config, model.model)
     sums = torch.zeros(2, device=world.device, dtype=torch.float64)
     model.eval()
     for batch in _batches(config, world, catalogue, (1, 1)):
         # In evaluation every epoch is -1, so a sample's mask never changes.
         keep = torch.from_numpy(keep_units(0, batch.epochs, batch.ids, units, kept)).to(world.device)
         with autocast():
-            output = model(normalise(batch.pixels, mean, std), keep=keep)
+            output = model(batch.pixels, keep=keep)
         losses = (output.pred.float() - output.label.float()).square().reshape(len(keep), -1).mean(1)
         valid = torch.from_numpy(batch.valid).to(world.device)
         sums += torch.stack([(losses * valid).sum(), valid.sum()])
@@ -117,10 +114,10 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     options = {} if isinstance(config, MaeConfig) else {"num_classes": len(catalogue.info.classes)}
     model = setup.build_model(config, **options)
     print(setup.warm_start(model, config))
-    model.to(world.device)
+    ready = Normalised(model, config.data.frames).to(world.device)
     if isinstance(config, MaeConfig):
-        return mae_evaluation(config, world, autocast, model, catalogue)
-    return classifier_evaluation(config, world, autocast, model, catalogue)
+        return mae_evaluation(config, world, autocast, ready, catalogue)
+    return classifier_evaluation(config, world, autocast, ready, catalogue)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import normalise
 from pipelines.loader import Batch
 from train import loop, setup
 from train.config import Config, FinetuneConfig, parse
@@ -29,17 +28,15 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
     if classes < 2 or (catalogue.label < 0).any():
         raise UserError(f"{config.data.path} has samples without a class; finetuning needs labelled shards")
     model = setup.build_model(config, num_classes=classes, head_dropout=config.model.dropout)
-    mean, std = setup.stats(config)
-    mix = make_mixup(config, classes)
+    mix = make_mixup(config, classes, world)
 
     def loss(wrapped: nn.Module, batch: Batch) -> torch.Tensor:
-        pixels = normalise(batch.pixels, mean, std)
-        labels = loop.to_device(batch.labels, world.device)
-        if mix is not None and len(labels) % 2 == 0:
+        pixels, labels = batch.pixels, loop.to_device(batch.labels, world.device)
+        if mix is not None:
             # Time folds into channels: timm's box would otherwise cut time x height and mislabel.
-            folded = pixels.flatten(1, -3)
-            folded, labels = mix(folded, labels)
-            pixels = folded.view_as(pixels)
+            rows = pixels.movedim(-1, 1).float()
+            folded, labels = mix(rows.flatten(1, -3), labels)
+            pixels = folded.view(rows.shape).movedim(1, -1)
         return functional.cross_entropy(
             wrapped(pixels).float(), labels, label_smoothing=0.0 if mix is not None else config.smoothing
         )
@@ -53,10 +50,16 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
     )
 
 
-def make_mixup(config: FinetuneConfig, classes: int):  # noqa: ANN201
-    """timm's Mixup (arXiv 1710.09412, 1905.04899), one draw per micro batch; None when both are off."""
+def make_mixup(config: FinetuneConfig, classes: int, world: World):  # noqa: ANN201
+    """timm's Mixup (arXiv 1710.09412, 1905.04899), one draw per micro batch; None when both are off.
+
+    Raises UserError for an odd micro batch, whose rows cannot be mixed in pairs.
+    """
     if not (config.mixup or config.cutmix):
         return None
+    micro, _ = setup.micro_batches(config, world)
+    if micro % 2:
+        raise UserError(f"mixup and cutmix want an even micro batch, not {micro}; change speed.micro_batch")
     from timm.data.mixup import Mixup
 
     return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)

@@ -18,6 +18,7 @@ from pipelines import loader
 from pipelines.catalogue import Catalogue, open_catalogue
 from pipelines.errors import UserError
 from pipelines.files import atomic_write
+from pipelines.inputs import Normalised
 from train import checkpoint, distributed, rundir, setup
 from train.config import Config
 from train.console import Screen
@@ -35,11 +36,11 @@ class Task:
     model: nn.Module
     loss: Callable[[nn.Module, loader.Batch], torch.Tensor]
     """(model, batch) -> mean loss of the batch, 0-D."""
-    evaluate: Callable[[nn.Module, Catalogue], dict[str, float]]
+    evaluate: Callable[[Normalised, Catalogue], dict[str, float]]
     """(model, validation split) -> metric columns; called by all processes together."""
     columns: tuple[str, ...]
     loss_column: str
-    picture: Callable[[nn.Module, Catalogue], None] | None = None
+    picture: Callable[[Normalised, Catalogue], None] | None = None
     """Draws something into the run folder at the end, on rank 0."""
 
 
@@ -91,9 +92,11 @@ def fit(config: Config, make_task: MakeTask) -> int:
         f"data {config.data.path}: {len(catalogue)} training and {len(validation) if validation else 0} "
         f"validation {catalogue.info.kind}s, {len(catalogue.info.classes)} classes"
     )
+    screen.line(f"loader: {loader.sizing(world.device, config.speed.threads).reason}")
+    repeats = config.data.repeats
     screen.line(
         f"global batch {config.optim.batch} = {world.size} processes x {micro} micro x {accumulate} "
-        f"accumulated; "
+        f"accumulated{f', {repeats} rows of each sample' if repeats > 1 else ''}; "
         f"lr {scaled_lr(config.optim):.3g} = {config.optim.lr:.3g} x {config.optim.batch} / "
         f"{config.optim.lr_batch}; {steps} steps = {config.optim.epochs:g} epochs"
     )
@@ -108,7 +111,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     screen.line(f"model {config.model.name}: {parameters / 1e6:.1f} M parameters")
     if config.model.init:
         screen.line(setup.warm_start(model, config))
-    model.to(world.device)
+    ready = Normalised(model, config.data.frames).to(world.device)
     optimizer = make_optimizer(model, config.optim)
     schedule = make_schedule(optimizer, config.optim, steps, per_epoch)
 
@@ -125,7 +128,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
         start, elapsed = state["step"], state["elapsed"]
         screen.line(f"resumed from step {start} of {steps}")
     metrics = MetricsWriter(run, task.columns, start) if world.is_main else None
-    wrapped = setup.wrap(model, config, world, screen)
+    wrapped = setup.wrap(ready, config, world, screen)
     stop = distributed.StopSignal(world)
     batches = loader.train_batches(
         catalogue,
@@ -138,6 +141,10 @@ def fit(config: Config, make_task: MakeTask) -> int:
         start_step=start,
         device=world.device,
         threads=config.speed.threads,
+        order=config.data.order,
+        window=config.data.window,
+        max_bad=config.data.max_bad,
+        hw_decoder_load=config.speed.hw_decoder_load,
     )
     clock = Clock(elapsed)
     pending: tuple[dict, torch.Tensor] | None = None
@@ -156,9 +163,9 @@ def fit(config: Config, make_task: MakeTask) -> int:
         for step in range(start + 1, steps + 1):
             seed_step(config.run.seed, step, world.rank)
             schedule.step_update(step - 1)
-            loss = _accumulate(wrapped, task, _timed(batches, accumulate, clock), accumulate, autocast)
+            loss, bad = _accumulate(wrapped, task, _timed(batches, accumulate, clock), accumulate, autocast)
             norm, skipped = update(model, optimizer, config.optim.clip_norm)
-            meters.add(loss, norm, skipped)
+            meters.add(loss, norm, skipped, bad)
             settle()
             screen.advance(step)
             signal_number = stop.agreed()
@@ -169,7 +176,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
                 row |= {"epoch": step / per_epoch, "lr": max(g["lr"] for g in optimizer.param_groups)}
                 pending = (row, meters.take())
                 if evaluates and validation is not None:
-                    row |= task.evaluate(model, validation)
+                    row |= task.evaluate(ready, validation)
                     clock.skip()
             if last or signal_number or step % config.run.checkpoint_every == 0:
                 settle()
@@ -190,7 +197,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
         return signal_number
     if world.is_main and metrics is not None and lock is not None:
         if task.picture is not None:
-            task.picture(model, validation or catalogue)
+            task.picture(ready, validation or catalogue)
         metrics.close()
         _export(model, config, run)
         screen.line(f"done: {run}/model.safetensors after {clock.elapsed():.0f} s of training")
@@ -217,10 +224,13 @@ def _timed(batches: Iterator[loader.Batch], count: int, clock: Clock) -> Iterato
 
 def _accumulate(
     model: nn.Module, task: Task, batches: Iterator[loader.Batch], accumulate: int, autocast: Autocast
-) -> torch.Tensor:
-    """Forward and backward over one step's micro batches, gradients averaged; returns the mean loss."""
+) -> tuple[torch.Tensor, int]:
+    """Forward and backward over one step's micro batches, gradients averaged.
+
+    Returns the mean loss and the number of rows that stand in for damaged samples.
+    """
     model.train()
-    losses = []
+    losses, bad = [], 0
     for index, batch in enumerate(batches):
         joins = index + 1 == accumulate or not isinstance(model, DistributedDataParallel)
         with contextlib.nullcontext() if joins else model.no_sync():  # pyrefly: ignore
@@ -228,21 +238,25 @@ def _accumulate(
                 loss = task.loss(model, batch)
             (loss / accumulate).backward()
         losses.append(loss.detach())
-    return torch.stack(losses).mean()
+        bad += batch.bad
+    return torch.stack(losses).mean(), bad
 
 
 def _finish_row(
     row: dict, values: torch.Tensor, task: Task, metrics: MetricsWriter | None, screen: Screen, config: Config
 ) -> None:
-    loss, norm, _, skipped, in_a_row = values.tolist()
-    row |= {task.loss_column: loss, "grad_norm": norm, "skipped": int(skipped)}
+    loss, norm, bad, _, skipped, in_a_row = values.tolist()
+    row |= {task.loss_column: loss, "grad_norm": norm, "skipped": int(skipped), "bad": round(bad)}
     if metrics is not None:
         metrics.write(row)
-    shown = {k: v for k, v in row.items() if k not in (*TIMING_COLUMNS, "samples", "step", "skipped")}
+    hidden = (*TIMING_COLUMNS, "samples", "step", "skipped", "bad")
+    shown = {k: v for k, v in row.items() if k not in hidden}
     text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
     wait = 100 * row["data_wait_ms"] / row["step_ms"]
     text += f" | {row['samples_per_s']:.1f} samples/s, data wait {wait:.0f} %"
-    screen.line(f"step {row['step']}: {text}" + (f", {int(skipped)} skipped" if skipped else ""))
+    counts = {"steps skipped": row["skipped"], "damaged samples replaced": row["bad"]}
+    faults = "".join(f", {count} {what}" for what, count in counts.items() if count)
+    screen.line(f"step {row['step']}: {text}{faults}")
     if in_a_row >= config.run.max_skipped:
         raise UserError(
             f"the last {int(in_a_row)} steps up to step {row['step']} had non-finite gradients; the last "

@@ -10,7 +10,6 @@ from torch import nn
 
 from pipelines.catalogue import Catalogue
 from pipelines.errors import run_cli
-from pipelines.inputs import normalise
 from pipelines.loader import Batch
 from pipelines.sampler import keep_units
 from train import loop, pictures, rundir, setup
@@ -27,13 +26,12 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
     assert isinstance(config, MaeConfig)
     model = setup.build_model(config)
     units, kept = setup.check_masking(config, model)
-    mean, std = setup.stats(config)
     seed = config.run.seed
 
     def loss(wrapped: nn.Module, batch: Batch) -> torch.Tensor:
         # Which units a sample keeps depends on (seed, epoch, sample) alone, so any process may draw it.
         keep = loop.to_device(keep_units(seed, batch.epochs, batch.ids, units, kept), world.device)
-        return wrapped(normalise(batch.pixels, mean, std), keep=keep).loss
+        return wrapped(batch.pixels, keep=keep).loss
 
     return loop.Task(
         model=model,

@@ -5,40 +5,44 @@ import time
 
 import torch
 
-from train.distributed import gather, mean
+from train.distributed import gather, mean, world_size
+
+LOSS, NORM, BAD, GOOD, SKIPPED, IN_A_ROW = range(6)
 
 
 class Meters:
-    """Sums kept on the device: loss, gradient norm, counted steps, skipped steps, skipped in a row."""
+    """Sums kept on the device: loss, gradient norm, replaced rows, good and skipped steps, skips in a row."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self.values = values
 
     @classmethod
     def fresh(cls, device: torch.device) -> "Meters":
-        return cls(torch.zeros(5, device=device, dtype=torch.float64))
+        return cls(torch.zeros(6, device=device, dtype=torch.float64))
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor) -> None:
+    def add(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor, bad: int) -> None:
+        """Count a step; `bad` is the number of its rows that stand in for damaged samples."""
         good = 1.0 - skipped
-        counted = torch.stack(
-            [loss.nan_to_num(0, 0, 0) * good, norm.nan_to_num(0, 0, 0) * good, good, skipped]
-        )
-        in_a_row = (self.values[4:] + skipped) * skipped
-        self.values = torch.cat([self.values[:4] + counted, in_a_row])
+        finite = [x.nan_to_num(0, 0, 0) * good for x in (loss, norm)]
+        in_a_row = (self.values[IN_A_ROW] + skipped) * skipped - self.values[IN_A_ROW]
+        self.values += torch.stack([*finite, torch.full_like(good, bad), good, skipped, in_a_row])
 
     def gathered(self) -> torch.Tensor:
-        """All processes' values [processes, 5], for a checkpoint; the loss is each one's own."""
+        """All processes' values [processes, 6], for a checkpoint; the loss is each one's own."""
         return gather(self.values)
 
     def restore(self, rows: torch.Tensor, rank: int, processes: int) -> None:
         """Take up this process's values again, or their mean where the number of processes changed."""
         self.values = rows[rank].clone() if len(rows) == processes else rows.mean(0)
+        self.values[BAD] *= len(rows) / processes if len(rows) != processes else 1
 
     def take(self) -> torch.Tensor:
-        """Means over all processes, on their way to the host; sums other than the skips start anew."""
+        """Means over all processes, on their way to the host; sums start anew, counts of faults go on."""
         taken = self.values.clone()
-        taken[:2] = mean(taken[:2] / taken[2])
-        self.values[:3] = 0
+        taken[:BAD] /= taken[GOOD]
+        taken[:GOOD] = mean(taken[:GOOD])
+        taken[BAD] *= world_size()
+        self.values[[LOSS, NORM, GOOD]] = 0
         return taken.to("cpu", non_blocking=True)
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pipelines.files import atomic_write
 
-INTEGERS = ("step", "samples", "skipped")
+INTEGERS = ("step", "samples", "skipped", "bad")
 COMMON = (
     "epoch",
     "samples",
@@ -19,6 +19,7 @@ COMMON = (
     "data_wait_ms",
     "max_mem_gb",
     "skipped",
+    "bad",
 )
 MAE_COLUMNS = ("time", "step", "loss_train", "lr", "loss_val", *COMMON)
 FINETUNE_COLUMNS = ("time", "step", "loss", "lr", "acc", *COMMON, "acc5", "loss_val")

@@ -9,7 +9,7 @@ from torch import nn
 
 from pipelines.catalogue import Catalogue
 from pipelines.files import atomic_write
-from pipelines.inputs import normalise
+from pipelines.inputs import Normalised
 from pipelines.loader import eval_batches
 from pipelines.sampler import keep_units
 from train import setup
@@ -21,7 +21,7 @@ GAP, HEADER = 4, 16
 
 @torch.no_grad()
 def save_reconstructions(
-    config: MaeConfig, device: torch.device, path: Path, model: nn.Module, catalogue: Catalogue
+    config: MaeConfig, device: torch.device, path: Path, model: Normalised, catalogue: Catalogue
 ) -> None:
     """Write a PNG: a row per sample, its input, what was kept, and the reconstruction; clips as strips.
 
@@ -30,7 +30,7 @@ def save_reconstructions(
     """
     from models.mae import reconstruct
 
-    units, kept = setup.check_masking(config, model)
+    units, kept = setup.check_masking(config, model.model)
     batch = next(
         eval_batches(
             catalogue,
@@ -43,15 +43,14 @@ def save_reconstructions(
         )
     )
     count = int(batch.valid.sum())
-    mean, std = setup.stats(config)
-    inputs = normalise(batch.pixels, mean, std)[:count]
+    inputs = model.normalise(batch.pixels)[:count]
     keep = torch.from_numpy(keep_units(0, batch.epochs, batch.ids, units, kept))[:count].to(device)
     model.eval()
-    filled = reconstruct(model, inputs, keep)  # pyrefly: ignore
+    filled = reconstruct(model.model, inputs, keep)  # pyrefly: ignore
     if inputs.ndim == 5:
         inputs = inputs[:, :, :: inputs.shape[2] // filled.shape[2]]
-    visible = _visible(model, keep, inputs)
-    columns = [_pixels(x, mean, std) for x in (inputs, torch.where(visible, inputs, 0.0), filled)]
+    visible = _visible(model.model, keep, inputs)
+    columns = [_pixels(model.restore(x)) for x in (inputs, torch.where(visible, inputs, 0.0), filled)]
     titles = ("input", "kept", "reconstruction (with the true patch mean and deviation)")
     with atomic_write(path) as temporary:
         _grid(columns, titles).save(temporary, format="png")
@@ -65,14 +64,12 @@ def _visible(model: nn.Module, keep: torch.Tensor, inputs: torch.Tensor) -> torc
     return nn.functional.interpolate(mask, size=inputs.shape[2:], mode="nearest") > 0.5
 
 
-def _pixels(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """[b, 3, (t), h, w] normalised -> uint8 [b, h, columns, 3], frames side by side."""
+def _pixels(x: torch.Tensor) -> np.ndarray:
+    """[b, (t), h, w, 3] of 0 to 255 -> uint8 [b, h, columns, 3], frames side by side."""
     if x.ndim == 5:
-        frames = np.linspace(0, x.shape[2] - 1, SHOWN_FRAMES).round().astype(int).tolist()
-        x = torch.cat([x[:, :, f] for f in frames], dim=-1)
-    shape = (1, 3, 1, 1)
-    x = x.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-    return (x.clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+        frames = np.linspace(0, x.shape[1] - 1, SHOWN_FRAMES).round().astype(int).tolist()
+        x = torch.cat([x[:, f] for f in frames], dim=2)
+    return x.clamp(0, 255).round().byte().cpu().numpy()
 
 
 def _grid(columns: list[np.ndarray], titles: tuple[str, ...]) -> Image.Image:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines import loader
 from pipelines.catalogue import Catalogue, open_catalogue, read_info
 from pipelines.errors import UserError
-from pipelines.inputs import IMAGE_STATS, VIDEO_STATS
+from pipelines.inputs import Normalised
 from train import distributed, rundir
 from train.config import Config, MaeConfig
 from train.console import Screen
@@ -42,6 +42,8 @@ def check(config: Config) -> None:
         "run.checkpoint_every": run.checkpoint_every,
         "run.keep": run.keep,
         "data.stride": config.data.stride,
+        "data.repeats": config.data.repeats,
+        "data.window": config.data.window,
     }
     for key, value in at_least_one.items():
         if value < 1:
@@ -51,6 +53,7 @@ def check(config: Config) -> None:
     for key, value, known in (
         ("speed.precision", speed.precision, ("auto", "bf16", "fp32")),
         ("speed.compile", speed.compile, ("auto", "yes", "no")),
+        ("data.order", config.data.order, ("random", "local")),
     ):
         if value not in known:
             raise UserError(f"{key} is '{value}'; it can be {', '.join(known)}")
@@ -76,6 +79,10 @@ def view_spec(config: Config) -> loader.ViewSpec:
         ratio=data.ratio,
         flip=data.flip,
         interpolation=data.interpolation,
+        crop_fraction=data.crop,
+        repeats=data.repeats,
+        same_clip=data.same_clip,
+        augment=data.augment,
     )
 
 
@@ -102,15 +109,18 @@ def warm_start(model: nn.Module, config: Config) -> str:
 
 
 def micro_batches(config: Config, world: World) -> tuple[int, int]:
-    """(samples per forward, forwards per step) of each process; raises UserError if it does not divide."""
-    share, rest = divmod(config.optim.batch, world.size)
+    """(rows per forward, forwards per step) of each process; raises UserError if it does not divide."""
+    repeats = config.data.repeats
+    share, rest = divmod(config.optim.batch, world.size * repeats)
     if rest:
-        raise UserError(f"optim.batch {config.optim.batch} does not divide by {world.size} processes")
-    micro = next(m for m in range(min(config.speed.micro_batch, share), 0, -1) if share % m == 0)
-    return micro, share // micro
+        times = f" x {repeats} repeats" if repeats > 1 else ""
+        raise UserError(f"optim.batch {config.optim.batch} does not divide by {world.size} processes{times}")
+    most = max(1, min(config.speed.micro_batch // repeats, share))
+    micro = next(m for m in range(most, 0, -1) if share % m == 0)
+    return micro * repeats, share // micro
 
 
-def wrap(model: nn.Module, config: Config, world: World, screen: Screen) -> nn.Module:
+def wrap(model: Normalised, config: Config, world: World, screen: Screen) -> nn.Module:
     """Compile, then DDP, where each applies."""
     wanted = config.speed.compile == "yes" or (config.speed.compile == "auto" and world.device.type == "cuda")
     if wanted:
@@ -120,7 +130,7 @@ def wrap(model: nn.Module, config: Config, world: World, screen: Screen) -> nn.M
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
     return DistributedDataParallel(
-        model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        model, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 
@@ -162,8 +172,3 @@ def check_masking(config: MaeConfig, model: nn.Module) -> tuple[int, int]:
             f"mask_ratio {config.mask_ratio} keeps {kept} of {units} mask units; keep at least 1 and hide 1"
         )
     return units, kept
-
-
-def stats(config: Config) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation per channel, of values in [0, 1]."""
-    return IMAGE_STATS if config.data.frames == 1 else VIDEO_STATS
