@@ -3,6 +3,7 @@
 They lie in torch's hub cache, each beside a .sha256 that remembers its checksum from the first download.
 """
 
+import fcntl
 import hashlib
 import os
 import time
@@ -47,8 +48,14 @@ def fetch(name: str, url: str | None = None, wait: float = 2.0) -> Path:
     if name not in names():
         raise ModelError(f"no official weights are called {name!r}; known: {', '.join(names())}")
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name.split(':')[0]}.pth"
-    if not path.is_file():
-        _download(f"{url or URL}/{path.name}", path, wait)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # of a run's processes the first downloads, the others wait
+        if not path.is_file():
+            _download(f"{url or URL}/{path.name}", path, wait)
+    finally:
+        os.close(folder)
     remembered = path.with_suffix(".pth.sha256")
     found = _sha256(path)
     if not remembered.is_file():
@@ -63,7 +70,6 @@ def fetch(name: str, url: str | None = None, wait: float = 2.0) -> Path:
 
 def _download(url: str, path: Path, wait: float) -> None:
     """Download with retries to a temporary file, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(ATTEMPTS):
         try:
             return _receive(url, path)

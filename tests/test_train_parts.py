@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,8 +11,12 @@ import torch
 from torch import nn
 
 import models
+from pipelines.augment import Augment
 from pipelines.errors import UserError
-from train import checkpoint, config, optim
+from pipelines.loader import ViewSpec
+from train import checkpoint, config, optim, setup
+from train.config import DataConfig
+from train.distributed import World
 from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS, MetricsWriter, read_csv
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
@@ -49,6 +54,34 @@ def test_overrides_reach_the_configuration(monkeypatch):
     parsed = config.parse(MAE_PRESETS, "train.mae")
     assert (parsed.optim.lr, parsed.data.flip, parsed.run.seed) == (0.5, 0.0, 7)
     assert parsed.run.name == "image-mae-pico"
+
+
+def test_every_setting_of_the_data_reaches_the_loader():
+    """Each field of a view is set from its own setting; a forgotten one would keep its default."""
+    data = DataConfig(
+        size=64, frames=8, stride=3, scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.1, interpolation="cubic",
+        crop=0.9, repeats=2, same_clip=True, augment=Augment(layers=2, magnitude=7.0, jitter=0.4, erase=0.25),
+    )  # fmt: skip
+    spec = setup.view_spec(replace(MAE_PRESETS["video-mae-base"], data=data))
+    default = ViewSpec(size=0)
+    assert [f.name for f in fields(spec) if getattr(spec, f.name) == getattr(default, f.name)] == []
+    values = json.loads(json.dumps(config.to_dict(replace(MAE_PRESETS["video-mae-base"], data=data))))
+    assert config.from_dict(values).data == data
+
+
+def test_micro_batches_hold_whole_samples():
+    def split(batch: int, micro: int, repeats: int, processes: int) -> tuple[int, int]:
+        preset = MAE_PRESETS["image-mae-base"]
+        preset = replace(preset, data=replace(preset.data, repeats=repeats))
+        preset = replace(preset, optim=replace(preset.optim, batch=batch))
+        preset = replace(preset, speed=replace(preset.speed, micro_batch=micro))
+        return setup.micro_batches(preset, World(0, processes, CPU))
+
+    assert split(512, 32, 4, 2) == (32, 8)
+    assert split(24, 7, 2, 2) == (6, 2)
+    assert split(8, 1, 4, 2) == (4, 1)  # never less than one sample
+    with pytest.raises(UserError, match=r"optim\.batch 12 does not divide by 2 processes x 4 repeats"):
+        split(12, 4, 4, 2)
 
 
 def test_only_settings_that_change_results_count_as_differences():

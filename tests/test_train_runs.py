@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -16,6 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from pipelines.augment import Augment
+from pipelines.catalogue import open_catalogue
 from pipelines.errors import UserError
 from tests.train_helpers import ROOT, arguments, call, module, small
 from tools.plot import plot
@@ -214,7 +217,7 @@ def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Pa
             setup.check(config)
         assert "\n" not in str(caught.value)
     for expected, config in {
-        "no masked autoencoder": changed("model", name="hiera_pico_96"),
+        "wants a mae_hiera_\\*": changed("model", name="hiera_pico_96"),
         "keeps 0 of 4 mask units": replace(good, mask_ratio=0.9),
         "multiples of 32 pixels": changed("data", size=50),
         "no weights file": changed("model", init="missing.safetensors"),
@@ -222,6 +225,33 @@ def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Pa
     }.items():
         with pytest.raises(UserError, match=expected):
             loop.fit(config, mae.make_task)
+
+
+def test_damage_is_replaced_counted_and_bounded_on_every_rank(images: Path, tmp_path: Path):
+    """With every augmentation on: 1 and 2 processes count the same rows, and too many stop all of them."""
+    data = tmp_path / "damaged"
+    shutil.copytree(images, data)
+    catalogue = open_catalogue(data, "train")
+    for sample in (2, 9):
+        with catalogue.tar_path(int(catalogue.shard[sample])).open("r+b") as tar:
+            tar.seek(int(catalogue.offset[sample]))
+            tar.write(bytes(int(catalogue.size[sample])))
+    base = small("image-ft-pico", data, tmp_path, "one", epochs=6.0)
+    augment = Augment(layers=2, erase=0.25)
+    settings = replace(base.data, augment=augment, repeats=2, order="local", max_bad=0.2)
+    base = replace(base, data=settings, model=replace(base.model, drop_path=0.0))
+    _, rows = results(fit(base, finetune.make_task))
+    assert rows[-1]["bad"] >= 8  # 2 samples x 6 epochs, counted in rows
+    assert [row["bad"] for row in rows] == sorted(row["bad"] for row in rows)
+    two = replace(base, run=replace(base.run, name="two"), speed=replace(base.speed, processes=2))
+    done = call("train.finetune", "image-ft-pico", *arguments(two))
+    assert done.returncode == 0, done.stderr
+    assert f"{rows[-1]['bad']} damaged samples replaced" in done.stdout
+    assert "2 rows of each sample" in done.stdout and "decoding threads" in done.stdout
+    assert [row["bad"] for row in results(tmp_path / "two")[1]] == [row["bad"] for row in rows]
+    strict = replace(two, data=replace(two.data, max_bad=0.0), run=replace(two.run, name="strict"))
+    done = call("train.finetune", "image-ft-pico", *arguments(strict))
+    assert done.returncode == 2 and "2 samples do not decode, more than the 1 allowed" in done.stderr
 
 
 def test_two_runs_cannot_share_a_folder(images: Path, tmp_path: Path):

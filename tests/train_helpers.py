@@ -82,6 +82,8 @@ def arguments(config: Config) -> list[str]:
     data, optim, run, speed = config.data, config.optim, config.run, config.speed
     pairs = {
         "--data.path": data.path, "--data.size": data.size, "--data.frames": data.frames,
+        "--data.repeats": data.repeats, "--data.order": data.order, "--data.max-bad": data.max_bad,
+        "--data.augment.layers": data.augment.layers, "--data.augment.erase": data.augment.erase,
         "--model.drop-path": config.model.drop_path, "--model.init": config.model.init or "",
         "--optim.batch": optim.batch, "--optim.lr-batch": optim.lr_batch, "--optim.epochs": optim.epochs,
         "--optim.warmup-epochs": optim.warmup_epochs, "--optim.lr": optim.lr,

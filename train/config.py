@@ -64,8 +64,15 @@ class ModelConfig:
     """Stochastic depth rate of the last block, rising linearly from 0."""
     dropout: float = 0.0
     """Dropout before the classifier's last layer."""
+    abs_win: bool = False
+    """Absolute-window position embeddings (arXiv 2311.05613), images only."""
+    checkpoint_stages: tuple[int, ...] = ()
+    """Stages (1 to 4) whose activations are computed again backward: less memory, about a third slower."""
     init: str = ""
-    """Starting weights: a file, or empty for random ones. Warm start only; resuming needs nothing."""
+    """Starting weights: a file, an official name such as mae_hiera_base_16x224:mae_k400, or empty for random
+    ones. Warm start only; resuming needs nothing."""
+    reuse_encoder_norm: bool = False
+    """A classifier's final norm starts from the autoencoder's (timm) instead of fresh (the authors)."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,10 @@ class MaeConfig:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     mask_ratio: float = 0.6
     """Share of mask units hidden."""
+    decode_ratio: float = 1.0
+    """Share of the masked tokens that training decodes (dual masking, arXiv 2303.16727); 1 = the paper."""
+    decoder_heads: int = 0
+    """0 = the model's own: 16, as released; the paper says 8 for video."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +252,7 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
     """The settings that change results and differ, as "key: old -> new"."""
-    free = ("speed.", "run.name", "run.root", "run.keep")
+    free = ("speed.", "run.name", "run.root", "run.keep", "data.max_bad")
     before, after = flatten(old), flatten(new)
     keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(free)]
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]

@@ -111,8 +111,7 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     autocast, words = setup.precision(config, world)
     print(words)
     catalogue = open_catalogue(config.data.path, "val")
-    options = {} if isinstance(config, MaeConfig) else {"num_classes": len(catalogue.info.classes)}
-    model = setup.build_model(config, **options)
+    model = setup.build_model(config, len(catalogue.info.classes))
     print(setup.warm_start(model, config))
     ready = Normalised(model, config.data.frames).to(world.device)
     if isinstance(config, MaeConfig):

@@ -27,7 +27,7 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
     classes = len(catalogue.info.classes)
     if classes < 2 or (catalogue.label < 0).any():
         raise UserError(f"{config.data.path} has samples without a class; finetuning needs labelled shards")
-    model = setup.build_model(config, num_classes=classes, head_dropout=config.model.dropout)
+    model = setup.build_model(config, classes)
     mix = make_mixup(config, classes, world)
 
     def loss(wrapped: nn.Module, batch: Batch) -> torch.Tensor:

@@ -86,14 +86,27 @@ def view_spec(config: Config) -> loader.ViewSpec:
     )
 
 
-def build_model(config: Config, **options: object) -> nn.Module:
-    """The model at the configured input size; a wrong name or size becomes a UserError."""
+def build_model(config: Config, classes: int = 0) -> nn.Module:
+    """The model at the configured input size, a classifier of `classes`; raises UserError where none fits."""
     from models import create  # here: with timm it takes seconds, which a launcher can do without
 
-    data = config.data
-    size = (data.size, data.size) if data.frames == 1 else (data.frames, data.size, data.size)
+    data, model = config.data, config.model
+    settings: dict[str, object] = {
+        "input_size": (data.size, data.size) if data.frames == 1 else (data.frames, data.size, data.size),
+        "drop_path_rate": model.drop_path,
+        "abs_win": model.abs_win,
+        "checkpoint_stages": model.checkpoint_stages,
+    }
+    mae = isinstance(config, MaeConfig)
+    if mae != model.name.startswith("mae_"):
+        what = "MAE pretraining wants a mae_hiera_*" if mae else "finetuning wants a hiera_*"
+        raise UserError(f"{what} model, not {model.name}")
+    if isinstance(config, MaeConfig):
+        settings |= {"decode_ratio": config.decode_ratio, "decoder_heads": config.decoder_heads or None}
+    else:
+        settings |= {"num_classes": classes, "head_dropout": model.dropout}
     try:
-        return create(config.model.name, input_size=size, drop_path_rate=config.model.drop_path, **options)
+        return create(model.name, **settings)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -103,7 +116,10 @@ def warm_start(model: nn.Module, config: Config) -> str:
     from models import load_weights
 
     try:
-        return f"starting weights {config.model.init}:\n{load_weights(model, config.model.init, quiet=True)}"
+        settings = config.model
+        return str(
+            load_weights(model, settings.init, reuse_encoder_norm=settings.reuse_encoder_norm, quiet=True)
+        )
     except ValueError as error:
         raise UserError(f"starting weights {config.model.init}: {error}") from error
 
@@ -160,12 +176,8 @@ def torch_threads(world: World) -> int:
 
 
 def check_masking(config: MaeConfig, model: nn.Module) -> tuple[int, int]:
-    """(mask units, units kept) of a sample; raises UserError for a classifier or an impossible ratio."""
+    """(mask units, units kept) of a sample; raises UserError for an impossible ratio."""
     units = getattr(model, "num_mask_units", 0)
-    if not hasattr(model, "mask_token"):
-        raise UserError(
-            f"{config.model.name} is no masked autoencoder; MAE pretraining wants a mae_hiera_* name"
-        )
     kept = int(units * (1 - config.mask_ratio))
     if not 0 < kept < units:
         raise UserError(
