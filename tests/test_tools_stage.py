@@ -1,0 +1,137 @@
+"""Copying a dataset to a local disk: whole, checked, gone on with, from folders and from S3."""
+
+import http.server
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from pipelines_fixtures import image_dataset
+
+from pipelines.catalogue import open_catalogue
+from pipelines.errors import UserError
+from tests.train_helpers import ROOT, make_clips, make_images, module
+from tools import stage
+from tools.verify import verify
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    return make_clips(tmp_path_factory.mktemp("clips"))
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_copy_is_whole_and_a_second_run_copies_nothing(clips, tmp_path, capsys):
+    stage.stage(str(clips), tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(clips)
+    assert verify(tmp_path / "copy") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*.tar")}
+    capsys.readouterr()
+    stage.stage(f"{clips}/", tmp_path / "copy")
+    assert "0 MB came" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+class Store(http.server.BaseHTTPRequestHandler):
+    """As much of S3 as reading objects takes; every `fail_every`-th request is refused."""
+
+    root = Path()
+    asked, fail_every = 0, 7
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        Store.asked += 1
+        path = self.root / self.path.partition("?")[0].removeprefix("/bucket/")
+        if Store.asked % self.fail_every == 0:
+            return self.reply(503, b"", body)
+        if not path.is_file():
+            return self.reply(404, b"", body)
+        data = path.read_bytes()
+        if asked := self.headers.get("Range"):
+            first, last = asked.removeprefix("bytes=").split("-")
+            part = data[int(first) : int(last) + 1]
+            return self.reply(206, part, body, f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.reply(200, data, body)
+
+    def reply(self, code: int, data: bytes, body: bool, content_range: str = "") -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        if content_range:
+            self.send_header("Content-Range", content_range)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_shards_come_from_an_s3_compatible_store(clips, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    Store.root = clips
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = f"endpoint_override=127.0.0.1:{server.server_address[1]}&scheme=http&region=us-east-1"
+        stage.stage(f"s3://bucket?{where}", tmp_path / "copy", workers=3)
+        assert contents(tmp_path / "copy") == contents(clips)
+        with pytest.raises(UserError, match=r"nothing/dataset\.json does not exist"):
+            stage.stage(f"s3://bucket/nothing?{where}", tmp_path / "other")
+        server.shutdown()
+    assert Store.asked > Store.fail_every
+
+
+def test_a_damaged_shard_never_gets_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage.time, "sleep", lambda _: None)
+    source = make_images(tmp_path, train=10)
+    catalogue = open_catalogue(source, "train")
+    with (source / "train/000001.tar").open("r+b") as file:
+        file.seek(int(catalogue.offset[18]) + 400)
+        file.write(b"??")
+    key = catalogue.keys[18].as_py()
+    with pytest.raises(UserError, match=rf"000001\.tar could not be copied.*{key}.*checksum"):
+        stage.stage(str(source), tmp_path / "copy")
+    assert not (tmp_path / "copy/train/000001.tar").exists()
+    assert not (tmp_path / "copy/dataset.json").exists()
+
+
+def test_killed_in_the_middle_it_goes_on(tmp_path):
+    source = make_images(tmp_path, train=150, val=10)
+    copy = tmp_path / "copy"
+    kills = 0
+    for pause in (0.0, 0.005, 0.02, 0.05):
+        command = module("tools.stage", str(source), str(copy), "--workers", "1")
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while process.poll() is None and not (copy / "train").is_dir():
+            time.sleep(0.001)
+        time.sleep(pause)
+        kills += process.poll() is None and not (copy / "dataset.json").exists()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert kills > 0
+    stage.stage(str(source), copy)
+    assert contents(copy) == contents(source)
+
+
+def test_wrong_use_gets_one_sentence(clips, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"dataset\.json does not exist"):
+        stage.stage(str(tmp_path), tmp_path / "copy")
+    with pytest.raises(UserError, match="ftp://x cannot be opened"):
+        stage.stage("ftp://x", tmp_path / "copy")
+    other = image_dataset(tmp_path / "other")
+    with pytest.raises(UserError, match="holds another dataset"):
+        stage.stage(str(clips), other)
+    full = stage.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(UserError, match=r"0\.0 GB free and train needs"):
+        stage.stage(str(clips), tmp_path / "copy")

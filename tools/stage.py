@@ -1,0 +1,189 @@
+"""Copies a packed dataset to a machine's own disk: python -m tools.stage s3://bucket/imagenet /local/imagenet
+
+The source is a folder, or a URI of any store that Arrow reads: s3://, gs://, hdfs://. An S3-compatible store
+is named as s3://bucket/imagenet?endpoint_override=host:port&scheme=https, its keys come from the environment
+as for other S3 clients. Every sample is held against its checksum on arrival. Files that are there already
+stay, so running it again after an interruption goes on; dataset.json comes last and makes the copy whole.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import tyro
+from pyarrow import fs
+from rich.console import Console
+from rich.progress import track
+
+from pipelines.catalogue import read_info
+from pipelines.columns import load_columns
+from pipelines.errors import UserError, run_cli
+from pipelines.files import atomic_write
+from tools.verify import Row, Tally, read_rows
+
+ATTEMPTS = 4
+BLOCK = 4 << 20  # bytes
+
+
+def stage(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path], /, workers: int = 8) -> None:
+    """Copy the dataset at `source` to the folder `target`; raises UserError when it cannot be completed.
+
+    Args:
+        source: folder or URI of a dataset that tools.pack_* wrote.
+        target: folder on a local disk.
+        workers: files under way at once.
+    """
+    store, top = open_store(source)
+    target.mkdir(parents=True, exist_ok=True)
+    folder = os.open(target, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # where every process of a machine calls this, one copies
+        copy_dataset(store, top, target, workers)
+    finally:
+        os.close(folder)
+
+
+def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> None:
+    """`stage`, with the target to itself."""
+    whole, waiting = target / "dataset.json", target / ".staging"
+    waiting.mkdir(exist_ok=True)
+    fetch(store, f"{top}/dataset.json", waiting / "dataset.json")
+    if whole.is_file() and whole.read_bytes() != (waiting / "dataset.json").read_bytes():
+        raise UserError(f"{target} holds another dataset than {top}; choose an empty folder.")
+    splits = read_info(waiting).splits
+    start, came, kept = time.perf_counter(), 0, 0
+    for split, counts in splits.items():
+        (target / split).mkdir(exist_ok=True)
+        fetch(store, f"{top}/{split}.parquet", target / f"{split}.parquet")
+        missing = [n for n in range(counts["shards"]) if not (target / split / f"{n:06d}.tar").is_file()]
+        kept += counts["shards"] - len(missing)
+        check_space(target, split, missing)
+        jobs = shards_to_fetch(store, f"{top}/{split}", target, split, set(missing))
+        progress = track(
+            in_parallel(jobs, workers), split, len(missing), transient=True, console=Console(stderr=True)
+        )
+        came += sum(progress)
+        for leftover in (target / split).glob(".*.tmp-*"):  # of a copy that was killed
+            leftover.unlink()
+    (waiting / "dataset.json").replace(whole)
+    shutil.rmtree(waiting)
+    seconds = time.perf_counter() - start
+    print(
+        f"{target}: {came / 1e6:.0f} MB came in {seconds:.1f} s ({came / 1e6 / seconds:.0f} MB/s), ", end=""
+    )
+    print(f"checked; {kept} shards were there already")
+
+
+def open_store(source: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a folder or URI, and the path in it. Raises UserError for what Arrow cannot read."""
+    try:
+        store, top = fs.FileSystem.from_uri(source if "://" in source else str(Path(source).absolute()))
+        return store, top.rstrip("/")
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UserError(f"{source} cannot be opened: {first_line(error)}") from error
+
+
+def fetch(store: fs.FileSystem, source: str, target: Path, rows: list[Row] | None = None) -> int:
+    """Copy one file and give its size in bytes; a tar's samples must have the checksums in `rows`.
+
+    A failure is tried again with growing pauses; then UserError.
+    """
+    reason = ""
+    for attempt in range(ATTEMPTS):
+        try:
+            with atomic_write(target) as temporary:
+                with store.open_input_stream(source) as reader, temporary.open("wb") as writer:
+                    while block := reader.read(BLOCK):
+                        writer.write(block)
+                if damaged := damaged_sample(temporary, rows or []):
+                    raise OSError(f"sample {damaged} does not have the checksum in the catalogue")
+                return temporary.stat().st_size
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{source} does not exist; a packed dataset has dataset.json at its top"
+            ) from error
+        except (OSError, pa.ArrowException) as error:
+            reason = first_line(error)
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(0.5 * 2**attempt)
+    raise UserError(f"{source} could not be copied to {target} ({reason}); run it again to go on")
+
+
+def damaged_sample(tar: Path, rows: list[Row]) -> str | None:
+    """The key of the first sample whose frames are not those of the catalogue."""
+    content = np.memmap(tar, mode="r") if rows and tar.stat().st_size else np.empty(0, np.uint8)
+    for row in rows:
+        digest = hashlib.sha256()
+        for offset, size in zip(row["offsets"], row["sizes"], strict=True):
+            digest.update(content[offset : offset + size].data)
+        if digest.hexdigest() != row["sha256"]:
+            return row["key"]
+    return None
+
+
+Job = tuple[fs.FileSystem, str, Path, list[Row]]
+
+
+def shards_to_fetch(
+    store: fs.FileSystem, source: str, target: Path, split: str, missing: set[int]
+) -> Iterator[Job]:
+    """What `fetch_shard` needs for every missing shard, in order."""
+    seen = set()
+    for shard, rows in groupby(read_rows(target / f"{split}.parquet", Tally()), lambda row: row["shard"]):
+        if shard in missing:
+            seen.add(shard)
+            yield store, f"{source}/{shard:06d}", target / split / f"{shard:06d}", list(rows)
+    for shard in sorted(missing - seen):  # all of whose samples were rejected
+        yield store, f"{source}/{shard:06d}", target / split / f"{shard:06d}", []
+
+
+def fetch_shard(job: Job) -> int:
+    """Copy a shard's index, then its tar, whose presence says that both are there; gives bytes."""
+    store, source, target, rows = job
+    index = fetch(store, f"{source}.idx", target.with_suffix(".idx"))
+    return index + fetch(store, f"{source}.tar", target.with_suffix(".tar"), rows)
+
+
+def in_parallel(jobs: Iterator[Job], workers: int) -> Iterator[int]:
+    """The sizes that came, with a few jobs ahead of the one waited for, so that memory stays small."""
+    under_way: deque[Future[int]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for job in jobs:
+            under_way.append(pool.submit(fetch_shard, job))
+            if len(under_way) >= 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def check_space(target: Path, split: str, missing: list[int]) -> None:
+    """Raise UserError when the missing shards cannot fit on the target's disk."""
+    columns = load_columns(target / f"{split}.parquet")
+    frames = np.repeat(np.isin(columns["shard"], missing), np.diff(columns["first_frame"]))
+    needed = int(columns["size"].sum(where=frames, dtype=np.int64))
+    free = shutil.disk_usage(target).free
+    if needed > free:
+        raise UserError(
+            f"{target} has {free / 1e9:.1f} GB free and {split} needs {needed / 1e9:.1f} GB more; "
+            "free some space or choose another disk"
+        )
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+if __name__ == "__main__":
+    run_cli(lambda: tyro.cli(stage, description=__doc__))
