@@ -26,8 +26,8 @@ help:  ## this list
 demo: env  ## draw data, pack, pretrain, finetune, evaluate and plot images and clips, on any machine
 	$(PY) -m tools.demo $(ARGS)
 
-shards: env  ## pack IMAGES=data/imagenet and FRAMES=data/tiny-kinetics-400 into shards/
-	$(PY) -m tools.pack --images $(IMAGES) --frames $(FRAMES) $(ARGS)
+shards: env  ## pack IMAGES=data/imagenet and FRAMES=data/tiny-kinetics-400, or VIDEOS=DIR, into shards/
+	$(PY) -m tools.pack --images $(IMAGES) --frames $(FRAMES) $(if $(VIDEOS),--videos $(VIDEOS)) $(ARGS)
 
 verify: env  ## check every byte, index and label of DATA=shards/imagenet
 	$(PY) -m tools.verify $(or $(DATA),shards/imagenet) $(ARGS)

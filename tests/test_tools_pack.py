@@ -471,7 +471,7 @@ def test_each_wrong_use_gets_one_sentence(tmp_path):
 
 
 def test_packing_all_says_what_it_lacks(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"a does not exist; check IMAGES= and FRAMES="):
+    with pytest.raises(UserError, match=r"a does not exist; check IMAGES=, FRAMES= and VIDEOS="):
         pack(tmp_path / "a", tmp_path / "b")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"(?s)nothing to pack.*ImageNet-1K.*data/imagenet.*make demo"):

@@ -17,7 +17,7 @@ WHERE = f"""nothing to pack. Put data in place, then run make shards again:
   images  ImageNet-1K from image-net.org (train and val class folders) into {IMAGES}/
   clips   Tiny-Kinetics-400 from github.com/Tramac/tiny-kinetics-400 (annotations/, data_30fps_frames/)
           into {FRAMES}/
-  or name your own folders: make shards IMAGES=DIR FRAMES=DIR
+  or name your own folders: make shards IMAGES=DIR FRAMES=DIR, or VIDEOS=DIR for clips kept as video files
   or see everything work on drawn data: make demo"""
 
 
@@ -27,6 +27,7 @@ def pack(
     out: Path = Path("shards"),
     workers: int | None = None,
     short_side: int = 256,
+    videos: Path | None = None,
 ) -> int:
     """Pack images and clips, those of the two that exist.
 
@@ -36,20 +37,25 @@ def pack(
         out: folder for both results, imagenet and kinetics.
         workers: processes; one a core unless given.
         short_side: larger pictures and frames are scaled down to this.
+        videos: instead of frames, folder that holds video files and annotations/, for tools.pack_kinetics.
     """
-    for path, default in ((images, IMAGES), (frames, FRAMES)):
+    if videos is not None and frames != FRAMES:
+        raise UserError("give the clips with either FRAMES= or VIDEOS=, and with one of them only.")
+    clips = videos or frames
+    for path, default in ((images, IMAGES), (clips, FRAMES)):
         if path != default and not path.is_dir():
-            raise UserError(f"{path} does not exist; check IMAGES= and FRAMES=")
-    if not images.is_dir() and not frames.is_dir():
+            raise UserError(f"{path} does not exist; check IMAGES=, FRAMES= and VIDEOS=")
+    if not images.is_dir() and not clips.is_dir():
         raise UserError(WHERE)
     codes = []
     if images.is_dir():
         codes.append(pack_imagenet(images, out / "imagenet", workers, short_side))
     else:
         print(f"{images} does not exist: no images packed")
-    if frames.is_dir():
-        folders = (frames / "data_30fps_frames", frames / "annotations")
-        codes.append(pack_kinetics(*folders, out / "kinetics", workers, short_side))
+    if clips.is_dir():
+        source = None if videos else frames / "data_30fps_frames"
+        folders = (source, clips / "annotations", out / "kinetics")
+        codes.append(pack_kinetics(*folders, workers, short_side, videos=videos))
     else:
         print(f"{frames} does not exist: no clips packed")
     return max(codes)

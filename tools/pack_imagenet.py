@@ -8,14 +8,14 @@ Without a val folder, `--val-fraction` of the pictures (of each class) becomes t
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
 from pipelines.errors import UserError, run_cli
 from tools.images import SUFFIXES, prepare, read_file
-from tools.packing import label_of, run, settings, source_folder, worker_count
+from tools.packing import label_of, run, settings, source_folder, walk, worker_count
 from tools.shards import Packed, Packing, Plan, Sample, make_key, readable, shuffled
 
 Listed = tuple[str, str]  # (path below the source folder, class name or "")
@@ -95,21 +95,6 @@ def list_images(source: Path, below: str) -> list[Listed]:
         loose = min(path for path, name in found if not name)
         raise UserError(f"{top} holds both class folders and loose pictures such as {loose}; move one kind.")
     return sorted(found, key=lambda item: os.fsencode(item[0]))
-
-
-def walk(top: Path) -> Iterator[Path]:
-    """Every file below `top` that is not hidden, links followed. Raises `UserError` for a closed folder."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be listed: {error.strerror}.") from error
-
-    for folder, folders, files in os.walk(top, onerror=refuse, followlinks=True):
-        here = Path(folder)
-        if any(here.samefile(parent) for parent in here.parents if parent.is_relative_to(top)):
-            folders.clear()  # a link back to a folder above would never end
-            continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (here / name for name in files if not name.startswith("."))
 
 
 def split_off(listed: Sequence[Listed], fraction: float) -> tuple[list[Listed], list[Listed]]:

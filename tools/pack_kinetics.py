@@ -1,18 +1,20 @@
-"""Packs clips kept as folders of frames, with annotations as Kinetics and Tiny-Kinetics-400 publish them.
+"""Packs clips kept as folders of frames or as video files, with annotations as Kinetics publishes them.
 
     python -m tools.pack_kinetics --frames data/tiny-kinetics-400/data_30fps_frames \\
         --annotations data/tiny-kinetics-400/annotations --out shards/tiny-kinetics-400
+    python -m tools.pack_kinetics --videos data/k400 --annotations data/k400/annotations --out shards/k400
 
-A clip with bad frames keeps its longest run of good ones where that is at least half the clip; otherwise it
-is rejected.
+A clip with bad frames keeps its longest run of good ones, a damaged video what comes before the damage, where
+that is at least half the clip; otherwise it is rejected.
 """
 
 import csv
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -21,6 +23,7 @@ from pipelines.errors import UserError, run_cli
 from tools.images import COPIED, SUFFIXES, BadImage, Picture, prepare, read_file
 from tools.packing import label_of, run, settings, source_folder, worker_count
 from tools.shards import Packed, Packing, Plan, Sample, make_key, shuffled
+from tools.videos import best_file, find_videos, load_video, video_settings
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
@@ -39,17 +42,23 @@ class Clip:
         return f"{self.video}_{self.start:06d}_{self.end:06d}"
 
 
+Place = Callable[[Clip, str], str]  # where a clip of a split should lie below the source folder
+
+
 def pack_kinetics(
-    frames: Path,
-    annotations: Path,
-    out: Path,
+    frames: Path | None = None,
+    annotations: Path = tyro.MISSING,
+    out: Path = tyro.MISSING,
     workers: int | None = None,
     short_side: int = 256,
     shard_size: int = 64,
     max_pixels: int = 100_000_000,
     max_reject: float = 0.01,
+    videos: Path | None = None,
+    fps: float = 30.0,
+    max_seconds: float = 60.0,
 ) -> int:
-    """Pack folders of frames into shards; run it again after an interruption to go on.
+    """Pack folders of frames or video files into shards; run it again after an interruption to go on.
 
     Args:
         frames: folder with <label>/<youtube_id>_<start>_<end>/frame_00001.jpg ...
@@ -60,24 +69,35 @@ def pack_kinetics(
         shard_size: clips a shard.
         max_pixels: larger frames are rejected.
         max_reject: end with exit code 1 when more than this share is rejected.
+        videos: instead of frames, folder with <youtube_id>_<start>_<end>.mp4 ... in folders of any depth.
+        fps: frames a second to take from videos.
+        max_seconds: longer videos are rejected.
     """
     packing = settings(short_side, shard_size, max_pixels, 0.0, max_reject)
     processes = worker_count(workers)
-    source_folder(frames, "--frames", "a folder for each label")
+    if frames is not None and videos is None:
+        root = source_folder(frames, "--frames", "a folder for each label")
+        place, load = partial(_frame_folder, root), load_clip
+    elif videos is not None and frames is None:
+        packing = video_settings(packing, fps, max_seconds)
+        root = source_folder(videos, "--videos", "the video files")
+        place, load = _video_place(root), partial(load_video, fps=fps, max_seconds=max_seconds)
+    else:
+        raise UserError("give the clips with either --frames or --videos, and with one of them only.")
     source_folder(annotations, "--annotations", "tiny_train.csv and tiny_val.csv")
-    plan = plan_clips(frames, annotations, packing)
-    return run(plan, frames, out, load_clip, processes, max_reject)
+    plan = plan_clips(root, annotations, packing, place)
+    return run(plan, root, out, load, processes, max_reject)
 
 
-def plan_clips(frames: Path, annotations: Path, packing: Packing) -> Plan:
+def plan_clips(root: Path, annotations: Path, packing: Packing, place: Place) -> Plan:
     """Read the annotations and decide label, key and order of every clip. Raises `UserError`."""
     listed = {split: read_annotations(annotations, split) for split in ("train", "val")}
     classes = sorted({clip.label for clip in listed["train"]})
     labels = label_of(classes, [clip.label for clip in listed["val"]], str(annotations))
-    splits = {split: _samples(frames, clips, labels) for split, clips in listed.items()}
-    if not any((frames / sample.source).is_dir() for samples in splits.values() for sample in samples):
+    splits = {split: _samples(clips, split, labels, place) for split, clips in listed.items()}
+    if not any((root / sample.source).exists() for samples in splits.values() for sample in samples):
         example = splits["train"][0].source
-        raise UserError(f"none of the annotated videos is below {frames}; {frames / example} was expected.")
+        raise UserError(f"none of the annotated videos is below {root}; {root / example} was expected.")
     return Plan("video", classes, splits, packing)
 
 
@@ -113,9 +133,9 @@ def _clip(row: dict[str, str | None], where: str) -> Clip:
     return clip
 
 
-def _samples(frames: Path, clips: Sequence[Clip], labels: dict[str, int]) -> list[Sample]:
+def _samples(clips: Sequence[Clip], split: str, labels: dict[str, int], place: Place) -> list[Sample]:
     """The clips as samples in their final order; key numbers follow the sorted sources."""
-    listed = sorted((_folder(frames, clip), clip.label, clip.name()) for clip in clips)
+    listed = sorted((place(clip, split), clip.label, clip.name()) for clip in clips)
     return [
         Sample(make_key(index, name), labels[label], label, source)
         for index in shuffled(len(listed)).tolist()
@@ -123,11 +143,23 @@ def _samples(frames: Path, clips: Sequence[Clip], labels: dict[str, int]) -> lis
     ]
 
 
-def _folder(frames: Path, clip: Clip) -> str:
+def _frame_folder(frames: Path, clip: Clip, split: str) -> str:
     """The clip's folder below `frames`: labels are published with underscores, some copies keep spaces."""
     underscored = f"{clip.label.replace(' ', '_')}/{clip.name()}"
     spaced = f"{clip.label}/{clip.name()}"
     return spaced if spaced != underscored and (frames / spaced).is_dir() else underscored
+
+
+def _video_place(videos: Path) -> Place:
+    """Finds a clip's file: below its label, its split or neither; copies differ in that, and in suffixes."""
+    found = find_videos(videos)
+
+    def place(clip: Clip, split: str) -> str:
+        label = clip.label.replace(" ", "_")
+        paths = found.get((clip.video, clip.start, clip.end), [f"{label}/{clip.name()}.mp4"])
+        return best_file(paths, (split, clip.label, label))
+
+    return place
 
 
 def load_clip(root: Path, source: str, packing: Packing) -> Packed:

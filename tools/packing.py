@@ -67,6 +67,21 @@ def source_folder(path: Path, flag: str, what: str) -> Path:
     return path
 
 
+def walk(top: Path) -> Iterator[Path]:
+    """Every file below `top` that is not hidden, links followed. Raises `UserError` for a closed folder."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be listed: {error.strerror}.") from error
+
+    for folder, folders, files in os.walk(top, onerror=refuse, followlinks=True):
+        here = Path(folder)
+        if any(here.samefile(parent) for parent in here.parents if parent.is_relative_to(top)):
+            folders.clear()  # a link back to a folder above would never end
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (here / name for name in files if not name.startswith("."))
+
+
 def label_of(classes: Sequence[str], val_classes: Sequence[str], where: str) -> dict[str, int]:
     """The label of each training class; a class seen only in validation could never be learned."""
     if strange := sorted(set(val_classes) - set(classes)):
@@ -95,8 +110,8 @@ def writing_to(out: Path) -> Iterator[None]:
         yield
     except (BrokenProcessPool, MemoryError) as error:
         raise UserError(
-            "a worker process was killed, perhaps for lack of memory; run the same command again with "
-            "fewer --workers, finished shards are kept."
+            "a worker process was killed, perhaps for lack of memory or by a file that crashes its decoder; "
+            "run the same command again with fewer --workers, finished shards are kept."
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -133,7 +148,7 @@ def _agree(plan: Plan, noted: Path) -> bool:
     except (ValueError, KeyError) as error:
         raise UserError(f"{noted} is damaged; delete {noted.parent} and pack again.") from error
     for name, now in plan.settings().items():
-        if now == then.get(name) or (name == "pillow" and noted.name == "dataset.json"):
+        if now == then.get(name) or (name in ("pillow", "av") and noted.name == "dataset.json"):
             continue  # a finished dataset stays good whatever version made it
         what = f"{name.replace('_', '-')} {then.get(name)}, not {now}"
         if name == "source_sha256":

@@ -1,0 +1,276 @@
+"""Clips kept as video files: finding them below a folder, decoding them to frames at a constant rate.
+
+Frames are chosen by their timestamps, so that any frame rate, also a varying one, plays at the right speed.
+What a decoder calls damaged is never packed: a clip ends there, and is rejected where that is too early.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from struct import unpack
+from typing import Any, TypeVar
+
+import av
+from av.container import InputContainer
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+from PIL import Image
+
+from pipelines.errors import UserError
+from tools.images import BadImage, encode, fitted
+from tools.packing import walk
+from tools.shards import Packed, Packing
+
+# Playlists, scripts and streams stay out: they open other files, or the network.
+FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,rm,mxf,dv,nut"
+PREFERRED = frozenset(
+    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".wmv", ".3gp", ".gif"}
+)
+# The same pixels on any processor, and colours between the coarser samples of a video's colour planes.
+ACCURATE = (
+    Interpolation.BILINEAR
+    | Interpolation.ACCURATE_RND
+    | Interpolation.BITEXACT
+    | Interpolation.FULL_CHR_H_INT
+)
+TURNED = Image.Transpose
+ANGLES = (None, TURNED.ROTATE_90, TURNED.ROTATE_180, TURNED.ROTATE_270)  # counterclockwise
+TURNS = {  # by the signs of a display matrix: x' = a x + c y, y' = b x + d y, as (a, b, c, d)
+    (0, -1, 1, 0): TURNED.ROTATE_90,
+    (-1, 0, 0, -1): TURNED.ROTATE_180,
+    (0, 1, -1, 0): TURNED.ROTATE_270,
+    (-1, 0, 0, 1): TURNED.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): TURNED.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): TURNED.TRANSPOSE,
+    (0, -1, -1, 0): TURNED.TRANSVERSE,
+}
+SIDEWAYS = (TURNED.ROTATE_90, TURNED.ROTATE_270, TURNED.TRANSPOSE, TURNED.TRANSVERSE)
+HALF = Fraction(1, 2)
+AS_NEAR = Fraction(1, 1000)  # seconds: many containers round their times to it
+WHOLE = Fraction(95, 100)  # of its declared duration a clip has without a word
+
+Name = tuple[str, int, int]  # video, start and end, seconds
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class VideoPacking(Packing):
+    """What decides the bytes of a shard of decoded videos."""
+
+    fps: float
+    max_seconds: float
+    av: str  # another version may decode other pixels
+
+
+@dataclass
+class Decoded:
+    """How far a clip was decoded, filled in while its frames are read."""
+
+    seconds: Fraction = Fraction(0)
+    damaged: bool = False
+
+
+def video_settings(packing: Packing, fps: float, max_seconds: float) -> VideoPacking:
+    """`packing` with what decoding needs. Raises `UserError`."""
+    if not 0 < fps <= 1000:
+        raise UserError(f"--fps must be above 0 and at most 1000, not {fps:g}.")
+    if not 0 < max_seconds < float("inf"):
+        raise UserError(f"--max-seconds must be above 0, not {max_seconds:g}.")
+    return VideoPacking(**asdict(packing), fps=fps, max_seconds=max_seconds, av=av.__version__)
+
+
+def find_videos(top: Path) -> dict[Name, list[str]]:
+    """The paths below `top` of all files named <video>_<start>_<end>.<anything>."""
+    found: dict[Name, list[str]] = {}
+    for path in walk(top):
+        if named := re.fullmatch(r"(.+)_(\d+)_(\d+)", path.stem, re.ASCII):
+            name = named[1], int(named[2]), int(named[3])
+            found.setdefault(name, []).append(path.relative_to(top).as_posix())
+    return found
+
+
+def best_file(paths: Sequence[str], folders: Sequence[str]) -> str:
+    """Of files with one name the one in the most of `folders`; videos before what else lies beside them."""
+
+    def rank(path: str) -> tuple[int, bool, str]:
+        place = Path(path)
+        return -len({*folders} & {*place.parts[:-1]}), place.suffix.lower() not in PREFERRED, path
+
+    return min(paths, key=rank)
+
+
+# ---- one clip --------------------------------------------------------------------------------------------
+
+
+def load_video(root: Path, source: str, packing: Packing, fps: float, max_seconds: float) -> Packed:
+    """Decode one clip to JPEGs, `fps` a second. Raises `BadImage` or `OSError`."""
+    path = root / source
+    if not path.is_file():
+        raise BadImage("not a regular file" if path.exists() else "no video file")
+    path.open("rb").close()  # FFmpeg would not tell a closed file from a damaged one
+    try:
+        with _open(path) as container:
+            return _convert(container, packing, Fraction(fps), Fraction(max_seconds))
+    except BadImage:
+        raise
+    except Exception as error:
+        # Out of memory by FFmpeg's word is a damaged file's absurd size, by Python's it is the machine.
+        if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
+            raise
+        raise BadImage("damaged: it cannot be decoded") from error
+
+
+def _open(path: Path) -> InputContainer:
+    allowed = {"format_whitelist": FORMATS}
+    try:
+        return av.open(f"file:{path}", "r", metadata_errors="ignore", container_options=allowed)
+    except av.FFmpegError as error:
+        raise BadImage("not a video, or its header is damaged or missing") from error
+
+
+def _convert(container: InputContainer, packing: Packing, fps: Fraction, max_seconds: Fraction) -> Packed:
+    stream = _picture_stream(container)
+    declared = _declared(container, stream)
+    if declared > max_seconds:
+        raise _too_long(max_seconds)
+    decoded = Decoded()
+    to_rgb = VideoReformatter()
+    jpegs: list[bytes] = []
+    changes = [f"{stream.codec_context.name} to JPEG"]
+    goal = last = turn = None
+    for frame in on_grid(_good_frames(container, stream, packing, max_seconds, decoded), fps):
+        if frame is not last:
+            picture = to_rgb.reformat(frame, format="rgb24", interpolation=ACCURATE, threads=1).to_image()
+            if goal is None:
+                goal, turn = fitted(picture.size, packing.short_side), _turn(frame)
+            if picture.size != goal:
+                picture = picture.resize(goal, Image.Resampling.BICUBIC)
+                changes.append("resized")
+            jpegs.append(encode(picture.transpose(turn) if turn is not None else picture))
+        else:
+            jpegs.append(jpegs[-1])
+        last = frame
+    if goal is None:
+        raise BadImage("damaged: no frame can be decoded")
+    if 2 * decoded.seconds < declared:
+        raise BadImage("under half of its declared duration can be decoded")
+    if turn is not None:
+        changes.append("turned upright")
+    if decoded.damaged:
+        changes.append("damaged part left out")
+    elif decoded.seconds < WHOLE * declared:
+        changes.append("shorter than it declares")
+    width, height = goal if turn not in SIDEWAYS else goal[::-1]
+    return Packed(jpegs, width, height, ", ".join(dict.fromkeys(changes)))
+
+
+def _picture_stream(container: InputContainer) -> VideoStream:
+    """The first video stream that is not a cover picture, set to decode in this thread alone."""
+    streams = [
+        stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
+    ]
+    if not streams:
+        raise BadImage("no video stream")
+    if streams[0].codec_context is None:
+        raise BadImage("no decoder for its codec")
+    streams[0].codec_context.thread_count = 1
+    return streams[0]
+
+
+def _declared(container: InputContainer, stream: VideoStream) -> Fraction:
+    """Seconds the file says its video lasts; 0 where it says nothing."""
+    if stream.duration and stream.time_base:
+        return stream.duration * stream.time_base
+    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)\0*", stream.metadata.get("DURATION", ""), re.ASCII)
+    if tag:  # Matroska's: the duration of the file would be that of its sound where it is longer
+        return 3600 * Fraction(tag[1]) + 60 * Fraction(tag[2]) + Fraction(tag[3])
+    return Fraction(container.duration or 0, av.time_base)
+
+
+def _too_long(max_seconds: Fraction) -> BadImage:
+    return BadImage(f"longer than --max-seconds {float(max_seconds):g}")
+
+
+def _good_frames(
+    container: InputContainer, stream: VideoStream, packing: Packing, max_seconds: Fraction, decoded: Decoded
+) -> Iterator[tuple[Fraction, Fraction, VideoFrame]]:
+    """The (start, length, frame) of all frames from the first good one up to damage; seconds from 0."""
+    step = 1 / (stream.average_rate or Fraction(30))
+    base = stream.time_base or Fraction(1)
+    origin, start = Fraction(0), None
+    for frame in _decode(container, stream):
+        if frame is None or frame.is_corrupt:
+            decoded.damaged = True
+            if start is None:
+                continue  # cut out of a longer video, a clip may begin with frames that need earlier ones
+            return
+        if frame.width * frame.height > packing.max_pixels:
+            raise BadImage(f"more than --max-pixels {packing.max_pixels}")
+        time = None if frame.pts is None else frame.pts * base
+        if start is None:
+            origin, start = time or Fraction(0), Fraction(0)
+        else:  # a clock that is missing or runs backwards goes on by one frame
+            start = time - origin if time is not None and time - origin > start else start + step
+        length = frame.duration * base or step
+        decoded.seconds = start + length
+        if decoded.seconds > max_seconds:
+            raise _too_long(max_seconds)
+        yield start, length, frame
+
+
+def _decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
+    """All frames of the stream in order; None where a part cannot be read or decoded."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            for packet in packets:
+                yield from packet.decode()
+            return
+        except av.FFmpegError:
+            with suppress(av.FFmpegError):
+                yield from stream.decode()  # the frames before, which the decoder still holds
+            stream.codec_context.flush_buffers()
+            yield None
+
+
+def on_grid(timed: Iterable[tuple[Fraction, Fraction, T]], fps: Fraction) -> Iterator[T]:
+    """What shows at each tick of a clock of `fps`: the last item, or the next where that is nearer.
+
+    `timed`: (start, length, item) in order of start, the first at 0. An item half a tick or more ahead is not
+    shown yet, however long the last one has stood. The clock stops with the last item's end, half a tick
+    early or late; the first tick always counts.
+    """
+    tick = 0
+    half = HALF / fps
+    before = None
+    for start, length, item in timed:
+        if before is not None:
+            switch = max((before[0] + start) / 2, start - half) + AS_NEAR
+            while tick <= switch * fps:
+                yield before[1]
+                tick += 1
+        before = start, item, start + length
+    while before is not None and (tick == 0 or tick + HALF <= before[2] * fps):
+        yield before[1]
+        tick += 1
+
+
+def _turn(frame: VideoFrame) -> Image.Transpose | None:
+    """What turns the frame upright as its display matrix says, if anything."""
+    try:
+        data: Any = frame.side_data
+        found = [bytes(item) for item in data if item.type is Type.DISPLAYMATRIX]
+    except ValueError:  # PyAV knows no name for other data beside it, such as EXIF
+        return ANGLES[round(frame.rotation / 90) % 4]
+    if not found:
+        return None
+    matrix = unpack("9i", found[0])
+    parts = matrix[0], matrix[1], matrix[3], matrix[4]
+    largest = max(map(abs, parts)) or 1
+    return TURNS.get(tuple(round(part / largest) for part in parts))
