@@ -1,6 +1,6 @@
-"""Measures speed side by side with peers: python -m tools.bench loader|model|all [flags of that benchmark].
+"""Measures speed side by side with peers: python -m tools.bench loader|model|catalogue|all [flags].
 
-`python -m tools.bench loader --help` and `python -m tools.bench model --help` list the flags.
+`python -m tools.bench loader --help` lists the flags of a benchmark.
 """
 
 import subprocess
@@ -8,7 +8,7 @@ import sys
 
 from pipelines.errors import UserError, run_cli
 
-BENCHMARKS = ("loader", "model")
+BENCHMARKS = ("loader", "model", "catalogue")
 
 
 def main() -> None:
