@@ -21,7 +21,7 @@ from pipelines.errors import UserError
 from pipelines.files import sync
 
 LARGE = 2_000_000  # frames from which a catalogue is mapped instead of read
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024
 PER_SAMPLE = ("shard", "label", "width", "height")
 TYPES = dict.fromkeys(PER_SAMPLE, np.int32) | {"first_frame": np.int64, "offset": np.int64, "size": np.int32}
 READABLE = [("status", "=", "ok")]
@@ -86,7 +86,7 @@ def readable(parquet: Path) -> Iterator[dict[str, np.ndarray]]:
     """The columns of the rows whose status is "ok", in order, a few thousand rows at a time."""
     total = 0
     yield {name: np.zeros(int(name == "first_frame"), kind) for name, kind in TYPES.items()}
-    with pq.ParquetFile(parquet) as file:
+    with pq.ParquetFile(parquet, pre_buffer=False) as file:  # buffering takes three times the memory
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=["status", *PER_SAMPLE, "offsets", "sizes"]):
             rows = batch.filter(pc.equal(batch["status"], "ok"))  # pyrefly: ignore
             part = {name: rows[name].to_numpy() for name in PER_SAMPLE}

@@ -418,6 +418,77 @@ def test_folders_without_val_are_split_by_fraction(tmp_path):
     assert sorted(row["label"] for row in rows_of(tmp_path / "classes out", "val")) == [0, 0, 1, 1]
 
 
+def flat_val(root: Path) -> Path:
+    """Two classes to learn and four loose validation pictures, whose classes are b a b b."""
+    for name in "ab":
+        write(root / "train" / name / "1.JPEG", encoded(pixels(ord(name))))
+    for number in range(1, 5):
+        write(root / "val" / f"ILSVRC2012_val_{number:08d}.JPEG", encoded(pixels(number)))
+    return root
+
+
+VAL = "ILSVRC2012_val_0000000"
+LABELS = {
+    "kaggle": f"ImageId,PredictionString\n{VAL}2,a 85 1 499 272 a 2 2 2 2 \n{VAL}1,b 1\n{VAL}3,b\n{VAL}4,b\n",
+    "quoted": f'"{VAL}4","b"\r\n"{VAL}1","b"\r\n"{VAL}2","a"\r\n"{VAL}3","b"\r\n',
+    "names": f"\ufeffval/{VAL}1.JPEG b\n{VAL}2.JPEG\ta\n\n{VAL}3.JPEG b\n{VAL}4.JPEG b",
+    "in order": "b\na\nb\nb\n",
+    "numbers": "1\n3\n1\n1\n",
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_a_flat_val_folder_takes_its_classes_from_a_file(tmp_path, kind):
+    source = flat_val(tmp_path / "source")
+    write(tmp_path / "labels", LABELS[kind].encode())
+    write(tmp_path / "synsets", b"b kit fox\nc\na\n")
+    synsets = tmp_path / "synsets" if kind == "numbers" else None
+    assert pack_images(source, tmp_path / "out", val_labels=tmp_path / "labels", synsets=synsets) == 0
+    rows = sorted(rows_of(tmp_path / "out", "val"), key=lambda row: row["source"])
+    assert [(row["class_name"], row["label"]) for row in rows] == [("b", 1), ("a", 0), ("b", 1), ("b", 1)]
+
+
+def test_wrong_validation_labels_get_one_sentence(tmp_path):
+    source = flat_val(tmp_path / "source")
+    labels, synsets, out = tmp_path / "labels", tmp_path / "synsets", tmp_path / "out"
+    wrong = {
+        (b"b\na\nb\n", None): "labels has 3 labels for 4 pictures in val.",
+        (b"b\na\nq\nb", None): "labels line 3: 'q' is neither a class folder of train nor a picture of val.",
+        (b"1\n2\n1\n1", None): "labels holds class numbers; give --synsets FILE",
+        (b"1\n2\n3\n1", b"b\na"): "labels line 3: '3' is not a number from 1 to 2",
+        (b"1\n2\n0\n1", b"b\na"): "labels line 3: '0' is not a number from 1 to 2",
+        (b"1\n2\n1\n" + b"1" * 5000, b"b\na"): "is not a number from 1 to 2",
+        (b"1\nb\n1\n1", b"b\na"): "labels line 2: 'b' is not a number",
+        (b"1\n2\n1\n1", b"b\nq"): "labels line 2: 'q' is neither",
+        (b"1\n2\n1\n1", b"\n".join(b"%04d" % n for n in range(1000))): "synsets is in alphabetical order",
+        (b"b\na\nb\nb", b"b\na"): "--synsets is for class numbers, which",
+        (LABELS["kaggle"].encode(), b"b\na"): "--synsets is for class numbers, which",
+        (f"{VAL}1,b\n{VAL}9,b".encode(), None): f"labels line 2: '{VAL}9' is not a picture of val.",
+        (f"x,y\n{VAL}1,b\n{VAL}1,a".encode(), None): f"labels line 3: '{VAL}1' has a second label.",
+        (f"{VAL}1,b\n{VAL}2,q 1".encode(), None): "labels line 2: 'q' is not a class folder of train.",
+        (f"{VAL}1,b\n{VAL}3,b".encode(), None): f"2 of the 4 pictures in val; val/{VAL}2.JPEG has none.",
+        (b"", None): "labels is empty.",
+        (b"\x93NUMPY\xff\xfe", None): "labels is not a text file in UTF-8",
+        (b"MATLAB 5.0 MAT-file", None): "labels has 1 labels for 4 pictures",
+    }
+    for (text, numbers), words in wrong.items():
+        write(labels, text)
+        write(synsets, numbers or b"")
+        with pytest.raises(UserError) as caught:
+            pack_images(source, out, val_labels=labels, synsets=None if numbers is None else synsets)
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"--val-labels .*nowhere cannot be read: No such file"):
+        pack_images(source, out, val_labels=tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"only one of .* or tell tools.pack_imagenet .* with --val-labels"):
+        pack_images(source, out)
+    with pytest.raises(UserError, match="give both or none"):
+        pack_images(source, out, synsets=synsets)
+    for other in (image_tree(tmp_path / "labelled", 1, 1), source / "train", source / "val"):
+        with pytest.raises(UserError, match=r"--val-labels is for a folder .*/val of loose pictures"):
+            pack_images(other, out, val_labels=labels)
+    assert not out.exists()
+
+
 def test_too_many_rejected_ends_with_exit_code_1_and_a_table(tmp_path, capsys):
     for number in range(9):
         write(tmp_path / "source" / f"{number}.jpg", encoded(pixels(number)))

@@ -3,7 +3,8 @@
     python -m tools.pack_imagenet --source data/imagenet --out shards/imagenet
 
 `--source` holds train/<class>/* and val/<class>/*, or <class>/*, or pictures alone (unlabelled: for MAE).
-Without a val folder, `--val-fraction` of the pictures (of each class) becomes the validation split.
+Without a val folder, `--val-fraction` of the pictures (of each class) becomes the validation split. A flat
+val folder, as ImageNet publishes it, gets its classes from a file: `--val-labels LOC_val_solution.csv`.
 """
 
 import os
@@ -17,6 +18,7 @@ from pipelines.errors import UserError, run_cli
 from tools.images import SUFFIXES, prepare, read_file
 from tools.packing import label_of, run, settings, source_folder, walk, worker_count
 from tools.shards import Packed, Packing, Plan, Sample, make_key, readable, shuffled
+from tools.val_labels import val_classes
 
 Listed = tuple[str, str]  # (path below the source folder, class name or "")
 
@@ -36,6 +38,8 @@ def pack_imagenet(
     val_fraction: float = 0.1,
     max_pixels: int = 100_000_000,
     max_reject: float = 0.01,
+    val_labels: Path | None = None,
+    synsets: Path | None = None,
 ) -> int:
     """Pack pictures into shards; run it again after an interruption to go on.
 
@@ -48,15 +52,20 @@ def pack_imagenet(
         val_fraction: share of each class that becomes the validation split where the source has none.
         max_pixels: larger pictures are rejected.
         max_reject: end with exit code 1 when more than this share is rejected.
+        val_labels: text file with the classes of a flat val folder: a picture's name and its class a line,
+            or a class a line in the order of the names, or a class number.
+        synsets: for class numbers, the class of each number a line, from 1 in the order of ILSVRC2012_ID.
     """
     packing = settings(short_side, shard_size, max_pixels, val_fraction, max_reject)
     processes = worker_count(workers)
     source_folder(source, "--source", "the pictures")
-    plan = plan_images(source, packing)
+    plan = plan_images(source, packing, val_labels, synsets)
     return run(plan, source, out, load_image, processes, max_reject)
 
 
-def plan_images(source: Path, packing: Packing) -> Plan:
+def plan_images(
+    source: Path, packing: Packing, val_labels: Path | None = None, synsets: Path | None = None
+) -> Plan:
     """List the pictures below `source` and decide split, label, key and order. Raises `UserError`."""
     has_train, has_val = (source / "train").is_dir(), (source / "val").is_dir()
     if has_val and not has_train:
@@ -69,8 +78,18 @@ def plan_images(source: Path, packing: Packing) -> Plan:
     else:
         train, val = split_off(train, packing.val_fraction)
     classes = sorted({name for _, name in train if name})
+    if val_labels is not None:
+        if not has_val or any(name for _, name in val):
+            raise UserError(f"--val-labels is for a folder {source}/val of loose pictures; leave it out.")
+        paths = [path for path, _ in val]
+        val = [*zip(paths, val_classes(val_labels, synsets, paths, {*classes}), strict=True)]
+    elif synsets is not None:
+        raise UserError("--synsets says what the numbers of --val-labels mean; give both or none.")
     if val and bool(classes) != any(name for _, name in val):
-        raise UserError(f"only one of {source}/train and {source}/val has class folders; give both or none.")
+        raise UserError(
+            f"only one of {source}/train and {source}/val has class folders; give both or none, or tell "
+            "tools.pack_imagenet the classes of a flat val folder with --val-labels."
+        )
     labels = label_of(classes, [name for _, name in val if name], str(source))
     splits = {"train": _samples(train, labels), "val": _samples(val, labels)}
     return Plan("image", classes, splits, packing)
