@@ -464,6 +464,7 @@ def test_wrong_validation_labels_get_one_sentence(tmp_path):
         (b"b\na\nb\nb", b"b\na"): "--synsets is for class numbers, which",
         (LABELS["kaggle"].encode(), b"b\na"): "--synsets is for class numbers, which",
         (f"{VAL}1,b\n{VAL}9,b".encode(), None): f"labels line 2: '{VAL}9' is not a picture of val.",
+        (f'{VAL}1,b\n{VAL}2," "'.encode(), None): "labels line 2: '",
         (f"x,y\n{VAL}1,b\n{VAL}1,a".encode(), None): f"labels line 3: '{VAL}1' has a second label.",
         (f"{VAL}1,b\n{VAL}2,q 1".encode(), None): "labels line 2: 'q' is not a class folder of train.",
         (f"{VAL}1,b\n{VAL}3,b".encode(), None): f"2 of the 4 pictures in val; val/{VAL}2.JPEG has none.",
