@@ -241,6 +241,14 @@ def test_odd_sizes_are_kept_and_large_ones_scaled(tmp_path, size, wanted):
     assert distance(packed.frames[0], picture.resize(wanted, Image.Resampling.BICUBIC)) < 4
 
 
+def test_fine_stripes_scale_to_gray(tmp_path):
+    stripes = np.zeros((300, 400, 3), np.uint8)
+    stripes[:, ::2] = 255
+    path = make(tmp_path / "a.mkv", [Image.fromarray(stripes)], "ffv1", pixel_format="bgr0")
+    found = dali_decode(load(path, Packing(90, 4, 1_000_000, 0.0, "")).frames[:1])[0]
+    assert found.shape == (90, 120, 3) and np.abs(found[:, 2:-2].astype(int) - 127).max() < 12
+
+
 def test_other_streams_are_passed_over(tmp_path):
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         container.metadata["title"] = "a title"
