@@ -233,7 +233,7 @@ def sizing(device: torch.device, threads: int = 0) -> Sizing:
     share = max(1, cores // processes)
     if device.type == "cuda" and share > 2:
         share -= 1  # for the thread that feeds the GPU
-    chosen, ahead = threads or share, 2 if device.type == "cuda" else 3
+    chosen, ahead = threads or share, 2 if device.type == "cuda" else 4
     why = "as asked" if threads else f"{cores} cores, {processes} processes"
     reason = f"{chosen} decoding threads ({why}), {ahead} batches made and {READ_AHEAD} more read ahead"
     return Sizing(chosen, ahead, reason)
