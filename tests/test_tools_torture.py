@@ -11,6 +11,7 @@ import torch
 from test_tools_pack import encoded, hopeless, mangled, pack_images, peculiar, pixels, rows_of, write
 
 from pipelines.catalogue import open_catalogue
+from pipelines.errors import UserError
 from pipelines.loader import ViewSpec, train_batches
 from tools.pack_kinetics import pack_kinetics
 from tools.verify import verify
@@ -111,11 +112,11 @@ def test_as_many_classes_as_kinetics_and_every_numbering_of_frames(tmp_path):
 
 @pytest.mark.parametrize("workers", [2, 8])
 def test_a_class_order_once_written_is_checked_ever_after(tmp_path, workers):
-    """A label that appears or goes would move all those after it; the dataset says so instead."""
+    """A class that appears or goes would move all those after it; that needs another dataset."""
     for name in ("b", "c"):
         write(tmp_path / "source" / name / "1.jpg", encoded(pixels(1)))
         write(tmp_path / "source" / name / "2.jpg", encoded(pixels(2)))
     assert pack_images(tmp_path / "source", tmp_path / "out", workers=workers) == 0
     write(tmp_path / "source/a/1.jpg", encoded(pixels(3)))
-    with pytest.raises(Exception, match="classes"):
+    with pytest.raises(UserError, match="another listing of source files; delete that folder"):
         pack_images(tmp_path / "source", tmp_path / "out", workers=workers)
