@@ -17,7 +17,7 @@ START = $(if $(NODES),.venv/bin/torchrun --nnodes $(NODES) --nproc-per-node $(or
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 
-.PHONY: help demo shards verify train-mae train-ft eval plot bench test check lock env clean
+.PHONY: help demo shards verify stage train-mae train-ft eval plot bench test check lock env clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]   (ARGS=\"...\" is passed on to the command)"
@@ -31,6 +31,9 @@ shards: env  ## pack IMAGES=data/imagenet and FRAMES=data/tiny-kinetics-400, or 
 
 verify: env  ## check every byte, index and label of DATA=shards/imagenet
 	$(PY) -m tools.verify $(or $(DATA),shards/imagenet) $(ARGS)
+
+stage: env  ## copy DATA=FOLDER or DATA=s3://... to this machine's disk TO=FOLDER, checked
+	$(PY) -m tools.stage '$(or $(DATA),DATA-is-not-set)' $(or $(TO),TO-is-not-set) $(ARGS)
 
 train-mae: env  ## pretrain: RECIPE=image-mae-base GPUS NODES RUN MODEL DATA INIT DEVICE=cpu|cuda
 	$(START) train.mae $(or $(RECIPE),image-mae-base) $(SETTINGS) $(COUNT) $(ARGS)

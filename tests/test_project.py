@@ -51,6 +51,7 @@ TARGETS = (
     "demo",
     "shards",
     "verify",
+    "stage",
     "train-mae",
     "train-ft",
     "eval",
