@@ -22,14 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from models.factory import config_of, create
-from models.macs import forward_macs
+from models.macs import bf16_peak, forward_macs
 from models.unroll import unit_grid
 from pipelines.errors import UserError, run_cli
 from tools.check_parity import upstream_model
 
 NAMES = ("mae_hiera_base_224", "hiera_base_224", "mae_hiera_base_16x224", "hiera_base_16x224")
 DEFAULT_BATCH = {("cpu", False): 2, ("cpu", True): 1, ("cuda", False): 64, ("cuda", True): 8}  # images, clips
-BF16_PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def measure(name: str, variants: list[str], batch: int, rounds: int, device: tor
         rate = batch / statistics.median(seconds[variant])
         ratios = [a / b for a, b in zip(seconds[variants[0]], seconds[variant], strict=True)]
         speed_up = statistics.median(ratios) if variants[0] == "hiera-transformer" else None
-        peak = next((p for key, p in BF16_PEAK.items() if key in _device_name(device)), None)
+        peak = bf16_peak(_device_name(device))
         share = 6 * macs * rate / peak if peak else None
         rows.append(Row(name, variant, batch, rate, speed_up, share, None, None))
     return rows

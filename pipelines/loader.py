@@ -153,6 +153,14 @@ def eval_batches(
     return (batch_of(faults, row_plan, pixels) for row_plan, pixels in run_plans(faults, plan, settings))
 
 
+def blank_batch(view: ViewSpec, rows: int, device: torch.device) -> Batch:
+    """A batch of black pictures or clips, to try a model with."""
+    pixels = torch.zeros(rows, view.frames, view.size, view.size, 3, dtype=torch.uint8, device=device)
+    zeros = np.zeros(rows, np.int64)
+    pixels = pixels if view.frames > 1 else pixels.squeeze(1)
+    return Batch(pixels, torch.zeros(rows, dtype=torch.int64), zeros, zeros, np.ones(rows, bool))
+
+
 def run_plans(
     faults: Faults, plan: Callable[[int], Plan], settings: graph.Settings
 ) -> Iterator[tuple[Plan, torch.Tensor]]:

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pipelines.augment import Augment
-from pipelines.catalogue import open_catalogue
+from pipelines.catalogue import open_catalogue, read_info
 from pipelines.errors import UserError
 from tests.train_helpers import ROOT, arguments, call, module, small
 from tools.plot import plot
@@ -258,7 +258,7 @@ def test_two_runs_cannot_share_a_folder(images: Path, tmp_path: Path):
     from train import rundir
 
     config = small("image-mae-pico", images, tmp_path, "run")
-    lock = rundir.open_run(config, {})
+    lock = rundir.open_run(config, read_info(images), {})
     with pytest.raises(UserError, match="another process is training"):
         loop.fit(config, mae.make_task)
     lock.close()

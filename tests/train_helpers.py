@@ -13,7 +13,7 @@ from PIL import Image
 
 from tools.pack_imagenet import pack_imagenet
 from tools.pack_kinetics import pack_kinetics
-from train.config import Config
+from train.config import Config, flatten, to_dict
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,20 +79,12 @@ def small(preset: str, data: Path, runs: Path, name: str, **optim: object) -> Co
 
 def arguments(config: Config) -> list[str]:
     """The same configuration as command-line overrides of its preset."""
-    data, optim, run, speed = config.data, config.optim, config.run, config.speed
-    pairs = {
-        "--data.path": data.path, "--data.size": data.size, "--data.frames": data.frames,
-        "--data.repeats": data.repeats, "--data.order": data.order, "--data.max-bad": data.max_bad,
-        "--data.augment.layers": data.augment.layers, "--data.augment.erase": data.augment.erase,
-        "--model.drop-path": config.model.drop_path, "--model.init": config.model.init or "",
-        "--optim.batch": optim.batch, "--optim.lr-batch": optim.lr_batch, "--optim.epochs": optim.epochs,
-        "--optim.warmup-epochs": optim.warmup_epochs, "--optim.lr": optim.lr,
-        "--run.name": run.name, "--run.root": run.root, "--run.log-every": run.log_every,
-        "--run.eval-every": run.eval_every, "--run.checkpoint-every": run.checkpoint_every,
-        "--speed.micro-batch": speed.micro_batch, "--speed.device": speed.device,
-        "--speed.threads": speed.threads, "--speed.processes": speed.processes,
-    }  # fmt: skip
-    return [str(word) for pair in pairs.items() for word in pair]
+    words = []
+    for key, value in flatten(to_dict(config)).items():
+        if key != "kind":
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{key.replace('_', '-')}", *map(str, values)]
+    return words
 
 
 def module(name: str, *words: str) -> list[str]:

@@ -1,11 +1,49 @@
 """Checkpoints: whole or absent, checked by a digest, the damaged ones passed over aloud."""
 
 import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from pipelines.errors import UserError
 from pipelines.files import atomic_write
+
+
+class Writer:
+    """Saves in the background: a step waits for the copy to host memory, and for the save before."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[Path] | None = None
+
+    def save(self, step: int, state: dict) -> None:
+        """Begin to write `state`; raises UserError when the one before could not be written."""
+        self.wait()
+        self._last = self._pool.submit(save, self._folder, step, to_host(state), self._keep)
+
+    def wait(self) -> None:
+        """Let the save under way finish."""
+        last, self._last = self._last, None
+        try:
+            if last is not None:
+                last.result()
+        except OSError as error:
+            raise UserError(
+                f"no checkpoint can be written to {self._folder} ({error.strerror}); free some space, then "
+                "run the same command to go on from the last one"
+            ) from error
+
+
+def to_host(state: Any) -> Any:
+    """A copy of nested dicts and lists of tensors and values, on the CPU and out of training's reach."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: to_host(value) for key, value in state.items()}
+    return [to_host(value) for value in state] if isinstance(state, list) else state
 
 
 def save(folder: Path, step: int, state: dict, keep: int) -> Path:

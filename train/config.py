@@ -77,7 +77,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, warmup, cosine. The batch is global: all processes and accumulation together."""
+    """Optimizer, warmup, cosine. The batch is global: all processes and accumulation together."""
 
     batch: int = 1024
     """Samples per optimizer step over all processes; clips are the unit for video."""
@@ -87,10 +87,19 @@ class OptimConfig:
     """The batch that `lr` is stated for."""
     epochs: float = 100.0
     warmup_epochs: float = 5.0
+    name: str = "adamw"
+    """adamw, or sgd with `momentum`."""
     betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.9
     weight_decay: float = 0.05
     layer_decay: float = 1.0
-    """Learning rate factor from each layer to the one before it; the head has 1 (MAE, SlowFast)."""
+    """Learning rate factor from each layer to the one before it; the head has 1."""
+    decay_last_block: bool = True
+    """Whether the last block already has one factor (MAE, SlowFast) or the head's rate (the authors'
+    unfinished code)."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.9999; 0 = none. With one, its weights
+    are what is evaluated and exported."""
     clip_norm: float = 0.0
     """Clip gradients to this norm; 0 = never."""
     min_lr: float = 0.0
@@ -111,7 +120,11 @@ class RunConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints: what a crash can cost at most."""
     keep: int = 2
-    """How many checkpoints stay."""
+    """How many checkpoints stay; the best weights stay besides, in best.safetensors."""
+    allow: tuple[str, ...] = ()
+    """Settings that may differ from the run's on resume, such as optim.epochs."""
+    detail: bool = False
+    """Also write every step of every process to detail/rank-N.csv."""
     max_skipped: int = 10
     """Stop after so many non-finite steps in a row."""
 
@@ -129,7 +142,7 @@ class SpeedConfig:
     eval_batch: int = 0
     """Views (images, or clips) per process per evaluation step; 0 = micro_batch."""
     precision: str = "auto"
-    """auto (bf16 autocast on CUDA, fp32 on the CPU), bf16 or fp32."""
+    """auto (bf16 autocast on CUDA, fp32 on the CPU), bf16, fp32 or tf32."""
     compile: str = "auto"
     """torch.compile: auto (on CUDA), yes or no."""
     threads: int = 0
@@ -164,6 +177,8 @@ class FinetuneConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+    freeze: str = "none"
+    """none, or trunk: only the last norm and the head learn (a linear probe)."""
     smoothing: float = 0.1
     """Label smoothing."""
     mixup: float = 0.0
@@ -252,7 +267,7 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
     """The settings that change results and differ, as "key: old -> new"."""
-    free = ("speed.", "run.name", "run.root", "run.keep", "data.max_bad")
+    free = ("speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "data.max_bad")
     before, after = flatten(old), flatten(new)
     keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(free)]
     return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]

@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import tyro
 from torch.nn import functional
 
 from pipelines.catalogue import Catalogue, open_catalogue
 from pipelines.errors import UserError, run_cli
+from pipelines.files import atomic_write
 from pipelines.inputs import Normalised
 from pipelines.loader import Batch, eval_batches
 from pipelines.sampler import keep_units
-from train import distributed, setup
+from train import distributed, rundir, setup
 from train.config import Config, FinetuneConfig, MaeConfig, from_dict
 from train.distributed import World
 from train.setup import Autocast
@@ -39,11 +42,20 @@ def _batches(config: Config, world: World, catalogue: Catalogue, views: tuple[in
 
 @torch.no_grad()
 def classifier_evaluation(
-    config: FinetuneConfig, world: World, autocast: Autocast, model: Normalised, catalogue: Catalogue
+    config: FinetuneConfig,
+    world: World,
+    autocast: Autocast,
+    folder: Path,
+    model: Normalised,
+    catalogue: Catalogue,
 ) -> dict[str, float]:
-    """Top-1, top-5 and cross-entropy; the softmax of a sample's views is averaged first."""
+    """Top-1, top-5 and cross-entropy; the softmax of a sample's views is averaged first.
+
+    Every class's counts go to `folder`/per_class.parquet.
+    """
     views = config.views[0] * config.views[1]
-    sums = torch.zeros(4, device=world.device, dtype=torch.float64)
+    classes = catalogue.info.classes
+    sums = torch.zeros(len(classes), 4, device=world.device, dtype=torch.float64)
     model.eval()
     for batch in _batches(config, world, catalogue, config.views):
         with autocast():
@@ -53,9 +65,22 @@ def classifier_evaluation(
         valid = torch.from_numpy(batch.valid[::views].copy()).to(world.device)
         best = chances.topk(min(5, chances.shape[1])).indices == labels[:, None]
         losses = functional.nll_loss(chances.clamp_min(1e-12).log(), labels, reduction="none")
-        sums += torch.stack([(x * valid).sum() for x in (best[:, 0], best.any(1), losses, valid)])
-    top1, top5, loss, count = distributed.total(sums).tolist()
-    return {"acc": top1 / count, "acc5": top5 / count, "loss_val": loss / count}
+        counts = torch.stack([best[:, 0], best.any(1), losses, valid], dim=1) * valid[:, None]
+        sums.index_add_(0, labels, counts.double())
+    top1, top5, loss, count = distributed.total(sums).cpu().T
+    if world.is_main:
+        table = {
+            "class_name": classes,
+            "samples": count.long().numpy(),
+            "correct": top1.long().numpy(),
+            "correct5": top5.long().numpy(),
+            "accuracy": (top1 / count).numpy(),
+        }
+        with atomic_write(folder / "per_class.parquet") as temporary:
+            pq.write_table(pa.table(table), temporary)
+    every = max(1.0, count.sum().item())
+    named = zip(("acc", "acc5", "loss_val"), (top1, top5, loss), strict=True)
+    return {name: part.sum().item() / every for name, part in named}
 
 
 @torch.no_grad()
@@ -75,7 +100,7 @@ def mae_evaluation(
         valid = torch.from_numpy(batch.valid).to(world.device)
         sums += torch.stack([(losses * valid).sum(), valid.sum()])
     loss, count = distributed.total(sums).tolist()
-    return {"loss_val": loss / count}
+    return {"loss_val": loss / max(1.0, count)}
 
 
 @dataclass(frozen=True)
@@ -111,12 +136,13 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     autocast, words = setup.precision(config, world)
     print(words)
     catalogue = open_catalogue(config.data.path, "val")
+    rundir.check_classes(arguments.run, catalogue.info)
     model = setup.build_model(config, len(catalogue.info.classes))
-    print(setup.warm_start(model, config))
+    print(setup.warm_start(model, config, whole=True))
     ready = Normalised(model, config.data.frames).to(world.device)
     if isinstance(config, MaeConfig):
         return mae_evaluation(config, world, autocast, ready, catalogue)
-    return classifier_evaluation(config, world, autocast, ready, catalogue)
+    return classifier_evaluation(config, world, autocast, arguments.run, ready, catalogue)
 
 
 def main() -> None:

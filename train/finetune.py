@@ -12,7 +12,7 @@ from torch.nn import functional
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError, run_cli
 from pipelines.loader import Batch
-from train import loop, setup
+from train import loop, rundir, setup
 from train.config import Config, FinetuneConfig, parse
 from train.distributed import World
 from train.evaluate import classifier_evaluation
@@ -44,7 +44,7 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
     return loop.Task(
         model=model,
         loss=loss,
-        evaluate=functools.partial(classifier_evaluation, config, world, autocast),
+        evaluate=functools.partial(classifier_evaluation, config, world, autocast, rundir.folder_of(config)),
         columns=FINETUNE_COLUMNS,
         loss_column="loss",
     )

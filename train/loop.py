@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,10 +24,11 @@ from train import checkpoint, distributed, rundir, setup
 from train.config import Config
 from train.console import Screen
 from train.distributed import World
-from train.meters import Clock, Meters
+from train.meters import Clock, Detail, Meters
 from train.metrics import TIMING_COLUMNS, MetricsWriter
-from train.optim import make_optimizer, make_schedule, scaled_lr, seed_step, update
+from train.optim import make_ema, make_optimizer, make_schedule, seed_step, update
 from train.setup import Autocast
+from train.state import State
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,12 @@ def main(config: Config, make_task: MakeTask) -> None:
         return
     try:
         stopped = fit(config, make_task)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory does not hold a step ({str(error).partition('.')[0]}); lower "
+            f"speed.micro_batch ({config.speed.micro_batch}), which leaves the result as it is, or set "
+            "model.checkpoint_stages"
+        ) from error
     finally:
         distributed.finish()
     if stopped:
@@ -75,33 +83,21 @@ def fit(config: Config, make_task: MakeTask) -> int:
     torch.set_num_threads(setup.torch_threads(world))
     screen = Screen(world.is_main)
     run = rundir.folder_of(config)
-    lock = rundir.open_run(config, {"processes": world.size}) if world.is_main else None
+    catalogue = open_catalogue(config.data.path, "train")
+    validation = setup.open_validation(config)
+    note = {"processes": world.size}
+    lock = rundir.open_run(config, catalogue.info, note) if world.is_main else None
     screen.log_to(run / "log.txt")
     screen.line(f"run {run}: {world.size} process(es) on {setup.device_words(world)}")
     autocast, words = setup.precision(config, world)
     screen.line(words)
 
     # ---- data
-    catalogue = open_catalogue(config.data.path, "train")
-    validation = setup.open_validation(config)
-    view = setup.view_spec(config)
     micro, accumulate = setup.micro_batches(config, world)
     per_epoch = len(catalogue) / config.optim.batch
     steps = math.ceil(config.optim.epochs * per_epoch)
-    screen.line(
-        f"data {config.data.path}: {len(catalogue)} training and {len(validation) if validation else 0} "
-        f"validation {catalogue.info.kind}s, {len(catalogue.info.classes)} classes"
-    )
-    screen.line(f"loader: {loader.sizing(world.device, config.speed.threads).reason}")
-    repeats = config.data.repeats
-    screen.line(
-        f"global batch {config.optim.batch} = {world.size} processes x {micro} micro x {accumulate} "
-        f"accumulated{f', {repeats} rows of each sample' if repeats > 1 else ''}; "
-        f"lr {scaled_lr(config.optim):.3g} = {config.optim.lr:.3g} x {config.optim.batch} / "
-        f"{config.optim.lr_batch}; {steps} steps = {config.optim.epochs:g} epochs"
-    )
-    if note := loader.short_clip_note(catalogue, view):
-        screen.line(note)
+    for words in setup.plan_words(config, world, catalogue, validation, steps):
+        screen.line(words)
 
     # ---- model, optimizer, schedule
     seed_step(config.run.seed, 0, 0)
@@ -111,42 +107,32 @@ def fit(config: Config, make_task: MakeTask) -> int:
     screen.line(f"model {config.model.name}: {parameters / 1e6:.1f} M parameters")
     if config.model.init:
         screen.line(setup.warm_start(model, config))
+    if words := setup.freeze(model, config):
+        screen.line(words)
     ready = Normalised(model, config.data.frames).to(world.device)
     optimizer = make_optimizer(model, config.optim)
     schedule = make_schedule(optimizer, config.optim, steps, per_epoch)
+    ema = make_ema(model, config.optim)
+    state = State(model, optimizer, ema, Meters.fresh(world.device))
 
     # ---- resume
-    state, complaints = checkpoint.load_newest(run / "checkpoints", world.device)
+    saved, complaints = checkpoint.load_newest(run / "checkpoints", world.device)
     for complaint in complaints:
         screen.line(complaint)
-    meters = Meters.fresh(world.device)
-    start, elapsed = 0, 0.0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        meters.restore(state["meters"], world.rank, world.size)
-        start, elapsed = state["step"], state["elapsed"]
-        screen.line(f"resumed from step {start} of {steps}")
-    metrics = MetricsWriter(run, task.columns, start) if world.is_main else None
-    wrapped = setup.wrap(ready, config, world, screen)
+    if saved is not None:
+        state.restore(saved, world)
+        screen.line(f"resumed from step {state.step} of {steps}")
+    metrics = MetricsWriter(run, task.columns, state.step) if world.is_main else None
+    detail = Detail(run / "detail", world.rank, state.step) if config.run.detail else None
+    writer = checkpoint.Writer(run / "checkpoints", config.run.keep)
+    blank = loader.blank_batch(setup.view_spec(config), micro, world.device)
+    screen.line(setup.compile_model(ready, config, world, lambda: task.loss(ready, blank), autocast))
+    joined = setup.join(ready, world)
+    evaluated = ready if ema is None else Normalised(ema.module, config.data.frames).to(world.device)
+    operations = setup.step_operations(model, config)
     stop = distributed.StopSignal(world)
-    batches = loader.train_batches(
-        catalogue,
-        view,
-        seed=config.run.seed,
-        global_batch=config.optim.batch,
-        rank=world.rank,
-        world=world.size,
-        accumulate=accumulate,
-        start_step=start,
-        device=world.device,
-        threads=config.speed.threads,
-        order=config.data.order,
-        window=config.data.window,
-        max_bad=config.data.max_bad,
-        hw_decoder_load=config.speed.hw_decoder_load,
-    )
-    clock = Clock(elapsed)
+    batches = setup.training_batches(config, world, catalogue, accumulate, state.step)
+    clock = Clock(state.elapsed)
     pending: tuple[dict, torch.Tensor] | None = None
     signal_number = 0
 
@@ -159,51 +145,69 @@ def fit(config: Config, make_task: MakeTask) -> int:
             _finish_row(row, values, task, metrics, screen, config)
 
     # ---- steps
-    with screen.progress(start, steps):
-        for step in range(start + 1, steps + 1):
+    with screen.progress(state.step, steps):
+        for step in range(state.step + 1, steps + 1):
             seed_step(config.run.seed, step, world.rank)
             schedule.step_update(step - 1)
-            loss, bad = _accumulate(wrapped, task, _timed(batches, accumulate, clock), accumulate, autocast)
+            loss, bad = _accumulate(joined, task, _timed(batches, accumulate, clock), accumulate, autocast)
             norm, skipped = update(model, optimizer, config.optim.clip_norm)
-            meters.add(loss, norm, skipped, bad)
+            if ema is not None:
+                ema.update(model)
+            state.step = step
+            state.meters.add(loss, norm, skipped, bad)
             settle()
+            if detail is not None:
+                detail.add(step, loss, clock)
             screen.advance(step)
             signal_number = stop.agreed()
             last = step == steps
             evaluates = validation is not None and (last or step % config.run.eval_every == 0)
             if last or evaluates or step % config.run.log_every == 0:
-                row = clock.row(step, config.optim.batch, world.device)
+                row = clock.row(step, config.optim.batch, world, operations)
                 row |= {"epoch": step / per_epoch, "lr": max(g["lr"] for g in optimizer.param_groups)}
-                pending = (row, meters.take())
+                pending = (row, state.meters.take())
+                if detail is not None:
+                    detail.write()
                 if evaluates and validation is not None:
-                    row |= task.evaluate(ready, validation)
+                    scores = task.evaluate(evaluated, validation)
+                    row |= scores
+                    _keep_best(state, scores, config, world, screen)
                     clock.skip()
             if last or signal_number or step % config.run.checkpoint_every == 0:
                 settle()
-                sums = meters.gathered()
-                if world.is_main and metrics is not None:
+                state.elapsed = clock.elapsed()
+                values = state.to_dict()
+                if metrics is not None:
                     metrics.commit()
-                    state = {"step": step, "elapsed": clock.elapsed(), "meters": sums}
-                    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                    checkpoint.save(run / "checkpoints", step, state, config.run.keep)
+                    writer.save(step, values)
                 clock.skip()
             if signal_number and not last:
-                screen.line(f"signal {signal_number}: saved step {step}; run the same command to go on")
                 break
     stop.wait()
+    writer.wait()
 
     # ---- results
-    if signal_number and step != steps:
+    if signal_number and state.step != steps:
+        screen.line(f"signal {signal_number}: saved step {state.step}; run the same command to go on")
         return signal_number
-    if world.is_main and metrics is not None and lock is not None:
+    if metrics is not None and lock is not None:
         if task.picture is not None:
-            task.picture(ready, validation or catalogue)
+            task.picture(evaluated, validation or catalogue)
         metrics.close()
-        _export(model, config, run)
+        _export(state.evaluated, config, run / "model.safetensors", steps)
         screen.line(f"done: {run}/model.safetensors after {clock.elapsed():.0f} s of training")
         lock.close()
     distributed.barrier()
     return 0
+
+
+def _keep_best(state: State, scores: dict[str, float], config: Config, world: World, screen: Screen) -> None:
+    """Write best.safetensors when this evaluation is the best so far: by accuracy, or by MAE's loss."""
+    score = scores.get("acc", -scores["loss_val"])
+    if score > state.best:
+        state.best = score
+        if world.is_main:
+            _export(state.evaluated, config, rundir.folder_of(config) / "best.safetensors", state.step)
 
 
 def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -257,6 +261,7 @@ def _finish_row(
     counts = {"steps skipped": row["skipped"], "damaged samples replaced": row["bad"]}
     faults = "".join(f", {count} {what}" for what, count in counts.items() if count)
     screen.line(f"step {row['step']}: {text}{faults}")
+    screen.show(row, task.loss_column)
     if in_a_row >= config.run.max_skipped:
         raise UserError(
             f"the last {int(in_a_row)} steps up to step {row['step']} had non-finite gradients; the last "
@@ -265,8 +270,8 @@ def _finish_row(
         )
 
 
-def _export(model: nn.Module, config: Config, run: object) -> None:
-    path = rundir.folder_of(config) / "model.safetensors"
+def _export(model: nn.Module, config: Config, path: Path, step: int) -> None:
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    about = {"model": config.model.name, "format": "upstream-names", "step": str(step)}
     with atomic_write(path) as temporary:
-        save_file(weights, temporary, metadata={"model": config.model.name, "format": "upstream-names"})
+        save_file(weights, temporary, metadata=about)

@@ -1,11 +1,13 @@
 """What is measured along the way: sums on the device that nobody waits for, and a clock."""
 
+import csv
 import resource
 import time
+from pathlib import Path
 
 import torch
 
-from train.distributed import gather, mean, world_size
+from train.distributed import World, gather, mean, world_size
 
 LOSS, NORM, BAD, GOOD, SKIPPED, IN_A_ROW = range(6)
 
@@ -63,7 +65,8 @@ class Clock:
         self._mark = time.perf_counter()
         self.steps, self.waited = 0, 0.0
 
-    def row(self, step: int, batch: int, device: torch.device) -> dict:
+    def row(self, step: int, batch: int, world: World, operations: float) -> dict:
+        """Timing columns of the steps since the last row; `operations` is what one of them computes."""
         now, steps = time.perf_counter(), max(self.steps, 1)
         per_step = (now - self._mark) / steps
         row = {
@@ -73,10 +76,49 @@ class Clock:
             "samples_per_s": batch / per_step,
             "step_ms": per_step * 1e3,
             "data_wait_ms": self.waited / steps * 1e3,
-            "max_mem_gb": _peak_memory_gb(device),
+            "mfu": _share_of_peak(operations / per_step / world.size, world.device),
+            "max_mem_gb": _peak_memory_gb(world.device),
         }
         self.skip()
         return row
+
+
+class Detail:
+    """Every step of one process as rows of detail/rank-N-from-STEP.csv; a resume begins a file of its own."""
+
+    def __init__(self, folder: Path, rank: int, start: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self._file = (folder / f"rank-{rank}-from-{start:09d}.csv").open("w", newline="")
+        self._csv = csv.writer(self._file)
+        self._csv.writerow(("step", "time", "loss", "data_wait_ms"))
+        self._rows: list[tuple[int, float, float]] = []
+        self._losses: list[torch.Tensor] = []
+        self._waited = 0.0
+
+    def add(self, step: int, loss: torch.Tensor, clock: Clock) -> None:
+        """Note a step; its loss stays on the device until `write`."""
+        waited = clock.waited - self._waited if clock.waited >= self._waited else clock.waited
+        self._waited = clock.waited
+        self._rows.append((step, clock.elapsed(), waited * 1e3))
+        self._losses.append(loss)
+
+    def write(self) -> None:
+        """Append the steps noted; the one wait for the device."""
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        for (step, seconds, waited), loss in zip(self._rows, losses, strict=True):
+            self._csv.writerow((step, f"{seconds:.4f}", repr(loss), f"{waited:.3f}"))
+        self._file.flush()
+        self._rows, self._losses = [], []
+
+
+def _share_of_peak(operations_per_s: float, device: torch.device) -> float | None:
+    """Model FLOPs utilisation: of the device's bf16 peak; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    from models.macs import bf16_peak
+
+    peak = bf16_peak(torch.cuda.get_device_name(device))
+    return operations_per_s / peak if peak else None
 
 
 def _peak_memory_gb(device: torch.device) -> float:

@@ -17,13 +17,14 @@ COMMON = (
     "samples_per_s",
     "step_ms",
     "data_wait_ms",
+    "mfu",
     "max_mem_gb",
     "skipped",
     "bad",
 )
 MAE_COLUMNS = ("time", "step", "loss_train", "lr", "loss_val", *COMMON)
 FINETUNE_COLUMNS = ("time", "step", "loss", "lr", "acc", *COMMON, "acc5", "loss_val")
-TIMING_COLUMNS = ("time", "samples_per_s", "step_ms", "data_wait_ms", "max_mem_gb")
+TIMING_COLUMNS = ("time", "samples_per_s", "step_ms", "data_wait_ms", "mfu", "max_mem_gb")
 
 Row = Mapping[str, float | int | None]
 

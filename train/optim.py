@@ -10,7 +10,7 @@ from train.config import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW in timm's groups: no decay for 1-D parameters and position embeddings, lr by layer."""
+    """AdamW or SGD in timm's groups: no decay for 1-D parameters and position embeddings, lr by layer."""
     from timm.optim import param_groups_layer_decay
 
     groups = param_groups_layer_decay(
@@ -19,7 +19,20 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         no_weight_decay_list=model.no_weight_decay(),  # pyrefly: ignore
         layer_decay=config.layer_decay,
     )
-    return torch.optim.AdamW(groups, lr=scaled_lr(config), betas=config.betas, fused=True)
+    if not config.decay_last_block:
+        for group in groups:
+            group["lr_scale"] = min(1.0, group["lr_scale"] / config.layer_decay)
+    lr = scaled_lr(config)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
+
+
+def make_ema(model: nn.Module, config: OptimConfig):  # noqa: ANN201
+    """timm's moving average of the weights; None when `ema` is 0."""
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=config.ema) if config.ema else None
 
 
 def scaled_lr(config: OptimConfig) -> float:
@@ -47,7 +60,7 @@ def update(
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm if clip_norm > 0 else float("inf"))
     skipped = (~torch.isfinite(norm)).float()
-    optimizer.found_inf, optimizer.grad_scale = skipped, None  # fused AdamW reads both  # pyrefly: ignore
+    optimizer.found_inf, optimizer.grad_scale = skipped, None  # fused optimizers read both  # pyrefly: ignore
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, skipped

@@ -1,6 +1,7 @@
 """The run folder: one writer, one configuration, and a record of where the numbers came from."""
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -8,11 +9,13 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 import torch
 
+from pipelines.catalogue import DatasetInfo
 from pipelines.errors import UserError
 from pipelines.files import atomic_write
 from train.config import Config, differences, to_dict
@@ -36,11 +39,12 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"{path} cannot be read ({error}); move the folder away or use another RUN"
         ) from error
-    changed = differences(old, to_dict(config))
+    changed = [said for said in differences(old, to_dict(config)) if not said.startswith(config.run.allow)]
     if changed:
         raise UserError(
             f"{path.parent} holds a run with other settings ({'; '.join(changed)}); "
-            "run the old command to resume it, or choose another name with RUN= (--run.name)"
+            "run the old command to resume it, choose another name with RUN= (--run.name), or name what may "
+            "change with --run.allow"
         )
 
 
@@ -48,10 +52,18 @@ def is_finished(config: Config) -> bool:
     return (folder_of(config) / "model.safetensors").exists()
 
 
-def open_run(config: Config, note: dict[str, object]) -> IO[str]:
-    """Create the folder and its `config.json` and `env.json`; returns the lock, held until it is closed.
+def check_classes(run: Path, info: DatasetInfo) -> None:
+    """Raise UserError unless `info` has the classes, in their order, that the run was trained on."""
+    path = run / "data.json"
+    if path.exists() and tuple(json.loads(path.read_text())["classes"]) != info.classes:
+        raise UserError(f"{info.root} has other classes than those in {path}, which {run} was trained on")
 
-    Raises UserError when another process writes to the folder or it cannot be written.
+
+def open_run(config: Config, info: DatasetInfo, note: Mapping[str, object]) -> IO[str]:
+    """Create the folder, its config.json, env.json and data.json; returns the lock, held until it is closed.
+
+    Raises UserError when another process writes to the folder, it cannot be written, or the data is no longer
+    that of the run.
     """
     folder = folder_of(config)
     try:
@@ -67,10 +79,28 @@ def open_run(config: Config, note: dict[str, object]) -> IO[str]:
         raise UserError(
             f"another process is training in {folder}; wait for it, or use another RUN"
         ) from error
-    for name, values in (("config.json", to_dict(config)), ("env.json", {**environment(), **note})):
+    data = {"classes": info.classes, "splits": info.splits, "sha256": checksums(info)}
+    kept = folder / "data.json"
+    resumes = any(folder.glob("checkpoints/*.pt")) and kept.exists() and "data" not in config.run.allow
+    if resumes and json.loads(kept.read_text())["sha256"] != data["sha256"]:
+        raise UserError(
+            f"{info.root} is not the data that {folder} was trained on so far (see {kept}); restore it, "
+            "choose another RUN, or go on with --run.allow data"
+        )
+    files = {"config.json": to_dict(config), "env.json": {**environment(), **note}, "data.json": data}
+    for name, values in files.items():
         with atomic_write(folder / name) as temporary:
             temporary.write_text(json.dumps(values, indent=2) + "\n")
     return lock
+
+
+def checksums(info: DatasetInfo) -> dict[str, str]:
+    """The sha256 of every split's catalogue, which holds that of every sample."""
+    found = {}
+    for split in info.splits:
+        with (info.root / f"{split}.parquet").open("rb") as file:
+            found[split] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def environment() -> dict[str, object]:

@@ -2,10 +2,11 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import loader
@@ -13,9 +14,9 @@ from pipelines.catalogue import Catalogue, open_catalogue, read_info
 from pipelines.errors import UserError
 from pipelines.inputs import Normalised
 from train import distributed, rundir
-from train.config import Config, MaeConfig
-from train.console import Screen
+from train.config import Config, FinetuneConfig, MaeConfig
 from train.distributed import World
+from train.optim import scaled_lr
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
@@ -51,12 +52,17 @@ def check(config: Config) -> None:
     if optim.epochs <= 0:
         raise UserError(f"optim.epochs is {optim.epochs}; it must be more than 0")
     for key, value, known in (
-        ("speed.precision", speed.precision, ("auto", "bf16", "fp32")),
+        ("speed.precision", speed.precision, ("auto", "bf16", "fp32", "tf32")),
+        ("optim.name", optim.name, ("adamw", "sgd")),
         ("speed.compile", speed.compile, ("auto", "yes", "no")),
         ("data.order", config.data.order, ("random", "local")),
     ):
         if value not in known:
             raise UserError(f"{key} is '{value}'; it can be {', '.join(known)}")
+    if isinstance(config, FinetuneConfig) and config.freeze not in ("none", "trunk"):
+        raise UserError(f"freeze is '{config.freeze}'; it can be none, trunk")
+    if not 0 <= optim.ema < 1:
+        raise UserError(f"optim.ema is {optim.ema}; it must be at least 0 and less than 1")
     distributed.resolve_device(speed.device, speed.processes)
     rundir.check_config(config)
 
@@ -86,6 +92,46 @@ def view_spec(config: Config) -> loader.ViewSpec:
     )
 
 
+def plan_words(
+    config: Config, world: World, catalogue: Catalogue, validation: Catalogue | None, steps: int
+) -> list[str]:
+    """What is read and how batch and learning rate come about, in lines to print."""
+    optim, repeats = config.optim, config.data.repeats
+    micro, accumulate = micro_batches(config, world)
+    lines = [
+        f"data {config.data.path}: {len(catalogue)} training and {len(validation) if validation else 0} "
+        f"validation {catalogue.info.kind}s, {len(catalogue.info.classes)} classes",
+        f"loader: {loader.sizing(world.device, config.speed.threads).reason}",
+        f"global batch {optim.batch} = {world.size} processes x {micro} micro x {accumulate} accumulated"
+        f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
+        f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {optim.epochs:g} epochs",
+    ]
+    note = loader.short_clip_note(catalogue, view_spec(config))
+    return [*lines, note] if note else lines
+
+
+def training_batches(
+    config: Config, world: World, catalogue: Catalogue, accumulate: int, start_step: int
+) -> Iterator[loader.Batch]:
+    """This process's micro batches from `start_step` on."""
+    return loader.train_batches(
+        catalogue,
+        view_spec(config),
+        seed=config.run.seed,
+        global_batch=config.optim.batch,
+        rank=world.rank,
+        world=world.size,
+        accumulate=accumulate,
+        start_step=start_step,
+        device=world.device,
+        threads=config.speed.threads,
+        order=config.data.order,
+        window=config.data.window,
+        max_bad=config.data.max_bad,
+        hw_decoder_load=config.speed.hw_decoder_load,
+    )
+
+
 def build_model(config: Config, classes: int = 0) -> nn.Module:
     """The model at the configured input size, a classifier of `classes`; raises UserError where none fits."""
     from models import create  # here: with timm it takes seconds, which a launcher can do without
@@ -111,17 +157,23 @@ def build_model(config: Config, classes: int = 0) -> nn.Module:
         raise UserError(str(error)) from error
 
 
-def warm_start(model: nn.Module, config: Config) -> str:
-    """Load `model.init` into the model; returns the report of what was loaded. Raises UserError."""
+def warm_start(model: nn.Module, config: Config, whole: bool = False) -> str:
+    """Load `model.init` into the model, on demand all of it; returns the report of what was loaded.
+
+    Raises UserError where the weights do not fit.
+    """
     from models import load_weights
 
     try:
         settings = config.model
-        return str(
-            load_weights(model, settings.init, reuse_encoder_norm=settings.reuse_encoder_norm, quiet=True)
+        report = load_weights(
+            model, settings.init, reuse_encoder_norm=settings.reuse_encoder_norm, quiet=True
         )
     except ValueError as error:
         raise UserError(f"starting weights {config.model.init}: {error}") from error
+    if whole and report.fresh:
+        raise UserError(f"{report}; these weights are of another kind of model or other classes")
+    return str(report)
 
 
 def micro_batches(config: Config, world: World) -> tuple[int, int]:
@@ -136,12 +188,46 @@ def micro_batches(config: Config, world: World) -> tuple[int, int]:
     return micro * repeats, share // micro
 
 
-def wrap(model: Normalised, config: Config, world: World, screen: Screen) -> nn.Module:
-    """Compile, then DDP, where each applies."""
+def freeze(model: nn.Module, config: Config) -> str:
+    """Stop what `freeze` names from learning; gives a line that says so, or an empty one."""
+    if isinstance(config, MaeConfig) or config.freeze == "none":
+        return ""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("norm.", "head.")))
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"frozen trunk: {learning:,} parameters learn, those of the last norm and the head"
+
+
+def compile_model(
+    model: Normalised, config: Config, world: World, trial: Callable[[], Tensor], autocast: Autocast
+) -> str:
+    """Compile in place where that is wanted; where it fails, go on without. Gives a line that says what.
+
+    trial: one forward pass on made-up data, giving the loss.
+    """
     wanted = config.speed.compile == "yes" or (config.speed.compile == "auto" and world.device.type == "cuda")
-    if wanted:
-        screen.line("torch.compile: on (the first step takes a while)")
-        model.compile(fullgraph=True)
+    if not wanted:
+        why = "as asked" if config.speed.compile == "no" else "the default on the CPU"
+        return f"torch.compile: off, {why}"
+    model.compile(fullgraph=True)
+    begin = time.perf_counter()
+    try:
+        with autocast():
+            loss = trial()
+        loss.backward()
+        return f"torch.compile: on, ready after {time.perf_counter() - begin:.0f} s"
+    except torch.OutOfMemoryError:
+        raise
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+        model._compiled_call_impl = None
+        reason = str(error).strip().partition("\n")[0]
+        return f"torch.compile: FAILED ({reason}); going on without it, slower"
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def join(model: Normalised, world: World) -> nn.Module:
+    """The model as all processes train it together."""
     if world.size == 1:
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
@@ -151,16 +237,26 @@ def wrap(model: Normalised, config: Config, world: World, screen: Screen) -> nn.
 
 
 def precision(config: Config, world: World) -> tuple[Autocast, str]:
-    bf16 = config.speed.precision == "bf16" or (
-        config.speed.precision == "auto" and world.device.type == "cuda"
-    )
-    if bf16:
-        reason = (
-            "asked for" if config.speed.precision == "bf16" else "the default on CUDA; no loss scaling needed"
-        )
+    """What forward passes run under, and a line that says why."""
+    asked, cuda = config.speed.precision, world.device.type == "cuda"
+    if asked == "bf16" or (asked == "auto" and cuda):
+        reason = "asked for" if asked == "bf16" else "the default on CUDA; no loss scaling needed"
         return lambda: torch.autocast(world.device.type, torch.bfloat16), f"precision bf16 autocast: {reason}"
-    reason = "asked for" if config.speed.precision == "fp32" else "the default on the CPU"
-    return contextlib.nullcontext, f"precision fp32: {reason}"
+    # PyTorch lets convolutions use TF32 by default, matrix products not: here it is both or none.
+    torch.set_float32_matmul_precision("high" if asked == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = asked == "tf32"
+    reason = "the default on the CPU" if asked == "auto" else "asked for"
+    return contextlib.nullcontext, f"precision {'tf32' if asked == 'tf32' else 'fp32'}: {reason}"
+
+
+def step_operations(model: nn.Module, config: Config) -> float:
+    """Floating-point operations of a step over all processes: forward, and twice that backward."""
+    from models.macs import forward_macs
+
+    mae = isinstance(config, MaeConfig)
+    macs = forward_macs(model.config, mae, config.mask_ratio if mae else 0.0)  # pyrefly: ignore
+    frozen = isinstance(config, FinetuneConfig) and config.freeze == "trunk"
+    return (2 if frozen else 6) * macs * config.optim.batch
 
 
 def device_words(world: World) -> str:
