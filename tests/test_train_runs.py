@@ -23,6 +23,7 @@ from pipelines.errors import UserError
 from tests.train_helpers import ROOT, arguments, call, module, small
 from tools.plot import plot
 from train import evaluate, finetune, loop, mae, setup
+from train.config import FinetuneConfig
 from train.metrics import TIMING_COLUMNS, read_csv
 
 
@@ -112,8 +113,11 @@ def test_sigkill_at_a_random_step_then_resume_is_bit_identical(
 ):
     data = clips if "video" in preset else images
     program = "train.mae" if "mae" in preset else "train.finetune"
-    config = small(preset, data, tmp_path, "whole", epochs=5.0)
+    config = small(preset, data, tmp_path, "whole", epochs=5.0, ema=0.9)
     config = replace(config, speed=replace(config.speed, processes=processes))
+    config = replace(config, data=replace(config.data, augment=Augment(layers=2, erase=0.25)))
+    if isinstance(config, FinetuneConfig):
+        config = replace(config, mixup=0.8, cutmix=1.0)
     killed = replace(config, run=replace(config.run, name="killed"))
     task = mae.make_task if "mae" in preset else finetune.make_task
     alone = processes == 1

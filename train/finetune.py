@@ -4,6 +4,7 @@ python -m train.finetune image-ft-base --model.init runs/image-mae-base/model.sa
 """
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ from train.metrics import FINETUNE_COLUMNS
 from train.presets import FINETUNE_PRESETS
 from train.setup import Autocast
 
+if TYPE_CHECKING:
+    from timm.data.mixup import Mixup
+
 
 def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Autocast) -> loop.Task:
     """The model and the two functions that make the loop a classifier's."""
@@ -31,15 +35,7 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
     mix = make_mixup(config, classes, world)
 
     def loss(wrapped: nn.Module, batch: Batch) -> torch.Tensor:
-        pixels, labels = batch.pixels, loop.to_device(batch.labels, world.device)
-        if mix is not None:
-            # Time folds into channels: timm's box would otherwise cut time x height and mislabel.
-            rows = pixels.movedim(-1, 1).float()
-            folded, labels = mix(rows.flatten(1, -3), labels)
-            pixels = folded.view(rows.shape).movedim(1, -1)
-        return functional.cross_entropy(
-            wrapped(pixels).float(), labels, label_smoothing=0.0 if mix is not None else config.smoothing
-        )
+        return mixed_loss(wrapped, batch, mix, world.device, config.smoothing)
 
     return loop.Task(
         model=model,
@@ -50,7 +46,21 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
     )
 
 
-def make_mixup(config: FinetuneConfig, classes: int, world: World):  # noqa: ANN201
+def mixed_loss(
+    model: nn.Module, batch: Batch, mix: "Mixup | None", device: torch.device, smoothing: float
+) -> torch.Tensor:
+    """Cross-entropy of a batch, mixed and with soft labels where `mix` says so."""
+    pixels, labels = batch.pixels, loop.to_device(batch.labels, device)
+    if mix is not None:
+        # Time folds into channels: timm's box would otherwise cut time x height and mislabel.
+        rows = pixels.movedim(-1, 1).float()
+        folded, labels = mix(rows.flatten(1, -3), labels)
+        pixels = folded.view(rows.shape).movedim(1, -1)
+        smoothing = 0.0  # the soft labels have it already
+    return functional.cross_entropy(model(pixels).float(), labels, label_smoothing=smoothing)
+
+
+def make_mixup(config: FinetuneConfig, classes: int, world: World) -> "Mixup | None":
     """timm's Mixup (arXiv 1710.09412, 1905.04899), one draw per micro batch; None when both are off.
 
     Raises UserError for an odd micro batch, whose rows cannot be mixed in pairs.

@@ -1,0 +1,285 @@
+"""What a recipe can ask for: optimizers, averages, frozen trunks, mixing, and what a run leaves behind."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import models
+from pipelines.augment import Augment
+from pipelines.errors import UserError
+from pipelines.inputs import Normalised
+from pipelines.loader import Batch
+from tests.train_helpers import make_images, small
+from train import checkpoint, evaluate, finetune, loop, mae, optim, rundir, setup
+from train.config import OptimConfig
+from train.console import curve
+from train.distributed import World
+from train.metrics import read_csv
+from train.presets import FINETUNE_PRESETS
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+def fit(config, task) -> Path:
+    setup.check(config)
+    assert loop.fit(config, task) == 0
+    return rundir.folder_of(config)
+
+
+def pico(**settings) -> nn.Module:
+    torch.manual_seed(0)
+    return models.create("hiera_pico_96", input_size=(64, 64), num_classes=3, **settings)
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------
+
+
+def test_sgd_with_momentum_is_torchs_and_skips_what_is_not_finite():
+    model, oracle = nn.Linear(3, 2), nn.Linear(3, 2)
+    oracle.load_state_dict(model.state_dict())
+    model.no_weight_decay = set
+    settings = OptimConfig(name="sgd", lr=0.1, lr_batch=8, batch=8, momentum=0.8, weight_decay=0.0)
+    ours = optim.make_optimizer(model, settings)
+    theirs = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.8)
+    for value in (1.0, float("nan"), 2.0, float("inf"), -1.0):
+        for net in (model, oracle):
+            (net(torch.ones(1, 3)) * value).sum().backward()
+        _, skipped = optim.update(model, ours, clip_norm=0.0)
+        assert skipped.item() == (not np.isfinite(value))
+        if np.isfinite(value):
+            theirs.step()
+        theirs.zero_grad()
+    for a, b in zip(model.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("last_block_decays", [True, False])
+def test_both_conventions_of_layer_decay(last_block_decays):
+    model = pico()
+    settings = OptimConfig(layer_decay=0.5, decay_last_block=last_block_decays)
+    groups = optim.make_optimizer(model, settings).param_groups
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    depth = len(model.blocks)
+    off = 0 if last_block_decays else 1
+    assert scale[id(model.head.projection.weight)] == 1
+    assert scale[id(model.blocks[-1].mlp.fc1.weight)] == 0.5 ** (1 - off)
+    assert scale[id(model.blocks[0].mlp.fc1.weight)] == 0.5 ** (depth - off)
+    assert scale[id(model.patch_embed.proj.weight)] == 0.5 ** (depth + 1 - off)
+
+
+def test_averaged_weights_are_evaluated_saved_and_exported(images, tmp_path):
+    config = small("image-ft-pico", images, tmp_path, "ema", epochs=2.0)
+    config = replace(
+        config, optim=replace(config.optim, ema=0.9), run=replace(config.run, checkpoint_every=1)
+    )
+    config = replace(config, run=replace(config.run, keep=100))
+    run = fit(config, finetune.make_task)
+    average = None
+    for path in sorted((run / "checkpoints").glob("*.pt")):
+        state = torch.load(path, weights_only=True)
+        if average is not None:
+            average = {n: 0.9 * v + 0.1 * state["model"][n] for n, v in average.items()}
+            for name, value in state["ema"].items():
+                torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6)
+        average = state["ema"]
+    exported = load_file(run / "model.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in state["ema"].items())
+    assert not torch.equal(exported["head.projection.weight"], state["model"]["head.projection.weight"])
+    found = evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
+    assert found == {name: read_csv(run / "metrics.csv")[-1][name] for name in found}
+
+
+def test_a_frozen_trunk_stays_as_it_was(images, tmp_path):
+    start = tmp_path / "start.pt"
+    torch.save(pico().state_dict(), start)
+    config = small("image-ft-pico", images, tmp_path, "probe", epochs=2.0)
+    config = replace(config, freeze="trunk", model=replace(config.model, init=str(start)))
+    run = fit(config, finetune.make_task)
+    before, after = torch.load(start, weights_only=True), load_file(run / "model.safetensors")
+    changed = {name for name, value in after.items() if name not in before or not value.equal(before[name])}
+    assert changed == {"norm.weight", "norm.bias", "head.projection.weight", "head.projection.bias"}
+    assert "frozen trunk" in (run / "log.txt").read_text()
+
+
+# ---- mixing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames", [1, 8])
+def test_cutmix_labels_are_the_share_of_replaced_pixels(frames, monkeypatch):
+    """Each row is one flat level, so every pixel tells which row it came from; all frames are cut alike."""
+    config = replace(FINETUNE_PRESETS["image-ft-pico"], mixup=0.0, cutmix=1.0, smoothing=0.0)
+    config = replace(config, optim=replace(config.optim, batch=6), speed=replace(config.speed, micro_batch=6))
+    mix = finetune.make_mixup(config, 6, ALONE)
+    shape = (6, 32, 32, 3) if frames == 1 else (6, frames, 32, 32, 3)
+    pixels = torch.arange(6).view(-1, *[1] * (len(shape) - 1)).expand(shape).to(torch.uint8)
+    seen = {}
+
+    def model(mixed):
+        seen["pixels"] = mixed
+        return torch.zeros(6, 6, requires_grad=True)
+
+    monkeypatch.setattr(
+        finetune.functional, "cross_entropy", lambda _, labels, **__: seen.setdefault("labels", labels)
+    )
+    for seed in range(5):
+        seen.clear()
+        np.random.seed(seed)
+        blank = Batch(pixels, torch.arange(6), np.zeros(6), np.zeros(6), np.ones(6, bool))
+        finetune.mixed_loss(model, blank, mix, CPU, 0.0)
+        mixed = seen["pixels"].reshape(6, frames, 32, 32, 3)
+        assert (mixed == mixed[:, :1]).all(), "the same box in every frame"
+        share = torch.stack([(mixed == row).float().mean(dim=(1, 2, 3, 4)) for row in range(6)], dim=1)
+        torch.testing.assert_close(seen["labels"], share, rtol=0, atol=1e-6)
+
+
+def test_odd_micro_batches_cannot_be_mixed(images, tmp_path):
+    config = small("image-ft-pico", images, tmp_path, "odd")
+    config = replace(config, mixup=0.8, speed=replace(config.speed, micro_batch=3))
+    with pytest.raises(UserError, match="even micro batch, not 3"):
+        loop.fit(config, finetune.make_task)
+
+
+# ---- what a run leaves behind ----------------------------------------------------------------------------
+
+
+def test_best_weights_classes_and_steps_are_kept(images, tmp_path):
+    config = small("image-ft-pico", images, tmp_path, "run", epochs=5.0, lr=2e-3)
+    config = replace(config, run=replace(config.run, detail=True, eval_every=2))
+    run = fit(config, finetune.make_task)
+    rows = read_csv(run / "metrics.csv")
+    best = evaluate.evaluate(evaluate.Arguments(run, weights=run / "best.safetensors", device="cpu"))
+    assert best["acc"] == max(row["acc"] for row in rows if row["acc"] is not None)
+    table = pq.read_table(run / "per_class.parquet").to_pylist()
+    assert [row["class_name"] for row in table] == ["dark things", "light things"]
+    assert [row["samples"] for row in table] == [7, 7]
+    assert sum(row["correct"] for row in table) == round(14 * best["acc"])
+    assert json.loads((run / "data.json").read_text())["classes"] == ["dark things", "light things"]
+    with (run / "detail/rank-0-from-000000000.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in steps] == list(range(1, rows[-1]["step"] + 1))
+    first = [float(row["loss"]) for row in steps[: rows[0]["step"]]]
+    assert rows[0]["loss"] == pytest.approx(sum(first) / len(first))
+
+
+def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    config = small("image-ft-pico", data, tmp_path, "run", epochs=2.0)
+    run = fit(config, finetune.make_task)
+    (run / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    shutil.rmtree(data)
+    shutil.copytree(make_images(tmp_path, train=21), data)
+    with pytest.raises(UserError, match=r"is not the data that .* was trained on so far"):
+        loop.fit(config, finetune.make_task)
+    longer = replace(config, optim=replace(config.optim, epochs=3.0))
+    with pytest.raises(UserError, match=r"optim\.epochs: 2\.0 -> 3\.0.*--run\.allow"):
+        setup.check(longer)
+    allowed = replace(longer, run=replace(longer.run, allow=("optim.epochs", "data")))
+    fit(allowed, finetune.make_task)
+    info = json.loads((data / "dataset.json").read_text())
+    info["classes"][0] = "renamed"
+    (data / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"has other classes than those in .*data\.json"):
+        evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
+
+
+def test_weights_of_another_kind_are_not_evaluated(images, tmp_path):
+    run = fit(small("image-ft-pico", images, tmp_path, "run", epochs=1.0), finetune.make_task)
+    torch.save(pico().state_dict(), tmp_path / "three-classes.pt")
+    with pytest.raises(UserError, match="of another kind of model or other classes"):
+        evaluate.evaluate(evaluate.Arguments(run, weights=tmp_path / "three-classes.pt", device="cpu"))
+
+
+def test_checkpoints_are_written_behind_and_a_full_disk_is_said(tmp_path, monkeypatch):
+    writer = checkpoint.Writer(tmp_path / "checkpoints", keep=2)
+    weights = torch.ones(3)
+    writer.save(1, {"model": {"w": weights}, "groups": [{"lr": 0.5}]})
+    weights.zero_()  # training goes on; what is being saved must not change with it
+    writer.wait()
+    state, _ = checkpoint.load_newest(tmp_path / "checkpoints", CPU)
+    assert state is not None and state["model"]["w"].tolist() == [1, 1, 1]
+    assert state["groups"] == [{"lr": 0.5}]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    writer.save(2, {})
+    with pytest.raises(UserError, match=r"No space left on device.*free some space"):
+        writer.wait()
+    state, complaints = checkpoint.load_newest(tmp_path / "checkpoints", CPU)
+    assert state is not None and complaints == []
+
+
+# ---- compilation and the screen --------------------------------------------------------------------------
+
+
+class Breaks(nn.Module):
+    """A model that cannot be compiled as one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.layer(x.movedim(1, -1))
+
+
+def test_a_model_that_does_not_compile_is_trained_without_and_that_is_said():
+    config = FINETUNE_PRESETS["image-ft-pico"]
+    config = replace(config, speed=replace(config.speed, compile="yes"))
+    model = Normalised(Breaks(), frames=1)
+    pixels = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    autocast, _ = setup.precision(config, ALONE)
+    words = setup.compile_model(model, config, ALONE, lambda: model(pixels).sum(), autocast)
+    assert words.startswith("torch.compile: FAILED") and "going on without it" in words
+    assert model(pixels).shape == (2, 4, 4, 1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_loss_is_drawn_as_a_curve():
+    assert curve([3.0, 2.0, 1.0]) == "█▅▁" and curve([1.0, 1.0]) == "▁▁"
+
+
+# ---- learning --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["image-mae-pico", "video-mae-pico", "image-ft-pico", "video-ft-pico"])
+def test_sixteen_samples_can_be_learned_by_heart(preset, images, clips, tmp_path):
+    """Nothing in the path from bytes to weights stands in the way of a training loss near zero."""
+    video, pretraining = "video" in preset, "mae" in preset
+    config = small(preset, clips if video else images, tmp_path, "heart", warmup_epochs=0.5)
+    data = replace(config.data, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, size=32 if video else 64)
+    catalogue = setup.open_catalogue(config.data.path, "train")
+    model = replace(config.model, drop_path=0.0)
+    config = replace(config, data=replace(data, augment=Augment()), model=model)
+    config = replace(
+        config, optim=replace(config.optim, batch=16), speed=replace(config.speed, micro_batch=16)
+    )
+    if not pretraining:
+        config = replace(config, smoothing=0.0)
+    task = (mae if pretraining else finetune).make_task(
+        config, catalogue, ALONE, setup.precision(config, ALONE)[0]
+    )
+    batches = setup.training_batches(config, ALONE, catalogue, 1, 0)
+    batch = next(batches)
+    ready = Normalised(task.model, config.data.frames).train()
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=2e-3 if pretraining else 5e-4, fused=True)
+    losses = []
+    for _ in range(170 if pretraining else 40):
+        loss = task.loss(ready, batch)
+        loss.backward()
+        optim.update(task.model, optimizer, clip_norm=1.0)
+        losses.append(loss.item())
+    assert losses[-1] < (0.5 * losses[0] if pretraining else 0.05), losses[:: len(losses) // 8]
