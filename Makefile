@@ -17,7 +17,7 @@ START = $(if $(NODES),.venv/bin/torchrun --nnodes $(NODES) --nproc-per-node $(or
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 
-.PHONY: help demo shards verify stage train-mae train-ft eval plot bench test check lock env clean
+.PHONY: help demo shards verify stage train-mae train-ft eval probe plot bench test check lock env clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]   (ARGS=\"...\" is passed on to the command)"
@@ -33,7 +33,7 @@ verify: env  ## check every byte, index and label of DATA=shards/imagenet
 	$(PY) -m tools.verify $(or $(DATA),shards/imagenet) $(ARGS)
 
 stage: env  ## copy DATA=FOLDER or DATA=s3://... to this machine's disk TO=FOLDER, checked
-	$(PY) -m tools.stage '$(or $(DATA),DATA-is-not-set)' $(or $(TO),TO-is-not-set) $(ARGS)
+	$(PY) -m tools.stage '$(or $(DATA),$(error name the source with DATA=))' '$(or $(TO),$(error name a folder on this machine with TO=))' $(ARGS)
 
 train-mae: env  ## pretrain: RECIPE=image-mae-base GPUS NODES RUN MODEL DATA INIT DEVICE=cpu|cuda
 	$(START) train.mae $(or $(RECIPE),image-mae-base) $(SETTINGS) $(COUNT) $(ARGS)
@@ -43,6 +43,10 @@ train-ft: env  ## finetune: RECIPE=image-ft-base INIT=runs/NAME/model.safetensor
 
 eval: env  ## evaluate RUN=NAME, or other WEIGHTS=FILE with its settings, or other DATA
 	$(PY) -m train.evaluate runs/$(or $(RUN),RUN-is-not-set) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(DATA),--data $(DATA)) \
+		$(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+probe: env  ## kNN and linear probe of RUN=NAME, or its other WEIGHTS=FILE, on its shards or other DATA
+	$(PY) -m train.probe runs/$(or $(RUN),RUN-is-not-set) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(DATA),--data $(DATA)) \
 		$(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 plot: env  ## draw the curves of RUN="NAME [NAME ...]"

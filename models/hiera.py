@@ -161,10 +161,17 @@ class Hiera(Encoder):
         for parameter in self.head.projection.parameters():
             parameter.mul_(0.001)
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees: the mean over the last map's tokens, normalised, [B, width_out]."""
+        return self._pooled(self.encode(x))
+
+    def _pooled(self, outputs: list[Tensor]) -> Tensor:
+        return self.norm(outputs[-1].flatten(1, 2).mean(dim=1))
+
     def forward(self, x: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Logits [B, classes]; on demand also every stage's map [B, (t), h, w, C] in spatial order."""
         outputs = self.encode(x)
-        logits = self.head(self.norm(outputs[-1].flatten(1, 2).mean(dim=1)))
+        logits = self.head(self._pooled(outputs))
         if not return_intermediates:
             return logits
         maps = [reroll(output, self.units) for output in outputs]

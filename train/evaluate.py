@@ -26,7 +26,8 @@ from train.distributed import World
 from train.setup import Autocast
 
 
-def _batches(config: Config, world: World, catalogue: Catalogue, views: tuple[int, int]) -> Iterator[Batch]:
+def batches_of(config: Config, world: World, catalogue: Catalogue, views: tuple[int, int]) -> Iterator[Batch]:
+    """This process's part of a split, in temporal x spatial `views`."""
     return eval_batches(
         catalogue,
         setup.view_spec(config),
@@ -57,7 +58,7 @@ def classifier_evaluation(
     classes = catalogue.info.classes
     sums = torch.zeros(len(classes), 4, device=world.device, dtype=torch.float64)
     model.eval()
-    for batch in _batches(config, world, catalogue, config.views):
+    for batch in batches_of(config, world, catalogue, config.views):
         with autocast():
             logits = model(batch.pixels)
         chances = logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
@@ -91,7 +92,7 @@ def mae_evaluation(
     units, kept = setup.check_masking(config, model.model)
     sums = torch.zeros(2, device=world.device, dtype=torch.float64)
     model.eval()
-    for batch in _batches(config, world, catalogue, (1, 1)):
+    for batch in batches_of(config, world, catalogue, (1, 1)):
         # In evaluation every epoch is -1, so a sample's mask never changes.
         keep = torch.from_numpy(keep_units(0, batch.epochs, batch.ids, units, kept)).to(world.device)
         with autocast():
@@ -118,14 +119,18 @@ class Arguments:
     device: str = "auto"
 
 
-def evaluate(arguments: Arguments) -> dict[str, float]:
-    """Load the run's configuration and weights and evaluate them in this process; raises UserError."""
-    path = arguments.run / "config.json"
+def read_config(run: Path, data: Path | None = None) -> Config:
+    """A run's configuration, with other shards on demand. Raises UserError where there is none."""
+    path = run / "config.json"
     if not path.exists():
         raise UserError(f"{path} does not exist; name a run folder made by train.mae or train.finetune")
     config = from_dict(json.loads(path.read_text()))
-    if arguments.data:
-        config = replace(config, data=replace(config.data, path=arguments.data))
+    return replace(config, data=replace(config.data, path=data)) if data else config
+
+
+def evaluate(arguments: Arguments) -> dict[str, float]:
+    """Load the run's configuration and weights and evaluate them in this process; raises UserError."""
+    config = read_config(arguments.run, arguments.data)
     if arguments.views and isinstance(config, FinetuneConfig):
         config = replace(config, views=arguments.views)
     weights = arguments.weights or arguments.run / "model.safetensors"

@@ -1,0 +1,62 @@
+"""Probes: their votes and fits against plain computations, and on runs of both kinds."""
+
+import pytest
+import torch
+
+from pipelines.errors import UserError
+from tests.train_helpers import small
+from tools.pack_imagenet import pack_imagenet
+from train import finetune, loop, mae, probe
+
+
+def test_neighbours_vote_by_likeness():
+    torch.manual_seed(0)
+    known, classes, asked = torch.randn(50, 8), torch.randint(4, (50,)), torch.randn(20, 8)
+    found = probe.neighbours(known, classes, asked, k=7)
+    for row, answer in zip(asked, found, strict=True):
+        likeness = torch.cosine_similarity(row[None], known)
+        votes = [0.0] * 4
+        for index in likeness.argsort(descending=True)[:7].tolist():
+            votes[int(classes[index])] += torch.exp(likeness[index] / 0.07).item()
+        assert votes.index(max(votes)) == answer
+    assert (probe.neighbours(known, classes, known, k=1) == classes).all()
+    assert probe.neighbours(known, classes, asked, k=500).shape == (20,)
+
+
+def test_the_linear_layer_separates_what_is_separable_and_nothing_else():
+    torch.manual_seed(0)
+    centres = 3 * torch.randn(3, 16)
+    classes = torch.randint(3, (90,))
+    points = centres[classes] + torch.randn(90, 16)
+    assert probe.accuracy(probe.linear(points[:60], classes[:60], points[60:], 1e-3), classes[60:]) > 0.95
+    noise = torch.randn(600, 16)
+    classes = torch.randint(2, (600,))
+    guessed = probe.accuracy(probe.linear(noise[:300], classes[:300], noise[300:], 1e-3), classes[300:])
+    assert 0.4 < guessed < 0.6
+
+
+def test_runs_of_both_kinds_can_be_probed(images, clips, tmp_path):
+    pretrained = small("image-mae-pico", images, tmp_path, "mae", epochs=2.0)
+    assert loop.fit(pretrained, mae.make_task) == 0
+    found = probe.probe(probe.Arguments(tmp_path / "mae", device="cpu", k=5))
+    assert set(found) == {"knn", "linear"} and min(found.values()) > 0.8  # dark against light
+    tuned = small("video-ft-pico", clips, tmp_path, "ft", epochs=1.0)
+    assert loop.fit(tuned, finetune.make_task) == 0
+    found = probe.probe(
+        probe.Arguments(tmp_path / "ft", weights=tmp_path / "ft/best.safetensors", device="cpu")
+    )
+    assert min(found.values()) > 0.8
+
+
+def test_unlabelled_shards_cannot_be_probed(images, tmp_path):
+    config = small("image-mae-pico", images, tmp_path, "run", epochs=0.4)
+    assert loop.fit(config, mae.make_task) == 0
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, picture in enumerate(sorted((images.parent / "source").rglob("*.JPEG"))):
+        (flat / f"{number}.jpg").write_bytes(picture.read_bytes())
+    assert pack_imagenet(flat, tmp_path / "unlabelled", workers=1) == 0
+    with pytest.raises(UserError, match="samples without a class"):
+        probe.probe(probe.Arguments(tmp_path / "run", data=tmp_path / "unlabelled", device="cpu"))
+    with pytest.raises(UserError, match="name a run folder"):
+        probe.probe(probe.Arguments(tmp_path / "nowhere"))

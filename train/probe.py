@@ -1,0 +1,133 @@
+"""How much a model knows of the classes without being told: python -m train.probe RUN.
+
+Features of the encoder, one centre view a sample, are taken of both splits. The kNN probe lets the training
+samples nearest to each validation sample vote (Wu et al. 2018, arXiv 1805.01978); the linear probe fits one
+linear layer to the training features. Neither changes the encoder: a pretraining run shows what it learns.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipelines.catalogue import Catalogue, open_catalogue
+from pipelines.errors import UserError, run_cli
+from pipelines.inputs import Normalised
+from train import distributed, setup
+from train.config import Config, FinetuneConfig, MaeConfig
+from train.distributed import World
+from train.evaluate import batches_of, read_config
+from train.setup import Autocast
+
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Probe a run's weights with a kNN vote and a linear layer."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder, of pretraining or of finetuning."""
+    weights: Path | None = None
+    """Other weights than the run's model.safetensors, for example best.safetensors."""
+    data: Path | None = None
+    """Other labelled shards than the run's."""
+    k: int = 20
+    """Neighbours that vote."""
+    decay: float = 1e-3
+    """Weight decay of the linear layer."""
+    device: str = "auto"
+
+
+def probe(arguments: Arguments) -> dict[str, float]:
+    """Accuracy of both probes on the validation split; raises UserError when there is nothing to probe."""
+    config = read_config(arguments.run, arguments.data)
+    splits = [open_catalogue(config.data.path, split) for split in ("train", "val")]
+    if any((catalogue.label < 0).any() or not len(catalogue) for catalogue in splits):
+        raise UserError(
+            f"{config.data.path} has samples without a class, or an empty split; give other --data"
+        )
+    weights = arguments.weights or arguments.run / "model.safetensors"
+    world = distributed.start(arguments.device)
+    autocast, _ = setup.precision(config, world)
+    model = encoder(config, weights, len(splits[0].info.classes), world)
+    (known, classes), (asked, answers) = (features(config, world, autocast, model, c) for c in splits)
+    voted = neighbours(known, classes, asked, arguments.k)
+    fitted = linear(known, classes, asked, arguments.decay)
+    return {"knn": accuracy(voted, answers), "linear": accuracy(fitted, answers)}
+
+
+def accuracy(found: Tensor, answers: Tensor) -> float:
+    """Share of equal entries."""
+    return (found == answers).float().mean().item()
+
+
+def encoder(config: Config, weights: Path, classes: int, world: World) -> Normalised:
+    """A classifier with the run's encoder, to take its features; an autoencoder's last norm is kept."""
+    if isinstance(config, MaeConfig):
+        name = config.model.name.removeprefix("mae_")
+        shared = {part: getattr(config, part) for part in ("data", "optim", "run", "speed")}
+        config = FinetuneConfig(**shared, model=replace(config.model, name=name, reuse_encoder_norm=True))
+    config = replace(config, model=replace(config.model, init=str(weights)))
+    model = setup.build_model(config, classes)
+    print(setup.warm_start(model, config))
+    return Normalised(model, config.data.frames).to(world.device).eval()
+
+
+@torch.no_grad()
+def features(
+    config: Config, world: World, autocast: Autocast, model: Normalised, catalogue: Catalogue
+) -> tuple[Tensor, Tensor]:
+    """Every sample's feature, float32 [n, width], and class, int64 [n]."""
+    parts: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch in batches_of(config, world, catalogue, (1, 1)):
+        valid = torch.from_numpy(batch.valid)
+        with autocast():
+            found = model.model.features(model.normalise(batch.pixels))  # pyrefly: ignore
+        parts.append(found.float()[valid.to(found.device)])
+        labels.append(batch.labels[valid])
+    return torch.cat(parts), torch.cat(labels).to(parts[0].device)
+
+
+def neighbours(known: Tensor, classes: Tensor, asked: Tensor, k: int) -> Tensor:
+    """The class each of `asked` gets from its k most similar of `known`: int64 [m]."""
+    known, asked = functional.normalize(known, dim=1), functional.normalize(asked, dim=1)
+    found = []
+    for part in asked.split(1024):
+        likeness, nearest = (part @ known.T).topk(min(k, len(known)), dim=1)
+        votes = torch.zeros(len(part), int(classes.max()) + 1, device=part.device)
+        found.append(votes.scatter_add_(1, classes[nearest], (likeness / TEMPERATURE).exp()).argmax(dim=1))
+    return torch.cat(found)
+
+
+def linear(known: Tensor, classes: Tensor, asked: Tensor, decay: float, steps: int = 100) -> Tensor:
+    """The class each of `asked` gets from a linear layer fitted to `known` by L-BFGS: int64 [m]."""
+    mean, deviation = known.mean(dim=0), known.std(dim=0) + 1e-6
+    known, asked = (known - mean) / deviation, (asked - mean) / deviation
+    layer = nn.Linear(known.shape[1], int(classes.max()) + 1, device=known.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    solver = torch.optim.LBFGS(layer.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = functional.cross_entropy(layer(known), classes) + decay * layer.weight.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)  # pyrefly: ignore
+    with torch.no_grad():
+        return layer(asked).argmax(dim=1)
+
+
+def main() -> None:
+    for name, value in probe(tyro.cli(Arguments, prog="python -m train.probe")).items():
+        print(f"{name} {value:.4f}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
