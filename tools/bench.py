@@ -1,4 +1,4 @@
-"""Measures speed side by side with peers: python -m tools.bench loader|model|catalogue|all [flags].
+"""Measures speed side by side with peers: python -m tools.bench loader|model|catalogue|core|all [flags].
 
 `python -m tools.bench loader --help` lists the flags of a benchmark.
 """
@@ -8,7 +8,7 @@ import sys
 
 from pipelines.errors import UserError, run_cli
 
-BENCHMARKS = ("loader", "model", "catalogue")
+BENCHMARKS = ("loader", "model", "catalogue", "core")
 
 
 def main() -> None:

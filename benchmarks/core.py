@@ -1,0 +1,123 @@
+"""What the training loop itself costs: python -m tools.bench core
+
+A model of a single weight is trained on one black batch, once by the loop with its logging, metrics, meters
+and progress, once by a bare `for` over the same loss and optimizer. The difference per step is the loop's own
+cost; checkpoints and evaluation are left out.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+
+from models.hiera import HieraConfig
+from pipelines.errors import run_cli
+from pipelines.loader import Batch, blank_batch
+from tools.pack_imagenet import pack_imagenet
+from train import loop, setup
+from train.config import Config
+from train.metrics import MAE_COLUMNS, read_csv
+from train.optim import make_optimizer, make_schedule, update
+from train.presets import MAE_PRESETS
+
+
+class Nothing(nn.Module):
+    """A model of one weight and no work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = HieraConfig()
+        self.weight = nn.Linear(1, 1)
+
+    def no_weight_decay(self) -> set[str]:
+        """As Encoder has it."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """As Encoder has it."""
+        return {"stem": "^weight", "blocks": r"^blocks\.(\d+)"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight(x.flatten()[:1]).sum()
+
+
+def task_of(*_: object) -> loop.Task:
+    """A task whose loss is the model's output."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return model(batch.pixels)
+
+    return loop.Task(Nothing(), loss, lambda *_: {"loss_val": 0.0}, MAE_COLUMNS, "loss_train")
+
+
+def bare(config: Config, batch: Batch, steps: int) -> float:
+    """Seconds a step of a plain loop."""
+    model = Nothing()
+    optimizer = make_optimizer(model, config.optim)
+    schedule = make_schedule(optimizer, config.optim, steps, steps / config.optim.epochs)
+    ready = setup.Normalised(model, 1)
+    start = time.perf_counter()
+    for step in range(steps):
+        schedule.step_update(step)
+        ready(batch.pixels).backward()
+        update(model, optimizer, 0.0)
+    return (time.perf_counter() - start) / steps
+
+
+def ours(config: Config, batch: Batch) -> float:
+    """Seconds a step of the training core, from its own clock."""
+
+    def batches(*_: Any) -> Iterator[Batch]:
+        while True:
+            yield batch
+
+    real = setup.training_batches
+    setup.training_batches = batches  # pyrefly: ignore
+    try:
+        loop.fit(config, task_of)
+    finally:
+        setup.training_batches = real
+    rows = read_csv(config.run.root / config.run.name / "metrics.csv")
+    return median(row["step_ms"] for row in rows[1:]) / 1e3
+
+
+def bench(steps: int = 2000, rounds: int = 5) -> None:
+    """Print milliseconds a step of both, and the difference as a share of a 100 ms step.
+
+    Args:
+        steps: steps a round.
+        rounds: rounds of each, in turn.
+    """
+    times: dict[str, list[float]] = {"core": [], "bare": []}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for number in range(64):
+            path = work / "source" / f"{number}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.full((40, 40, 3), 4 * number, np.uint8)).save(path)
+        pack_imagenet(work / "source", work / "shards", workers=1, val_fraction=0.0)
+        config = MAE_PRESETS["image-mae-pico"]
+        config = replace(config, data=replace(config.data, path=work / "shards", size=32))
+        config = replace(config, speed=replace(config.speed, device="cpu", micro_batch=64))
+        optim = replace(config.optim, epochs=steps * config.optim.batch / 64, warmup_epochs=0)
+        batch = blank_batch(setup.view_spec(config), 64, torch.device("cpu"))
+        for number in range(rounds):
+            run = replace(config.run, root=work, name=str(number), log_every=50, checkpoint_every=10**9)
+            now = replace(config, run=run, optim=optim)
+            times["core"].append(ours(now, batch))
+            times["bare"].append(bare(now, batch, steps))
+    core, plain = (median(times[name]) * 1e3 for name in ("core", "bare"))
+    print(f"core {core:.3f} ms a step, bare loop {plain:.3f} ms: {core - plain:.3f} % of a 100 ms step")
+
+
+if __name__ == "__main__":
+    run_cli(lambda: tyro.cli(bench, description=__doc__))
