@@ -19,6 +19,7 @@ class ViewSpec:
     size: int  # side of the square output in pixels
     frames: int = 1  # per clip; 1: images
     stride: int = 4  # source frames from one clip frame to the next
+    start: int | None = None  # first source frame of every clip; None: drawn in training, else centred
     scale: tuple[float, float] = (0.08, 1.0)  # area share of the random resized crop
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its aspect ratios
     flip: float = 0.5  # probability of a left-right mirror
@@ -57,7 +58,11 @@ def train_plan(
 
     start_keys = epochs - epochs % view.repeats if view.same_clip else epochs
     starts = draw(sampler.STREAM_START, 1, start_keys)[:, 0]
-    frames = sampler.clip_frames_train(starts, catalogue.frame_counts(ids), view.frames, view.stride)
+    counts = catalogue.frame_counts(ids)
+    if view.start is None:
+        frames = sampler.clip_frames_train(starts, counts, view.frames, view.stride)
+    else:
+        frames = sampler.clip_frames_from(view.start, counts, view.frames, view.stride)
     width, height = catalogue.width[ids], catalogue.height[ids]
     crops = draw(sampler.STREAM_WINDOW, 22)
     windows = sampler.random_resized_crop(crops, width, height, view.scale, view.ratio)
@@ -76,7 +81,11 @@ def eval_plan(
 ) -> Plan:
     """The fixed views of samples [n]: n * temporal * spatial rows, a sample's views side by side."""
     counts, views = catalogue.frame_counts(ids), temporal * spatial
-    frames = sampler.clip_frames_eval(counts, view.frames, view.stride, temporal)
+    if view.start is None:
+        frames = sampler.clip_frames_eval(counts, view.frames, view.stride, temporal)
+    else:
+        same = sampler.clip_frames_from(view.start, counts, view.frames, view.stride)
+        frames = np.repeat(same[:, None], temporal, axis=1)
     windows = sampler.eval_windows(catalogue.width[ids], catalogue.height[ids], view.crop_fraction, spatial)
     rows = len(ids) * views
     return Plan(

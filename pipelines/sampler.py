@@ -206,6 +206,12 @@ def clip_frames_eval(counts: np.ndarray, frames: int, stride: int, views: int = 
     return frame_runs(starts, counts[:, None], frames, strides[:, None])
 
 
+def clip_frames_from(start: int, counts: np.ndarray, frames: int, stride: int) -> np.ndarray:
+    """Frame indices int64 [n, frames] of the window at `start`, earlier where no whole one fits there."""
+    strides = shrunk_strides(counts, frames, stride)
+    return frame_runs(np.minimum(start, free_starts(counts, frames, strides)), counts, frames, strides)
+
+
 def free_starts(counts: np.ndarray, frames: int, strides: np.ndarray) -> np.ndarray:
     """The last start [n] at which a whole window still fits, 0 if none does."""
     return np.maximum(0, counts - 1 - (frames - 1) * strides)

@@ -18,6 +18,7 @@ from pipelines.augment import Augment
 from pipelines.errors import UserError
 from pipelines.inputs import Normalised
 from pipelines.loader import Batch
+from pipelines.plans import eval_plan, train_plan
 from tests.train_helpers import make_images, small
 from train import checkpoint, evaluate, finetune, loop, mae, optim, rundir, setup
 from train.config import OptimConfig
@@ -191,6 +192,24 @@ def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images,
     (data / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=r"has other classes than those in .*data\.json"):
         evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
+
+
+def test_the_reference_protocol_is_followed_and_labelled(clips, tmp_path):
+    config = small("video-ft-pico", clips, tmp_path, "reference", epochs=1.0)
+    config = replace(config, protocol="tiny-kinetics-reference", data=replace(config.data, stride=1))
+    catalogue = setup.open_catalogue(clips, "train")
+    ids, epochs = np.arange(20), np.arange(20)
+    for evaluation, first in ((False, 10), (True, 12)):  # 20 frames: frame 40 is past the last whole window
+        view = setup.view_spec(config, evaluation)
+        frames = train_plan(catalogue, view, 0, ids, epochs).frames
+        assert np.array_equal(frames, np.tile(np.arange(first, first + 8), (20, 1)))
+        assert np.array_equal(eval_plan(catalogue, view, ids, ids >= 0, 1, 1).frames, frames)
+    run = fit(config, finetune.make_task)
+    assert read_csv(run / "metrics.csv")[-1]["held_out"] == 0
+    assert sum(row["samples"] for row in pq.read_table(run / "per_class.parquet").to_pylist()) == 20
+    assert "nothing is held out" in (run / "log.txt").read_text()
+    usual = fit(small("video-ft-pico", clips, tmp_path, "usual", epochs=1.0), finetune.make_task)
+    assert read_csv(usual / "metrics.csv")[-1]["held_out"] == 1
 
 
 def test_weights_of_another_kind_are_not_evaluated(images, tmp_path):

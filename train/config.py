@@ -188,7 +188,12 @@ class FinetuneConfig:
     views: tuple[int, int] = (1, 1)
     """Temporal x spatial views averaged per clip in evaluation."""
 
+    protocol: str = ""
+    """Empty, or tiny-kinetics-reference: training clips begin at frame 10, and validation is on the TRAINING
+    videos from frame 40, as in the trainer this work started from: nothing is held out."""
 
+
+REFERENCE = "tiny-kinetics-reference"
 Config = MaeConfig | FinetuneConfig
 KINDS: dict[str, type] = {"mae": MaeConfig, "finetune": FinetuneConfig}
 

@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch.nn import functional
 
-from pipelines.catalogue import Catalogue, open_catalogue
+from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 from pipelines.inputs import Normalised
@@ -30,7 +30,7 @@ def batches_of(config: Config, world: World, catalogue: Catalogue, views: tuple[
     """This process's part of a split, in temporal x spatial `views`."""
     return eval_batches(
         catalogue,
-        setup.view_spec(config),
+        setup.view_spec(config, evaluation=True),
         batch=max(1, (config.speed.eval_batch or config.speed.micro_batch) // (views[0] * views[1])),
         rank=world.rank,
         world=world.size,
@@ -80,8 +80,9 @@ def classifier_evaluation(
         with atomic_write(folder / "per_class.parquet") as temporary:
             pq.write_table(pa.table(table), temporary)
     every = max(1.0, count.sum().item())
+    held_out = {"held_out": int(not setup.by_reference(config))}
     named = zip(("acc", "acc5", "loss_val"), (top1, top5, loss), strict=True)
-    return {name: part.sum().item() / every for name, part in named}
+    return {name: part.sum().item() / every for name, part in named} | held_out
 
 
 @torch.no_grad()
@@ -140,7 +141,9 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     world = distributed.start(arguments.device)
     autocast, words = setup.precision(config, world)
     print(words)
-    catalogue = open_catalogue(config.data.path, "val")
+    catalogue = setup.open_validation(config)
+    if catalogue is None:
+        raise UserError(f"{config.data.path} has no validation samples")
     rundir.check_classes(arguments.run, catalogue.info)
     model = setup.build_model(config, len(catalogue.info.classes))
     print(setup.warm_start(model, config, whole=True))

@@ -253,7 +253,7 @@ def _finish_row(
     row |= {task.loss_column: loss, "grad_norm": norm, "skipped": int(skipped), "bad": round(bad)}
     if metrics is not None:
         metrics.write(row)
-    hidden = (*TIMING_COLUMNS, "samples", "step", "skipped", "bad")
+    hidden = (*TIMING_COLUMNS, "samples", "step", "skipped", "bad", "held_out")
     shown = {k: v for k, v in row.items() if k not in hidden}
     text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
     wait = 100 * row["data_wait_ms"] / row["step_ms"]

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pipelines.files import atomic_write
 
-INTEGERS = ("step", "samples", "skipped", "bad")
+INTEGERS = ("step", "samples", "skipped", "bad", "held_out")
 COMMON = (
     "epoch",
     "samples",
@@ -23,7 +23,7 @@ COMMON = (
     "bad",
 )
 MAE_COLUMNS = ("time", "step", "loss_train", "lr", "loss_val", *COMMON)
-FINETUNE_COLUMNS = ("time", "step", "loss", "lr", "acc", *COMMON, "acc5", "loss_val")
+FINETUNE_COLUMNS = ("time", "step", "loss", "lr", "acc", *COMMON, "acc5", "loss_val", "held_out")
 TIMING_COLUMNS = ("time", "samples_per_s", "step_ms", "data_wait_ms", "mfu", "max_mem_gb")
 
 Row = Mapping[str, float | int | None]

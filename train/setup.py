@@ -14,7 +14,7 @@ from pipelines.catalogue import Catalogue, open_catalogue, read_info
 from pipelines.errors import UserError
 from pipelines.inputs import Normalised
 from train import distributed, rundir
-from train.config import Config, FinetuneConfig, MaeConfig
+from train.config import REFERENCE, Config, FinetuneConfig, MaeConfig
 from train.distributed import World
 from train.optim import scaled_lr
 
@@ -61,23 +61,34 @@ def check(config: Config) -> None:
             raise UserError(f"{key} is '{value}'; it can be {', '.join(known)}")
     if isinstance(config, FinetuneConfig) and config.freeze not in ("none", "trunk"):
         raise UserError(f"freeze is '{config.freeze}'; it can be none, trunk")
+    if isinstance(config, FinetuneConfig) and config.protocol not in ("", REFERENCE):
+        raise UserError(f"protocol is '{config.protocol}'; it can be empty or {REFERENCE}")
     if not 0 <= optim.ema < 1:
         raise UserError(f"optim.ema is {optim.ema}; it must be at least 0 and less than 1")
     distributed.resolve_device(speed.device, speed.processes)
     rundir.check_config(config)
 
 
+def by_reference(config: Config) -> bool:
+    """Whether the run follows the reference trainer's protocol, see FinetuneConfig."""
+    return isinstance(config, FinetuneConfig) and config.protocol == REFERENCE
+
+
 def open_validation(config: Config) -> Catalogue | None:
+    """What is evaluated on, None where there is nothing."""
+    if by_reference(config):
+        return open_catalogue(config.data.path, "train")
     if "val" not in read_info(config.data.path).splits:
         return None
     catalogue = open_catalogue(config.data.path, "val")
     return catalogue if len(catalogue) else None
 
 
-def view_spec(config: Config) -> loader.ViewSpec:
+def view_spec(config: Config, evaluation: bool = False) -> loader.ViewSpec:
     """How samples are cut and augmented, as the loader wants it."""
     data = config.data
     return loader.ViewSpec(
+        start=(40 if evaluation else 10) if by_reference(config) else None,
         size=data.size,
         frames=data.frames,
         stride=data.stride,
@@ -106,8 +117,11 @@ def plan_words(
         f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
         f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {optim.epochs:g} epochs",
     ]
-    note = loader.short_clip_note(catalogue, view_spec(config))
-    return [*lines, note] if note else lines
+    if note := loader.short_clip_note(catalogue, view_spec(config)):
+        lines.append(note)
+    if by_reference(config):
+        lines.append(f"protocol {REFERENCE}: validation is on the TRAINING videos, nothing is held out")
+    return lines
 
 
 def training_batches(
