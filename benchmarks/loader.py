@@ -225,7 +225,12 @@ def cpu_seconds() -> float:
 
 
 def run(
-    images: Path, work: Path, batch: int = 32, workers: int = 2, rounds: int = 5, only: str = ""
+    images: Path = Path("data/imagenet"),
+    work: Path = Path("/tmp/hiera-train-bench"),
+    batch: int = 32,
+    workers: int = 2,
+    rounds: int = 5,
+    only: str = "",
 ) -> dict[str, dict[str, list[float]]]:
     """Measure everything; the result also goes to `work`/loader.json.
 
