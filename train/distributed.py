@@ -54,6 +54,7 @@ def resolve_device(name: str, processes: int) -> str:
 
 def launch(processes: int) -> None:
     """Run this same command in `processes` processes by torchrun's engine and exit with their status."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -67,6 +68,8 @@ def launch(processes: int) -> None:
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         sys.exit(next((code for code in codes if code > 0), 1))
+    except SignalException as error:  # passed on to the processes, which have saved
+        sys.exit(128 + error.sigval)
     sys.exit(0)
 
 
