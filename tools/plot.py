@@ -1,6 +1,7 @@
 """Draws the curves of one run or of several over each other: python -m tools.plot runs/A [runs/B ...]."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -8,8 +9,13 @@ from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 from train.metrics import read_csv
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # importing it takes a second
+
+Panel = tuple[str, tuple[str, ...], bool]
+Tables = dict[str, list[dict]]  # run name -> metric rows
 # (title, columns drawn into it, logarithmic); a panel that no run has numbers for is left out.
-PANELS = (
+PANELS: tuple[Panel, ...] = (
     ("loss", ("loss_train", "loss", "loss_val"), False),
     ("accuracy", ("acc", "acc5"), False),
     ("learning rate", ("lr",), False),
@@ -34,20 +40,10 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
     if not runs:
         raise UserError("name at least one run folder, such as runs/image-mae-pico")
     tables = {run.name: _read(run) for run in runs}
-    panels = [panel for panel in PANELS if any(_has(rows, panel[1]) for rows in tables.values())]
+    panels = panels_of(tables)
     figure, axes = pyplot.subplots(-(-len(panels) // 2), 2, figsize=(11, 3.2 * -(-len(panels) // 2)))
-    for axis, (title, columns, logarithmic) in zip(axes.flat, panels, strict=False):
-        for name, rows in tables.items():
-            for column in columns:
-                points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
-                if points:
-                    label = column if len(tables) == 1 else f"{name} {column}"
-                    axis.plot(
-                        *zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None
-                    )
-        axis.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        draw(axis, panel, tables)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
     figure.suptitle(", ".join(tables))
@@ -56,6 +52,26 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return path
+
+
+def panels_of(tables: Tables) -> list[Panel]:
+    """The panels that any run has numbers for."""
+    return [panel for panel in PANELS if any(_has(rows, panel[1]) for rows in tables.values())]
+
+
+def draw(axis: "Axes", panel: Panel, tables: Tables) -> None:
+    """Draw every run's columns of one panel over steps."""
+    title, columns, logarithmic = panel
+    for name, rows in tables.items():
+        for column in columns:
+            points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
+            if points:
+                label = column if len(tables) == 1 else f"{name} {column}"
+                marker = "." if len(points) < 30 else None
+                axis.plot(*zip(*points, strict=True), label=label, marker=marker)
+    axis.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
 
 
 def _read(run: Path) -> list[dict]:

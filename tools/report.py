@@ -1,0 +1,200 @@
+"""One page about a run that opens anywhere: python -m tools.report runs/NAME -> runs/NAME/report.html.
+
+Everything is in the file: no script, no network. What the run has not written yet is named at the end.
+"""
+
+import base64
+import io
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterable
+from html import escape
+from pathlib import Path
+from string import Template
+
+import tyro
+
+from pipelines.errors import UserError, run_cli
+from pipelines.files import atomic_write
+from tools.plot import Panel, Tables, draw, panels_of
+from train.config import flatten
+from train.metrics import read_csv
+
+INK = "#010203"  # stands for the page's text colour, light or dark, while matplotlib draws
+LOG_LINES, WEAKEST = 40, 20
+NUMBERS = {  # column -> (what it is called, how it is shown)
+    "acc": ("top-1", "{:.1%}"),
+    "acc5": ("top-5", "{:.1%}"),
+    "loss_val": ("validation loss", "{:.4g}"),
+    "loss": ("training loss", "{:.4g}"),
+    "loss_train": ("training loss", "{:.4g}"),
+    "epoch": ("epochs", "{:.4g}"),
+    "mfu": ("of peak FLOP/s", "{:.1%}"),
+    "max_mem_gb": ("memory", "{:.2f} GB"),
+    "skipped": ("skipped steps", "{}"),
+    "bad": ("damaged samples", "{}"),
+}
+
+
+def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
+    """Write the page and return its path; raises UserError for a folder that is no run.
+
+    Args:
+        run: run folder, such as runs/image-ft-pico.
+        out: file to write; report.html in the run folder unless given.
+    """
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is no run folder: it has no config.json; name one, as in RUN=image-mae-pico")
+    body, left_out = "", []
+    for title, file, make in SECTIONS:
+        try:
+            if html := make(run / file):
+                body += f"<section><h2>{title}</h2>{html}</section>\n"
+            else:
+                left_out.append(f"{title} ({file} is empty so far)")
+        except FileNotFoundError:
+            left_out.append(f"{title} (there is no {file})")
+        except Exception as error:  # a half-written file fails in any way, and the rest is worth showing
+            left_out.append(f"{title} ({file} cannot be read: {error})")
+    if left_out:
+        body += f'<p class="quiet">Not in this report: {escape("; ".join(left_out))}.</p>'
+    template = Template(Path(__file__).with_suffix(".html").read_text())
+    page = template.substitute(name=escape(run.resolve().name), state=escape(state(run)), body=body)
+    path = out or run / "report.html"
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+    return path
+
+
+def state(run: Path) -> str:
+    """One line: what is trained, and whether it is finished or at which step."""
+    words, step, steps = [], 0, ""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        words = [str(config["model"]["name"]), str(config["kind"])]
+        words += ["accuracy is of the TRAINING videos"] * bool(config.get("protocol"))
+        step = read_csv(run / "metrics.csv")[-1]["step"]
+        samples = json.loads((run / "data.json").read_text())["splits"]["train"]["samples"]
+        steps = f" of {math.ceil(config['optim']['epochs'] * samples / config['optim']['batch'])}"
+    except Exception:
+        pass  # as above: what was found until then is told
+    finished = (run / "model.safetensors").is_file()
+    words.append(f"finished after {step} steps" if finished else f"not finished: at step {step}{steps}")
+    return f"{', '.join(words)}, page made {time.strftime('%Y-%m-%d %H:%M')}"
+
+
+# ---- sections: a file of the run -> HTML, empty where there is nothing in it yet --------------------------
+
+
+def numbers(metrics: Path) -> str:
+    """The last value of each metric; speed over all rows but the first, which holds the warming up."""
+    rows = read_csv(metrics)
+    last = {key: value for row in rows for key, value in row.items() if value is not None}
+    shown = {name: form.format(last[key]) for key, (name, form) in NUMBERS.items() if key in last}
+    if timed := rows[1:] or rows:
+        names = ("samples_per_s", "step_ms", "data_wait_ms")
+        rate, step, wait = (sum(row[name] for row in timed) / len(timed) for name in names)
+        shown |= {"samples/s": f"{rate:.4g}", "step": f"{step:.4g} ms", "data wait": f"{wait / step:.1%}"}
+        shown["training time"] = f"{last['time'] / 60:.1f} min"
+    tiles = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown.items())
+    return tiles and f'<dl class="grid numbers">{tiles}</dl>'
+
+
+def curves(metrics: Path) -> str:
+    """A drawing for each panel of tools.plot."""
+    tables = {"": read_csv(metrics)}
+    drawings = "".join(f"<figure>{_svg(panel, tables)}</figure>" for panel in panels_of(tables))
+    return drawings and f'<div class="grid">{drawings}</div>'
+
+
+def _svg(panel: Panel, tables: Tables) -> str:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+    look = {"svg.fonttype": "none", "svg.hashsalt": panel[0], "legend.frameon": False}
+    buffer = io.StringIO()
+    with rc_context({**look, **dict.fromkeys(inks, INK)}):
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        draw(figure.subplots(), panel, tables)
+        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=unsaid)
+    svg = buffer.getvalue()
+    # The names of groups would come back in every drawing, and a page may have each only once.
+    return re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :]).replace(INK, "currentColor")
+
+
+def reconstructions(picture: Path) -> str:
+    """The picture itself, once it is known to be whole."""
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        image.verify()
+    data = base64.b64encode(picture.read_bytes()).decode()
+    return (
+        f'<figure><img alt="inputs and reconstructions" src="data:image/png;base64,{data}"><figcaption>'
+        "Input, what was kept of it, and the reconstruction. The model predicts each patch relative to its "
+        "mean and deviation, so true patch statistics colour the prediction.</figcaption></figure>"
+    )
+
+
+def classes(table: Path) -> str:
+    """Accuracy by class, the weakest first; what follows them opens on a click."""
+    import pyarrow.parquet as pq
+
+    rows = [row for row in pq.read_table(table).to_pylist() if row["samples"]]
+    lines = [
+        f"<tr><th>{escape(row['class_name'])}</th><td>{row['samples']}</td>"
+        f'<td style="--share: {row["accuracy"]:.0%} 100%">{row["accuracy"]:.1%}</td>'
+        f"<td>{row['correct5'] / row['samples']:.1%}</td></tr>"
+        for row in sorted(rows, key=lambda row: (row["accuracy"], row["class_name"]))
+    ]
+    head = '<table class="classes"><tr><th>class</th><th>samples</th><th>top-1</th><th>top-5</th></tr>'
+    first, rest = (head + "".join(part) + "</table>" for part in (lines[:WEAKEST], lines[WEAKEST:]))
+    if len(lines) <= WEAKEST:
+        return first if lines else ""
+    return f"{first}<details><summary>the other {len(lines) - WEAKEST} classes</summary>{rest}</details>"
+
+
+def settings(config: Path) -> str:
+    """Every setting, a table for each group."""
+    groups: dict[str, dict] = {}
+    for key, value in flatten(json.loads(config.read_text())).items():
+        group, _, name = key.rpartition(".")
+        groups.setdefault(group or "task", {})[name] = value
+    return f'<div class="grid">{"".join(_table(rows.items(), name) for name, rows in groups.items())}</div>'
+
+
+def environment(env: Path) -> str:
+    """Versions, hardware, command, commit."""
+    return _table(flatten(json.loads(env.read_text())).items(), "")
+
+
+def log(path: Path) -> str:
+    """The last lines of the log."""
+    text = "\n".join(path.read_text(errors="replace").splitlines()[-LOG_LINES:])
+    return text and f"<pre>{escape(text)}</pre>"
+
+
+def _table(rows: Iterable[tuple[str, object]], caption: str) -> str:
+    def words(value: object) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    lines = "".join(f"<tr><th>{escape(k)}</th><td>{escape(words(v)) or '–'}</td></tr>" for k, v in rows)
+    return f'<table class="settings"><caption>{escape(caption)}</caption>{lines}</table>'
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
+    ("Numbers", "metrics.csv", numbers),
+    ("Curves", "metrics.csv", curves),
+    ("Reconstructions", "reconstruction.png", reconstructions),
+    ("Classes", "per_class.parquet", classes),
+    ("Settings", "config.json", settings),
+    ("Environment", "env.json", environment),
+    ("Log", "log.txt", log),
+)
+
+if __name__ == "__main__":
+    run_cli(lambda: print(tyro.cli(report)))
