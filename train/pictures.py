@@ -21,9 +21,14 @@ GAP, HEADER = 4, 16
 
 @torch.no_grad()
 def save_reconstructions(
-    config: MaeConfig, device: torch.device, path: Path, model: Normalised, catalogue: Catalogue
+    config: MaeConfig,
+    device: torch.device,
+    path: Path,
+    model: Normalised,
+    catalogue: Catalogue,
+    rows: int = SHOWN_SAMPLES,
 ) -> None:
-    """Write a PNG: a row per sample, its input, what was kept, and the reconstruction; clips as strips.
+    """Write a PNG: input, what was kept, and reconstruction of the first `rows` samples; clips as strips.
 
     The prediction is in units of each patch's own mean and deviation, so the true ones colour it: the picture
     says so in its title.
@@ -35,7 +40,7 @@ def save_reconstructions(
         eval_batches(
             catalogue,
             setup.view_spec(config),
-            batch=SHOWN_SAMPLES,
+            batch=rows,
             rank=0,
             world=1,
             device=device,

@@ -1,0 +1,149 @@
+"""What a trained run makes of pictures or clips: python -m tools.predict runs/NAME INPUT [INPUT ...].
+
+A classifier gives an input's likeliest classes, a masked autoencoder a picture of what it fills in. An input
+is a picture, or for clips a video file or a folder of frames. Inputs are packed as training data is and read
+as validation data is, so that what comes out is what make eval counts.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+import tyro
+
+from pipelines.catalogue import Catalogue, open_catalogue, read_info
+from pipelines.errors import UserError, run_cli
+from pipelines.inputs import Normalised
+from tools.images import BadImage
+from tools.pack_imagenet import load_image
+from tools.pack_kinetics import load_clip
+from tools.packing import settings
+from tools.shards import Load, Packed, Packing, Plan, Sample, finish, jobs_of, make_key, pack_shard, readable
+from tools.videos import load_video
+from train import distributed, setup
+from train.config import Config, FinetuneConfig, MaeConfig
+from train.distributed import World
+from train.evaluate import batches_of, read_config
+from train.pictures import save_reconstructions
+
+DRAWN = 24  # inputs in a reconstruction picture at most: they are one batch
+
+
+def predict(
+    run: tyro.conf.Positional[Path],
+    inputs: tyro.conf.Positional[tuple[Path, ...]],
+    top: int = 5,
+    weights: Path | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+) -> int:
+    """Print every input's classes, or draw reconstructions; returns 1 when an input could not be read.
+
+    Args:
+        run: folder of a finished run, such as runs/image-ft-pico.
+        inputs: pictures; or video files and folders of frames.
+        top: how many classes to print.
+        weights: other weights than the run's model.safetensors.
+        out: where reconstructions are drawn; predict.png in the run folder unless given.
+        device: auto, cuda or cpu.
+    """
+    if not inputs or top < 1:
+        raise UserError("name at least one picture, video or folder of frames, and a --top of at least 1")
+    config, classes, packing = read_run(run)
+    init = weights or run / "model.safetensors"
+    if not init.exists():
+        raise UserError(f"{init} does not exist; let the run finish first, or name a file with --weights")
+    config = replace(config, model=replace(config.model, init=str(init)))
+    names = [readable(str(path)) for path in inputs]
+    with tempfile.TemporaryDirectory() as folder:
+        reasons = pack(config, inputs, packing, Path(folder))
+        read = [name for name, reason in zip(names, reasons, strict=True) if not reason]
+        if read:
+            catalogue = open_catalogue(folder, "val")
+            world = distributed.start(device)
+            model = setup.build_model(config, len(classes))
+            print(setup.warm_start(model, config, whole=True))
+            ready = Normalised(model, config.data.frames).to(world.device).eval()
+            if isinstance(config, MaeConfig):
+                path, rows = out or run / "predict.png", min(DRAWN, len(read))
+                save_reconstructions(config, world.device, path, ready, catalogue, rows)
+                print(f"{path}: {', '.join(read[:rows])}")
+            else:
+                chances = chances_of(config, world, ready, catalogue)
+                for name, row in zip(read, chances.tolist(), strict=True):
+                    best = sorted(zip(row, classes, strict=True), key=lambda pair: -pair[0])[:top]
+                    print("\n".join([name, *(f"{chance:9.2%}  {label}" for chance, label in best)]))
+    for name, reason in zip(names, reasons, strict=True):
+        if reason:
+            print(f"error: {name}: {reason}", file=sys.stderr)
+    return int(len(read) < len(inputs))
+
+
+def read_run(run: Path) -> tuple[Config, Sequence[str], Mapping[str, Any]]:
+    """A run's settings, its classes, and how its data was packed, empty where the data is gone."""
+    config, recorded = read_config(run), run / "data.json"
+    classes, packing = (), {}
+    try:
+        info = read_info(config.data.path)
+        classes, packing = info.classes, info.packing
+    except UserError as error:
+        if isinstance(config, FinetuneConfig) and not recorded.exists():
+            raise UserError(
+                f"{run} has no data.json that names its classes, and its data: {error}"
+            ) from error
+        print(f"{config.data.path} is not there: inputs are scaled as packing does by default")
+    if recorded.exists():
+        classes = json.loads(recorded.read_text())["classes"]
+    elif classes:
+        print(f"{run} has no data.json that names its classes: they come from {config.data.path}")
+    return config, classes, packing
+
+
+def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out: Path) -> list[str]:
+    """Make `out` a dataset of the inputs; gives for each why it was left out, "" where it was not."""
+    clips = config.data.frames > 1
+    how = settings(packing.get("short_side", 256), 1000, packing.get("max_pixels", 100_000_000), 0.0, 0.0)
+    samples = [Sample(make_key(i, path.stem), -1, "", str(path)) for i, path in enumerate(inputs)]
+    plan = Plan("video" if clips else "image", (), {"val": samples}, how)
+    video = partial(load_video, fps=packing.get("fps", 30.0), max_seconds=packing.get("max_seconds", 60.0))
+    (out / "val").mkdir()
+    for job in jobs_of(plan, Path(), out, partial(load, video=video if clips else None)):
+        pack_shard(job)
+    finish(plan, out)
+    return pq.read_table(out / "val.parquet", columns=["reason"])["reason"].to_pylist()
+
+
+def load(root: Path, source: str, packing: Packing, video: Load | None) -> Packed:
+    """Read one input, a clip where `video` reads those of one file. Raises `BadImage` or `OSError`."""
+    if (root / source).is_dir():
+        if video is None:
+            raise BadImage("a folder, and this run takes pictures")
+        return load_clip(root, source, packing)
+    return (video or load_image)(root, source, packing)
+
+
+@torch.no_grad()
+def chances_of(config: FinetuneConfig, world: World, model: Normalised, catalogue: Catalogue) -> torch.Tensor:
+    """float32 [inputs, classes]: the softmax of an input's views, averaged, as evaluation does."""
+    autocast, _ = setup.precision(config, world)
+    views = config.views[0] * config.views[1]
+    chances, valid = [], 0
+    for batch in batches_of(config, world, catalogue, config.views):
+        with autocast():
+            logits = model(batch.pixels)
+        chances.append(logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1).cpu())
+        valid += int(batch.valid[::views].sum())
+    if valid < len(catalogue):  # another sample stands in for it, whose classes would be taken for its own
+        raise UserError("an input that was read does not decode for the model; leave out the one named above")
+    return torch.cat(chances)[:valid]
+
+
+if __name__ == "__main__":
+    run_cli(lambda: sys.exit(tyro.cli(predict)))
