@@ -17,7 +17,7 @@ START = $(if $(NODES),.venv/bin/torchrun --nnodes $(NODES) --nproc-per-node $(or
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 
-.PHONY: help demo shards verify stage train-mae train-ft eval probe plot bench test check lock env clean
+.PHONY: help demo shards verify stage train-mae train-ft eval probe plot report predict bench test check lock env clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]   (ARGS=\"...\" is passed on to the command)"
@@ -51,6 +51,13 @@ probe: env  ## kNN and linear probe of RUN=NAME, or its other WEIGHTS=FILE, on i
 
 plot: env  ## draw the curves of RUN="NAME [NAME ...]"
 	$(PY) -m tools.plot $(addprefix runs/,$(or $(RUN),RUN-is-not-set)) $(ARGS)
+
+report: env  ## one page about RUN=NAME, with everything in it: runs/NAME/report.html
+	$(PY) -m tools.report 'runs/$(or $(RUN),RUN-is-not-set)' $(ARGS)
+
+predict: env  ## what RUN=NAME makes of INPUT="FILE [FOLDER ...]": pictures, videos, folders of frames
+	$(PY) -m tools.predict 'runs/$(or $(RUN),RUN-is-not-set)' $(INPUT) $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
+		$(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 bench: env  ## measure speed side by side: BENCH=all|loader|model
 	$(PY) -m tools.bench $(BENCH) $(ARGS)

@@ -56,6 +56,8 @@ TARGETS = (
     "train-ft",
     "eval",
     "plot",
+    "report",
+    "predict",
     "bench",
     "test",
     "check",
