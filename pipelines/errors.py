@@ -1,7 +1,16 @@
 """How a wrong use is answered: one sentence on stderr and exit code 2, never a traceback."""
 
+import errno
 import sys
 from collections.abc import Callable
+
+NO_PLACE = {  # errors of the place written to, and what to do about them
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EDQUOT: "free some space, then run the same command again",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "choose a place that you may read and write",
+    errno.ENOENT: "check the path, and that its folder exists",
+}
 
 
 class UserError(Exception):
@@ -10,10 +19,20 @@ class UserError(Exception):
 
 def run_cli(main: Callable[[], object]) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C 130."""
+    spec = sys.modules["__main__"].__spec__
+    sys.argv[0] = f"python -m {spec.name}" if spec else sys.argv[0]  # what help texts call the command
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in NO_PLACE:
+            raise
+        print(
+            f"error: {error.filename or 'the disk'}: {error.strerror}; {NO_PLACE[error.errno]}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

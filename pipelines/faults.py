@@ -78,7 +78,7 @@ class Faults:
             listed = "; ".join(list(self.suspects.values())[:20])
             raise UserError(
                 f"{len(self.suspects)} samples do not decode, more than the {self.limit} allowed; "
-                f"run `make verify` and pack them again: {listed}"
+                f"run `make verify DATA={self.catalogue.info.root}` and pack them again: {listed}"
             )
 
     def note(self, sample: int, frame: int) -> bool:
@@ -88,7 +88,8 @@ class Faults:
         catalogue = self.catalogue
         offset = int(catalogue.offset[catalogue.first_frame[sample] + frame])
         tar = catalogue.tar_path(int(catalogue.shard[sample]))
-        self.suspects[sample] = f"{tar}: {catalogue.member_name(sample, frame)} at byte {offset}"
+        name = catalogue.member_name(sample, frame) or catalogue.keys[sample].as_py()
+        self.suspects[sample] = f"{tar}: {name} at byte {offset}"
         say_once(f"{self.suspects[sample]} does not decode; another sample takes its place")
         return True
 

@@ -1,9 +1,16 @@
 """Writes that are either whole or absent: temporary name, fsync, rename, fsync of the folder."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+NOTHING_LEFT = 64 << 10  # free bytes below which a failed write is put down to a full disk
+_MASK = os.umask(0)  # there is no way to ask for it without setting it
+os.umask(_MASK)
+MODE = 0o666 & ~_MASK
 
 
 @contextmanager
@@ -15,11 +22,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         yield temporary
+        temporary.chmod(MODE)  # some writers make files that only their owner can read
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        full = temporary.exists() and shutil.disk_usage(path.parent).free < NOTHING_LEFT
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if full and isinstance(error, Exception):  # each library has its own words for it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
 
 

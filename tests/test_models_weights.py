@@ -74,6 +74,14 @@ def test_conversions_that_cannot_be(tmp_path, weights, target, to, says):
     assert not (tmp_path / target).exists()
 
 
+def test_a_file_is_not_converted_onto_itself(tmp_path):
+    save_file(random_model("hiera_pico_96").state_dict(), tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    with pytest.raises(UserError, match="is the source itself"):
+        convert(str(tmp_path / "a.safetensors"), tmp_path / "a.safetensors", to="timm")
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+
+
 def test_transformers_opens_a_converted_folder(tmp_path):
     model = random_model("hiera_base_plus_224", stages=(1, 1, 1, 1), input_size=64, num_classes=5)
     save_file(model.state_dict(), tmp_path / "ours.safetensors")

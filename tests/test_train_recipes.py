@@ -146,7 +146,7 @@ def test_cutmix_labels_are_the_share_of_replaced_pixels(frames, monkeypatch):
 def test_odd_micro_batches_cannot_be_mixed(images, tmp_path):
     config = small("image-ft-pico", images, tmp_path, "odd")
     config = replace(config, mixup=0.8, speed=replace(config.speed, micro_batch=3))
-    with pytest.raises(UserError, match="even micro batch, not 3"):
+    with pytest.raises(UserError, match="even number of rows a forward pass, not 3"):
         loop.fit(config, finetune.make_task)
 
 
@@ -163,7 +163,7 @@ def test_best_weights_classes_and_steps_are_kept(images, tmp_path):
     table = pq.read_table(run / "per_class.parquet").to_pylist()
     assert [row["class_name"] for row in table] == ["dark things", "light things"]
     assert [row["samples"] for row in table] == [7, 7]
-    assert sum(row["correct"] for row in table) == round(14 * best["acc"])
+    assert sum(row["correct"] for row in table) == round(14 * rows[-1]["acc"]), "of the run's last evaluation"
     assert json.loads((run / "data.json").read_text())["classes"] == ["dark things", "light things"]
     with (run / "detail/rank-0-from-000000000.csv").open() as file:
         steps = list(csv.DictReader(file))

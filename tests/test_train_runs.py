@@ -43,6 +43,7 @@ def results(run: Path) -> tuple[dict, list[dict]]:
 def assert_same(a: Path, b: Path) -> None:
     (weights_a, rows_a), (weights_b, rows_b) = results(a), results(b)
     assert rows_a == rows_b
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     assert weights_a.keys() == weights_b.keys()
     assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
 
@@ -60,6 +61,7 @@ def test_images_pretrain_then_finetune_then_evaluate(images: Path, tmp_path: Pat
     assert json.loads((tuned / "env.json").read_text())["packages"]["torch"]
     again = evaluate.evaluate(evaluate.Arguments(tuned, device="cpu"))
     assert again == {name: last[name] for name in again}
+    assert (tuned / "model.safetensors").stat().st_mode & 0o777 == (tuned / "log.txt").stat().st_mode & 0o777
     assert Image.open(plot((pretrained, tuned))).height > 100
     assert loop.main(config, finetune.make_task) is None
     assert "is finished" in capsys.readouterr().out
@@ -211,11 +213,30 @@ def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Pa
         "does not exist": changed("data", path=tmp_path / "nowhere"),
         "no dataset.json": changed("data", path=tmp_path / "empty"),
         "holds video shards": changed("data", path=clips),
-        "must be at least 1": changed("optim", batch=0),
-        "it must be more than 0": changed("optim", epochs=0.0),
+        "optim.batch is 0; it must be at least 1$": changed("optim", batch=0),
+        "optim.epochs is 0.0; it must be more than 0$": changed("optim", epochs=0.0),
+        "data.crop is 1.5; it must be more than 0 and at most 1$": changed("data", crop=1.5),
+        "data.scale's first is -1; it must be more than 0 and at most 0.5": changed("data", scale=(-1, 0.5)),
+        "data.ratio's first is 2; .* at most 1$": changed("data", ratio=(2, 1)),
+        "data.flip is 2; it must be at least 0 and at most 1": changed("data", flip=2),
+        "data.frames is 0": changed("data", frames=0),
+        "layers is -1": changed("data", augment=Augment(layers=-1)),
+        "optim.ema is 1.0; it must be at least 0 and less than 1": changed("optim", ema=1.0),
+        "data.order is 'sorted'; it can be random, local": changed("data", order="sorted"),
         "can be auto, cuda or cpu": changed("speed", device="tpu"),
         "speed.precision is 'fp8'": changed("speed", precision="fp8"),
     }
+    tuning = small("image-ft-pico", images, tmp_path, "run")
+    cases |= {
+        "smoothing is 2": replace(tuning, smoothing=2.0),
+        "mixup is -1": replace(tuning, mixup=-1.0),
+        "views is 0": replace(tuning, views=(0, 3)),
+        "freeze is 'all'; it can be none, trunk": replace(tuning, freeze="all"),
+    }
+    broken = tmp_path / "broken"
+    shutil.copytree(images, broken)
+    (broken / "val/000000.tar").unlink()
+    cases[r"val/000000\.tar is missing"] = changed("data", path=broken)
     if not torch.cuda.is_available():
         cases["DEVICE=cpu"] = changed("speed", processes=2, device="auto")
     for expected, config in cases.items():

@@ -35,6 +35,8 @@ def convert(
     """
     try:
         path = official.fetch(source) if official.is_name(source) else Path(source)
+        if target.exists() and path.exists() and target.samefile(path):
+            raise UserError(f"{target} is the source itself; give another file to write")
         state = to_ours(read_weights(path))
         if "patch_embed.proj.weight" not in state:
             raise UserError(f"{source} holds no Hiera weights: there is no patch_embed.proj.weight")

@@ -43,6 +43,8 @@ def stage(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path],
         workers: files under way at once.
     """
     store, top = open_store(source)
+    if store.get_file_info(f"{top}/dataset.json").type != fs.FileType.File:
+        raise UserError(f"{top}/dataset.json does not exist; a packed dataset has one at its top")
     target.mkdir(parents=True, exist_ok=True)
     folder = os.open(target, os.O_RDONLY)
     try:
@@ -105,12 +107,10 @@ def fetch(store: fs.FileSystem, source: str, target: Path, rows: list[Row] | Non
                     while block := reader.read(BLOCK):
                         writer.write(block)
                 if damaged := damaged_sample(temporary, rows or []):
-                    raise OSError(f"sample {damaged} does not have the checksum in the catalogue")
+                    raise OSError(f"sample {damaged} does not have its checksum: is the source damaged?")
                 return temporary.stat().st_size
         except FileNotFoundError as error:
-            raise UserError(
-                f"{source} does not exist; a packed dataset has dataset.json at its top"
-            ) from error
+            raise UserError(f"{source} does not exist; pack or copy the source anew") from error
         except (OSError, pa.ArrowException) as error:
             reason = first_line(error)
             if attempt + 1 < ATTEMPTS:

@@ -46,13 +46,13 @@ def classifier_evaluation(
     config: FinetuneConfig,
     world: World,
     autocast: Autocast,
-    folder: Path,
+    folder: Path | None,
     model: Normalised,
     catalogue: Catalogue,
 ) -> dict[str, float]:
     """Top-1, top-5 and cross-entropy; the softmax of a sample's views is averaged first.
 
-    Every class's counts go to `folder`/per_class.parquet.
+    Every class's counts go to `folder`/per_class.parquet, where a folder is given.
     """
     views = config.views[0] * config.views[1]
     classes = catalogue.info.classes
@@ -69,7 +69,7 @@ def classifier_evaluation(
         counts = torch.stack([best[:, 0], best.any(1), losses, valid], dim=1) * valid[:, None]
         sums.index_add_(0, labels, counts.double())
     top1, top5, loss, count = distributed.total(sums).cpu().T
-    if world.is_main:
+    if world.is_main and folder is not None:
         table = {
             "class_name": classes,
             "samples": count.long().numpy(),
@@ -150,7 +150,9 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     ready = Normalised(model, config.data.frames).to(world.device)
     if isinstance(config, MaeConfig):
         return mae_evaluation(config, world, autocast, ready, catalogue)
-    return classifier_evaluation(config, world, autocast, arguments.run, ready, catalogue)
+    # The run's own record stays as it is when something else is evaluated.
+    folder = None if arguments.weights or arguments.data or arguments.views else arguments.run
+    return classifier_evaluation(config, world, autocast, folder, ready, catalogue)
 
 
 def main() -> None:

@@ -29,7 +29,9 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
     """The model and the two functions that make the loop a classifier's."""
     assert isinstance(config, FinetuneConfig)
     classes = len(catalogue.info.classes)
-    if classes < 2 or (catalogue.label < 0).any():
+    if classes == 1:
+        raise UserError(f"{config.data.path} has one class only; there is nothing to tell apart")
+    if (catalogue.label < 0).any():
         raise UserError(f"{config.data.path} has samples without a class; finetuning needs labelled shards")
     model = setup.build_model(config, classes)
     mix = make_mixup(config, classes, world)
@@ -69,7 +71,10 @@ def make_mixup(config: FinetuneConfig, classes: int, world: World) -> "Mixup | N
         return None
     micro, _ = setup.micro_batches(config, world)
     if micro % 2:
-        raise UserError(f"mixup and cutmix want an even micro batch, not {micro}; change speed.micro_batch")
+        raise UserError(
+            f"mixup and cutmix want an even number of rows a forward pass, not {micro}; change optim.batch "
+            f"({config.optim.batch}) or speed.micro_batch ({config.speed.micro_batch})"
+        )
     from timm.data.mixup import Mixup
 
     return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import sys
 import time
@@ -272,6 +273,7 @@ def _finish_row(
 
 def _export(model: nn.Module, config: Config, path: Path, step: int) -> None:
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    about = {"model": config.model.name, "format": "upstream-names", "step": str(step)}
+    # One entry: several would be written in any order, and the file's checksum would mean nothing.
+    about = {"hiera-train": json.dumps({"model": config.model.name, "step": step})}
     with atomic_write(path) as temporary:
         save_file(weights, temporary, metadata=about)

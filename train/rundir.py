@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"{path} cannot be read ({error}); move the folder away or use another RUN"
         ) from error
-    changed = [said for said in differences(old, to_dict(config)) if not said.startswith(config.run.allow)]
+    changed = [x for x in differences(old, to_dict(config)) if x.partition(":")[0] not in config.run.allow]
     if changed:
         raise UserError(
             f"{path.parent} holds a run with other settings ({'; '.join(changed)}); "
@@ -107,7 +108,7 @@ def environment() -> dict[str, object]:
     """Versions, hardware and commit: what a number needs to be believed."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command": " ".join(sys.orig_argv),
+        "command": shlex.join(sys.orig_argv),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),

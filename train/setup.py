@@ -23,6 +23,7 @@ Autocast = Callable[[], contextlib.AbstractContextManager]
 
 def check(config: Config) -> None:
     """Find what can be wrong before any process starts; raises UserError."""
+    check_ranges(config)
     info = read_info(config.data.path)
     wanted = "image" if config.data.frames == 1 else "video"
     if info.kind != wanted:
@@ -33,24 +34,63 @@ def check(config: Config) -> None:
         )
     if "train" not in info.splits:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack_*")
+    for split, counts in info.splits.items():
+        for shard in range(counts["shards"]):
+            tar = info.root / split / f"{shard:06d}.tar"
+            if not tar.is_file():
+                raise UserError(f"{tar} is missing; restore it, or pack {info.root} again")
+    distributed.resolve_device(config.speed.device, config.speed.processes)
+    rundir.check_config(config)
+
+
+def check_ranges(config: Config) -> None:
+    """Raise UserError for a setting that is out of its range, or none of the words it can be."""
     optim, run, speed = config.optim, config.run, config.speed
-    at_least_one = {
-        "optim.batch": optim.batch,
-        "optim.lr_batch": optim.lr_batch,
-        "speed.micro_batch": speed.micro_batch,
-        "run.log_every": run.log_every,
-        "run.eval_every": run.eval_every,
-        "run.checkpoint_every": run.checkpoint_every,
-        "run.keep": run.keep,
-        "data.stride": config.data.stride,
-        "data.repeats": config.data.repeats,
-        "data.window": config.data.window,
-    }
-    for key, value in at_least_one.items():
-        if value < 1:
-            raise UserError(f"{key} is {value}; it must be at least 1")
-    if optim.epochs <= 0:
-        raise UserError(f"optim.epochs is {optim.epochs}; it must be more than 0")
+    data = config.data
+    tiny, huge = 1e-9, float("inf")
+    limits: list[tuple[str, float, float, float]] = [
+        ("optim.batch", optim.batch, 1, huge),
+        ("optim.lr_batch", optim.lr_batch, 1, huge),
+        ("optim.epochs", optim.epochs, tiny, huge),
+        ("optim.layer_decay", optim.layer_decay, tiny, 1),
+        ("optim.ema", optim.ema, 0, 1 - tiny),
+        ("speed.micro_batch", speed.micro_batch, 1, huge),
+        ("run.log_every", run.log_every, 1, huge),
+        ("run.eval_every", run.eval_every, 1, huge),
+        ("run.checkpoint_every", run.checkpoint_every, 1, huge),
+        ("run.keep", run.keep, 1, huge),
+        ("data.frames", data.frames, 1, huge),
+        ("data.stride", data.stride, 1, huge),
+        ("data.repeats", data.repeats, 1, huge),
+        ("data.window", data.window, 1, huge),
+        ("data.crop", data.crop, tiny, 1),
+        ("data.flip", data.flip, 0, 1),
+        ("data.max_bad", data.max_bad, 0, 1),
+        ("data.scale's first", data.scale[0], tiny, data.scale[1]),
+        ("data.scale's second", data.scale[1], tiny, 1),
+        ("data.ratio's first", data.ratio[0], tiny, data.ratio[1]),
+        ("data.augment.layers", data.augment.layers, 0, huge),
+        ("data.augment.magnitude", data.augment.magnitude, 0, 10),
+        ("data.augment.probability", data.augment.probability, 0, 1),
+        ("data.augment.jitter", data.augment.jitter, 0, huge),
+        ("data.augment.erase", data.augment.erase, 0, 1),
+        ("model.drop_path", config.model.drop_path, 0, 1 - tiny),
+        ("model.dropout", config.model.dropout, 0, 1 - tiny),
+    ]
+    if isinstance(config, FinetuneConfig):
+        limits += [
+            ("smoothing", config.smoothing, 0, 1 - tiny),
+            ("mixup", config.mixup, 0, huge),
+            ("cutmix", config.cutmix, 0, huge),
+            ("views", min(config.views), 1, huge),
+        ]
+    for key, value, low, high in limits:
+        if not low <= value <= high:
+            least = "more than 0" if low == tiny else f"at least {low:g}"
+            most = (
+                "" if high == huge else " and less than 1" if high == 1 - tiny else f" and at most {high:g}"
+            )
+            raise UserError(f"{key} is {value}; it must be {least}{most}")
     for key, value, known in (
         ("speed.precision", speed.precision, ("auto", "bf16", "fp32", "tf32")),
         ("optim.name", optim.name, ("adamw", "sgd")),
@@ -63,10 +103,6 @@ def check(config: Config) -> None:
         raise UserError(f"freeze is '{config.freeze}'; it can be none, trunk")
     if isinstance(config, FinetuneConfig) and config.protocol not in ("", REFERENCE):
         raise UserError(f"protocol is '{config.protocol}'; it can be empty or {REFERENCE}")
-    if not 0 <= optim.ema < 1:
-        raise UserError(f"optim.ema is {optim.ema}; it must be at least 0 and less than 1")
-    distributed.resolve_device(speed.device, speed.processes)
-    rundir.check_config(config)
 
 
 def by_reference(config: Config) -> bool:
