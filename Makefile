@@ -10,8 +10,8 @@ NODE_RANK ?= 0
 MASTER ?= localhost:29500
 
 # What a training command takes from the variables; those left empty keep the preset's value.
-SETTINGS = $(if $(RUN),--run.name $(RUN)) $(if $(DATA),--data.path $(DATA)) $(if $(MODEL),--model.name $(MODEL)) \
-	$(if $(INIT),--model.init $(INIT)) $(if $(DEVICE),--speed.device $(DEVICE))
+SETTINGS = $(if $(RUN),--run.name '$(RUN)') $(if $(DATA),--data.path '$(DATA)') $(if $(MODEL),--model.name $(MODEL)) \
+	$(if $(INIT),--model.init '$(INIT)') $(if $(DEVICE),--speed.device $(DEVICE))
 # One machine: the command starts GPUS processes itself. Several: torchrun's rendezvous joins them.
 START = $(if $(NODES),.venv/bin/torchrun --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
@@ -27,10 +27,10 @@ demo: env  ## draw data, pack, pretrain, finetune, evaluate and plot images and 
 	$(PY) -m tools.demo $(ARGS)
 
 shards: env  ## pack IMAGES=data/imagenet and FRAMES=data/tiny-kinetics-400, or VIDEOS=DIR, into shards/
-	$(PY) -m tools.pack --images $(IMAGES) --frames $(FRAMES) $(if $(VIDEOS),--videos $(VIDEOS)) $(ARGS)
+	$(PY) -m tools.pack --images '$(IMAGES)' --frames '$(FRAMES)' $(if $(VIDEOS),--videos '$(VIDEOS)') $(ARGS)
 
 verify: env  ## check every byte, index and label of DATA=shards/imagenet
-	$(PY) -m tools.verify $(or $(DATA),shards/imagenet) $(ARGS)
+	$(PY) -m tools.verify '$(or $(DATA),shards/imagenet)' $(ARGS)
 
 stage: env  ## copy DATA=FOLDER or DATA=s3://... to this machine's disk TO=FOLDER, checked
 	$(PY) -m tools.stage '$(or $(DATA),$(error name the source with DATA=))' '$(or $(TO),$(error name a folder on this machine with TO=))' $(ARGS)
@@ -42,11 +42,11 @@ train-ft: env  ## finetune: RECIPE=image-ft-base INIT=runs/NAME/model.safetensor
 	$(START) train.finetune $(or $(RECIPE),image-ft-base) $(SETTINGS) $(COUNT) $(ARGS)
 
 eval: env  ## evaluate RUN=NAME, or other WEIGHTS=FILE with its settings, or other DATA
-	$(PY) -m train.evaluate runs/$(or $(RUN),RUN-is-not-set) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(DATA),--data $(DATA)) \
+	$(PY) -m train.evaluate 'runs/$(or $(RUN),RUN-is-not-set)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DATA),--data '$(DATA)') \
 		$(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 probe: env  ## kNN and linear probe of RUN=NAME, or its other WEIGHTS=FILE, on its shards or other DATA
-	$(PY) -m train.probe runs/$(or $(RUN),RUN-is-not-set) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(if $(DATA),--data $(DATA)) \
+	$(PY) -m train.probe 'runs/$(or $(RUN),RUN-is-not-set)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DATA),--data '$(DATA)') \
 		$(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 plot: env  ## draw the curves of RUN="NAME [NAME ...]"

@@ -59,6 +59,7 @@ def test_images_pretrain_then_finetune_then_evaluate(images: Path, tmp_path: Pat
     last = results(tuned)[1][-1]
     assert last["acc"] > 0.9  # bright against dark
     assert json.loads((tuned / "env.json").read_text())["packages"]["torch"]
+    assert f"trained by hiera-train: {last['step']} steps" in (tuned / "model_card.md").read_text()
     again = evaluate.evaluate(evaluate.Arguments(tuned, device="cpu"))
     assert again == {name: last[name] for name in again}
     assert (tuned / "model.safetensors").stat().st_mode & 0o777 == (tuned / "log.txt").stat().st_mode & 0o777

@@ -60,6 +60,8 @@ def commands(kind: Kind) -> list[str]:
         f"train.evaluate runs/{finetune}",
         f"tools.plot runs/{mae}",
         f"tools.plot runs/{finetune}",
+        f"tools.report runs/{mae}",
+        f"tools.report runs/{finetune}",
     ]
 
 

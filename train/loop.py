@@ -26,7 +26,7 @@ from train.config import Config
 from train.console import Screen
 from train.distributed import World
 from train.meters import Clock, Detail, Meters
-from train.metrics import TIMING_COLUMNS, MetricsWriter
+from train.metrics import TIMING_COLUMNS, MetricsWriter, read_csv
 from train.optim import make_ema, make_optimizer, make_schedule, seed_step, update
 from train.setup import Autocast
 from train.state import State
@@ -196,6 +196,10 @@ def fit(config: Config, make_task: MakeTask) -> int:
             task.picture(evaluated, validation or catalogue)
         metrics.close()
         _export(state.evaluated, config, run / "model.safetensors", steps)
+        from train.card import card  # here: it needs the models, and a launcher does not
+
+        with atomic_write(run / "model_card.md") as temporary:
+            temporary.write_text(card(config, catalogue.info, read_csv(run / "metrics.csv")[-1], steps))
         screen.line(f"done: {run}/model.safetensors after {clock.elapsed():.0f} s of training")
         lock.close()
     distributed.barrier()
