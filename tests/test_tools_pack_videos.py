@@ -537,4 +537,4 @@ def test_make_shards_takes_videos(tmp_path, monkeypatch, capsys):
     assert pack(videos=Path("k400"), workers=1) == 0
     assert rows_of(tmp_path / "shards/kinetics")[0]["frames"] == 4
     assert "no images packed" in capsys.readouterr().out
-    assert "$(if $(VIDEOS),--videos $(VIDEOS))" in (ROOT / "Makefile").read_text()
+    assert "$(if $(VIDEOS),--videos '$(VIDEOS)')" in (ROOT / "Makefile").read_text()
