@@ -30,7 +30,7 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
 
     Args:
         runs: run folders.
-        out: picture to write; curves.png in the first run's folder unless given.
+        out: picture to write; curves.png in the run's folder, or beside several, unless given.
     """
     import matplotlib
 
@@ -48,7 +48,7 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
         axis.remove()
     figure.suptitle(", ".join(tables))
     figure.tight_layout()
-    path = out or runs[0] / "curves.png"
+    path = out or (runs[0] if len(runs) == 1 else runs[0].parent) / "curves.png"
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return path
