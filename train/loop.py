@@ -172,7 +172,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
                 if evaluates and validation is not None:
                     scores = task.evaluate(evaluated, validation)
                     row |= scores
-                    _keep_best(state, scores, config, world, screen)
+                    _keep_best(state, scores, config, world)
                     clock.skip()
             if last or signal_number or step % config.run.checkpoint_every == 0:
                 settle()
@@ -186,6 +186,8 @@ def fit(config: Config, make_task: MakeTask) -> int:
                 break
     stop.wait()
     writer.wait()
+    if detail is not None:
+        detail.write()
 
     # ---- results
     if signal_number and state.step != steps:
@@ -195,18 +197,18 @@ def fit(config: Config, make_task: MakeTask) -> int:
         if task.picture is not None:
             task.picture(evaluated, validation or catalogue)
         metrics.close()
-        _export(state.evaluated, config, run / "model.safetensors", steps)
         from train.card import card  # here: it needs the models, and a launcher does not
 
         with atomic_write(run / "model_card.md") as temporary:
             temporary.write_text(card(config, catalogue.info, read_csv(run / "metrics.csv")[-1], steps))
+        _export(state.evaluated, config, run / "model.safetensors", steps)  # last: it ends the run
         screen.line(f"done: {run}/model.safetensors after {clock.elapsed():.0f} s of training")
         lock.close()
     distributed.barrier()
     return 0
 
 
-def _keep_best(state: State, scores: dict[str, float], config: Config, world: World, screen: Screen) -> None:
+def _keep_best(state: State, scores: dict[str, float], config: Config, world: World) -> None:
     """Write best.safetensors when this evaluation is the best so far: by accuracy, or by MAE's loss."""
     score = scores.get("acc", -scores["loss_val"])
     if score > state.best:

@@ -87,7 +87,7 @@ class Detail:
     """Every step of one process as rows of detail/rank-N-from-STEP.csv; a resume begins a file of its own."""
 
     def __init__(self, folder: Path, rank: int, start: int) -> None:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"rank-{rank}-from-{start:09d}.csv").open("w", newline="")
         self._csv = csv.writer(self._file)
         self._csv.writerow(("step", "time", "loss", "data_wait_ms"))
