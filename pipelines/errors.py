@@ -18,7 +18,10 @@ class UserError(Exception):
 
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C 130."""
+    """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C 130.
+
+    So does an OSError of a place that is full, closed or not there.
+    """
     spec = sys.modules["__main__"].__spec__
     sys.argv[0] = f"python -m {spec.name}" if spec else sys.argv[0]  # what help texts call the command
     try:

@@ -17,7 +17,8 @@ MODE = 0o666 & ~_MASK
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; on success it takes `path`'s place, durably.
 
-    On an exception the temporary file is removed and `path` is left as it was.
+    On an exception the temporary file is removed and `path` is left as it was; where the disk is full it
+    becomes the OSError that says so.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:

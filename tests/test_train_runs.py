@@ -203,6 +203,26 @@ def test_a_folder_with_other_settings_is_refused_and_kept(images: Path, tmp_path
     assert (run / "config.json").read_text() == before
 
 
+def test_torchrun_called_by_hand_refuses_other_settings_too(images: Path, tmp_path: Path):
+    config = small("image-mae-pico", images, tmp_path, "run", epochs=1.0)
+    run = fit(config, mae.make_task)
+    (run / "model.safetensors").unlink()
+    other = replace(config, optim=replace(config.optim, lr=0.123))
+    words = [
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "--standalone",
+        "-m",
+        "train.mae",
+        "image-mae-pico",
+    ]
+    done = call("torch.distributed.run", *words, *arguments(other))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and "optim.lr: 0.001 -> 0.123" in done.stderr
+
+
 def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Path):
     good = small("image-mae-pico", images, tmp_path, "run")
 

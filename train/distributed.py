@@ -31,6 +31,11 @@ def under_torchrun() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
@@ -76,7 +81,7 @@ def launch(processes: int) -> None:
 def start(device: str) -> World:
     """Join the process group that torchrun described, or be a world of one."""
     size = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = local_rank()
     kind = resolve_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if kind == "cuda":
         torch.cuda.set_device(local)

@@ -57,7 +57,7 @@ def main(config: Config, make_task: MakeTask) -> None:
         distributed.launch(config.speed.processes)
     if distributed.under_torchrun():  # torchrun's count is the truth; speed.processes has done its part
         config = dataclasses.replace(config, speed=dataclasses.replace(config.speed, processes=1))
-    else:
+    if distributed.local_rank() == 0:  # once a machine, also where torchrun was called by hand
         setup.check(config)
     if rundir.is_finished(config):
         if distributed.rank() == 0:
