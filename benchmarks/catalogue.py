@@ -48,8 +48,9 @@ def make(root: Path, samples: int, frames: int, per_shard: int) -> None:
         "frames": samples * frames,
         "shards": -(-samples // per_shard),
     }
-    info = {"format": 1, "kind": kind, "classes": list(map(str, range(400))), "packing": {}}
-    (root / "dataset.json").write_text(json.dumps(info | {"splits": {"train": counts}}))
+    info = {"format": 2, "kind": kind, "classes": list(map(str, range(400))), "packing": {}}
+    info |= {"splits": {"train": counts}, "tar_bytes": {"train": [1 << 40] * counts["shards"]}}
+    (root / "dataset.json").write_text(json.dumps(info))
 
 
 def rows(ids: np.ndarray, frames: int, per_shard: int) -> pa.Table:
@@ -67,6 +68,7 @@ def rows(ids: np.ndarray, frames: int, per_shard: int) -> pa.Table:
         "sha256": [f"{i * 7919:064x}" for i in ids],
         "offsets": pa.ListArray.from_arrays(bounds, pa.array(places.ravel())),
         "sizes": pa.ListArray.from_arrays(bounds, pa.array(sizes.ravel())),
+        "crcs": pa.ListArray.from_arrays(bounds, pa.array(sizes.ravel().astype(np.uint32))),
     }
     same = {"status": "ok", "reason": "", "change": "copied", "width": 340, "height": 256, "frames": frames}
     columns |= {name: [value] * len(ids) for name, value in same.items()}

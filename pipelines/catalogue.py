@@ -1,22 +1,24 @@
 """The catalogue of a packed dataset: what every shard holds, and where in it each frame lies."""
 
-import ctypes
 import json
-import mmap
+import os
+import re
+import resource
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines.columns import READABLE, load_columns
+from pipelines.columns import load_columns
 from pipelines.errors import UserError
 
-FORMAT_VERSION = 1
-LIBC = ctypes.CDLL(None)
-LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+FORMAT_VERSION = 2
+COUNTS = ("samples", "rejected", "frames", "shards")
 
 # One row per source sample of a split, the rejected ones too; written by tools/shards.py.
 SCHEMA = pa.schema(
@@ -34,6 +36,7 @@ SCHEMA = pa.schema(
         ("shard", pa.int32()),  # -1: rejected
         ("offsets", pa.list_(pa.int64())),  # byte offset of every frame's JPEG in its tar
         ("sizes", pa.list_(pa.int32())),  # its length in bytes
+        ("crcs", pa.list_(pa.uint32())),  # zlib.crc32 of its bytes, held against them whenever it is read
         ("sha256", pa.string()),  # over the frames' bytes in order
     ]
 )
@@ -46,15 +49,19 @@ class DatasetInfo:
     root: Path
     kind: str  # "image" or "video"
     classes: tuple[str, ...]
-    splits: dict[str, dict[str, int]]
+    splits: dict[str, dict[str, int]]  # by split, COUNTS
     packing: dict[str, object]
+    tar_bytes: dict[str, list[int]]  # by split, the length of every shard's tar
+
+    def tar_path(self, split: str, shard: int) -> Path:
+        return self.root / split / f"{shard:06d}.tar"
 
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
     """The readable samples of one split; a sample's id is its row here, N samples, F frames in all.
 
-    Frames of sample `i` are `first_frame[i]:first_frame[i + 1]` of `offset` and `size`.
+    Frames of sample `i` are `first_frame[i]:first_frame[i + 1]` of `offset`, `size` and `crc`.
     """
 
     info: DatasetInfo
@@ -66,14 +73,10 @@ class Catalogue:
     first_frame: np.ndarray  # [N + 1] int64
     offset: np.ndarray  # [F] int64, bytes from the start of the sample's tar
     size: np.ndarray  # [F] int32, bytes
+    crc: np.ndarray  # [F] uint32
 
     def __len__(self) -> int:
         return len(self.shard)
-
-    @cached_property
-    def keys(self) -> pa.Array:
-        """The samples' keys [N]; read when first asked for, since training never needs them."""
-        return pq.read_table(self.parquet, columns=["key"], filters=READABLE)["key"].combine_chunks()
 
     @property
     def parquet(self) -> Path:
@@ -84,39 +87,30 @@ class Catalogue:
         return self.first_frame[ids + 1] - self.first_frame[ids]
 
     def tar_path(self, shard: int) -> Path:
-        return self.info.root / self.split / f"{shard:06d}.tar"
-
-    def tar(self, shard: int) -> np.ndarray:
-        """A shard's bytes, mapped when first asked for."""
-        if shard not in self._tars:
-            self._tars[shard] = map_tar(self.tar_path(shard))
-        return self._tars[shard]
+        return self.info.tar_path(self.split, shard)
 
     @cached_property
-    def _tars(self) -> dict[int, np.ndarray]:
-        return {}
+    def _tar(self) -> Callable[[int], "Tar"]:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # often 1,024, and all splits share it
+        return lru_cache(limit // 4)(lambda shard: Tar(self.tar_path(shard)))
 
-    def frame_bytes(self, sample: int, frame: int) -> np.ndarray:
-        """The JPEG of a frame, uint8 [bytes]; see `clip_bytes`."""
-        return self.clip_bytes(np.array([sample]), np.array([[frame]]))[0]
+    def read(self, ids: np.ndarray, frames: np.ndarray) -> list[np.ndarray]:
+        """The JPEGs of frames [n, T] of samples ids [n], sample after sample: n * T x uint8 [bytes].
 
-    def clip_bytes(self, ids: np.ndarray, frames: np.ndarray) -> list[np.ndarray]:
-        """The JPEGs of frames [n, T] of samples ids [n], sample after sample: n * T views, uint8 [bytes].
-
-        They lie in the memory-mapped tars: nothing is read or copied here. Raises UserError when a tar is
-        not there.
+        Empty is one that is not what was packed: its checksum differs, it is cut off, or the disk fails.
+        Raises UserError when a tar cannot be opened.
         """
         rows = self.first_frame[ids][:, None] + frames
-        starts, ends = self.offset[rows], self.offset[rows] + self.size[rows]
-        tars = [self.tar(shard) for shard in self.shard[ids].tolist()]
-        places = zip(tars, starts.tolist(), ends.tolist(), strict=True)
-        return [tar[a:b] for tar, low, high in places for a, b in zip(low, high, strict=True)]
+        tars = [self._tar(shard) for shard in self.shard[ids].tolist() for _ in range(frames.shape[1])]
+        places = (column[rows.ravel()].tolist() for column in (self.offset, self.size, self.crc))
+        return [tar.read(*place) for tar, *place in zip(tars, *places, strict=True)]
 
     def member_name(self, sample: int, frame: int) -> str:
         """A frame's name inside its tar, "KEY.jpg" or "KEY.f0003.jpg", from the header before its bytes."""
         start = int(self.offset[self.first_frame[sample] + frame])
-        header = self.tar(int(self.shard[sample]))[start - 512 : start - 412]
-        return header.tobytes().rstrip(b"\0").decode("ascii", "replace")
+        header = os.pread(self._tar(int(self.shard[sample])).descriptor, 100, start - 512)
+        name = header.rstrip(b"\0").decode("ascii", "replace")
+        return name if name.isprintable() and name else f"sample {sample}"
 
     def will_need(self, ids: np.ndarray, frames: np.ndarray) -> None:
         """Ask the kernel to read frames [n, T] of samples ids [n] ahead, so that cold files stall nobody.
@@ -125,28 +119,40 @@ class Catalogue:
         """
         rows = self.first_frame[ids][:, None] + frames
         low, high = rows.min(axis=1), rows.max(axis=1)
-        starts = self.offset[low] // mmap.PAGESIZE * mmap.PAGESIZE
-        lengths = self.offset[high] + self.size[high] - starts
-        for shard, start, length in zip(
-            self.shard[ids].tolist(), starts.tolist(), lengths.tolist(), strict=True
-        ):
-            address = self.tar(shard).__array_interface__["data"][0]
-            LIBC.madvise(address + start, length, mmap.MADV_WILLNEED)  # a hint: failure does not matter
+        starts, ends = self.offset[low], self.offset[high] + self.size[high]
+        for shard, start, end in zip(self.shard[ids].tolist(), starts.tolist(), ends.tolist(), strict=True):
+            descriptor = self._tar(shard).descriptor
+            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
-def map_tar(path: Path) -> np.ndarray:
-    """A tar as uint8 [bytes], memory-mapped, so that processes share its pages.
+class Tar:
+    """An open tar, closed with the last reference to it; raises UserError when it cannot be opened.
 
-    Raises UserError when the tar is not there. torch closes the descriptor after mapping, which Python's
-    `mmap` does not: a data set of more tars than the limit on open files (often 1,024) works.
+    It is read by calls and not mapped into memory: a file that shrinks or a disk that fails while a mapping
+    is read kills the process.
     """
-    import torch
 
-    try:
-        length = path.stat().st_size
-        return torch.from_file(str(path), shared=False, size=length, dtype=torch.uint8).numpy()
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); pack this dataset again") from error
+    descriptor = -1
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be opened ({error.strerror}); restore it, or pack this dataset again"
+            ) from error
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+    def read(self, offset: int, size: int, crc: int) -> np.ndarray:
+        """The bytes at `offset`, uint8 [size], or an empty array unless they have the checksum `crc`."""
+        try:
+            data = os.pread(self.descriptor, size, offset)
+        except OSError:
+            data = b""
+        return np.frombuffer(data if zlib.crc32(data) == crc else b"", np.uint8)
 
 
 def read_info(root: Path | str) -> DatasetInfo:
@@ -158,31 +164,77 @@ def read_info(root: Path | str) -> DatasetInfo:
     if not path.is_file():
         raise UserError(f"{root} holds no dataset.json, so its packing did not finish; run the packing again")
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_bytes())
         if raw["format"] != FORMAT_VERSION:
             raise UserError(
                 f"{path} is of format {raw['format']}, this version reads {FORMAT_VERSION}; pack it again"
             )
-        return DatasetInfo(root, raw["kind"], tuple(raw["classes"]), raw["splits"], raw["packing"])
-    except (ValueError, KeyError, TypeError) as error:
+        check_info(raw)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged ({error!r}); pack this dataset again") from error
+    return DatasetInfo(
+        root, raw["kind"], tuple(raw["classes"]), raw["splits"], raw["packing"], raw["tar_bytes"]
+    )
+
+
+def check_info(raw: dict[str, Any]) -> None:
+    """Raise ValueError, or what comes of a wrong type, unless `raw` is what packing writes."""
+    classes = raw["classes"]
+    "".join(classes).encode()  # fails for what is no text
+    if raw["kind"] not in ("image", "video") or raw["packing"] != dict(raw["packing"]):
+        raise ValueError("kind or packing")
+    if not isinstance(classes, list) or len(set(classes)) < len(classes):
+        raise ValueError("classes")
+    for split, counts in raw["splits"].items():
+        lengths = raw["tar_bytes"][split]
+        numbers = [*(counts[name] for name in COUNTS), *lengths]
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
+            raise ValueError(f"a split named {split!r}")
+        if len(lengths) != counts["shards"] or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+            raise ValueError(f"counts of {split}")
+
+
+def missing_shards(info: DatasetInfo, split: str) -> list[int]:
+    """The shards whose tar is not there, or not of the length it was packed with."""
+
+    def length(tar: Path) -> int:
+        return tar.stat().st_size if tar.is_file() else -1
+
+    return [n for n, size in enumerate(info.tar_bytes[split]) if length(info.tar_path(split, n)) != size]
+
+
+def check_shards(info: DatasetInfo) -> None:
+    """Raise UserError when a split's tar is missing, cut off, or was replaced by one of another length."""
+    for split in info.splits:
+        for shard in missing_shards(info, split):
+            tar = info.tar_path(split, shard)
+            what = "is not of the length it was packed with" if tar.is_file() else "is missing"
+            raise UserError(f"{tar} {what}; restore it, or pack {info.root} again")
 
 
 def open_catalogue(root: Path | str, split: str) -> Catalogue:
     """Open the readable samples of a split. Raises UserError when something is missing or damaged."""
-    info = read_info(root)
+    return open_split(read_info(root), split)
+
+
+def open_split(info: DatasetInfo, split: str) -> Catalogue:
+    """`open_catalogue` of a dataset whose dataset.json has been read."""
     path = info.root / f"{split}.parquet"
     if split not in info.splits:
         raise UserError(f"{info.root} has no split {split!r}, only {', '.join(sorted(info.splits))}")
     if not path.is_file():
         raise UserError(f"{path} is missing; pack this dataset again")
     try:
-        columns = load_columns(path)
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}); pack this dataset again") from error
+        columns = load_columns(path, np.array(info.tar_bytes[split], np.int64))
+    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} cannot be read ({reason}); pack this dataset again") from error
     if len(columns["shard"]) != info.splits[split]["samples"]:
         raise UserError(
             f"{path} lists {len(columns['shard'])} samples, dataset.json says "
             f"{info.splits[split]['samples']}; pack this dataset again"
         )
+    label, classes = columns["label"], len(info.classes)
+    if len(label) and not -1 <= label.min() <= label.max() < classes:
+        raise UserError(f"{path} has labels beyond the {classes} classes in dataset.json; pack it again")
     return Catalogue(info, split, **columns)

@@ -23,17 +23,27 @@ from pipelines.files import sync
 LARGE = 2_000_000  # frames from which a catalogue is mapped instead of read
 ROWS_AT_ONCE = 1024
 PER_SAMPLE = ("shard", "label", "width", "height")
-TYPES = dict.fromkeys(PER_SAMPLE, np.int32) | {"first_frame": np.int64, "offset": np.int64, "size": np.int32}
-READABLE = [("status", "=", "ok")]
+PER_FRAME = {"offset": "offsets", "size": "sizes", "crc": "crcs"}
+TYPES: dict[str, type[np.number]] = {
+    **dict.fromkeys(PER_SAMPLE, np.int32),
+    "first_frame": np.int64,
+    "offset": np.int64,
+    "size": np.int32,
+    "crc": np.uint32,
+}
+LONGEST = 65_535  # pixels on a JPEG's side
 
 
-def load_columns(parquet: Path) -> dict[str, np.ndarray]:
-    """The columns of the rows whose status is "ok", by the names `Catalogue` gives them."""
+def load_columns(parquet: Path, tar_bytes: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of the rows whose status is "ok", by the names `Catalogue` gives them.
+
+    `tar_bytes` [shards] is the length of each tar. Raises ValueError for numbers that cannot be.
+    """
     with pq.ParquetFile(parquet) as file:
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         frames = sum(group.column(group.num_columns - 2).num_values for group in groups)
     if frames < LARGE:
-        parts = list(readable(parquet))
+        parts = list(readable(parquet, tar_bytes))
         return {name: np.concatenate([part[name] for part in parts]) for name in TYPES}
     stat = parquet.stat()
     stamp = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
@@ -44,31 +54,33 @@ def load_columns(parquet: Path) -> dict[str, np.ndarray]:
     for folder in (beside, elsewhere):  # the second where the data lies on a read-only disk
         try:
             folder.parent.mkdir(exist_ok=True, mode=0o700)
-            return mapped(folder, parquet)
+            return mapped(folder, parquet, tar_bytes)
         except OSError as error:
+            if error.errno is None:  # of the Parquet, not of the folder
+                raise
             reason = error
     raise UserError(
         f"{beside.parent} and {elsewhere.parent} cannot be written to ({reason}); free some space"
     )
 
 
-def mapped(folder: Path, parquet: Path) -> dict[str, np.ndarray]:
+def mapped(folder: Path, parquet: Path, tar_bytes: np.ndarray) -> dict[str, np.ndarray]:
     """The columns mapped from `folder`, which the first process to come here makes."""
     if not folder.is_dir():
         with (folder.parent / f".{parquet.stem}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.is_dir():
-                make_folder(folder, parquet)
+                make_folder(folder, parquet, tar_bytes)
     return {name: np.asarray(np.memmap(folder / name, kind, "r")) for name, kind in TYPES.items()}
 
 
-def make_folder(folder: Path, parquet: Path) -> None:
+def make_folder(folder: Path, parquet: Path, tar_bytes: np.ndarray) -> None:
     """Write the columns out; the folder gets its name last, and those of earlier versions go."""
     temporary = Path(tempfile.mkdtemp(prefix=".columns-", dir=folder.parent))
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context((temporary / name).open("wb")) for name in TYPES}
-            for part in readable(parquet):
+            for part in readable(parquet, tar_bytes):
                 for name, values in part.items():
                     files[name].write(values.data)
         for name in TYPES:  # a folder that has its name must hold its data, also after a power cut
@@ -82,16 +94,34 @@ def make_folder(folder: Path, parquet: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def readable(parquet: Path) -> Iterator[dict[str, np.ndarray]]:
+def readable(parquet: Path, tar_bytes: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
     """The columns of the rows whose status is "ok", in order, a few thousand rows at a time."""
-    total = 0
+    total = shard = 0
     yield {name: np.zeros(int(name == "first_frame"), kind) for name, kind in TYPES.items()}
-    with pq.ParquetFile(parquet, pre_buffer=False) as file:  # buffering takes three times the memory
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=["status", *PER_SAMPLE, "offsets", "sizes"]):
+    names = ["status", *PER_SAMPLE, "frames", *PER_FRAME.values()]
+    # Buffering takes three times the memory.
+    with pq.ParquetFile(parquet, pre_buffer=False, page_checksum_verification=True) as file:
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
             rows = batch.filter(pc.equal(batch["status"], "ok"))  # pyrefly: ignore
             part = {name: rows[name].to_numpy() for name in PER_SAMPLE}
-            part["first_frame"] = total + np.cumsum(rows["sizes"].value_lengths().to_numpy(), dtype=np.int64)
-            part["offset"] = rows["offsets"].flatten().to_numpy()
-            part["size"] = rows["sizes"].flatten().to_numpy()
-            total += len(part["size"])
+            lists = {name: rows[column] for name, column in PER_FRAME.items()}
+            part |= {name: values.flatten().to_numpy() for name, values in lists.items()}
+            counts = rows["frames"].to_numpy()
+            if any((values.value_lengths().to_numpy() != counts).any() for values in lists.values()):
+                raise ValueError("its lists are not as long as its frames are many")
+            check_part(part, counts, shard, tar_bytes)
+            part["first_frame"] = total + np.cumsum(counts, dtype=np.int64)
+            total, shard = total + len(part["size"]), part["shard"][-1] if len(counts) else shard
             yield part
+
+
+def check_part(part: dict[str, np.ndarray], counts: np.ndarray, shard: int, tar_bytes: np.ndarray) -> None:
+    """Raise ValueError for numbers that cannot be; the last shard before was `shard`."""
+    shards, offsets, sizes = part["shard"], part["offset"], part["size"]
+    if (np.diff(shards, prepend=shard) < 0).any() or (shards >= len(tar_bytes)).any():
+        raise ValueError("its shards are out of order or beyond the last")
+    if any(((part[name] < 1) | (part[name] > LONGEST)).any() for name in ("width", "height")):
+        raise ValueError("it has impossible widths or heights")
+    ends = np.repeat(tar_bytes[shards], counts)
+    if (counts < 1).any() or (sizes < 1).any() or (offsets < 512).any() or (offsets > ends - sizes).any():
+        raise ValueError("it has frames that do not lie in their tars")

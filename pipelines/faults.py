@@ -1,12 +1,13 @@
-"""Frames that do not decode at training time (bit rot after packing): found, named, replaced, counted.
+"""Frames damaged after packing, in training and evaluation: found, named, replaced, counted.
 
-One such frame kills a DALI pipeline for good. The loader then decodes the batches under way frame by
-frame, replaces what fails by other samples and goes on with a new pipeline. Whether a row is replaced, and
-by which sample, depends on its own bytes, window and epoch alone: not on rank, order or earlier failures.
+Most fail their checksum when read and never get further. One that is as packed and yet does not decode kills
+a DALI pipeline for good: the loader then decodes the batches under way frame by frame, replaces what fails by
+other samples and goes on with a new pipeline. Whether a row is replaced, and by which sample, depends on its
+own bytes, window and epoch alone: not on rank, order or earlier failures.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 
@@ -36,15 +37,17 @@ class Faults:
     replan: Replan
     suspects: dict[int, str] = field(default_factory=dict)  # sample id -> what was said of it
 
-    def repair(self, plan: Plan) -> Plan:
-        """The plan with every unit that does not decode replaced; costs nothing while none has failed."""
+    def repair(self, plan: Plan, feed: graph.Feed) -> tuple[Plan, graph.Feed]:
+        """The plan and what it feeds with every damaged unit replaced; costs little while none has failed."""
         for attempt in range(8):
+            self.note(plan, empty(feed), "is not what was packed: its checksum differs")
             groups = plan.ids[:: self.unit]
             checked = [unit for unit, sample in enumerate(groups.tolist()) if sample in self.suspects]
             bad = [unit for unit in checked if failing(self, take(plan, unit, self.unit))]
             if not bad:
-                return plan
+                return plan, feed
             plan = self.replace(plan, np.array(bad), attempt)
+            feed = feed_of(self.catalogue, plan, self.copies)
         raise UserError(f"{self.catalogue.info.root} has too many damaged samples; run `make verify`")
 
     def replace(self, plan: Plan, units: NDArray[np.int64], attempt: int) -> Plan:
@@ -66,32 +69,42 @@ class Faults:
 
         Raises UserError with the list when there are too many, and `error` when none is at fault.
         """
-        found = False
+        known = len(self.suspects)
         for plan in plans:
-            for frame in failing(self, plan):
-                per_group = plan.frames.shape[1]
-                row = frame // per_group * self.copies
-                found |= self.note(int(plan.ids[row]), int(plan.frames[row, frame % per_group]))
-        if not found:
+            self.note(plan, failing(self, plan), "does not decode")
+        if len(self.suspects) == known:
             raise error
-        if len(self.suspects) > self.limit:
+
+    def note(self, plan: Plan, frames: Sequence[int], reason: str) -> None:
+        """Name samples by failing frames of `feed_of(plan)`, each once; UserError when there are too many."""
+        catalogue, per_group = self.catalogue, plan.frames.shape[1]
+        for place in frames:
+            row = place // per_group * self.copies
+            sample, frame = int(plan.ids[row]), int(plan.frames[row, place % per_group])
+            if sample not in self.suspects:
+                tar = catalogue.tar_path(int(catalogue.shard[sample]))
+                offset = int(catalogue.offset[catalogue.first_frame[sample] + frame])
+                said = f"{tar}: {catalogue.member_name(sample, frame)} at byte {offset} {reason}"
+                self.suspects[sample] = said
+                say_once(f"{said}; another sample takes its place")
+        if frames and len(self.suspects) > self.limit:
             listed = "; ".join(list(self.suspects.values())[:20])
             raise UserError(
-                f"{len(self.suspects)} samples do not decode, more than the {self.limit} allowed; "
-                f"run `make verify DATA={self.catalogue.info.root}` and pack them again: {listed}"
+                f"{len(self.suspects)} samples are damaged, more than the {self.limit} allowed; "
+                f"{self.advice()}: {listed}"
             )
 
-    def note(self, sample: int, frame: int) -> bool:
-        """Name a failing frame, once per sample; True when it is news."""
-        if sample in self.suspects:
-            return False
-        catalogue = self.catalogue
-        offset = int(catalogue.offset[catalogue.first_frame[sample] + frame])
-        tar = catalogue.tar_path(int(catalogue.shard[sample]))
-        name = catalogue.member_name(sample, frame) or catalogue.keys[sample].as_py()
-        self.suspects[sample] = f"{tar}: {name} at byte {offset}"
-        say_once(f"{self.suspects[sample]} does not decode; another sample takes its place")
-        return True
+    def advice(self) -> str:
+        """What to do about the samples noted so far; a shard of which nothing is right is another's file."""
+        shards, root = self.catalogue.shard, self.catalogue.info.root
+        strange = []
+        for shard in np.unique(shards[list(self.suspects)]).tolist():
+            some = np.flatnonzero(shards == shard)[:8]
+            if not any(len(jpeg) for jpeg in self.catalogue.read(some, np.zeros((len(some), 1), np.int64))):
+                strange.append(str(self.catalogue.tar_path(shard)))
+        if strange:
+            return f"{', '.join(strange)} must have been replaced or swapped since packing: restore them"
+        return f"run `make verify DATA={root}` and pack them again"
 
 
 @cache
@@ -106,11 +119,16 @@ def take(plan: Plan, unit: int, size: int) -> Plan:
     return Plan(*(getattr(plan, part.name)[rows] for part in fields(Plan)))
 
 
+def empty(feed: graph.Feed) -> list[int]:
+    """Indices of the frames that failed their checksum."""
+    return [index for index, jpeg in enumerate(feed.jpegs) if not len(jpeg)]
+
+
 def failing(faults: Faults, plan: Plan) -> list[int]:
-    """Indices of the frames of `feed_of(plan)` that do not decode, each tried alone."""
+    """Indices of the damaged frames of `feed_of(plan)`: by their checksums, or else each tried alone."""
     feed = feed_of(faults.catalogue, plan, faults.copies)
-    bad: list[int] = []
-    start = 0
+    bad = empty(feed)
+    start = len(feed.jpegs) if bad else 0
     while start < len(feed.jpegs):
         start = first_failing(feed, start, faults.device)
         if start < len(feed.jpegs):

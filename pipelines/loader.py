@@ -3,6 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -170,14 +171,25 @@ def run_plans(
     """
     catalogue, resampling = faults.catalogue, graph.start_resampling(settings)
     planned = lru_cache(maxsize=READ_AHEAD + settings.prefetch + 2)(plan)
+    reader = ThreadPoolExecutor(1, thread_name_prefix="read")
     done = 0
+
+    def read(number: int) -> tuple[Plan, graph.Feed]:
+        rows = planned(number)
+        advise(catalogue, planned, number)
+        return rows, feed_of(catalogue, rows, settings.copies)
+
+    @lru_cache(maxsize=2)
+    def coming(number: int) -> Future[tuple[Plan, graph.Feed]]:
+        return reader.submit(read, number)
+
     while True:
         waiting: deque[tuple[Plan, graph.Feed]] = deque()  # fed to the graph, not yet come out of it
 
         def source(iteration: int, first: int = done, waiting: deque = waiting) -> graph.Feed:
-            advise(catalogue, planned, first + iteration, iteration == 0)
-            rows = faults.repair(planned(first + iteration))
-            waiting.append((rows, feed_of(catalogue, rows, settings.copies)))
+            ready = coming(first + iteration).result()
+            coming(first + iteration + 1)
+            waiting.append(faults.repair(*ready))
             return waiting[-1][1]
 
         try:
@@ -192,11 +204,11 @@ def run_plans(
             faults.examine([rows for rows, _ in waiting], error)
 
 
-def advise(catalogue: Catalogue, planned: Callable[[int], Plan], iteration: int, opening: bool) -> None:
-    """Ask for the files of the batch READ_AHEAD from here; at the opening also of those before it."""
-    for ahead in range(1 if opening else READ_AHEAD, READ_AHEAD + 1):
+def advise(catalogue: Catalogue, planned: Callable[[int], Plan], number: int) -> None:
+    """Ask for the files of the batch READ_AHEAD from here; at the first also of those before it."""
+    for ahead in range(READ_AHEAD if number else 1, READ_AHEAD + 1):
         try:
-            rows = planned(iteration + ahead)
+            rows = planned(number + ahead)
         except StopIteration:
             return
         catalogue.will_need(rows.ids, rows.frames)

@@ -111,14 +111,17 @@ def repeated(
 
 
 def feed_of(catalogue: Catalogue, plan: Plan, copies: int) -> Feed:
-    """The frames to decode, sample after sample; `copies` rows side by side share theirs."""
+    """Read the frames to decode, sample after sample; `copies` rows side by side share theirs.
+
+    A damaged one is empty, see `Catalogue.read`.
+    """
     windows = plan.windows.reshape(-1, copies, 4)
     low = windows[..., :2].min(axis=1)
     high = (windows[..., :2] + windows[..., 2:]).max(axis=1)
     boxes = np.concatenate([low, high - low], axis=1)
     inner = np.concatenate([windows[..., :2] - low[:, None], windows[..., 2:]], axis=2)
     frames = plan.frames[::copies]
-    jpegs = catalogue.clip_bytes(plan.ids[::copies], frames)
+    jpegs = catalogue.read(plan.ids[::copies], frames)
     flips = plan.flips.reshape(-1, copies)
     per_frame = [np.repeat(part, frames.shape[1], axis=0) for part in (boxes, inner, flips)]
     return Feed(jpegs, *per_frame)

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipelines.catalogue import SCHEMA
+from pipelines.catalogue import SCHEMA, Catalogue
 
 torch.set_num_threads(1)  # torch's threads would spin against DALI's on a small machine
 
@@ -54,6 +55,7 @@ def write_dataset(root: Path, clips: list[list[bytes]], kind: str, per_shard: in
             "shard": shard,
             "offsets": [],
             "sizes": [len(frame) for frame in frames],
+            "crcs": [zlib.crc32(frame) for frame in frames],
         }
         with tarfile.open(root / split / f"{shard:06d}.tar", "a", format=tarfile.USTAR_FORMAT) as tar:
             for number, frame in enumerate(frames):
@@ -73,7 +75,8 @@ def write_dataset(root: Path, clips: list[list[bytes]], kind: str, per_shard: in
 
 
 def write_info(root: Path, kind: str, splits: dict):
-    info = {"format": 1, "kind": kind, "classes": ["c0", "c1", "c2"], "splits": splits, "packing": {}}
+    info = {"format": 2, "kind": kind, "classes": ["c0", "c1", "c2"], "splits": splits, "packing": {}}
+    info["tar_bytes"] = {s: [tar.stat().st_size for tar in sorted((root / s).glob("*.tar"))] for s in splits}
     (root / "dataset.json").write_text(json.dumps(info))
 
 
@@ -85,3 +88,14 @@ def clip_dataset(root: Path, lengths: list[int], size: tuple[int, int] = (64, 48
     """Clips of the given lengths; frame k is a flat gray of level 2 k, so that frames can be told apart."""
     clips = [[jpeg(np.full((size[1], size[0], 3), 2 * k, np.uint8)) for k in range(n)] for n in lengths]
     return write_dataset(root, clips, "video")
+
+
+def frame_bytes(catalogue: Catalogue, sample: int, frame: int) -> np.ndarray:
+    """The JPEG of a frame, uint8 [bytes]."""
+    return catalogue.read(np.array([sample]), np.array([[frame]]))[0]
+
+
+def keys_of(catalogue: Catalogue) -> list[str]:
+    """The keys of the readable samples."""
+    table = pq.read_table(catalogue.parquet, columns=["key"], filters=[("status", "=", "ok")])
+    return table["key"].to_pylist()

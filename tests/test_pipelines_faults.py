@@ -44,7 +44,7 @@ def test_damaged_samples_are_replaced_named_once_and_counted(images, capfd):
     assert all((batch.labels.numpy() == batch.ids % 3).all() for batch in batches)
     said = capfd.readouterr().err
     offset = int(images.offset[4])
-    assert said.count(f"000000.tar: 00000004-x.jpg at byte {offset} does not decode") == 1
+    assert said.count(f"000000.tar: 00000004-x.jpg at byte {offset} is not what was packed") == 1
     assert said.count("000002.tar: 00000017-x.jpg") == 1
 
 
@@ -67,7 +67,7 @@ def test_evaluation_leaves_damaged_samples_out(images):
 
 
 def test_too_much_damage_stops_with_the_list(images):
-    with pytest.raises(UserError, match=r"2 samples do not decode, more than the 1 allowed.*00000017-x"):
+    with pytest.raises(UserError, match=r"2 samples are damaged, more than the 1 allowed.*00000017-x"):
         train(images, ViewSpec(32), 8, max_bad=0.001)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines_fixtures import clip_dataset, image_dataset, jpeg, picture, write_dataset
+from pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, picture, write_dataset
 
 from pipelines import graph, inputs, loader, sampler
 from pipelines.catalogue import open_catalogue
@@ -136,7 +136,7 @@ def test_decoded_pixels_equal_pillows(images):
     view = ViewSpec(72, crop_fraction=1.0)  # the central 72 x 72 pixels of 96 x 72, not resampled
     (batch,) = eval_batches(images, view, batch=30, rank=0, world=1, device=CPU, threads=2)
     for sample in range(30):
-        pixels = Image.open(io.BytesIO(images.frame_bytes(sample, 0).tobytes())).crop((12, 0, 84, 72))
+        pixels = Image.open(io.BytesIO(frame_bytes(images, sample, 0).tobytes())).crop((12, 0, 84, 72))
         gap = np.abs(batch.pixels[sample].numpy().astype(int) - np.asarray(pixels))
         assert gap.max() <= 8 and gap.mean() < 0.5  # chroma differs a little at the window's border
 
@@ -220,7 +220,7 @@ def test_the_window_and_the_flip_of_the_plan_are_what_comes_out(images):
     plan = train_plan(images, view, 5, ids, epochs)
     assert 0 < plan.flips.sum() < 30
     for row, (x, y, w, h) in enumerate(plan.windows.tolist()):
-        whole = Image.open(io.BytesIO(images.frame_bytes(int(plan.ids[row]), 0).tobytes()))
+        whole = Image.open(io.BytesIO(frame_bytes(images, int(plan.ids[row]), 0).tobytes()))
         expected = whole.crop((x, y, x + w, y + h)).resize((40, 40), Image.Resampling.BILINEAR)
         if plan.flips[row]:
             expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -171,7 +171,7 @@ def test_a_browser_opens_it_without_complaint(run: Path, tmp_path: Path):
 
 
 INFO = DatasetInfo(
-    Path("x"), "image", ("cats", "```dogs", "émus"), {"train": {"samples": 30}, "val": {"samples": 3}}, {}
+    Path("x"), "image", ("cats", "```dogs", "émus"), {"train": {"samples": 30}, "val": {"samples": 3}}, {}, {}
 )
 
 

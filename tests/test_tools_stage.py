@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from pipelines_fixtures import image_dataset
+from pipelines_fixtures import image_dataset, keys_of
 
 from pipelines.catalogue import open_catalogue
 from pipelines.errors import UserError
@@ -99,7 +99,7 @@ def test_a_damaged_shard_never_gets_its_name(tmp_path, monkeypatch):
     with (source / "train/000001.tar").open("r+b") as file:
         file.seek(int(catalogue.offset[18]) + 400)
         file.write(b"??")
-    key = catalogue.keys[18].as_py()
+    key = keys_of(catalogue)[18]
     with pytest.raises(UserError, match=rf"000001\.tar could not be copied.*{key}.*its checksum"):
         stage.stage(str(source), tmp_path / "copy")
     assert not (tmp_path / "copy/train/000001.tar").exists()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,7 +152,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "not where the catalogue has them",
     ),
     "checksum": (lambda root: change_row(root, "val", 0, sha256="0" * 64), "val/.*its checksum differs"),
-    "shard": (lambda root: change_row(root, "train", 3, shard=9), "lists shard 9 out of order|should"),
+    "shard": (
+        lambda root: change_row(root, "train", 3, shard=9),
+        "its shards are out of order or beyond the last",
+    ),
     "lost row": (
         lambda root: pq.write_table(pa.Table.from_pylist(rows_of(root)[:-1], SCHEMA), root / "train.parquet"),
         "train.parquet lists 17 samples, dataset.json says 18",
@@ -160,7 +164,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda root: (root / "train.parquet").write_bytes((root / "train.parquet").read_bytes()[:900]),
         "train.parquet cannot be read",
     ),
-    "missing catalogue": (lambda root: (root / "val.parquet").unlink(), "val.parquet cannot be read"),
+    "missing catalogue": (lambda root: (root / "val.parquet").unlink(), "val.parquet is missing"),
 }
 
 
@@ -181,7 +185,8 @@ def test_a_frame_that_does_not_decode_is_named(clips, capsys):
     data[start : start + size] = bytes(size)
     tar.write_bytes(data)
     frames = [bytes(data[at : at + n]) for at, n in zip(row["offsets"], row["sizes"], strict=True)]
-    change_row(clips, "train", 1, sha256=hashlib.sha256(b"".join(frames)).hexdigest())
+    sums = {"sha256": hashlib.sha256(b"".join(frames)).hexdigest(), "crcs": [*map(zlib.crc32, frames)]}
+    change_row(clips, "train", 1, **sums)
     assert faults(clips, capsys) == [f"{tar}: {row['key']}: frame 2 at byte {start} does not decode"]
 
 

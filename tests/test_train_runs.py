@@ -299,7 +299,7 @@ def test_damage_is_replaced_counted_and_bounded_on_every_rank(images: Path, tmp_
     assert [row["bad"] for row in results(tmp_path / "two")[1]] == [row["bad"] for row in rows]
     strict = replace(two, data=replace(two.data, max_bad=0.0), run=replace(two.run, name="strict"))
     done = call("train.finetune", "image-ft-pico", *arguments(strict))
-    assert done.returncode == 2 and "2 samples do not decode, more than the 1 allowed" in done.stderr
+    assert done.returncode == 2 and "2 samples are damaged, more than the 1 allowed" in done.stderr
 
 
 def test_two_runs_cannot_share_a_folder(images: Path, tmp_path: Path):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -137,7 +138,7 @@ def _add_sample(tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[Row])
     """Append one sample to the tar and its row to `rows`; return its index line, "" if rejected."""
     row: Row = asdict(sample) | {"source": readable(sample.source), "frames": 0, "shard": -1}
     row |= {"status": "rejected", "reason": "", "change": "", "width": 0, "height": 0, "sha256": ""}
-    row |= {"offsets": [], "sizes": []}
+    row |= {"offsets": [], "sizes": [], "crcs": []}
     rows.append(row)
     try:
         packed = job.load(job.root, sample.source, job.packing)
@@ -155,6 +156,7 @@ def _add_sample(tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[Row])
     ]
     row["offsets"] = [offset for _, offset, _ in places[: len(packed.frames)]]
     row["sizes"] = [size for _, _, size in places[: len(packed.frames)]]
+    row["crcs"] = [zlib.crc32(frame) for frame in packed.frames]
     row["sha256"] = hashlib.sha256(b"".join(packed.frames)).hexdigest()
     return " ".join(f"{name} {offset} {size} {sample.key}.{name}" for name, offset, size in places) + "\n"
 
@@ -197,12 +199,14 @@ def is_done(job: Job) -> bool:
 def finish(plan: Plan, out: Path) -> None:
     """Merge the shards' rows into one catalogue a split and write dataset.json, which makes it a dataset."""
     splits = {split: merge(out, split) for split in plan.splits}
+    tars = {split: sorted((out / split).glob("[0-9]*.tar")) for split in plan.splits}
     info = {
         "format": FORMAT_VERSION,
         "kind": plan.kind,
         "classes": list(plan.classes),
         "splits": splits,
         "packing": plan.settings(),
+        "tar_bytes": {split: [tar.stat().st_size for tar in paths] for split, paths in tars.items()},
     }
     with atomic_write(out / "dataset.json") as path:
         path.write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n")
@@ -212,7 +216,11 @@ def merge(out: Path, split: str) -> dict[str, int]:
     """Join out/split/*.parquet in shard order into out/split.parquet; return the split's counts."""
     parts = sorted((out / split).glob("[0-9]*.parquet"))
     counts = {"samples": 0, "rejected": 0, "frames": 0, "shards": len(parts)}
-    with atomic_write(out / f"{split}.parquet") as path, pq.ParquetWriter(path, SCHEMA) as writer:
+    options = {"write_page_checksum": True}  # so that a flipped bit is noticed when it is read
+    with (
+        atomic_write(out / f"{split}.parquet") as path,
+        pq.ParquetWriter(path, SCHEMA, **options) as writer,
+    ):
         waiting: list[pa.Table] = []
         for part in parts:
             table = pq.read_table(part, schema=SCHEMA)

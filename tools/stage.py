@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -24,8 +25,7 @@ from pyarrow import fs
 from rich.console import Console
 from rich.progress import track
 
-from pipelines.catalogue import read_info
-from pipelines.columns import load_columns
+from pipelines.catalogue import missing_shards, open_split, read_info
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 from tools.verify import Row, Tally, read_rows
@@ -61,14 +61,15 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
     fetch(store, f"{top}/dataset.json", waiting / "dataset.json")
     if whole.is_file() and whole.read_bytes() != (waiting / "dataset.json").read_bytes():
         raise UserError(f"{target} holds another dataset than {top}; choose an empty folder.")
-    splits = read_info(waiting).splits
+    info = replace(read_info(waiting), root=target)
     start, came, kept = time.perf_counter(), 0, 0
-    for split, counts in splits.items():
+    for split, lengths in info.tar_bytes.items():
         (target / split).mkdir(exist_ok=True)
         fetch(store, f"{top}/{split}.parquet", target / f"{split}.parquet")
-        missing = [n for n in range(counts["shards"]) if not (target / split / f"{n:06d}.tar").is_file()]
-        kept += counts["shards"] - len(missing)
-        check_space(target, split, missing)
+        open_split(info, split)  # raises UserError for a catalogue that cannot be used
+        missing = missing_shards(info, split)
+        kept += len(lengths) - len(missing)
+        check_space(target, split, sum(lengths[shard] for shard in missing))
         jobs = shards_to_fetch(store, f"{top}/{split}", target, split, set(missing))
         progress = track(
             in_parallel(jobs, workers), split, len(missing), transient=True, console=Console(stderr=True)
@@ -168,11 +169,8 @@ def in_parallel(jobs: Iterator[Job], workers: int) -> Iterator[int]:
         pool.shutdown(cancel_futures=True)
 
 
-def check_space(target: Path, split: str, missing: list[int]) -> None:
-    """Raise UserError when the missing shards cannot fit on the target's disk."""
-    columns = load_columns(target / f"{split}.parquet")
-    frames = np.repeat(np.isin(columns["shard"], missing), np.diff(columns["first_frame"]))
-    needed = int(columns["size"].sum(where=frames, dtype=np.int64))
+def check_space(target: Path, split: str, needed: int) -> None:
+    """Raise UserError when the `needed` bytes cannot fit on the target's disk."""
     free = shutil.disk_usage(target).free
     if needed > free:
         raise UserError(

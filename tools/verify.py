@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tarfile
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,8 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from pipelines.catalogue import SCHEMA, DatasetInfo, read_info
-from pipelines.errors import run_cli
+from pipelines.catalogue import SCHEMA, DatasetInfo, missing_shards, open_split, read_info
+from pipelines.errors import UserError, run_cli
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
@@ -85,25 +86,29 @@ def check_split(info: DatasetInfo, split: str, tally: Tally) -> Iterator[str]:
     """Check every shard of a split, one sentence a fault; fill `tally`."""
     said = info.splits[split]
     path = info.root / f"{split}.parquet"
-    tars = [info.root / split / f"{shard:06d}.tar" for shard in range(said.get("shards", 0))]
+    tars = [info.tar_path(split, shard) for shard in range(said["shards"])]
     expected = {*tars, *(tar.with_suffix(".idx") for tar in tars)}
+    for tar in (tars[shard] for shard in missing_shards(info, split)):
+        yield f"{tar} is missing or not of the length it was packed with; pack this dataset again"
     for strange in sorted({*(info.root / split).glob("[!.]*")} - expected):
         yield f"{strange} belongs to no shard; delete it"
     try:
+        open_split(info, split)
         listed = groupby(read_rows(path, tally), key=lambda row: row["shard"])
         shard, rows = next(listed, (-1, iter(())))
         for number, tar in enumerate(track(tars, split, transient=True, console=Console(stderr=True))):
             yield from check_shard(info, tar, list(rows) if shard == number else [])
             if shard == number:
                 shard, rows = next(listed, (-1, iter(())))
-        if next(rows, None):
-            yield f"{path} lists shard {shard} out of order or beyond the last; pack this dataset again"
-    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+    except UserError as error:
+        yield str(error)
+        return
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         yield f"{path} cannot be read ({str(error).partition(chr(10))[0]}); pack this dataset again"
         return
     for name in ("samples", "rejected", "frames"):
-        if said.get(name) != (count := getattr(tally, name)):
-            yield f"{path} lists {count} {name}, dataset.json says {said.get(name)}; pack this dataset again"
+        if said[name] != (count := getattr(tally, name)):
+            yield f"{path} lists {count} {name}, dataset.json says {said[name]}; pack this dataset again"
 
 
 def read_rows(path: Path, tally: Tally) -> Iterator[Row]:
@@ -143,7 +148,7 @@ def check_shard(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterator[
     index = [f"v1.2 {len(rows)}"]
     good = []
     try:
-        tar = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        tar = np.frombuffer(path.read_bytes(), np.uint8)
         indexed = path.with_suffix(".idx").read_text(errors="replace")
         for row, names, places in walk(tar, info.kind, rows):
             said = list(sample_faults(info, tar, row, places))
@@ -203,7 +208,8 @@ def sample_faults(info: DatasetInfo, tar: np.ndarray, row: Row, places: Sequence
     *frames, label, told = [tar[offset : offset + size].tobytes() for offset, size in places]
     if places[:-2] != list(zip(row["offsets"], row["sizes"], strict=False)):
         yield "its frames are not where the catalogue has them"
-    if hashlib.sha256(b"".join(frames)).hexdigest() != row["sha256"]:
+    digests = (hashlib.sha256(b"".join(frames)).hexdigest(), [zlib.crc32(frame) for frame in frames])
+    if digests != (row["sha256"], row["crcs"]):
         yield "its checksum differs: the frames are not those that were packed"
     if label != b"%d" % row["label"]:
         yield f"its .cls has label {label.decode('ascii', 'replace')}, the catalogue {row['label']}"
@@ -213,7 +219,7 @@ def sample_faults(info: DatasetInfo, tar: np.ndarray, row: Row, places: Sequence
     try:
         if json.loads(told) != {name: row[name] for name in TOLD}:
             yield "its .json differs from the catalogue"
-    except ValueError:
+    except (ValueError, RecursionError):
         yield "its .json is damaged"
 
 
