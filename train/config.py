@@ -137,6 +137,10 @@ class SpeedConfig:
     """auto (CUDA when there is one), cuda or cpu."""
     processes: int = 1
     """Processes to start on this machine, one per GPU. Leave it at 1 under torchrun."""
+    restarts: int = 0
+    """How often the processes of this machine are started again after one of them failed."""
+    timeout: float = 600.0
+    """Seconds a process waits for the others before it gives up, as when one of them hangs."""
     micro_batch: int = 64
     """Samples per process per forward; gradients accumulate up to optim.batch."""
     eval_batch: int = 0

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -57,15 +58,19 @@ def resolve_device(name: str, processes: int) -> str:
     return "cuda"
 
 
-def launch(processes: int) -> None:
-    """Run this same command in `processes` processes by torchrun's engine and exit with their status."""
+def launch(processes: int, restarts: int) -> None:
+    """Run this same command in `processes` processes by torchrun's engine and exit with their status.
+
+    When one of them fails all are ended, and started again up to `restarts` times.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     module = sys.modules["__main__"].__spec__
     name = module.name if module else sys.argv[0]
-    arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", name, *sys.argv[1:]]
+    counts = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    arguments = ["--standalone", *counts, "-m", name, *sys.argv[1:]]
     # One thread pool per process that together fill the machine; torchrun would otherwise force one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     try:
@@ -78,8 +83,11 @@ def launch(processes: int) -> None:
     sys.exit(0)
 
 
-def start(device: str) -> World:
-    """Join the process group that torchrun described, or be a world of one."""
+def start(device: str, timeout: float = 600.0) -> World:
+    """Join the process group that torchrun described, or be a world of one.
+
+    timeout: seconds that a process waits for the others before it gives up.
+    """
     size = int(os.environ.get("WORLD_SIZE", 1))
     local = local_rank()
     kind = resolve_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -89,13 +97,18 @@ def start(device: str) -> World:
         # A launcher that is killed outright must not leave its processes training on: they save and stop.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if size > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     return World(rank(), size, torch.device(kind, local) if kind == "cuda" else torch.device("cpu"))
 
 
 def finish() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error means that another process ended or does not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
@@ -135,11 +148,13 @@ class StopSignal:
     The processes exchange one flag per step in the background and read it a step later, so nothing waits.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, timeout: float) -> None:
         self.number = 0
-        self._group: dist.ProcessGroup | None = (
-            dist.new_group(backend="gloo") if world.size > 1 else None  # pyrefly: ignore
-        )
+        self._group: dist.ProcessGroup | None = None
+        if world.size > 1:
+            self._group = dist.new_group(  # pyrefly: ignore
+                backend="gloo", timeout=timedelta(seconds=timeout)
+            )
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)

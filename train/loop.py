@@ -54,7 +54,7 @@ def main(config: Config, make_task: MakeTask) -> None:
     """Check, start the processes that were asked for, and train."""
     if config.speed.processes > 1 and not distributed.under_torchrun():
         setup.check(config)
-        distributed.launch(config.speed.processes)
+        distributed.launch(config.speed.processes, config.speed.restarts)
     if distributed.under_torchrun():  # torchrun's count is the truth; speed.processes has done its part
         config = dataclasses.replace(config, speed=dataclasses.replace(config.speed, processes=1))
     if distributed.local_rank() == 0:  # once a machine, also where torchrun was called by hand
@@ -65,22 +65,36 @@ def main(config: Config, make_task: MakeTask) -> None:
         return
     try:
         stopped = fit(config, make_task)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU's memory does not hold a step ({str(error).partition('.')[0]}); lower "
-            f"speed.micro_batch ({config.speed.micro_batch}), which leaves the result as it is, or set "
-            "model.checkpoint_stages"
-        ) from error
+    except RuntimeError as error:
+        if sentence := explained(error, config):
+            raise UserError(sentence) from error
+        raise
     finally:
         distributed.finish()
     if stopped:
         sys.exit(128 + stopped)
 
 
+def explained(error: RuntimeError, config: Config) -> str:
+    """What to do about an error that lies in the machine and not in the code; empty for any other."""
+    speed = config.speed
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return (
+            f"memory does not hold a step ({str(error).partition('.')[0]}); lower speed.micro_batch "
+            f"({speed.micro_batch}), which leaves the result as it is, or set model.checkpoint_stages"
+        )
+    if distributed.lost_another(error):
+        return (
+            f"process {distributed.rank()}: another process ended, or gave no sign for {speed.timeout:g} s "
+            "(speed.timeout); see what it said, then run the same command to go on from the last checkpoint"
+        )
+    return ""
+
+
 def fit(config: Config, make_task: MakeTask) -> int:
     """Train to the end or to a signal; returns the signal's number, 0 when the run is complete."""
     # ---- processes, folder, log
-    world = distributed.start(config.speed.device)
+    world = distributed.start(config.speed.device, config.speed.timeout)
     torch.set_num_threads(setup.torch_threads(world))
     screen = Screen(world.is_main)
     run = rundir.folder_of(config)
@@ -131,7 +145,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     joined = setup.join(ready, world)
     evaluated = ready if ema is None else Normalised(ema.module, config.data.frames).to(world.device)
     operations = setup.step_operations(model, config)
-    stop = distributed.StopSignal(world)
+    stop = distributed.StopSignal(world, config.speed.timeout)
     batches = setup.training_batches(config, world, catalogue, accumulate, state.step)
     clock = Clock(state.elapsed)
     pending: tuple[dict, torch.Tensor] | None = None

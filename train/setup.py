@@ -55,6 +55,8 @@ def check_ranges(config: Config) -> None:
         ("optim.layer_decay", optim.layer_decay, tiny, 1),
         ("optim.ema", optim.ema, 0, 1 - tiny),
         ("speed.micro_batch", speed.micro_batch, 1, huge),
+        ("speed.restarts", speed.restarts, 0, huge),
+        ("speed.timeout", speed.timeout, 1, huge),
         ("run.log_every", run.log_every, 1, huge),
         ("run.eval_every", run.eval_every, 1, huge),
         ("run.checkpoint_every", run.checkpoint_every, 1, huge),
