@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines.columns import load_columns
 from pipelines.errors import UserError
@@ -225,6 +226,8 @@ def open_split(info: DatasetInfo, split: str) -> Catalogue:
     if not path.is_file():
         raise UserError(f"{path} is missing; pack this dataset again")
     try:
+        if pq.read_schema(path) != SCHEMA:
+            raise ValueError("its columns are not those of a catalogue")
         columns = load_columns(path, np.array(info.tar_bytes[split], np.int64))
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]

@@ -39,7 +39,7 @@ def test_rejected_rows_are_left_out(tmp_path):
         "crcs": [],
         "frames": 0,
     }
-    pq.write_table(pq.read_table(root / "train.parquet").from_pylist(table), root / "train.parquet")
+    pq.write_table(pq.read_table(root / "train.parquet").from_pylist(table, SCHEMA), root / "train.parquet")
     info = json.loads((root / "dataset.json").read_text())
     info["splits"]["train"] |= {"samples": 5, "rejected": 1}
     (root / "dataset.json").write_text(json.dumps(info))

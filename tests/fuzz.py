@@ -1,0 +1,277 @@
+"""Feeds damaged and hostile files to every reader of files: python -m tests.fuzz --minutes 10
+
+A reader may take what it gets or raise UserError; any other exception, a hang, a crash or unbounded memory is
+a finding. Case `seed` of a reader is always the same: --only READER --seed N runs that one alone.
+"""
+
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.catalogue import SCHEMA, check_shards, missing_shards, open_catalogue, read_info
+from pipelines.errors import UserError
+from tests.train_helpers import make_clips
+from tools.pack_kinetics import read_annotations
+from tools.val_labels import val_classes
+from tools.verify import check_shard, verify
+
+SECONDS = 20  # a case may take, on a machine that does other things too
+MEMORY = 6 << 30  # bytes of address space
+NUMBERS = (-1, 0, 1, 2, 65_536, 2**31 - 1, -(2**31), 2**32, 2**62, 2**63, -(2**63), 10**30, 0.5, 1e300, True)
+STRINGS = ("", "../../x", "/etc/passwd", "\0", "\ud800", "é", "nan", "x" * 70_000, "\x1b[2J", "%s", "a,b\n")
+TOKENS = [
+    str(n).encode() for n in (*NUMBERS, "1e999", "NaN", "null", "[]", "{}", '"', ",", "\n", "\r", "n01")
+]
+TOKENS += [s.encode("utf-8", "surrogatepass") for s in STRINGS] + [b"\xff\xfe", b"\xef\xbb\xbf", b"[" * 5000]
+
+Random = random.Random
+Mutate = Callable[[Random, bytes], bytes]
+
+
+def bytes_of(rng: Random, data: bytes) -> bytes:
+    """Flip, cut, repeat, move and insert a few times."""
+    text = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        at, to = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+        kind = rng.randrange(6)
+        if kind == 0 and text:
+            text[at % len(text)] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del text[at : min(to, at + rng.choice((1, 8, 1000)))]
+        elif kind == 2:
+            text[at:at] = text[at : at + rng.randrange(1, 200)]
+        elif kind == 3:
+            text[at : at + rng.choice((0, 0, 1, 4))] = rng.choice(TOKENS)
+        elif kind == 4:
+            text[at : at + 8] = rng.randbytes(8)
+        elif rng.randrange(4) == 0:
+            del text[at:]
+    return bytes(text)
+
+
+def value_of(rng: Random, old: object) -> object:
+    """Something that may stand where `old` did."""
+    near = [old + step for step in (-1, 1, 512)] if isinstance(old, int) else []
+    listed = [old * 2, old[1:], [old]] if isinstance(old, list) else []
+    return rng.choice(
+        [*NUMBERS, *STRINGS, None, [], {}, [0], ["a", "a"], {"train": 1}, *near * 4, *listed * 4]
+    )
+
+
+def json_of(rng: Random, data: bytes) -> bytes:
+    """Change a few values or names anywhere in the tree."""
+    tree = json.loads(data)
+    for _ in range(rng.choice((1, 1, 2))):
+        places: list[tuple[dict | list, str | int]] = []
+        todo = [tree]
+        for node in todo:
+            keys = node.keys() if isinstance(node, dict) else range(len(node))
+            places += [(node, key) for key in keys]
+            todo += [node[key] for key in keys if isinstance(node[key], dict | list)]
+        node, key = rng.choice(places)
+        if isinstance(node, dict) and rng.randrange(3) == 0:
+            value = node.pop(key)
+            node.update({rng.choice(STRINGS): value} if rng.randrange(2) else {})
+        else:
+            node[key] = copy.deepcopy(value_of(rng, node[key]))  # pyrefly: ignore
+    return json.dumps(tree, ensure_ascii=rng.randrange(2) == 0).encode("utf-8", "surrogatepass")
+
+
+def rows_of(rng: Random, data: bytes) -> bytes:
+    """A Parquet file that is right, with values that may not be."""
+    rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        row, name = rng.choice(rows), rng.choice(SCHEMA.names)
+        if isinstance(row[name], list) and row[name] and rng.randrange(2):
+            row[name][rng.randrange(len(row[name]))] = value_of(rng, row[name][0])
+        else:
+            row[name] = value_of(rng, row[name])
+    names = rng.sample(SCHEMA.names, len(SCHEMA.names)) if rng.randrange(8) == 0 else SCHEMA.names
+    names = names[: -rng.randrange(1, 4)] if rng.randrange(8) == 0 else names
+    schema = SCHEMA if rng.randrange(4) else None
+    try:
+        fields = [pa.array([row[n] for row in rows], schema and schema.field(n).type) for n in names]
+        table = pa.table(dict(zip(names, fields, strict=True)))
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
+        return bytes_of(rng, data)  # no column can hold such values
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=rng.choice((1, 3, 1000)))
+    return sink.getvalue().to_pybytes()
+
+
+# ---- readers: (what is damaged, how, what reads it) ------------------------------------------------------
+
+
+def use(root: Path) -> None:
+    """Everything that training does with a catalogue before it decodes."""
+    info = read_info(root)
+    check_shards(info)
+    for split in info.splits:
+        catalogue = open_catalogue(root, split)
+        for sample in range(len(catalogue)):
+            count = int(catalogue.frame_counts(np.array([sample]))[0])
+            assert count < 100_000
+            catalogue.read(np.array([sample]), np.arange(count)[None])
+            catalogue.will_need(np.array([sample]), np.arange(count)[None])
+            assert catalogue.member_name(sample, 0).isprintable()
+
+
+def check(root: Path) -> None:
+    """What tools.verify does with a shard: whatever is changed in it or in its index is a fault."""
+    rows = pq.read_table(root / "train.parquet").to_pylist()
+    tar = root / "train/000000.tar"
+    whole = hashlib.sha256(tar.read_bytes() + tar.with_suffix(".idx").read_bytes()).hexdigest()
+    changed = whole != (root / "whole").read_text()
+    info = read_info(root)
+    faults = [*check_shard(info, tar, rows), *missing_shards(info, "train")]
+    assert bool(faults) == changed
+
+
+def labels(root: Path) -> None:
+    pictures, classes, refused = ["val/a.jpg", "val/b.jpg"], {"n01", "n02"}, []
+    for path, synsets in (("labels.txt", None), ("classes.txt", None), ("numbers.txt", "classes.txt")):
+        try:
+            found = val_classes(root / path, synsets and root / synsets, pictures, classes)
+            assert len(found) == 2 and set(found) <= classes
+        except UserError as error:
+            refused.append(error)
+    if refused:
+        raise refused[0]
+
+
+def annotations(root: Path) -> None:
+    for clip in read_annotations(root, "train"):
+        assert "/" not in clip.name() and clip.name() not in (".", "..")
+
+
+READERS: dict[str, tuple[tuple[str, ...], tuple[Mutate, ...], Callable[[Path], object]]] = {
+    "dataset": (("dataset.json",), (bytes_of, json_of, json_of), use),
+    "catalogue": (("train.parquet",), (bytes_of, rows_of, rows_of), use),
+    "verify": (("dataset.json", "train.parquet"), (bytes_of,), verify),
+    "index": (("train/000000.idx", "train/000000.tar"), (bytes_of,), check),
+    "labels": (("labels.txt", "classes.txt", "numbers.txt"), (bytes_of,), labels),
+    "annotations": (("train.csv",), (bytes_of,), annotations),
+}
+
+
+def make(root: Path) -> Path:
+    """What the readers read, undamaged; gives its folder."""
+    good = make_clips(root, train=2, val=1, frames=3)
+    (good / "train.csv").write_text('label,youtube_id,time_start,time_end\na b,x-1,0,10\n"c,d",y,3,13\n')
+    (good / "labels.txt").write_text("ImageId,PredictionString\na,n01 1 2 3 4\nb,n02 1 2 3 4\n")
+    (good / "classes.txt").write_text("n01\nn02\n")
+    (good / "numbers.txt").write_text("2\n1\n")
+    shard = (good / "train/000000.tar").read_bytes() + (good / "train/000000.idx").read_bytes()
+    (good / "whole").write_text(hashlib.sha256(shard).hexdigest())
+    return good
+
+
+# ---- running ---------------------------------------------------------------------------------------------
+
+
+def one(name: str, seed: int, good: Path, folder: Path) -> str:
+    """Run a case in `folder`, a copy of `good`: "taken" or "refused"."""
+    rng = random.Random(f"{name} {seed}")
+    files, mutations, read = READERS[name]
+    path = rng.choice(files)
+    (folder / path).write_bytes(rng.choice(mutations)(rng, (good / path).read_bytes()))
+    try:
+        read(folder)
+        return "taken"
+    except UserError:
+        return "refused"
+    finally:
+        shutil.copyfile(good / path, folder / path)
+
+
+def work(name: str, good: Path, first: int, until: float, told: Connection) -> None:
+    """Run cases from `first` on in a process of their own; tell each before it starts, and how it ended."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"more than {SECONDS} s")
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    signal.signal(signal.SIGALRM, late)
+    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
+        sys.stdout = sys.stderr = nowhere  # verify prints what it finds
+        copied = Path(shutil.copytree(good, Path(folder) / "data"))
+        for seed in itertools.count(first):
+            if time.monotonic() > until:
+                return
+            told.send((seed, ""))
+            signal.alarm(SECONDS)
+            try:
+                told.send((seed, one(name, seed, good, copied)))
+            except Exception:
+                told.send((seed, traceback.format_exc(limit=-3)))
+            signal.alarm(0)
+
+
+def fuzz(name: str, good: Path, seconds: float, seed: int) -> tuple[Counter[str], list[str]]:
+    """How many cases ended how, and the findings."""
+    until, counts, findings = time.monotonic() + seconds, Counter(), []
+    while time.monotonic() < until:
+        told, teller = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.Process(target=work, args=(name, good, seed, until, teller), daemon=True)
+        process.start()
+        teller.close()
+        try:
+            while told.poll(3 * SECONDS):
+                seed, outcome = told.recv()
+                if outcome in ("taken", "refused"):
+                    counts[outcome] += 1
+                elif outcome:
+                    findings.append(f"--only {name} --seed {seed}: {outcome}")
+            findings.append(f"--only {name} --seed {seed}: hangs")
+            process.kill()
+        except EOFError:
+            process.join()
+            if process.exitcode:
+                findings.append(f"--only {name} --seed {seed}: the process ended with {process.exitcode}")
+        seed += 1
+    return counts, findings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0, help="for each reader")
+    parser.add_argument("--only", choices=READERS, nargs="*", default=list(READERS))
+    parser.add_argument("--seed", type=int, help="run one case here and show what comes of it")
+    options = parser.parse_args()
+    found = 0
+    with tempfile.TemporaryDirectory() as folder:
+        good = make(Path(folder))
+        if options.seed is not None:
+            copied = Path(shutil.copytree(good, Path(folder) / "copied"))
+            print(one(options.only[0], options.seed, good, copied))
+            return
+        for name in options.only:
+            counts, findings = fuzz(name, good, 60 * options.minutes, 0)
+            shown = {finding.rpartition("\n")[0][-200:]: finding for finding in findings}  # one of each place
+            print(f"{name}: {dict(counts)}, {len(findings)} findings", *shown.values(), sep="\n", flush=True)
+            found += len(findings)
+    sys.exit(bool(found))
+
+
+if __name__ == "__main__":
+    main()
