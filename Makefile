@@ -17,7 +17,7 @@ START = $(if $(NODES),.venv/bin/torchrun --nnodes $(NODES) --nproc-per-node $(or
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 
-.PHONY: help demo shards verify stage train-mae train-ft eval probe plot report predict bench test check lock env clean
+.PHONY: help demo shards verify stage train-mae train-ft eval probe plot report predict bench test check lock env env-ray clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]   (ARGS=\"...\" is passed on to the command)"
@@ -26,8 +26,9 @@ help:  ## this list
 demo: env  ## draw data, pack, pretrain, finetune, evaluate and plot images and clips, on any machine
 	$(PY) -m tools.demo $(ARGS)
 
-shards: env  ## pack IMAGES=data/imagenet and FRAMES=data/tiny-kinetics-400, or VIDEOS=DIR, into shards/
-	$(PY) -m tools.pack --images '$(IMAGES)' --frames '$(FRAMES)' $(if $(VIDEOS),--videos '$(VIDEOS)') $(ARGS)
+shards: env  ## pack IMAGES=data/imagenet and FRAMES=data/tiny-kinetics-400, or VIDEOS=DIR, into shards/; EXECUTOR=ray RAY=HOST:PORT
+	$(PY) -m tools.pack --images '$(IMAGES)' --frames '$(FRAMES)' $(if $(VIDEOS),--videos '$(VIDEOS)') \
+		$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray '$(RAY)') $(ARGS)
 
 verify: env  ## check every byte, index and label of DATA=shards/imagenet
 	$(PY) -m tools.verify '$(or $(DATA),shards/imagenet)' $(ARGS)
@@ -68,9 +69,11 @@ test: check  ## all tests, after check
 check: env  ## lint, format, types
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyrefly check
 
-lock: env  ## requirements.in -> requirements.lock
+lock: env  ## requirements*.in -> requirements*.lock
 	$(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
 		requirements.in -o requirements.lock
+	$(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
+		requirements-ray.in -o requirements-ray.lock
 
 clean:  ## remove the environment, caches and demo results; shards and runs of yours stay
 	rm -rf .venv .uv .pytest_cache .ruff_cache data/demo shards/demo-images shards/demo-clips runs/demo-*
@@ -79,6 +82,9 @@ clean:  ## remove the environment, caches and demo results; shards and runs of y
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 
 env: .venv/.ready  ## make .venv from requirements.lock
+
+env-ray: env  ## add Ray to .venv, for make shards EXECUTOR=ray
+	$(UV) pip install -q --require-hashes --python $(PY) -r requirements-ray.lock
 
 .venv/.ready: requirements.lock | $(filter .uv/bin/uv,$(UV))
 	$(UV) venv -q --clear --python '>=3.11,<3.14' .venv

@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 from tools.images import BadImage
 from tools.pack import pack
 from tools.pack_kinetics import pack_kinetics
-from tools.packing import run, settings
+from tools.packing import HERE, crew_of, run, settings
 from tools.shards import Packed, Packing, Plan, Sample
 from tools.verify import verify
 from tools.videos import best_file, load_video, on_grid
@@ -496,7 +496,7 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
     samples = [Sample(f"{n}", 0, "a", f"{n}.mp4") for n in range(4)]
     plan = Plan("video", ["a"], {"train": samples}, settings(256, 1, 1, 0.0, 0.0))
     with pytest.raises(UserError, match="or by a file that crashes its decoder"):
-        run(plan, tmp_path, tmp_path / "out", crash, 2, 0.0)
+        run(plan, tmp_path, tmp_path / "out", crash, crew_of(2, HERE), 0.0)
 
 
 def test_each_wrong_use_gets_one_sentence(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import tyro
 from pipelines.errors import UserError, run_cli
 from tools.pack_imagenet import pack_imagenet
 from tools.pack_kinetics import pack_kinetics
+from tools.packing import HERE, Flags
 
 IMAGES, FRAMES = Path("data/imagenet"), Path("data/tiny-kinetics-400")
 WHERE = f"""nothing to pack. Put data in place, then run make shards again:
@@ -28,6 +29,7 @@ def pack(
     workers: int | None = None,
     short_side: int = 256,
     videos: Path | None = None,
+    spread: Flags = HERE,
 ) -> int:
     """Pack images and clips, those of the two that exist.
 
@@ -35,9 +37,10 @@ def pack(
         images: folder for tools.pack_imagenet.
         frames: folder that holds data_30fps_frames/ and annotations/, for tools.pack_kinetics.
         out: folder for both results, imagenet and kinetics.
-        workers: processes; one a core unless given.
+        workers: processes, one a core unless given; with Ray the shards under way.
         short_side: larger pictures and frames are scaled down to this.
         videos: instead of frames, folder that holds video files and annotations/, for tools.pack_kinetics.
+        spread: over what the shards are spread.
     """
     if videos is not None and frames != FRAMES:
         raise UserError("give the clips with either FRAMES= or VIDEOS=, and with one of them only.")
@@ -49,13 +52,13 @@ def pack(
         raise UserError(WHERE)
     codes = []
     if images.is_dir():
-        codes.append(pack_imagenet(images, out / "imagenet", workers, short_side))
+        codes.append(pack_imagenet(images, out / "imagenet", workers, short_side, spread=spread))
     else:
         print(f"{images} does not exist: no images packed")
     if clips.is_dir():
         source = None if videos else frames / "data_30fps_frames"
         folders = (source, clips / "annotations", out / "kinetics")
-        codes.append(pack_kinetics(*folders, workers, short_side, videos=videos))
+        codes.append(pack_kinetics(*folders, workers, short_side, videos=videos, spread=spread))
     else:
         print(f"{frames} does not exist: no clips packed")
     return max(codes)

@@ -16,7 +16,7 @@ import tyro
 
 from pipelines.errors import UserError, run_cli
 from tools.images import SUFFIXES, prepare, read_file
-from tools.packing import label_of, run, settings, source_folder, walk, worker_count
+from tools.packing import HERE, Flags, crew_of, label_of, run, settings, source_folder, walk
 from tools.shards import Packed, Packing, Plan, Sample, make_key, readable, shuffled
 from tools.val_labels import val_classes
 
@@ -40,13 +40,14 @@ def pack_imagenet(
     max_reject: float = 0.01,
     val_labels: Path | None = None,
     synsets: Path | None = None,
+    spread: Flags = HERE,
 ) -> int:
     """Pack pictures into shards; run it again after an interruption to go on.
 
     Args:
         source: folder with train/<class>/* and val/<class>/*, or <class>/*, or pictures alone.
         out: folder to write, for example shards/imagenet.
-        workers: processes; one a core unless given.
+        workers: processes, one a core unless given; with Ray the shards under way.
         short_side: pictures whose shorter side is larger are scaled down to this.
         shard_size: pictures a shard.
         val_fraction: share of each class that becomes the validation split where the source has none.
@@ -55,12 +56,13 @@ def pack_imagenet(
         val_labels: text file with the classes of a flat val folder: a picture's name and its class a line,
             or a class a line in the order of the names, or a class number.
         synsets: for class numbers, the class of each number a line, from 1 in the order of ILSVRC2012_ID.
+        spread: over what the shards are spread.
     """
     packing = settings(short_side, shard_size, max_pixels, val_fraction, max_reject)
-    processes = worker_count(workers)
+    crew = crew_of(workers, spread)
     source_folder(source, "--source", "the pictures")
     plan = plan_images(source, packing, val_labels, synsets)
-    return run(plan, source, out, load_image, processes, max_reject)
+    return run(plan, source, out, load_image, crew, max_reject)
 
 
 def plan_images(

@@ -21,7 +21,7 @@ import tyro
 
 from pipelines.errors import UserError, run_cli
 from tools.images import COPIED, SUFFIXES, BadImage, Picture, prepare, read_file
-from tools.packing import label_of, run, settings, source_folder, worker_count
+from tools.packing import HERE, Flags, crew_of, label_of, run, settings, source_folder
 from tools.shards import Packed, Packing, Plan, Sample, make_key, shuffled
 from tools.videos import best_file, find_videos, load_video, video_settings
 
@@ -57,6 +57,7 @@ def pack_kinetics(
     videos: Path | None = None,
     fps: float = 30.0,
     max_seconds: float = 60.0,
+    spread: Flags = HERE,
 ) -> int:
     """Pack folders of frames or video files into shards; run it again after an interruption to go on.
 
@@ -64,7 +65,7 @@ def pack_kinetics(
         frames: folder with <label>/<youtube_id>_<start>_<end>/frame_00001.jpg ...
         annotations: folder with tiny_train.csv and tiny_val.csv, or train.csv and val.csv.
         out: folder to write, for example shards/tiny-kinetics-400.
-        workers: processes; one a core unless given.
+        workers: processes, one a core unless given; with Ray the shards under way.
         short_side: frames whose shorter side is larger are scaled down to this.
         shard_size: clips a shard.
         max_pixels: larger frames are rejected.
@@ -72,9 +73,10 @@ def pack_kinetics(
         videos: instead of frames, folder with <youtube_id>_<start>_<end>.mp4 ... in folders of any depth.
         fps: frames a second to take from videos.
         max_seconds: longer videos are rejected.
+        spread: over what the shards are spread.
     """
     packing = settings(short_side, shard_size, max_pixels, 0.0, max_reject)
-    processes = worker_count(workers)
+    crew = crew_of(workers, spread)
     if frames is not None and videos is None:
         root = source_folder(frames, "--frames", "a folder for each label")
         place, load = partial(_frame_folder, root), load_clip
@@ -86,7 +88,7 @@ def pack_kinetics(
         raise UserError("give the clips with either --frames or --videos, and with one of them only.")
     source_folder(annotations, "--annotations", "tiny_train.csv and tiny_val.csv")
     plan = plan_clips(root, annotations, packing, place)
-    return run(plan, root, out, load, processes, max_reject)
+    return run(plan, root, out, load, crew, max_reject)
 
 
 def plan_clips(root: Path, annotations: Path, packing: Packing, place: Place) -> Plan:

@@ -1,26 +1,28 @@
-"""Runs a packing plan to its end: resume, worker processes, progress, the closing table."""
+"""Runs a packing plan to its end: resume, parts for several machines, progress, the closing table."""
 
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal, TextIO
 
 import PIL
 import pyarrow.parquet as pq
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from pipelines.errors import UserError
-from pipelines.files import atomic_write
+from tools.executors import Result, local, on_ray
 from tools.images import COPIED
 from tools.shards import (
     PLAN_FILE,
@@ -31,10 +33,33 @@ from tools.shards import (
     finish,
     is_done,
     jobs_of,
-    pack_shard,
     remove_unfinished,
     tidy,
 )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over what the shards are spread."""
+
+    executor: Literal["local", "ray"] = "local"
+    """local: processes of this machine; ray: a Ray cluster, all of whose nodes see source and out."""
+    ray: str = "auto"
+    """HOST:PORT of the cluster's head; auto: the cluster that this machine belongs to."""
+    shard_range: str = ""
+    """i/n: pack the i-th of n parts only, beside other processes; a run without it, at last, finishes."""
+
+
+Flags = Annotated[Spread, tyro.conf.arg(name="")]
+HERE = Spread()
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who packs, and which of the shards: all, or `part` (i, n), every n-th from the i-th."""
+
+    pack: Callable[[Sequence[Job]], Iterator[Result]]
+    part: tuple[int, int] | None = None
 
 
 def settings(
@@ -49,6 +74,24 @@ def settings(
     if not 0 <= max_reject <= 1:
         raise UserError(f"--max-reject must be a share from 0 to 1, not {max_reject}.")
     return Packing(short_side, shard_size, max_pixels, val_fraction, PIL.__version__)
+
+
+def crew_of(workers: int | None, spread: Spread) -> Crew:
+    """Who is to pack, as the command line says. Raises `UserError`."""
+    processes = worker_count(workers)
+    part = None
+    if spread.shard_range:
+        named = re.fullmatch(r"(\d{1,9})/(\d{1,9})", spread.shard_range, re.ASCII)
+        part = (int(named[1]), int(named[2])) if named else (0, 0)
+        if not 1 <= part[0] <= part[1]:
+            raise UserError(f"--shard-range must be i/n with i from 1 to n, not {spread.shard_range}.")
+    if spread.executor == "ray":
+        return Crew(partial(on_ray, address=spread.ray, at_once=workers), part)
+    if spread.ray != HERE.ray:
+        raise UserError(
+            f"--ray {spread.ray} is for --executor ray (EXECUTOR=ray); add that, or leave it out."
+        )
+    return Crew(partial(local, workers=processes), part)
 
 
 def worker_count(asked: int | None) -> int:
@@ -89,13 +132,23 @@ def label_of(classes: Sequence[str], val_classes: Sequence[str], where: str) -> 
     return {name: label for label, name in enumerate(classes)}
 
 
-def run(plan: Plan, root: Path, out: Path, load: Load, workers: int, max_reject: float) -> int:
+def run(plan: Plan, root: Path, out: Path, load: Load, crew: Crew, max_reject: float) -> int:
     """Pack what is not packed yet, print the closing table; return the exit code (1: too many rejected)."""
     console = Console(markup=False, highlight=False, emoji=False)
     with writing_to(out):
         if not (out / "dataset.json").exists():
-            with _begun(plan, out):
-                _pack_missing(jobs_of(plan, root, out, load), workers)
+            with _begun(plan, out, crew.part is None):
+                jobs = jobs_of(plan, root, out, load)
+                if crew.part:
+                    i, n = crew.part
+                    _pack_missing(jobs[i - 1 :: n], crew)
+                    words = (
+                        f"part {i} of {n} of {out} is packed; when all are, run this without --shard-range."
+                    )
+                    console.print(words, soft_wrap=True)
+                    return 0
+                _pack_missing(jobs, crew)
+                remove_unfinished(out, list(plan.splits))  # of nodes that died
                 finish(plan, out)
         elif _agree(plan, out / "dataset.json"):
             console.print(f"{out} is already packed with these settings.", soft_wrap=True)
@@ -123,22 +176,37 @@ def writing_to(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _begun(plan: Plan, out: Path) -> Iterator[None]:
-    """Note the plan in a new folder, or check that it was begun with the same plan; keep others out of it."""
-    if not (out / PLAN_FILE).exists():
-        out.mkdir(parents=True, exist_ok=True)
-        if any(entry for entry in out.iterdir() if not entry.name.startswith(f".{PLAN_FILE}.tmp-")):
-            raise UserError(f"--out {out} holds other files; give a new or an empty folder.")
-        with atomic_write(out / PLAN_FILE) as path:
-            path.write_text(json.dumps({"packing": plan.settings()}))
-    _agree(plan, out / PLAN_FILE)
-    with (out / PLAN_FILE).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is packing into {out}; wait for it or stop it.") from error
-        remove_unfinished(out, list(plan.splits))
+def _begun(plan: Plan, out: Path, alone: bool) -> Iterator[None]:
+    """Note the plan in a new folder, or check that it was begun with the same plan; keep others out of it.
+
+    Those that pack a part, who are not `alone`, keep out only those who are.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    note = out / PLAN_FILE
+    if any(out.iterdir()) and not note.exists():  # looked for last: another part may be making it
+        raise UserError(f"--out {out} holds other files; give a new or an empty folder.")
+    with note.open("a+") as file:  # NFS locks only what is open for writing
+        _lock(file, alone)
+        if os.fstat(file.fileno()).st_size == 0:
+            file.write(json.dumps({"packing": plan.settings()}))
+            file.flush()
+            os.fsync(file.fileno())
+            _lock(file, alone)  # a part no longer needs it to itself
+        _agree(plan, note)
+        if alone:
+            remove_unfinished(out, list(plan.splits))
         yield
+
+
+def _lock(file: TextIO, alone: bool) -> None:
+    """Lock the note of the plan: to itself `alone` or while it is empty, else shared. Raises `UserError`."""
+    for _ in range(1 if alone else 50):  # another part holds it only while it writes
+        shared = not alone and os.fstat(file.fileno()).st_size > 0
+        try:
+            return fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+    raise UserError(f"another process is packing into {Path(file.name).parent}; wait for it or stop it.")
 
 
 def _agree(plan: Plan, noted: Path) -> bool:
@@ -157,7 +225,7 @@ def _agree(plan: Plan, noted: Path) -> bool:
     return True
 
 
-def _pack_missing(jobs: Sequence[Job], workers: int) -> None:
+def _pack_missing(jobs: Sequence[Job], crew: Crew) -> None:
     """Run every job that is not done, showing progress by samples."""
     missing = [job for job in jobs if not is_done(job)]
     for folder in {job.folder for job in missing}:
@@ -168,36 +236,9 @@ def _pack_missing(jobs: Sequence[Job], workers: int) -> None:
         done = total - sum(len(job.samples) for job in missing)
         bar = progress.add_task("", total=total, completed=done, note="samples, 0 rejected")
         rejected = 0
-        for samples, bad in _run(missing, workers):
+        for samples, bad in crew.pack(missing):
             rejected += bad
             progress.update(bar, advance=samples + bad, note=f"samples, {rejected} rejected")
-
-
-def _run(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, int]]:
-    """Give each job's result as it ends, in this process or in `workers` fresh ones."""
-    if workers == 1 or len(jobs) < 2:
-        yield from map(pack_shard, jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _follow_parent)
-    try:
-        for future in as_completed([pool.submit(pack_shard, job) for job in jobs]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _follow_parent() -> None:
-    """Worker start: die on Ctrl-C without a traceback, and with the parent, even one killed outright."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _report(console: Console, out: Path, splits: Sequence[str], max_reject: float) -> int:

@@ -1,0 +1,147 @@
+"""Where shards are packed: in this process, in processes of this machine, or on every core of a Ray cluster.
+
+An executor takes jobs and gives (samples packed, rejected) of each shard as it ends, in any order.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import UserError
+from tools.shards import PLAN_FILE, Job, is_done, pack_shard
+
+Result = tuple[int, int]  # samples packed, samples rejected
+RETRIES = 5  # of a shard whose Ray worker or node died
+CONNECT = 10.0  # seconds for a cluster to answer
+UNTIL_SEEN = 120.0  # seconds until a file written elsewhere is seen here; NFS remembers absence for 60
+
+
+def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+    """Pack in this process or in `workers` fresh ones."""
+    if workers == 1 or len(jobs) < 2:
+        yield from map(pack_shard, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _follow_parent)
+    try:
+        for future in as_completed([pool.submit(pack_shard, job) for job in jobs]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """Worker start: die on Ctrl-C without a traceback, and with the parent, even one killed outright."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+# ---- Ray -------------------------------------------------------------------------------------------------
+
+
+def on_ray(jobs: Sequence[Job], address: str, at_once: int | None) -> Iterator[Result]:
+    """Pack on a Ray cluster; a shard whose worker or node dies is packed again elsewhere.
+
+    `at_once` shards are under way, unless given two for every core there is. Raises `UserError`.
+    """
+    ray = connect(address)
+    task = ray.remote(num_cpus=1, max_retries=RETRIES)(pack_on_node)
+    sources = (job.root / sample.source for job in jobs for sample in job.samples)
+    witness = next(filter(Path.exists, sources), None)
+    waiting, running = iter(jobs), {}
+    try:
+        while True:
+            room = (at_once or max(1, 2 * int(ray.cluster_resources().get("CPU", 0)))) - len(running)
+            running |= {task.remote(job, witness): job for job in islice(waiting, max(0, room))}
+            if not running:
+                break
+            for ended in ray.wait(list(running))[0]:
+                yield _result(ray, ended, running.pop(ended))
+    finally:
+        ray.shutdown()  # ends what is still running
+    wait_until_seen(jobs, UNTIL_SEEN)
+
+
+def connect(address: str) -> Any:
+    """The module `ray`, connected to the cluster at `address`. Raises `UserError`."""
+    try:
+        ray = import_module("ray")
+    except ImportError as error:
+        raise UserError("--executor ray needs Ray, which is not installed; run make env-ray.") from error
+    try:
+        if address != "auto":  # Ray itself waits for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT).close()
+        ray.init(address, log_to_driver=False, logging_level="error")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"no Ray cluster can be joined at --ray {address} ({reason}); start one on "
+            "this machine with ray start --head, on the others with ray start --address HOST:PORT."
+        ) from error
+    return ray
+
+
+def _result(ray: Any, ended: Any, job: Job) -> Result:
+    """What a task gave, or what its node said against it."""
+    try:
+        return ray.get(ended)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"shard {job.folder}/{job.shard:06d} failed {RETRIES + 1} times ({reason}); "
+            "run the same command again, finished shards are kept."
+        ) from error
+
+
+def pack_on_node(job: Job, witness: Path | None) -> Result:
+    """`pack_shard` on another machine that must be like the first one.
+
+    `witness` is a source file which that one sees. Raises `UserError` naming the machine and what it lacks.
+    """
+    here = socket.gethostname()
+    for path in (job.folder.parent / PLAN_FILE, witness or job.root):
+        if not path.exists():
+            raise UserError(
+                f"{here} does not see {path}; source and --out must lie under the same path on all nodes."
+            )
+    for name in ("pillow", "av"):
+        wanted = getattr(job.packing, name, None)
+        if wanted and version(name) != wanted:
+            raise UserError(
+                f"{here} has {name} {version(name)}, not {wanted}, and might write other bytes; "
+                "make the same environment on all nodes, from requirements.lock."
+            )
+    return pack_shard(job)
+
+
+def wait_until_seen(jobs: Sequence[Job], seconds: float) -> None:
+    """Wait until this machine sees the rows of all shards, too. Raises `UserError` after `seconds`."""
+    end = time.monotonic() + seconds
+    for job in jobs:
+        while not is_done(job):
+            if time.monotonic() > end:
+                raise UserError(
+                    f"shard {job.folder}/{job.shard:06d} was packed elsewhere and is not seen here; "
+                    "--out must be the same folder on all nodes. Then run the same command again."
+                )
+            time.sleep(1)
