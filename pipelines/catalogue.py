@@ -6,6 +6,7 @@ import re
 import resource
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.columns import load_columns
+from pipelines.columns import Bounds, load_columns
 from pipelines.errors import UserError
 
 FORMAT_VERSION = 2
@@ -107,10 +108,15 @@ class Catalogue:
         return [tar.read(*place) for tar, *place in zip(tars, *places, strict=True)]
 
     def member_name(self, sample: int, frame: int) -> str:
-        """A frame's name inside its tar, "KEY.jpg" or "KEY.f0003.jpg", from the header before its bytes."""
+        """A frame's name inside its tar, "KEY.jpg" or "KEY.f0003.jpg", from the header before its bytes.
+
+        Where there is no such name any more, the sample's number.
+        """
         start = int(self.offset[self.first_frame[sample] + frame])
-        header = os.pread(self._tar(int(self.shard[sample])).descriptor, 100, start - 512)
-        name = header.rstrip(b"\0").decode("ascii", "replace")
+        name = ""
+        with suppress(OSError):
+            header = os.pread(self._tar(int(self.shard[sample])).descriptor, 100, start - 512)
+            name = header.rstrip(b"\0").decode("ascii", "replace")
         return name if name.isprintable() and name else f"sample {sample}"
 
     def will_need(self, ids: np.ndarray, frames: np.ndarray) -> None:
@@ -137,7 +143,7 @@ class Tar:
 
     def __init__(self, path: Path) -> None:
         try:
-            self.descriptor = os.open(path, os.O_RDONLY)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block for ever
         except OSError as error:
             raise UserError(
                 f"{path} cannot be opened ({error.strerror}); restore it, or pack this dataset again"
@@ -225,19 +231,16 @@ def open_split(info: DatasetInfo, split: str) -> Catalogue:
         raise UserError(f"{info.root} has no split {split!r}, only {', '.join(sorted(info.splits))}")
     if not path.is_file():
         raise UserError(f"{path} is missing; pack this dataset again")
+    counts = info.splits[split]
     try:
-        if pq.read_schema(path) != SCHEMA:
+        metadata = pq.read_metadata(path)
+        if metadata.schema.to_arrow_schema() != SCHEMA:
             raise ValueError("its columns are not those of a catalogue")
-        columns = load_columns(path, np.array(info.tar_bytes[split], np.int64))
+        if metadata.num_rows != (rows := counts["samples"] + counts["rejected"]):
+            raise ValueError(f"it has {metadata.num_rows} rows, dataset.json says {rows}")
+        tar_bytes = np.array(info.tar_bytes[split], np.int64)
+        columns = load_columns(path, Bounds(len(info.classes), counts["samples"], tar_bytes))
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} cannot be read ({reason}); pack this dataset again") from error
-    if len(columns["shard"]) != info.splits[split]["samples"]:
-        raise UserError(
-            f"{path} lists {len(columns['shard'])} samples, dataset.json says "
-            f"{info.splits[split]['samples']}; pack this dataset again"
-        )
-    label, classes = columns["label"], len(info.classes)
-    if len(label) and not -1 <= label.min() <= label.max() < classes:
-        raise UserError(f"{path} has labels beyond the {classes} classes in dataset.json; pack it again")
     return Catalogue(info, split, **columns)

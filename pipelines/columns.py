@@ -1,16 +1,18 @@
 """The numbers of a catalogue as flat arrays; a large one's are memory-mapped, so that processes share them.
 
-A catalogue of millions of frames is written out once, array by array, in a hidden folder beside its
-Parquet, named after the Parquet's size and time, and mapped from there: opening takes milliseconds and
+A catalogue of millions of frames is checked and written out once, array by array, in a hidden folder beside
+its Parquet, named after the Parquet's size and time, and mapped from there: opening takes milliseconds and
 the pages are the same for every process on the machine.
 """
 
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from pipelines.errors import UserError
 from pipelines.files import sync
 
 LARGE = 2_000_000  # frames from which a catalogue is mapped instead of read
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 4096
 PER_SAMPLE = ("shard", "label", "width", "height")
 PER_FRAME = {"offset": "offsets", "size": "sizes", "crc": "crcs"}
 TYPES: dict[str, type[np.number]] = {
@@ -34,19 +36,28 @@ TYPES: dict[str, type[np.number]] = {
 LONGEST = 65_535  # pixels on a JPEG's side
 
 
-def load_columns(parquet: Path, tar_bytes: np.ndarray) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class Bounds:
+    """What a catalogue's numbers must keep to."""
+
+    classes: int
+    samples: int
+    tar_bytes: np.ndarray  # [shards] int64, the length of each tar
+
+
+def load_columns(parquet: Path, bounds: Bounds) -> dict[str, np.ndarray]:
     """The columns of the rows whose status is "ok", by the names `Catalogue` gives them.
 
-    `tar_bytes` [shards] is the length of each tar. Raises ValueError for numbers that cannot be.
+    Raises ValueError for numbers that cannot be.
     """
     with pq.ParquetFile(parquet) as file:
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         frames = sum(group.column(group.num_columns - 2).num_values for group in groups)
     if frames < LARGE:
-        parts = list(readable(parquet, tar_bytes))
+        parts = list(readable(parquet, bounds))
         return {name: np.concatenate([part[name] for part in parts]) for name in TYPES}
     stat = parquet.stat()
-    stamp = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+    stamp = f"{stat.st_size:x}-{stat.st_mtime_ns:x}-{bounds.classes}"
     beside = parquet.with_name(f".{parquet.stem}.{stamp}.columns")
     elsewhere = (
         Path(tempfile.gettempdir()) / f"hiera-train-{os.getuid()}" / f"{stat.st_ino:x}-{stamp}.columns"
@@ -54,7 +65,9 @@ def load_columns(parquet: Path, tar_bytes: np.ndarray) -> dict[str, np.ndarray]:
     for folder in (beside, elsewhere):  # the second where the data lies on a read-only disk
         try:
             folder.parent.mkdir(exist_ok=True, mode=0o700)
-            return mapped(folder, parquet, tar_bytes)
+            if folder is elsewhere and folder.parent.lstat().st_uid != os.getuid():
+                raise PermissionError(errno.EPERM, "it belongs to somebody else")
+            return mapped(folder, parquet, bounds)
         except OSError as error:
             if error.errno is None:  # of the Parquet, not of the folder
                 raise
@@ -64,23 +77,30 @@ def load_columns(parquet: Path, tar_bytes: np.ndarray) -> dict[str, np.ndarray]:
     )
 
 
-def mapped(folder: Path, parquet: Path, tar_bytes: np.ndarray) -> dict[str, np.ndarray]:
+def mapped(folder: Path, parquet: Path, bounds: Bounds) -> dict[str, np.ndarray]:
     """The columns mapped from `folder`, which the first process to come here makes."""
     if not folder.is_dir():
         with (folder.parent / f".{parquet.stem}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.is_dir():
-                make_folder(folder, parquet, tar_bytes)
-    return {name: np.asarray(np.memmap(folder / name, kind, "r")) for name, kind in TYPES.items()}
+                make_folder(folder, parquet, bounds)
+    with suppress(FileNotFoundError, ValueError):
+        columns = {name: np.asarray(np.memmap(folder / name, kind, "r")) for name, kind in TYPES.items()}
+        samples, frames = len(columns["shard"]), int(columns["first_frame"][-1])
+        lengths = dict.fromkeys(PER_SAMPLE, samples) | dict.fromkeys(PER_FRAME, frames)
+        lengths["first_frame"] = samples + 1
+        if all(len(columns[name]) == length for name, length in lengths.items()):
+            return columns
+    raise UserError(f"{folder} is damaged; delete it, and it will be made anew")
 
 
-def make_folder(folder: Path, parquet: Path, tar_bytes: np.ndarray) -> None:
+def make_folder(folder: Path, parquet: Path, bounds: Bounds) -> None:
     """Write the columns out; the folder gets its name last, and those of earlier versions go."""
     temporary = Path(tempfile.mkdtemp(prefix=".columns-", dir=folder.parent))
     try:
         with ExitStack() as stack:
             files = {name: stack.enter_context((temporary / name).open("wb")) for name in TYPES}
-            for part in readable(parquet, tar_bytes):
+            for part in readable(parquet, bounds):
                 for name, values in part.items():
                     files[name].write(values.data)
         for name in TYPES:  # a folder that has its name must hold its data, also after a power cut
@@ -94,9 +114,9 @@ def make_folder(folder: Path, parquet: Path, tar_bytes: np.ndarray) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def readable(parquet: Path, tar_bytes: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+def readable(parquet: Path, bounds: Bounds) -> Iterator[dict[str, np.ndarray]]:
     """The columns of the rows whose status is "ok", in order, a few thousand rows at a time."""
-    total = shard = 0
+    total = samples = shard = 0
     yield {name: np.zeros(int(name == "first_frame"), kind) for name, kind in TYPES.items()}
     names = ["status", *PER_SAMPLE, "frames", *PER_FRAME.values()]
     # Buffering takes three times the memory.
@@ -109,19 +129,24 @@ def readable(parquet: Path, tar_bytes: np.ndarray) -> Iterator[dict[str, np.ndar
             counts = rows["frames"].to_numpy()
             if any((values.value_lengths().to_numpy() != counts).any() for values in lists.values()):
                 raise ValueError("its lists are not as long as its frames are many")
-            check_part(part, counts, shard, tar_bytes)
+            check_part(part, counts, shard, bounds)
             part["first_frame"] = total + np.cumsum(counts, dtype=np.int64)
-            total, shard = total + len(part["size"]), part["shard"][-1] if len(counts) else shard
+            total, samples = total + len(part["size"]), samples + len(counts)
+            shard = part["shard"][-1] if len(counts) else shard
             yield part
+    if samples != bounds.samples:
+        raise ValueError(f"it has {samples} samples, dataset.json says {bounds.samples}")
 
 
-def check_part(part: dict[str, np.ndarray], counts: np.ndarray, shard: int, tar_bytes: np.ndarray) -> None:
+def check_part(part: dict[str, np.ndarray], counts: np.ndarray, shard: int, bounds: Bounds) -> None:
     """Raise ValueError for numbers that cannot be; the last shard before was `shard`."""
     shards, offsets, sizes = part["shard"], part["offset"], part["size"]
-    if (np.diff(shards, prepend=shard) < 0).any() or (shards >= len(tar_bytes)).any():
+    if (shards < np.append(shard, shards[:-1])).any() or (shards >= len(bounds.tar_bytes)).any():
         raise ValueError("its shards are out of order or beyond the last")
+    if ((part["label"] < -1) | (part["label"] >= bounds.classes)).any():
+        raise ValueError(f"it has labels beyond the {bounds.classes} classes in dataset.json")
     if any(((part[name] < 1) | (part[name] > LONGEST)).any() for name in ("width", "height")):
         raise ValueError("it has impossible widths or heights")
-    ends = np.repeat(tar_bytes[shards], counts)
+    ends = np.repeat(bounds.tar_bytes[shards], counts)
     if (counts < 1).any() or (sizes < 1).any() or (offsets < 512).any() or (offsets > ends - sizes).any():
         raise ValueError("it has frames that do not lie in their tars")

@@ -65,7 +65,8 @@ def write_dataset(root: Path, clips: list[list[bytes]], kind: str, per_shard: in
                 row["offsets"].append(tar.offset + 512)
                 tar.addfile(info, io.BytesIO(frame))
         rows.append(row)
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), root / f"{split}.parquet")
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    pq.write_table(table, root / f"{split}.parquet", write_page_checksum=True)
     shards = -(-len(clips) // per_shard)
     frames = sum(map(len, clips))
     write_info(

@@ -1,14 +1,19 @@
 """Damage after packing: named once, replaced by the same samples however the run is cut, counted, bounded."""
 
 import itertools
+import os
 import shutil
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pipelines_fixtures import clip_dataset, image_dataset
+from pipelines_fixtures import clip_dataset, image_dataset, jpeg, picture, write_dataset
 
-from pipelines.catalogue import open_catalogue
+from pipelines import columns
+from pipelines.catalogue import check_shards, open_catalogue, read_info
 from pipelines.errors import UserError
 from pipelines.loader import ViewSpec, eval_batches, train_batches
 
@@ -95,12 +100,191 @@ def test_views_that_share_a_decode_are_replaced_together(tmp_path):
     assert np.bincount(seen).tolist() == [15, 15, 15, 0, 15, 15]
 
 
-def test_a_tar_cut_short_is_damage_like_any_other(tmp_path):
+# ---- the data side of the fault suite --------------------------------------------------------------------
+
+
+def swap(one: Path, other: Path) -> None:
+    held = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(held)
+
+
+def ids_of(batches):
+    return np.concatenate([batch.ids for batch in batches])
+
+
+@pytest.mark.fault
+def test_a_shard_cut_off(tmp_path):
+    """Refused before training; what lies beyond the cut is replaced where training goes on regardless."""
     root = image_dataset(tmp_path / "images")
     tar = root / "train" / "000001.tar"
-    shutil.copy(tar, tmp_path / "whole.tar")
-    with tar.open("r+b") as file:
-        file.truncate(1000)
+    whole = tar.read_bytes()
+    check_shards(read_info(root))
+    for length in (0, 1, 511, 512, 1000, 5000, len(whole) // 2, len(whole) - 1):
+        tar.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"000001\.tar is not of the length it was packed with; restore"):
+            check_shards(read_info(root))
+    tar.write_bytes(whole[:1000])
+    batches = train(open_catalogue(root, "train"), ViewSpec(32), 4, max_bad=0.5)
+    assert not set(ids_of(batches)) & set(range(8, 16))
+    tar.unlink()
+    with pytest.raises(UserError, match=r"000001\.tar is missing; restore"):
+        check_shards(read_info(root))
+
+
+@pytest.mark.fault
+def test_a_bit_flipped_in_a_frame(tmp_path):
+    """Every one is noticed, also those that a decoder fills in without a word; no other frame suffers."""
+    root = clip_dataset(tmp_path / "clips", [5] * 6)
     catalogue = open_catalogue(root, "train")
-    batches = train(catalogue, ViewSpec(32), 4, max_bad=0.5)
-    assert not set(np.concatenate([batch.ids for batch in batches])) & set(range(8, 16))
+    tar = root / "train" / "000000.tar"
+    whole = tar.read_bytes()
+    ids, frames = np.arange(6), np.tile(np.arange(5), (6, 1))
+    random = np.random.default_rng()
+    for _ in range(200):
+        frame = int(random.integers(30))
+        place = int(catalogue.offset[frame] + random.integers(catalogue.size[frame]))
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(random.integers(8))
+        tar.write_bytes(damaged)
+        read = catalogue.read(ids, frames)
+        assert [index for index, jpeg in enumerate(read) if not len(jpeg)] == [frame], place
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("other", ["swapped", "of another packing"])
+def test_a_shard_that_is_not_its_own(tmp_path, other):
+    """Where its length does not tell, training stops with a sentence that names it and says what to do."""
+    root = image_dataset(tmp_path / "images")
+    if other == "swapped":
+        swap(root / "train/000000.tar", root / "train/000001.tar")
+        said = r"000000\.tar, .*000001\.tar must have been replaced or swapped since packing: restore them"
+    else:
+        pictures = [[jpeg(picture(96, 72, 100 + seed))] for seed in range(30)]
+        strange = write_dataset(tmp_path / "other", pictures, "image")
+        shutil.copy(strange / "train/000001.tar", root / "train/000001.tar")
+        said = r"allowed; .*000001\.tar must have been replaced or swapped since packing: restore them"
+    check_shards(read_info(root))
+    with pytest.raises(UserError, match=said):
+        train(open_catalogue(root, "train"), ViewSpec(32), 10, max_bad=0.1)
+    with pytest.raises(UserError, match=said):
+        catalogue = open_catalogue(root, "train")
+        list(eval_batches(catalogue, ViewSpec(24), batch=30, rank=0, world=1, device=CPU, max_bad=0.1))
+
+
+@pytest.mark.fault
+def test_a_shard_cut_off_while_it_is_read(tmp_path):
+    """What is gone is replaced and counted, beyond the limit training stops with a sentence; no crash."""
+    root = image_dataset(tmp_path / "images")
+    catalogue = open_catalogue(root, "train")
+    batches = train_batches(
+        catalogue, ViewSpec(32), seed=0, global_batch=6, rank=0, world=1, device=CPU, max_bad=0.5
+    )
+    first = [next(batches) for _ in range(3)]
+    os.truncate(root / "train/000001.tar", 0)
+    later = [next(batches) for _ in range(30)]
+    assert not sum(batch.bad for batch in first) and sum(batch.bad for batch in later) > 10
+    assert not set(ids_of(later[10:])) & set(range(8, 16))  # ten were made before
+    os.truncate(root / "train/000000.tar", 0)
+    os.truncate(root / "train/000002.tar", 0)
+    with pytest.raises(UserError, match=r"samples are damaged, more than the 15 allowed; .*000000\.tar, .*"):
+        list(batches)
+
+
+@pytest.mark.fault
+def test_a_shard_deleted_while_it_is_read(tmp_path):
+    """Open ones are read on; one not yet open stops training with a sentence that names it."""
+    root = image_dataset(tmp_path / "images")
+    undisturbed = train(open_catalogue(root, "train"), ViewSpec(32), 9)
+    catalogue = open_catalogue(root, "train")
+    batches = train_batches(
+        catalogue, ViewSpec(32), seed=0, global_batch=12, rank=0, world=1, device=CPU, max_bad=0.2
+    )
+    got = [next(batches) for _ in range(4)]
+    for tar in (root / "train").glob("*.tar"):
+        tar.unlink()
+    (root / "train.parquet").write_bytes(b"")  # nor is the catalogue looked at again
+    got += [next(batches) for _ in range(5)]
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(got, undisturbed, strict=True))
+    with pytest.raises(UserError, match=r"00000\d\.tar cannot be opened \(No such file"):
+        train(replace(catalogue), ViewSpec(32), 1)
+
+
+@pytest.mark.fault
+def test_a_disk_that_fails(tmp_path):
+    """A shard that opens and cannot be read, here a folder, is damage like any other: no traceback."""
+    root = image_dataset(tmp_path / "images")
+    (root / "train/000001.tar").unlink()
+    (root / "train/000001.tar").mkdir()
+    with pytest.raises(UserError, match=r"000001\.tar is missing"):
+        check_shards(read_info(root))
+    catalogue = open_catalogue(root, "train")
+    assert not set(ids_of(train(catalogue, ViewSpec(32), 4, max_bad=0.5))) & set(range(8, 16))
+
+
+def same(one, other) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in columns.TYPES)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("large", [False, True], ids=["read", "mapped"])
+def test_a_damaged_catalogue(tmp_path, monkeypatch, large):
+    """Cut off or with flipped bits it is refused in a sentence, unless the damage touches no number."""
+    root = clip_dataset(tmp_path / "clips", [3, 9, 4])
+    good, path = open_catalogue(root, "train"), root / "train.parquet"
+    monkeypatch.setattr(columns, "LARGE", 1 if large else 1 << 60)
+    whole = path.read_bytes()
+    random = np.random.default_rng()
+    cuts = [whole[: len(whole) * share // 20] for share in range(20)]
+    flips = []
+    for place in random.integers(0, len(whole), 300).tolist():
+        flips.append(bytearray(whole))
+        flips[-1][place] ^= 1 << int(random.integers(8))
+    refused = 0
+    for damaged in [*cuts, *flips]:
+        path.write_bytes(damaged)
+        try:
+            assert same(open_catalogue(root, "train"), good)
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error) and "pack this dataset again" in str(error)
+    assert refused >= 20 + 20
+
+
+@pytest.mark.fault
+def test_a_damaged_dataset_json(tmp_path):
+    """Cut off anywhere it is refused in a sentence; with a bit flipped there is no traceback either."""
+    root = image_dataset(tmp_path / "images", count=2)
+    path, good = root / "dataset.json", read_info(root)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"dataset\.json is damaged .*; pack this dataset again"):
+            read_info(root)
+    taken = 0
+    for place in range(0, 8 * len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with suppress(UserError):  # anything else fails this test
+            taken += read_info(root).kind == good.kind
+    assert taken < len(whole)  # letters of class names, digits of counts
+
+
+@pytest.mark.fault
+def test_damaged_columns_of_a_large_catalogue(tmp_path, monkeypatch):
+    """The numbers written out beside the Parquet are not used unless they are whole."""
+    monkeypatch.setattr(columns, "LARGE", 1)
+    root = clip_dataset(tmp_path / "clips", [3, 9, 4])
+    open_catalogue(root, "train")
+    (folder,) = root.glob(".train.*.columns")
+    for name in columns.TYPES:
+        whole = (folder / name).read_bytes()
+        for length in (0, 1, len(whole) - 4):
+            (folder / name).write_bytes(whole[:length])
+            with pytest.raises(UserError, match=r"columns is damaged; delete it"):
+                open_catalogue(root, "train")
+        (folder / name).write_bytes(whole)
+    (folder / "crc").unlink()
+    with pytest.raises(UserError, match=r"columns is damaged; delete it"):
+        open_catalogue(root, "train")
