@@ -172,7 +172,8 @@ def test_on_ray_a_node_dies_and_the_bytes_are_those_of_one_machine(tmp_path):
         wait_for(lambda: len(list(out.glob("*/*.parquet"))) > 5)
         driver.send_signal(2)  # Ctrl-C: what is done stays
         assert driver.wait(60) == 130
-        kept = {path: path.stat().st_mtime_ns for path in out.glob("*/*.tar")}
+        done = [path.with_suffix(".tar") for path in out.glob("*/*.parquet")]
+        kept = {path: path.stat().st_mtime_ns for path in done}
         driver = start(source, out, *words)
         wait_for(lambda: len(list(out.glob("*/*.parquet"))) > len(kept) + 5)
         cluster.remove_node(other, allow_graceful=False)

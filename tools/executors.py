@@ -103,13 +103,14 @@ def _result(ray: Any, ended: Any, job: Job) -> Result:
     """What a task gave, or what its node said against it."""
     try:
         return ray.get(ended)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
     except ray.exceptions.RayError as error:
-        reason = str(error).partition("\n")[0]
+        cause = getattr(error, "cause", None)
+        if cause is not None and not isinstance(cause, ray.exceptions.RayError):
+            raise cause from error
+        reason = str(cause or error).partition("\n")[0]
         raise UserError(
-            f"shard {job.folder}/{job.shard:06d} failed {RETRIES + 1} times ({reason}); "
-            "run the same command again, finished shards are kept."
+            f"Ray could not pack shard {job.folder}/{job.shard:06d} in {RETRIES + 1} attempts ({reason}); "
+            "all nodes need the code's folder, where to run this, under the same path. Run it again to go on."
         ) from error
 
 
