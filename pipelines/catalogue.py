@@ -129,7 +129,8 @@ class Catalogue:
         starts, ends = self.offset[low], self.offset[high] + self.size[high]
         for shard, start, end in zip(self.shard[ids].tolist(), starts.tolist(), ends.tolist(), strict=True):
             descriptor = self._tar(shard).descriptor
-            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # a hint: failure does not matter
+                os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 class Tar:

@@ -34,6 +34,7 @@ TYPES: dict[str, type[np.number]] = {
     "crc": np.uint32,
 }
 LONGEST = 65_535  # pixels on a JPEG's side
+LARGEST = 1 << 30  # pixels that a decoder takes
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ def check_part(part: dict[str, np.ndarray], counts: np.ndarray, shard: int, boun
         raise ValueError("its shards are out of order or beyond the last")
     if ((part["label"] < -1) | (part["label"] >= bounds.classes)).any():
         raise ValueError(f"it has labels beyond the {bounds.classes} classes in dataset.json")
-    if any(((part[name] < 1) | (part[name] > LONGEST)).any() for name in ("width", "height")):
+    width, height = part["width"], part["height"]
+    sides = all(((side >= 1) & (side <= LONGEST)).all() for side in (width, height))
+    if not sides or (np.multiply(width, height, dtype=np.int64) > LARGEST).any():
         raise ValueError("it has impossible widths or heights")
     ends = np.repeat(bounds.tar_bytes[shards], counts)
     if (counts < 1).any() or (sizes < 1).any() or (offsets < 512).any() or (offsets > ends - sizes).any():

@@ -103,26 +103,30 @@ def check_split(info: DatasetInfo, split: str, tally: Tally) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        yield f"{path} cannot be read ({str(error).partition(chr(10))[0]}); pack this dataset again"
-        return
     for name in ("samples", "rejected", "frames"):
         if said[name] != (count := getattr(tally, name)):
             yield f"{path} lists {count} {name}, dataset.json says {said[name]}; pack this dataset again"
 
 
 def read_rows(path: Path, tally: Tally) -> Iterator[Row]:
-    """The packed samples in order of a catalogue that opens; all rows are counted in `tally`."""
-    with pq.ParquetFile(path) as file:
-        for row in (row for batch in file.iter_batches(256) for row in batch.to_pylist()):
-            if row["status"] != "ok":
-                tally.rejected += 1
-                continue
-            tally.samples += 1
-            tally.frames += row["frames"]
-            tally.labels[row["label"]] += 1
-            tally.digests.append(int(row["sha256"][:16], 16))
-            yield row
+    """The packed samples in order of a catalogue that opens; all rows are counted in `tally`.
+
+    Raises UserError for one that opens and yet cannot be read to its end.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            for row in (row for batch in file.iter_batches(256) for row in batch.to_pylist()):
+                if row["status"] != "ok":
+                    tally.rejected += 1
+                    continue
+                tally.samples += 1
+                tally.frames += row["frames"]
+                tally.labels[row["label"]] += 1
+                tally.digests.append(int(row["sha256"][:16], 16))
+                yield row
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} cannot be read ({reason}); pack this dataset again") from error
 
 
 def leaks(info: DatasetInfo, tallies: dict[str, Tally]) -> Iterator[str]:
