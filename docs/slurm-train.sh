@@ -1,0 +1,40 @@
+#!/bin/bash
+#SBATCH --job-name=hiera-train
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.out
+# Trains on all GPUs of all nodes, and queues itself again until the run is finished. docs/cluster.md explains it.
+#   sbatch docs/slurm-train.sh train.mae image-mae-large --data.path /network/imagenet --run.name big
+set -uo pipefail
+cd "$SLURM_SUBMIT_DIR" || exit 2
+
+stopped=
+save_and_requeue() {
+    stopped=1
+    scancel --signal=TERM "$SLURM_JOB_ID"
+}
+trap save_and_requeue USR1
+
+if [ -n "${STAGE:-}" ]; then
+    srun .venv/bin/python -m tools.stage "$STAGE" "$TO" || exit
+fi
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun --kill-on-bad-exit=1 .venv/bin/torchrun --nnodes "$SLURM_JOB_NUM_NODES" \
+    --nproc-per-node "${GPUS:-$SLURM_GPUS_ON_NODE}" --rdzv-backend c10d \
+    --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id "$SLURM_JOB_ID" \
+    --shutdown-timeout 240 -m "$@" &
+
+wait $!
+code=$?
+if [ -n "$stopped" ]; then
+    wait
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,87 @@
+"""The scripts for Slurm do what docs/cluster.md says: run here with stand-ins for Slurm's own commands.
+
+Slurm is not available where tests run, so `srun` starts one task and `scancel` signals it as Slurm would;
+what the scripts start is real: torchrun, training, packing.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.test_tools_pack import image_tree, pack_images, sums
+from tests.train_helpers import ROOT, arguments, small
+
+SCRIPTS = ("slurm-train.sh", "slurm-pack.sh")
+STANDINS = {
+    "srun": 'while [[ $1 == --* ]]; do shift; done; echo $$ > "$NOTES/task"; exec "$@"',
+    "scontrol": '[ "$1" = show ] && echo localhost || echo "$@" >> "$NOTES/requeued"',
+    "scancel": 'kill -TERM "$(cat "$NOTES/task")"',
+}
+
+
+def slurm(notes: Path, **variables: object) -> dict[str, str]:
+    """The environment of a batch script: Slurm's variables, and stand-ins for its commands on PATH."""
+    folder = notes / "bin"
+    folder.mkdir(exist_ok=True)
+    for name, text in STANDINS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    told = {"NOTES": notes, "SLURM_SUBMIT_DIR": ROOT, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    return {**os.environ, **{name: str(value) for name, value in told.items()}}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_script_is_right_bash_and_every_line_is_explained(name):
+    subprocess.run(["bash", "-n", ROOT / "docs" / name], check=True)
+    asked = [line for line in (ROOT / "docs" / name).read_text().splitlines() if line.startswith("#SBATCH ")]
+    explained = (ROOT / "docs/cluster.md").read_text()
+    options = [line.split()[1].partition("=")[0] for line in asked]
+    assert len(options) > 6 and all(f"`{option}" in explained for option in options)
+
+
+def test_training_that_is_warned_saves_and_goes_on_when_queued_again(images, tmp_path):
+    """The time limit comes near in mid-run; queued again, the same job finishes the run."""
+    config = small("image-mae-pico", images, tmp_path / "runs", "long", epochs=6.0)
+    command = ["bash", ROOT / "docs/slurm-train.sh", "train.mae", "image-mae-pico", *arguments(config)]
+    job = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": 1}
+    env = slurm(tmp_path, **job, SLURM_GPUS_ON_NODE=1)
+    rows = tmp_path / "runs/long/metrics.csv"
+    with subprocess.Popen(command, env=env, stdout=-1, stderr=-2, text=True) as first:
+        end = time.monotonic() + 120
+        while not (rows.exists() and rows.read_text().count("\n") > 2):
+            assert first.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        first.send_signal(signal.SIGUSR1)  # --signal=B:USR1@300
+        said = first.communicate(timeout=120)[0]
+    assert first.returncode == 128 + signal.SIGUSR1, said
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+    assert not (tmp_path / "runs/long/model.safetensors").exists()
+    again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "resumed from step" in again.stdout and (tmp_path / "runs/long/model.safetensors").exists()
+    assert (tmp_path / "requeued").read_text().count("\n") == 1, "a finished run is not queued again"
+
+
+def test_training_that_fails_is_not_queued_again(tmp_path):
+    command = ["bash", ROOT / "docs/slurm-train.sh", "train.mae", "image-mae-pico", "--data.path", "/nowhere"]
+    job = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": 1, "GPUS": 1}
+    failed = subprocess.run(command, env=slurm(tmp_path, **job), capture_output=True, text=True, check=False)
+    assert failed.returncode not in (0, 138) and "/nowhere" in failed.stderr
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_an_array_packs_the_bytes_of_one_run(tmp_path):
+    source = image_tree(tmp_path / "source", train=6, val=2)
+    pack_images(source, tmp_path / "one", shard_size=2)
+    words = ["tools.pack_imagenet", "--source", source, "--out", tmp_path / "array", "--shard-size", "2"]
+    command = ["bash", ROOT / "docs/slurm-pack.sh", *words]
+    envs = [slurm(tmp_path, SLURM_ARRAY_TASK_ID=i, SLURM_CPUS_PER_TASK=1, PARTS=2) for i in (1, 2, 0)]
+    tasks = [subprocess.Popen(command, env=env, stdout=-3) for env in envs[:2]]
+    assert [task.wait(120) for task in tasks] == [0, 0]
+    assert not (tmp_path / "array/dataset.json").exists()
+    subprocess.run(command, env=envs[2], stdout=-3, check=True, timeout=120)
+    assert sums(tmp_path / "array") == sums(tmp_path / "one")
