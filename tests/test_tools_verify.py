@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import zlib
@@ -90,13 +91,16 @@ def test_good_datasets_pass_with_one_line_a_split(good_images, good_clips, capsy
     ]
 
 
-def test_any_flipped_byte_of_a_tar_is_found(clips, capsys):
-    tar = clips / "train/000001.tar"
-    whole = tar.read_bytes()
+@pytest.mark.parametrize("suffix", ["tar", "idx"])
+def test_any_flipped_byte_and_any_cut_of_a_shard_is_found(clips, capsys, suffix):
+    path = clips / f"train/000001.{suffix}"
+    whole = path.read_bytes()
     for place in np.random.default_rng().integers(0, len(whole), 25).tolist():
-        flip(tar, place)
+        flip(path, place)
         assert faults(clips, capsys), f"the flip at byte {place} was missed"
-        tar.write_bytes(whole)
+        path.write_bytes(whole[:place])
+        assert faults(clips, capsys), f"the cut at byte {place} was missed"
+        path.write_bytes(whole)
     assert faults(clips, capsys) == []
 
 
@@ -117,6 +121,15 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "tar without its closing blocks": (
         lambda root: (root / f"{TRAIN}.tar").write_bytes((root / f"{TRAIN}.tar").read_bytes().rstrip(b"\0")),
         f"{TRAIN}.tar: .*is cut off",
+    ),
+    "tar with more zeros at its end": (
+        lambda root: os.truncate(root / f"{TRAIN}.tar", 1 << 20),
+        f"{TRAIN}.tar is missing or not of the length it was packed with",
+    ),
+    "crc": (lambda root: change_row(root, "val", 0, crcs=[7]), "val/.*its checksum differs"),
+    "sha256 that is none": (
+        lambda root: change_row(root, "val", 0, sha256=""),
+        "val.parquet cannot be read .*invalid literal",
     ),
     "empty tar": (lambda root: (root / f"{TRAIN}.tar").write_bytes(b""), f"{TRAIN}.tar: .*is cut off"),
     "missing tar": (lambda root: (root / f"{TRAIN}.tar").unlink(), f"{TRAIN}.tar or its .idx cannot be read"),
