@@ -63,6 +63,12 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
+def overwrite(path: Path, place: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(data)
+
+
 def change_row(root: Path, split: str, index: int, **values) -> dict:
     """Give a row of the catalogue other values; return it as it was."""
     rows = rows_of(root, split)
@@ -125,6 +131,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "tar with more zeros at its end": (
         lambda root: os.truncate(root / f"{TRAIN}.tar", 1 << 20),
         f"{TRAIN}.tar is missing or not of the length it was packed with",
+    ),
+    "stray bytes in a header whose sum stays right": (  # tar allows a sum of signed bytes
+        lambda root: overwrite(root / f"{TRAIN}.tar", 475, b"\x10\xf0"),
+        f"{TRAIN}.tar: .* should stand at byte 0",
     ),
     "crc": (lambda root: change_row(root, "val", 0, crcs=[7]), "val/.*its checksum differs"),
     "sha256 that is none": (

@@ -194,13 +194,14 @@ def find_member(tar: np.ndarray, at: int, name: str) -> Place:
     """The place of the file whose header is at byte `at`. Raises ValueError unless it is `name` and whole."""
     block = tar[at : at + BLOCK].tobytes()
     try:
-        header = tarfile.TarInfo.frombuf(block, "ascii", "strict")
-        plain = header.type == tarfile.REGTYPE and block[257:265] == tarfile.POSIX_MAGIC
+        header = tarfile.TarInfo(name)
+        header.size = tarfile.TarInfo.frombuf(block, "ascii", "strict").size
         end = at + BLOCK + header.size
         padded = end + -header.size % BLOCK
-        if plain and header.name == name and padded <= len(tar) and not tar[end:padded].any():
+        as_packed = block == header.tobuf(tarfile.USTAR_FORMAT)
+        if as_packed and padded <= len(tar) and not tar[end:padded].any():
             return at + BLOCK, header.size
-    except (tarfile.HeaderError, UnicodeDecodeError):
+    except (tarfile.HeaderError, ValueError):
         pass
     raise ValueError(f"{name} should stand at byte {at}, where the tar is cut off, damaged or holds another")
 
