@@ -1,1 +1,1 @@
-"""The data path: catalogue and memory-mapped shards -> sampler -> DALI graph -> torch tensors."""
+"""The data path: catalogue and shards -> sampler -> DALI graph -> torch tensors."""

@@ -75,7 +75,7 @@ def train_batches(
 
     `global_batch` counts the rows of a step over all ranks; the same rows with the same windows make up
     a step at any number of processes. `order` is "random" (one permutation of everything) or "local"
-    (shards permuted, then windows of `window` samples shuffled). Samples that fail to decode are named on
+    (shards permuted, then windows of `window` samples shuffled). Damaged samples are named on
     stderr and replaced, up to the share `max_bad` of the split (always at least one); beyond that, when
     the data does not suit the view, or when the batch does not divide, UserError.
     """
@@ -130,7 +130,7 @@ def eval_batches(
     """Every sample once over all ranks, in `temporal` x `spatial` views; `batch` counts samples.
 
     Each rank gets the same number of batches; rows that fill up the last ones have valid = False, and so
-    have those of samples that fail to decode. Raises UserError as `train_batches` does.
+    have those of damaged samples. Raises UserError as `train_batches` does.
     """
     check_view(catalogue, view)
     ids = sampler.eval_ids(len(catalogue), rank, world)
