@@ -144,7 +144,8 @@ def test_ray_that_is_not_installed_or_not_there_gets_one_sentence(tmp_path, monk
                 pack(spread=Spread("ray", address))
     monkeypatch.setitem(sys.modules, "ray", None)  # as Python marks what cannot be imported
     with pytest.raises(UserError, match=r"needs Ray, which is not installed; run make env-ray\.$"):
-        pack(spread=Spread("ray"))
+        pack_images(source, tmp_path / "none", spread=Spread("ray"))
+    assert not (tmp_path / "none").exists(), "a wrong use leaves nothing behind"
 
 
 def test_the_lock_of_ray_fits_beside_the_first_one():

@@ -81,10 +81,7 @@ def on_ray(jobs: Sequence[Job], address: str, at_once: int | None) -> Iterator[R
 
 def connect(address: str) -> Any:
     """The module `ray`, connected to the cluster at `address`. Raises `UserError`."""
-    try:
-        ray = import_module("ray")
-    except ImportError as error:
-        raise UserError("--executor ray needs Ray, which is not installed; run make env-ray.") from error
+    ray: Any = import_module("ray")
     try:
         if address != "auto":  # Ray itself waits for minutes
             host, _, port = address.rpartition(":")
@@ -108,9 +105,12 @@ def _result(ray: Any, ended: Any, job: Job) -> Result:
         if cause is not None and not isinstance(cause, ray.exceptions.RayError):
             raise cause from error
         reason = str(cause or error).partition("\n")[0]
+        advice = "a file may crash its decoder, or memory fall short: try fewer --workers"
+        if cause is not None:
+            advice = "all nodes need the folder of the code under the same path, and this must be run in it"
         raise UserError(
             f"Ray could not pack shard {job.folder}/{job.shard:06d} in {RETRIES + 1} attempts ({reason}); "
-            "all nodes need the code's folder, where to run this, under the same path. Run it again to go on."
+            f"{advice}. Run it again to go on, finished shards are kept."
         ) from error
 
 

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
@@ -86,6 +87,8 @@ def crew_of(workers: int | None, spread: Spread) -> Crew:
         if not 1 <= part[0] <= part[1]:
             raise UserError(f"--shard-range must be i/n with i from 1 to n, not {spread.shard_range}.")
     if spread.executor == "ray":
+        if find_spec("ray") is None:
+            raise UserError("--executor ray needs Ray, which is not installed; run make env-ray.")
         return Crew(partial(on_ray, address=spread.ray, at_once=workers), part)
     if spread.ray != HERE.ray:
         raise UserError(
