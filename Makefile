@@ -13,11 +13,11 @@ MASTER ?= localhost:29500
 SETTINGS = $(if $(RUN),--run.name '$(RUN)') $(if $(DATA),--data.path '$(DATA)') $(if $(MODEL),--model.name $(MODEL)) \
 	$(if $(INIT),--model.init '$(INIT)') $(if $(DEVICE),--speed.device $(DEVICE))
 # One machine: the command starts GPUS processes itself. Several: torchrun's rendezvous joins them.
-START = $(if $(NODES),.venv/bin/torchrun --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
+START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 .venv/bin/torchrun --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 
-.PHONY: help demo shards verify stage train-mae train-ft eval probe plot report predict bench test check lock env env-ray clean
+.PHONY: help demo shards verify stage train-mae train-ft eval probe plot report predict bench test faults check lock env env-ray clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]   (ARGS=\"...\" is passed on to the command)"
@@ -65,6 +65,9 @@ bench: env  ## measure speed side by side: BENCH=all|loader|model
 
 test: check  ## all tests, after check
 	$(PY) -m pytest $(ARGS)
+
+faults: env  ## what a hostile week does to a run, as a table; KILLS=200 at random moments
+	$(PY) -m pytest -m fault --kills $(or $(KILLS),200) $(ARGS)
 
 check: env  ## lint, format, types
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyrefly check

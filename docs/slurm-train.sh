@@ -25,6 +25,7 @@ if [ -n "${STAGE:-}" ]; then
     srun .venv/bin/python -m tools.stage "$STAGE" "$TO" || exit
 fi
 
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit=1 .venv/bin/torchrun --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node "${GPUS:-$SLURM_GPUS_ON_NODE}" --rdzv-backend c10d \

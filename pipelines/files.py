@@ -29,6 +29,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         sync(path.parent)
     except BaseException as error:
         full = temporary.exists() and shutil.disk_usage(path.parent).free < NOTHING_LEFT
+        full |= os.strerror(errno.ENOSPC) in str(error)
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if full and isinstance(error, Exception):  # each library has its own words for it

@@ -1,6 +1,7 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the table of `make faults`."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,51 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.train_helpers import make_clips
 
     return make_clips(tmp_path_factory.mktemp("clips"))
+
+
+# ---- make faults -----------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=4, help="kills of each test that kills at random moments")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault: a row of the table of `make faults`")
+    config.addinivalue_line("markers", "long: only in `make faults`, which takes its time")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.markexpr != "fault":
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture
+def happened(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Call it with what happened; it stands in the table beside the test's name and its promise."""
+    return lambda text: record_property("happened", text)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Keep a fault's promise, the first line of its test's docstring, with its report."""
+    report = (yield).get_result()
+    if call.when == "call" and item.get_closest_marker("fault"):
+        promise = (item.function.__doc__ or "").partition("\n")[0]  # pyrefly: ignore
+        report.fault = (item.name.removeprefix("test_").replace("_", " "), promise)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print the faults as a table, when nothing else was asked for."""
+    if terminalreporter.config.option.markexpr != "fault":
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("fault", "promised", "happened", "", show_lines=True)
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            if hasattr(report, "fault"):
+                said = dict(report.user_properties).get("happened", "as promised")
+                table.add_row(*report.fault, said if outcome == "passed" else "", outcome)
+    Console(width=150).print(table)

@@ -161,5 +161,7 @@ def test_one_bad_batch_does_not_spoil_a_pretraining(images: Path, tmp_path: Path
     rows = read_csv(tmp_path / "unstable" / "metrics.csv")
     assert [row["skipped"] for row in rows] == [0, 1, 1, 1, 1][: len(rows)]
     assert all(np.isfinite(row["loss_train"]) for row in rows)
-    assert all(value.isfinite().all() for value in load_file(tmp_path / "unstable/model.safetensors").values())
+    assert all(
+        value.isfinite().all() for value in load_file(tmp_path / "unstable/model.safetensors").values()
+    )
     assert "1 steps skipped" in (tmp_path / "unstable" / "log.txt").read_text()

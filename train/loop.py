@@ -213,8 +213,9 @@ def fit(config: Config, make_task: MakeTask) -> int:
         metrics.close()
         from train.card import card  # here: it needs the models, and a launcher does not
 
+        last_row = [{}, *read_csv(run / "metrics.csv")][-1]
         with atomic_write(run / "model_card.md") as temporary:
-            temporary.write_text(card(config, catalogue.info, read_csv(run / "metrics.csv")[-1], steps))
+            temporary.write_text(card(config, catalogue.info, last_row, steps))
         _export(state.evaluated, config, run / "model.safetensors", steps)  # last: it ends the run
         screen.line(f"done: {run}/model.safetensors after {clock.elapsed():.0f} s of training")
         lock.close()
@@ -271,11 +272,13 @@ def _finish_row(
     row: dict, values: torch.Tensor, task: Task, metrics: MetricsWriter | None, screen: Screen, config: Config
 ) -> None:
     loss, norm, bad, _, skipped, in_a_row = values.tolist()
+    if math.isnan(loss):  # every step since the last row was skipped
+        loss = norm = None
     row |= {task.loss_column: loss, "grad_norm": norm, "skipped": int(skipped), "bad": round(bad)}
     if metrics is not None:
         metrics.write(row)
     hidden = (*TIMING_COLUMNS, "samples", "step", "skipped", "bad", "held_out")
-    shown = {k: v for k, v in row.items() if k not in hidden}
+    shown = {k: v for k, v in row.items() if k not in hidden and v is not None}
     text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
     wait = 100 * row["data_wait_ms"] / row["step_ms"]
     text += f" | {row['samples_per_s']:.1f} samples/s, data wait {wait:.0f} %"

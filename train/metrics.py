@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -81,11 +82,15 @@ class MetricsWriter:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of a metrics.csv: numbers parsed, empty fields None, a half-written last line dropped."""
-    with path.open(newline="") as file:
+    """The rows of a metrics.csv: numbers parsed, empty fields None; lines that are no row are dropped."""
+    rows = []
+    with path.open(newline="", errors="replace") as file:
         reader = csv.reader(line for line in file if line.endswith("\n"))
         header = next(reader, [])
-        return [{k: _number(k, v) for k, v in zip(header, row, strict=True)} for row in reader]
+        for row in reader:
+            with suppress(ValueError):  # a line cut off or damaged
+                rows.append({k: _number(k, v) for k, v in zip(header, row, strict=True)})
+    return rows
 
 
 def _number(column: str, text: str) -> float | int | None:

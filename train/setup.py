@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import loader
-from pipelines.catalogue import Catalogue, open_catalogue, read_info
+from pipelines.catalogue import Catalogue, check_shards, open_catalogue, read_info
 from pipelines.errors import UserError
 from pipelines.inputs import Normalised
 from train import distributed, rundir
@@ -34,11 +34,7 @@ def check(config: Config) -> None:
         )
     if "train" not in info.splits:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack_*")
-    for split, counts in info.splits.items():
-        for shard in range(counts["shards"]):
-            tar = info.root / split / f"{shard:06d}.tar"
-            if not tar.is_file():
-                raise UserError(f"{tar} is missing; restore it, or pack {info.root} again")
+    check_shards(info)
     distributed.resolve_device(config.speed.device, config.speed.processes)
     rundir.check_config(config)
 

@@ -1,0 +1,135 @@
+"""Training with a fault: processes killed at chosen moments, and `python -m tests.fault_helpers PRESET ...`,
+which is train.mae with the fault named in $FAULT put into its last process at steps 5 and 6."""
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipelines.catalogue import Catalogue
+from pipelines.errors import run_cli
+from pipelines.loader import Batch
+from train import checkpoint, finetune, loop, mae, rundir
+from train.config import Config, MaeConfig, parse
+from train.distributed import World
+from train.metrics import MetricsWriter
+from train.presets import MAE_PRESETS
+from train.setup import Autocast
+
+CLEAN = multiprocessing.get_context("forkserver")  # its children are born with everything imported
+PRELOADED = (
+    "tests.fault_helpers",
+    "tools.pack_kinetics",
+    "models",
+    "timm.optim",
+    "timm.data.mixup",
+    "timm.utils",
+)
+CLEAN.set_forkserver_preload(list(PRELOADED))
+MOMENTS = ("between", "evaluation", "checkpoint", "metric row", "Parquet part")
+
+
+def train(config: Config, log: Path, moment: Synchronized) -> None:
+    """The body of a training process; `moment` holds the index in MOMENTS of what it is doing."""
+    speak_to(log)
+
+    def told(number: int, function: Callable) -> Callable:
+        def wrapped(*arguments, **named):
+            moment.value = number
+            try:
+                return function(*arguments, **named)
+            finally:
+                moment.value = 0
+
+        return wrapped
+
+    def make_task(*arguments) -> loop.Task:
+        task = make(*arguments)
+        return replace(task, evaluate=told(1, task.evaluate))
+
+    make = mae.make_task if isinstance(config, MaeConfig) else finetune.make_task
+    checkpoint.save = told(2, checkpoint.save)
+    MetricsWriter.write = told(3, MetricsWriter.write)
+    MetricsWriter.commit = told(4, MetricsWriter.commit)
+    run_cli(lambda: loop.main(config, make_task))
+
+
+def speak_to(log: Path) -> None:
+    """Let this process's output go to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+
+
+def kill_until_done(config: Config, kills: int, seed: int) -> Counter[str]:
+    """Run to the end though the process is killed `kills` times on the way; returns the moments that hit.
+
+    SIGKILL and SIGTERM take turns, and so do the moments. Fails when a process ends in any other way.
+    """
+    rng, hits = random.Random(seed), Counter()
+    log = config.run.root / f"{config.run.name}.out"
+    aims = itertools.cycle(range(len(MOMENTS)))
+    while not rundir.is_finished(config):
+        moment = CLEAN.Value("i", 0)
+        process = CLEAN.Process(target=train, args=(config, log, moment))
+        process.start()
+        if hits.total() < kills:
+            aim, until = next(aims), time.monotonic() + rng.uniform(1.0, 4.0)
+            while process.is_alive() and (time.monotonic() < until or moment.value != aim):
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.02))
+            if process.is_alive():
+                hits[MOMENTS[moment.value]] += 1
+                os.kill(process.pid or 0, (signal.SIGKILL, signal.SIGTERM)[hits.total() % 2])
+        process.join(120)
+        assert process.exitcode in (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM), (
+            log.read_text()
+        )
+    return hits
+
+
+def make_faulty_task(config: Config, catalogue: Catalogue, world: World, autocast: Autocast) -> loop.Task:
+    """Pretraining whose last process goes wrong at steps 5 and 6, or from then on with $FAULT ending in +."""
+    task = mae.make_task(config, catalogue, world, autocast)
+    fault, calls = os.environ["FAULT"], itertools.count(1)
+    bad = False
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        nonlocal bad
+        call = next(calls)
+        bad = world.rank == world.size - 1 and (call in (5, 6) or (call > 6 and fault.endswith("+")))
+        value = task.loss(model, batch)
+        if bad and fault.startswith("loss"):
+            return value * float("inf")
+        if bad and fault == "memory":
+            torch.empty(1 << 50)
+        if bad and fault == "error":
+            raise AssertionError("a mistake in the code")
+        return value
+
+    def spoil_input(module: nn.Module, inputs: tuple) -> tuple | None:
+        spoils = bad and fault == "input" and module.training
+        return (inputs[0] * float("nan"), *inputs[1:]) if spoils else None
+
+    def spoil_gradient(gradient: torch.Tensor) -> torch.Tensor | None:
+        return gradient * float("nan") if bad and fault == "gradient" else None
+
+    task.model.register_forward_pre_hook(spoil_input)
+    next(task.model.parameters()).register_hook(spoil_gradient)
+    return replace(task, loss=loss)
+
+
+if __name__ == "__main__":
+    print("fault:", os.environ["FAULT"], file=sys.stderr)
+    run_cli(lambda: loop.main(parse(MAE_PRESETS, "tests.fault_helpers"), make_faulty_task))
