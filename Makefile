@@ -66,8 +66,8 @@ bench: env  ## measure speed side by side: BENCH=all|loader|model
 test: check  ## all tests, after check
 	$(PY) -m pytest $(ARGS)
 
-faults: env  ## what a hostile week does to a run, as a table; KILLS=200 at random moments
-	$(PY) -m pytest -m fault --kills $(or $(KILLS),200) $(ARGS)
+faults: env  ## what a hostile week does to a run, as a table; KILLS=50 per test at random moments
+	$(PY) -m pytest -m fault --kills $(or $(KILLS),50) $(ARGS)
 
 check: env  ## lint, format, types
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyrefly check

@@ -29,6 +29,8 @@ def hosts() -> Iterator[None]:
     """Two namespaces with an address each; skips where they may not be made."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need ip and root")
+    if len(os.sched_getaffinity(0)) != 2:
+        pytest.skip("the two hosts get one core each, to be compared with two processes on two cores")
     for host in HOSTS:
         subprocess.run(["ip", "netns", "del", host], check=False, capture_output=True)
     try:
@@ -55,7 +57,19 @@ def start_on(host: str, config: Config, log: Path) -> subprocess.Popen:
     # A namespace shares its parent's host name, by which torchrun would know where the meeting point is.
     place = ["--rdzv-conf", f"is_host={int(host == 'hiera-a')}", "--local-addr", HOSTS[host]]
     words = [*torchrun, *meeting, *place, "-m", "train.mae", "image-mae-pico"]
-    command = ["ip", "netns", "exec", host, *words, *arguments(config)]
+    # One core each, as the two processes of one host have: sums depend on the number of threads.
+    cores = sorted(os.sched_getaffinity(0))
+    command = [
+        "ip",
+        "netns",
+        "exec",
+        host,
+        "taskset",
+        "-c",
+        str(cores[host == "hiera-b"]),
+        *words,
+        *arguments(config),
+    ]
     with log.open("a") as file:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
 
@@ -99,7 +113,7 @@ def test_two_hosts_and_a_link_that_is_cut(
         if cut == 30.0:
             time.sleep(cut)
             ip("-n", "hiera-a", "link", "set", "veth0", "up")
-        codes = finish(processes, config)
+        codes = finish(processes, config, 480)
         words = f"exit codes {codes} after {time.monotonic() - begin:.0f} s"
         if cut > 30.0:
             assert all(codes) and "another process ended, or gave no sign" in said(config)
