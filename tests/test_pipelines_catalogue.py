@@ -146,11 +146,15 @@ def test_a_large_catalogue_on_a_disk_that_cannot_be_written_is_mapped_from_elsew
     assert len(list(tmp_path.glob("hiera-train-*/*.columns"))) == 1
 
 
-def test_many_processes_may_be_the_first_to_open_a_large_catalogue(tmp_path, monkeypatch):
+def opened_as_large(root):
+    columns.LARGE = 1
+    return opened(root)
+
+
+def test_many_processes_may_be_the_first_to_open_a_large_catalogue(tmp_path):
     root = image_dataset(tmp_path / "d")
     small = opened(root)
-    monkeypatch.setattr(columns, "LARGE", 1)
-    with get_context("fork").Pool(4) as pool:
-        for found in pool.map(opened, [root] * 8, chunksize=1):
+    with get_context("forkserver").Pool(4) as pool:
+        for found in pool.map(opened_as_large, [root] * 8, chunksize=1):
             assert_equal(small, found)
     assert len(list(root.glob(".*"))) == 2  # the columns and the lock, no leftovers

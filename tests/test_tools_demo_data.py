@@ -2,13 +2,15 @@
 
 import csv
 import hashlib
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.train_helpers import ROOT
 from tools import demo_data as demo
 from tools.pack_imagenet import pack_imagenet
 from tools.pack_kinetics import pack_kinetics
@@ -17,12 +19,19 @@ LABELS = sorted(demo.MOTIONS)
 TRAIN, VAL = 60, 50  # clips a class
 
 
-def draw_some(out: Path, workers: int, monkeypatch) -> Path:
-    """A few pictures and clips of each class; forked workers take over the smaller counts."""
-    monkeypatch.setattr(demo, "IMAGES", {"train": 2, "val": 1})
-    monkeypatch.setattr(demo, "CLIPS", {"train": 2, "val": 1})
-    monkeypatch.setattr(demo, "get_context", lambda _: multiprocessing.get_context("fork"))
-    demo.demo_data(out, workers)
+DRAW = """
+import multiprocessing, sys
+from pathlib import Path
+from tools import demo_data as demo
+demo.IMAGES = demo.CLIPS = {"train": 2, "val": 1}
+demo.get_context = lambda _: multiprocessing.get_context("fork")  # workers take over the smaller counts
+demo.demo_data(Path(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+def draw_some(out: Path, workers: int) -> Path:
+    """A few pictures and clips of each class, drawn in a process without threads, which may fork."""
+    subprocess.run([sys.executable, "-c", DRAW, str(out), str(workers)], cwd=ROOT, check=True, timeout=120)
     return out
 
 
@@ -31,15 +40,15 @@ def sums(out: Path) -> dict[str, str]:
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_files_do_not_depend_on_the_workers_and_all_differ(tmp_path, monkeypatch):
-    one = sums(draw_some(tmp_path / "1", 1, monkeypatch))
-    assert one == sums(draw_some(tmp_path / "2", 2, monkeypatch))
+def test_the_files_do_not_depend_on_the_workers_and_all_differ(tmp_path):
+    one = sums(draw_some(tmp_path / "1", 1))
+    assert one == sums(draw_some(tmp_path / "2", 2))
     pictures = [digest for path, digest in one.items() if path.startswith("images")]
     assert len(pictures) == len(set(pictures)) == 3 * len(demo.PICTURE_CLASSES)
 
 
-def test_the_trees_have_the_published_shape_and_pack_whole(tmp_path, monkeypatch):
-    root = draw_some(tmp_path / "demo", 2, monkeypatch)
+def test_the_trees_have_the_published_shape_and_pack_whole(tmp_path):
+    root = draw_some(tmp_path / "demo", 2)
     clips = root / "clips"
     assert sorted(path.name for path in (root / "images").iterdir()) == ["train", "val"]
     with (clips / "annotations/tiny_train.csv").open(newline="") as file:
