@@ -161,9 +161,8 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
     return config
 
 
-@pytest.mark.parametrize(
-    ("number", "limit"), [(signal.SIGKILL, 30), pytest.param(signal.SIGSTOP, 75, marks=long)]
-)
+@long
+@pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, 30), (signal.SIGSTOP, 75)])
 def test_a_process_is_killed_or_stopped(
     number: signal.Signals, limit: int, undisturbed: Config, tmp_path: Path, happened: Happened
 ):
