@@ -17,7 +17,7 @@ START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 .venv/bin/torchrun --
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 
-.PHONY: help demo shards verify stage train-mae train-ft eval probe plot report predict bench test faults check lock env env-ray clean
+.PHONY: help demo shards verify stage train-mae train-ft eval probe plot report predict bench test faults check audit lock env env-ray clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]   (ARGS=\"...\" is passed on to the command)"
@@ -71,6 +71,9 @@ faults: env  ## what a hostile week does to a run, as a table; KILLS=50 per test
 
 check: env  ## lint, format, types
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyrefly check
+
+audit: env  ## known vulnerabilities of the locked packages, by pip-audit; needs the internet
+	$(UV) tool run pip-audit --strict --disable-pip --require-hashes -r requirements.lock -r requirements-ray.lock
 
 lock: env  ## requirements*.in -> requirements*.lock
 	$(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \

@@ -1,9 +1,11 @@
 """What a fresh clone must hold together: one source of dependencies, a Makefile that says what it does."""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,43 @@ def test_imports_go_one_way():
                 re.findall(r"^\s*(?:from|import) (pipelines|models|train|tools)\b", path.read_text(), re.M)
             )
             assert found <= {package} | others, path
+
+
+def test_every_file_has_its_line_in_the_architecture():
+    text = (ROOT / "docs/architecture.md").read_text()
+    listed = re.findall(r"^\| `(\S+)` \|", text, re.M)
+    packages = ("pipelines", "models", "train", "tools", "benchmarks")
+    there = [
+        f"{package}/{path.name}" for package in packages for path in (ROOT / package).glob("*.[ph][yt]*")
+    ]
+    assert sorted(listed) == sorted(name for name in there if not name.endswith("__init__.py"))
+
+
+def test_no_file_is_long():
+    paths = [
+        path
+        for package in ("pipelines", "models", "train", "tools")
+        for path in (ROOT / package).glob("*.py")
+    ]
+    assert len(paths) > 50
+    assert [path.name for path in paths if path.read_text().count("\n") > 400] == []
+
+
+def test_no_imports_go_round():
+    """Also those inside functions count."""
+    packages = ("pipelines", "models", "train", "tools", "benchmarks")
+    paths = {f"{package}.{path.stem}": path for package in packages for path in (ROOT / package).glob("*.py")}
+    graph = {name: imported(path) & paths.keys() for name, path in paths.items()}
+    assert sum(map(len, graph.values())) > 100
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports: `from a import b` counts as a.b and as a."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found

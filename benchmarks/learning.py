@@ -1,0 +1,237 @@
+"""Does it learn, on real data: python -m benchmarks.learning images --data shards/imagenet
+
+For every seed a small masked autoencoder is pretrained and finetuned, and the same classifier is trained from
+scratch for as long as the finetuning took; images are also pretrained at other mask ratios and probed along
+the way, clips are also tested in 5 x 3 views and with their frames out of order. One run a core at a time;
+started again, it goes on where it was.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from statistics import mean, stdev
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from pipelines.errors import UserError, run_cli
+from pipelines.files import atomic_write
+from pipelines.inputs import Normalised
+from train import distributed, setup
+from train.config import FinetuneConfig
+from train.evaluate import classifier_evaluation, read_config
+from train.metrics import read_csv
+from train.probe import Arguments as ProbeArguments
+from train.probe import probe
+
+Kind = Literal["images", "clips"]
+RUNS = Path("runs/learning")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The three trainings that are compared; scratch gets the rates that suited it best in trials."""
+
+    pretrain: str
+    finetune: str
+    scratch: str
+
+
+RECIPES: dict[Kind, Recipe] = {
+    "images": Recipe(
+        "train.mae image-mae-pico --optim.epochs 24 --optim.warmup-epochs 2",
+        "train.finetune image-ft-pico --optim.epochs 8 --optim.warmup-epochs 1",
+        "train.finetune image-ft-pico --optim.epochs 8 --optim.warmup-epochs 1",
+    ),
+    "clips": Recipe(
+        "train.mae video-mae-pico --optim.epochs 40 --optim.warmup-epochs 2",
+        "train.finetune video-ft-pico --optim.epochs 6 --optim.warmup-epochs 1",
+        "train.finetune video-ft-pico --optim.epochs 6 --optim.warmup-epochs 1",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train and compare."""
+
+    kind: tyro.conf.Positional[Kind]
+    data: Path
+    """Packed shards, with labels and a validation split."""
+    seeds: int = 3
+    mask_ratios: tuple[float, ...] = (0.5, 0.75)
+    """Also pretrain images with these shares hidden, at the first seed."""
+    out: Path = Path("benchmarks/results/learning.json")
+    """Where the figures go; those of the other kind stay in it."""
+
+
+def chains_of(arguments: Arguments) -> list[list[str]]:
+    """Commands that follow each other, a list a core: pretraining, finetuning, training from scratch."""
+    recipe, kind = RECIPES[arguments.kind], arguments.kind
+
+    def command(text: str, name: str, seed: int, *more: object) -> str:
+        place = f"--data.path {arguments.data} --run.root {RUNS} --run.name {kind}-{name}"
+        rest = " ".join(map(str, more))
+        return f"{text} {place} --run.seed {seed} --run.keep 100 {rest} --speed.device cpu"
+
+    def pretrained(name: str, seed: int, *more: object) -> list[str]:
+        init = f"--model.init {RUNS}/{kind}-mae-{name}/model.safetensors"
+        return [
+            command(recipe.pretrain, f"mae-{name}", seed, *more),
+            command(recipe.finetune, f"ft-{name}", seed, init),
+        ]
+
+    chains = [
+        [*pretrained(str(seed), seed), command(recipe.scratch, f"scratch-{seed}", seed)]
+        for seed in range(arguments.seeds)
+    ]
+    if kind == "images":
+        chains += [pretrained(f"mask{ratio}", 0, "--mask-ratio", ratio) for ratio in arguments.mask_ratios]
+    return chains
+
+
+def run_all(chains: list[list[str]]) -> None:
+    """Run the chains, one a core at a time; raises UserError when a command fails."""
+    free: SimpleQueue[int] = SimpleQueue()
+    for core in sorted(os.sched_getaffinity(0)):
+        free.put(core)
+
+    def run(chain: list[str]) -> None:
+        core = free.get()
+        try:
+            for command in chain:
+                run_on(core, command)
+        finally:
+            free.put(core)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(run, chains))
+
+
+def run_on(core: int, command: str) -> None:
+    """Run `python -m COMMAND` on one core, unless it is finished."""
+    words = shlex.split(command)
+    if (RUNS / words[words.index("--run.name") + 1] / "model_card.md").exists():
+        return
+    print(f"$ python -m {command}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.DEVNULL)
+    os.sched_setaffinity(process.pid, {core})
+    if process.wait():
+        raise UserError(f"python -m {command} ended with exit code {process.returncode}; see above")
+
+
+class Reordered(nn.Module):
+    """A classifier of clips that gets the frames in another order: uint8 [b, T, H, W, 3] -> logits."""
+
+    def __init__(self, inner: nn.Module, order: Sequence[int]) -> None:
+        super().__init__()
+        self.inner, self.order = inner, torch.tensor(order)
+
+    def forward(self, pixels: Tensor) -> object:
+        return self.inner(pixels[:, self.order.to(pixels.device)])
+
+
+ORDERS = {  # of the 16 frames: as they are, in one fixed wrong order, and the middle one alone
+    "in order": list(range(16)),
+    "shuffled": torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist(),
+    "reversed": list(range(15, -1, -1)),
+    "one frame": [8] * 16,
+}
+
+
+def accuracy(run: Path, views: tuple[int, int] = (1, 1), order: str = "in order") -> float:
+    """Top-1 of a run's last weights with the validation clips' frames in another order, or in views."""
+    config = read_config(run)
+    assert isinstance(config, FinetuneConfig)
+    init = replace(config.model, init=str(run / "model.safetensors"))
+    config = replace(config, model=init, views=views)
+    world = distributed.start("cpu")
+    autocast, _ = setup.precision(config, world)
+    catalogue = setup.open_validation(config)
+    assert catalogue is not None
+    model = setup.build_model(config, len(catalogue.info.classes))
+    setup.warm_start(model, config, whole=True)
+    ready: nn.Module = Normalised(model, config.data.frames)
+    if order != "in order":
+        ready = Reordered(ready, ORDERS[order])
+    return classifier_evaluation(config, world, autocast, None, ready, catalogue)["acc"]  # pyrefly: ignore
+
+
+# ---- what came out ---------------------------------------------------------------------------------------
+
+
+def last_accuracy(name: str) -> float:
+    return read_csv(RUNS / name / "metrics.csv")[-1]["acc"]
+
+
+def curve(name: str) -> list[tuple[int, float]]:
+    """Step and validation loss of a pretraining run."""
+    rows = read_csv(RUNS / name / "metrics.csv")
+    return [(row["step"], row["loss_val"]) for row in rows if row["loss_val"] is not None]
+
+
+def image_results(arguments: Arguments) -> dict[str, list[float]]:
+    found = {
+        f"mask {ratio}, pretrained + finetuned": [last_accuracy(f"images-ft-mask{ratio}")]
+        for ratio in arguments.mask_ratios
+    }
+    for weights in sorted((RUNS / "images-mae-0" / "checkpoints").glob("step-*.pt"))[::4]:
+        probed = probe(ProbeArguments(RUNS / "images-mae-0", weights, device="cpu"))
+        step = int(weights.stem.removeprefix("step-"))
+        found |= {f"{name} probe at step {step}": [value] for name, value in probed.items()}
+    return found
+
+
+def clip_results(arguments: Arguments) -> dict[str, list[float]]:
+    runs = [RUNS / f"clips-ft-{seed}" for seed in range(arguments.seeds)]
+    found = {"5 x 3 views": [accuracy(run, views=(5, 3)) for run in runs]}
+    return found | {f"frames {order}": [accuracy(run, order=order) for run in runs] for order in ORDERS}
+
+
+def results(arguments: Arguments) -> dict[str, list[float]]:
+    """Validation accuracy, or probe accuracy, by name; one value a seed."""
+    found = {
+        title: [last_accuracy(f"{arguments.kind}-{name}-{seed}") for seed in range(arguments.seeds)]
+        for title, name in (("pretrained + finetuned", "ft"), ("from scratch", "scratch"))
+    }
+    more = image_results if arguments.kind == "images" else clip_results
+    return found | more(arguments)
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="python -m benchmarks.learning")
+    chains = chains_of(arguments)
+    run_all(chains)
+    found = results(arguments)
+    losses = {f"seed {seed}": curve(f"{arguments.kind}-mae-{seed}") for seed in range(arguments.seeds)}
+    before = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    commands = [f"python -m {command}" for chain in chains for command in chain]
+    mine = {"accuracy": found, "mae_validation_loss": losses, "commands": commands}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(arguments.out) as temporary:
+        temporary.write_text(json.dumps(before | {arguments.kind: mine}, indent=1))
+    Console().print(table_of(arguments.kind, found))
+
+
+def table_of(kind: Kind, found: dict[str, list[float]]) -> Table:
+    """Percent by name: mean, spread and every seed's."""
+    table = Table(kind, "mean", "standard deviation", "each")
+    for name, values in found.items():
+        spread = f"{100 * stdev(values):.1f}" if len(values) > 1 else "-"
+        table.add_row(name, f"{100 * mean(values):.1f}", spread, " ".join(f"{100 * v:.1f}" for v in values))
+    return table
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,150 @@
+"""Times whole training beside other ways to train, a process each: python -m tools.bench training
+
+Ours is `python -m train.mae` or `train.finetune` on packed shards; the others are benchmarks/plain_loop.py
+on the unpacked files. All train a model of pico size on the same pictures with the same crops, batch and
+threads, and say each step; they take turns. The first step is timed from the start of the process.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.loader import make_data
+from pipelines.errors import UserError, run_cli
+
+WARM = 5  # steps that do not count
+BATCH = {"images": 32, "clips": 8}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training, from its start to its end."""
+
+    samples_per_s: float
+    samples_per_cpu_s: float
+    first_step_s: float
+    memory_mb: float  # of the largest process
+
+
+def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[str]]]:
+    """Module and arguments of every contender, by comparison; ours comes first."""
+
+    def ours(program: str, preset: str, shards: str, kind: str) -> list[str]:
+        place = ["--data.path", str(work / shards), "--run.root", str(runs)]
+        length = ["--optim.batch", str(BATCH[kind]), "--run.log-every", "1", "--optim.warmup-epochs", "0"]
+        epochs = ["--optim.epochs", str(steps * BATCH[kind] / samples(work / shards))]
+        return [program, preset, *place, *length, *epochs, "--speed.micro-batch", str(BATCH[kind])]
+
+    def plain(model: str, folder: str, kind: str, *more: str) -> list[str]:
+        counts = ["--batch", str(BATCH[kind]), "--steps", str(steps)]
+        return ["benchmarks.plain_loop", "--data", str(work / folder), "--model", model, *counts, *more]
+
+    return {
+        "images, finetuning": {
+            "ours": ours("train.finetune", "image-ft-pico", "short256", "images"),
+            "our model in a plain loop": plain("ours", "originals", "images"),
+            "timm's model in a plain loop": plain("timm", "originals", "images"),
+        },
+        "images, MAE": {
+            "ours": ours("train.mae", "image-mae-pico", "short256", "images"),
+            "our model in a plain loop": plain("ours", "originals", "images", "--mae"),
+            "transformers' model in a plain loop": plain("transformers", "originals", "images", "--mae"),
+        },
+        "clips, finetuning": {
+            "ours": ours("train.finetune", "video-ft-pico", "clips", "clips"),
+            "our model in a plain loop": plain("ours", "frames", "clips", "--clips"),
+        },
+        "clips, MAE": {
+            "ours": ours("train.mae", "video-mae-pico", "clips", "clips"),
+            "our model in a plain loop": plain("ours", "frames", "clips", "--clips", "--mae"),
+        },
+    }
+
+
+def samples(shards: Path) -> int:
+    from pipelines.catalogue import open_catalogue
+
+    return len(open_catalogue(shards, "train"))
+
+
+def trial(command: list[str], batch: int) -> Trial:
+    """Run `python -m COMMAND` and time the lines "step N: ..." it prints; raises UserError when it fails."""
+    begin, marks = time.perf_counter(), []
+    process = subprocess.Popen([sys.executable, "-m", *command], stdout=-1, stderr=-2, text=True)
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith("step "):
+            marks.append(time.perf_counter() - begin)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"python -m {' '.join(command)} failed: {''.join(said)[-500:]}")
+    seconds = marks[-2] - marks[WARM - 1]  # our last line also waits for the evaluation
+    rate = batch * (len(marks) - 1 - WARM) / seconds
+    per_cpu = batch * len(marks) / (usage.ru_utime + usage.ru_stime)
+    return Trial(rate, per_cpu, marks[0], usage.ru_maxrss / 1e3)
+
+
+def run(
+    work: Path = Path("/tmp/hiera-train-bench"),
+    images: Path = Path("data/imagenet"),
+    steps: int = 40,
+    rounds: int = 5,
+    only: str = "",
+) -> dict[str, dict[str, list[Trial]]]:
+    """Let every contender train in turn.
+
+    Args:
+        work: the data of `tools.bench loader`, made from `images` where it is missing.
+        images: folder of JPEG pictures, searched through.
+        steps: of each training; the first few do not count for the rate.
+        rounds: trainings of each contender.
+        only: measure the comparisons whose name contains this.
+    """
+    if not (work / "clips" / "dataset.json").is_file():
+        make_data(images, work)
+    found: dict[str, dict[str, list[Trial]]] = {}
+    for number in range(rounds):
+        with tempfile.TemporaryDirectory() as runs:
+            for title, racing in contenders(work, Path(runs), steps).items():
+                for name, command in racing.items() if only in title else ():
+                    print(f"round {number + 1} of {rounds}: {title}, {name}", file=sys.stderr, flush=True)
+                    trials = found.setdefault(title, {}).setdefault(name, [])
+                    trials.append(trial(command, BATCH[title.partition(",")[0]]))
+    return found
+
+
+def show(title: str, trials: dict[str, list[Trial]]) -> None:
+    """Medians, and of each the ratio of ours to it over the rounds: least, median, greatest."""
+    heads = ("samples/s", "ours / this", "per CPU second", "first step (s)", "memory (MB)")
+    table = Table("training", *heads, title=title)
+    first = next(iter(trials.values()))
+    for name, rounds in trials.items():
+        medians = [
+            statistics.median(column) for column in zip(*(vars(t).values() for t in rounds), strict=True)
+        ]
+        ratios = [a.samples_per_s / b.samples_per_s for a, b in zip(first, rounds, strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        rate, per_cpu, start, memory = medians
+        table.add_row(name, f"{rate:.1f}", spread, f"{per_cpu:.1f}", f"{start:.1f}", f"{memory:.0f}")
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+
+
+def main() -> None:
+    for title, trials in tyro.cli(run, prog="python -m benchmarks.training").items():
+        show(title, trials)
+
+
+if __name__ == "__main__":
+    run_cli(main)
