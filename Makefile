@@ -60,8 +60,8 @@ predict: env  ## what RUN=NAME makes of INPUT="FILE [FOLDER ...]": pictures, vid
 	$(PY) -m tools.predict 'runs/$(or $(RUN),RUN-is-not-set)' $(INPUT) $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
 		$(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-bench: env  ## measure speed side by side: BENCH=all|loader|model
-	$(PY) -m tools.bench $(BENCH) $(ARGS)
+bench: env  ## measure speed side by side: BENCH=all|loader|model|training|packing IMAGES=DIR
+	$(PY) -m tools.bench $(BENCH) $(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)') $(ARGS)
 
 test: check  ## all tests, after check
 	$(PY) -m pytest $(ARGS)

@@ -50,14 +50,16 @@ class Recipe:
 
 RECIPES: dict[Kind, Recipe] = {
     "images": Recipe(
-        "train.mae image-mae-pico --optim.epochs 24 --optim.warmup-epochs 2",
-        "train.finetune image-ft-pico --optim.epochs 8 --optim.warmup-epochs 1",
-        "train.finetune image-ft-pico --optim.epochs 8 --optim.warmup-epochs 1",
+        "train.mae image-mae-pico --optim.epochs 16 --run.checkpoint-every 225 --run.eval-every 225",
+        "train.finetune image-ft-pico --optim.epochs 3 --optim.warmup-epochs 0.5 --run.eval-every 141",
+        "train.finetune image-ft-pico --optim.epochs 3 --optim.warmup-epochs 0.5 --run.eval-every 141"
+        " --optim.lr 3e-4 --optim.layer-decay 1",
     ),
     "clips": Recipe(
-        "train.mae video-mae-pico --optim.epochs 40 --optim.warmup-epochs 2",
-        "train.finetune video-ft-pico --optim.epochs 6 --optim.warmup-epochs 1",
-        "train.finetune video-ft-pico --optim.epochs 6 --optim.warmup-epochs 1",
+        "train.mae video-mae-pico --optim.epochs 20 --run.checkpoint-every 130 --run.eval-every 130",
+        "train.finetune video-ft-pico --optim.epochs 4 --optim.warmup-epochs 0.5 --run.eval-every 65",
+        "train.finetune video-ft-pico --optim.epochs 4 --optim.warmup-epochs 0.5 --run.eval-every 65"
+        " --optim.lr 3e-4 --optim.layer-decay 1",
     ),
 }
 
@@ -186,7 +188,7 @@ def image_results(arguments: Arguments) -> dict[str, list[float]]:
         f"mask {ratio}, pretrained + finetuned": [last_accuracy(f"images-ft-mask{ratio}")]
         for ratio in arguments.mask_ratios
     }
-    for weights in sorted((RUNS / "images-mae-0" / "checkpoints").glob("step-*.pt"))[::4]:
+    for weights in sorted((RUNS / "images-mae-0" / "checkpoints").glob("step-*.pt")):
         probed = probe(ProbeArguments(RUNS / "images-mae-0", weights, device="cpu"))
         step = int(weights.stem.removeprefix("step-"))
         found |= {f"{name} probe at step {step}": [value] for name, value in probed.items()}

@@ -3,19 +3,20 @@
     python -m tools.bench loader --images data/imagenet/train --work /tmp/bench
 
 From pictures below `--images` it makes 500-pixel originals and 340 x 256 clips, packs them, and lets every
-contender make batches in turn, several rounds of each, warm cache, the same output and augmentation. It
-prints and returns the medians.
+contender make batches in turn, several rounds of each, warm cache, the same output and augmentation.
 """
 
 import csv
+import functools
 import itertools
-import json
 import multiprocessing
 import os
 import random
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,9 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from benchmarks.results import Race, Results, show
 from pipelines import graph, inputs, loader, plans, sampler
 from pipelines.catalogue import Catalogue, open_catalogue
 from pipelines.errors import UserError, run_cli
@@ -40,6 +40,13 @@ Batches = Iterator[object]
 
 
 # ---- data ------------------------------------------------------------------------------------------------
+
+
+def data_in(work: Path, images: Path) -> Path:
+    """`work`, with the data in it: made from the pictures below `images` unless it is there."""
+    if not (work / "clips" / "dataset.json").is_file():
+        make_data(images, work)
+    return work
 
 
 def make_data(images: Path, work: Path, pictures: int = 512, clips: int = 24) -> None:
@@ -70,7 +77,19 @@ def make_data(images: Path, work: Path, pictures: int = 512, clips: int = 24) ->
             csv.writer(file).writerows(rows)
     for name, side in (("as-is", 10_000), ("short256", 256)):
         pack_imagenet(work / "originals", work / name, 2, side, 128)
+    unpack(work / "short256" / "train", work / "short256-files")
     pack_kinetics(work / "frames", work / "annotations", work / "clips", 2, 256, 8)
+
+
+def unpack(shards: Path, out: Path) -> None:
+    """The packed pictures as files, for loaders that read files of the same size."""
+    out.mkdir()
+    for tar in sorted(shards.glob("*.tar")):
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                content = archive.extractfile(member)
+                if content is not None and member.name.endswith("jpg"):
+                    (out / Path(member.name).name).write_bytes(content.read())
 
 
 def save(picture: Image.Image, path: Path) -> None:
@@ -127,21 +146,39 @@ def pillow_frames(data: Sequence[bytes | Path], way: Way) -> torch.Tensor:
     return torch.stack([tv.normalize(tv.to_tensor(picture), mean, std) for picture in done])
 
 
-class Folder(Dataset):
-    """Pictures, or clips as folders of frames, read by Pillow."""
+def opencv_frames(data: Sequence[Path]) -> torch.Tensor:
+    """OpenCV decodes a picture, crops, resizes and flips it; bytes stay bytes."""
+    import cv2  # pyrefly: ignore
+    from torchvision.transforms import RandomResizedCrop
 
-    def __init__(self, samples: list[list[Path]], way: Way) -> None:
-        self.samples, self.way = samples, way
+    coded = np.fromfile(data[0], np.uint8)
+    picture = cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB)
+    size = torch.empty(3, *picture.shape[:2], device="meta")
+    top, left, height, width = RandomResizedCrop.get_params(size, [0.08, 1.0], [3 / 4, 4 / 3])
+    window = picture[top : top + height, left : left + width]
+    filter_ = cv2.INTER_AREA if min(height, width) > SIZE else cv2.INTER_LINEAR
+    window = cv2.resize(window, (SIZE, SIZE), interpolation=filter_)
+    return torch.from_numpy(cv2.flip(window, 1) if random.random() < 0.5 else window)
+
+
+class Folder(Dataset):
+    """Pictures, or clips as folders of frames."""
+
+    def __init__(self, samples: list[list[Path]], prepare: Callable[[list[Path]], torch.Tensor]) -> None:
+        self.samples, self.prepare = samples, prepare
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return pillow_frames(self.samples[index], self.way)
+        return self.prepare(self.samples[index])
 
 
 def torchvision_batches(samples: list[list[Path]], way: Way, batch: int, workers: int) -> Batches:
-    dataset = Folder(samples, way)
+    return folder_batches(Folder(samples, functools.partial(pillow_frames, way=way)), batch, workers)
+
+
+def folder_batches(dataset: Folder, batch: int, workers: int) -> Batches:
     order = RandomSampler(dataset, replacement=True, num_samples=10**6)
     return iter(DataLoader(dataset, batch, sampler=order, num_workers=workers))
 
@@ -190,12 +227,12 @@ def bare_dali(tars: list[Path], batch: int, threads: int, resize: bool) -> Batch
 # ---- measuring -------------------------------------------------------------------------------------------
 
 
-def race(contenders: dict[str, Batches], batch: int, rounds: int, batches: int) -> dict[str, list[float]]:
-    """Of each contender the median samples/s and samples per CPU second, measured in turn.
+def race(contenders: dict[str, Batches], batch: int, rounds: int, batches: int) -> Race:
+    """Samples a second, and a CPU second, of each contender in every round; they take turns.
 
     A noisy minute hits all alike; CPU seconds stay comparable even where others use the machine.
     """
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    found: Race = {name: {"samples/s": [], "samples per CPU second": []} for name in contenders}
     for _ in range(rounds):
         for name, source in contenders.items():
             settle()
@@ -205,8 +242,9 @@ def race(contenders: dict[str, Batches], batch: int, rounds: int, batches: int) 
             for _ in range(batches):
                 next(source)
             spent = (time.perf_counter() - start, cpu_seconds() - used)
-            rates[name].append((batch * batches / spent[0], batch * batches / spent[1]))
-    return {name: np.median(values, axis=0).tolist() for name, values in rates.items()}
+            for values, seconds in zip(found[name].values(), spent, strict=True):
+                values.append(batch * batches / seconds)
+    return found
 
 
 def settle() -> None:
@@ -233,8 +271,8 @@ def run(
     workers: int = 2,
     rounds: int = 5,
     only: str = "",
-) -> dict[str, dict[str, list[float]]]:
-    """Measure everything; the result also goes to `work`/loader.json.
+) -> Results:
+    """Measure everything.
 
     Args:
         images: folder of JPEG pictures, searched through.
@@ -244,8 +282,7 @@ def run(
         rounds: how often each contender is measured.
         only: measure the comparisons whose name contains this.
     """
-    if not (work / "clips" / "dataset.json").is_file():
-        make_data(images, work)
+    data_in(work, images)
     few = max(1, batch // 4)
     comparisons: dict[str, tuple[int, int, Callable[[], dict[str, Batches]]]] = {
         "images, random crop": (batch, 12, lambda: image_race(work, batch, workers)),
@@ -253,19 +290,17 @@ def run(
         "clips, centre crop": (few, 4, lambda: clip_race(work, Way(centre=True), few, workers)),
         "decoding windows": (batch, 20, lambda: decode_race(work, batch, workers)),
     }
-    results = {}
-    for name, (size, batches, contenders) in comparisons.items():
-        if only in name:
-            results[name] = race(contenders(), size, rounds, batches)
-            show(name, results[name])
-    (work / "loader.json").write_text(json.dumps(results, indent=1))
-    return results
+    return {
+        f"loading {name}": race(contenders(), size, rounds, batches)
+        for name, (size, batches, contenders) in comparisons.items()
+        if only in name
+    }
 
 
 def image_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
     originals = [[path] for path in sorted((work / "originals").rglob("*.JPEG"))]
     tars = sorted((work / "short256" / "train").glob("*.tar"))
-    return {
+    racing = {
         "ours, short side 256": ours(work / "short256", 1, False, batch, workers),
         "ours, 500 px": ours(work / "as-is", 1, False, batch, workers),
         "torchvision, 500 px": torchvision_batches(originals, Way(), batch, workers),
@@ -273,6 +308,11 @@ def image_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
         "webdataset, short side 256": webdataset_batches(tars, Way(), batch, workers),
         "DALI alone, short side 256": bare_dali(tars, batch, workers, resize=True),
     }
+    if find_spec("cv2"):
+        small = [[path] for path in sorted((work / "short256-files").glob("*.jpg"))]
+        for name, samples in (("500 px", originals), ("short side 256", small)):
+            racing[f"OpenCV, {name}, uint8"] = folder_batches(Folder(samples, opencv_frames), batch, workers)
+    return racing
 
 
 def clip_race(work: Path, way: Way, batch: int, workers: int) -> dict[str, Batches]:
@@ -294,14 +334,5 @@ def decode_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
     }
 
 
-def show(title: str, rates: dict[str, list[float]]) -> None:
-    table = Table("contender", "samples/s", "first / this", "per CPU second", "first / this", title=title)
-    (rate, per_cpu), *_ = rates.values()
-    for name, (its_rate, its_cpu) in rates.items():
-        cells = (its_rate, rate / its_rate, its_cpu, per_cpu / its_cpu)
-        table.add_row(name, *(f"{cell:.2f}" for cell in cells))
-    Console().print(table)
-
-
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(run))
+    run_cli(lambda: show(tyro.cli(run)))

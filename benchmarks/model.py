@@ -1,55 +1,42 @@
-"""Times our models beside another implementation: `python -m tools.bench model --peer hiera-transformer`.
+"""Times our models beside other implementations: `python -m tools.bench model`.
 
 One step is forward and backward in training mode, bf16 autocast on CUDA, float32 on the CPU. The variants of
-a model take turns within every round, so that whatever else the machine does hits them alike; the speed-up
-is the median over rounds of the ratio to the peer. Memory is the peak of a process that runs one variant
-alone: what the step adds to the process before the model was built, or the allocator's peak on CUDA.
+a model take turns within every round, so that whatever else the machine does hits them alike. Memory is the
+peak of a process that runs one variant alone: what the step adds to the process before the model was built,
+or the allocator's peak on CUDA.
 """
 
 import math
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import tyro
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
+from benchmarks.results import Race, Results, show
 from models.factory import config_of, create
 from models.macs import bf16_peak, forward_macs
 from models.unroll import unit_grid
 from pipelines.errors import UserError, run_cli
-from tools.check_parity import upstream_model
+from tools.check_parity import timm_model, transformers_model, upstream_model
 
 NAMES = ("mae_hiera_base_224", "hiera_base_224", "mae_hiera_base_16x224", "hiera_base_16x224")
 DEFAULT_BATCH = {("cpu", False): 2, ("cpu", True): 1, ("cuda", False): 64, ("cuda", True): 8}  # images, clips
+PEERS = {"hiera-transformer": upstream_model, "timm": timm_model, "transformers": transformers_model}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One variant of one model."""
-
-    model: str
-    variant: str
-    batch: int
-    samples_per_s: float
-    speed_up: float | None  # over the peer's eager mode
-    peak_share: float | None  # of the device's bf16 peak, counting the variant's multiply-adds
-    memory_mb: float | None
-    memory_ratio: float | None  # to the peer's
-
-
-def variants_of(name: str, peer: bool, compiled: bool) -> list[str]:
-    """What to run for a model; the peer comes first."""
-    found = ["hiera-transformer"] * peer + ["ours"]
-    if name.startswith("mae_") and "16x" in name:
-        found.append("ours decode_ratio=0.5")
+def variants_of(name: str, peers: bool, compiled: bool) -> list[str]:
+    """What to run for a model; ours comes first."""
+    mae, clips = name.startswith("mae_"), "16x" in name
+    found = ["ours"] + ["ours decode_ratio=0.5"] * (mae and clips)
+    if peers:
+        found += ["hiera-transformer"]
+        found += [] if clips else ["transformers"] if mae else ["timm"]
     return found + [f"{variant} compiled" for variant in found if compiled]
 
 
@@ -64,9 +51,15 @@ def make_step(name: str, variant: str, batch: int, device: torch.device) -> tupl
     target = torch.randint(config.num_classes, (batch,), device=device)
     keep = torch.rand(batch, units, device=device).argsort(1)
     keep = keep[:, : int(units * (0.1 if config.video else 0.4))].sort(1).values
-    if variant.startswith("hiera-transformer"):
-        model = upstream_model(config, mae)
-        given = {"mask": torch.zeros(batch, units, device=device).scatter(1, keep, 1).bool()} if mae else {}
+    peer = variant.removesuffix(" compiled")
+    mask = torch.zeros(batch, units, device=device).scatter(1, keep, 1).bool()
+    given: dict[str, Tensor] = {}
+    if peer in PEERS:
+        model = PEERS[peer](config, mae)
+        if mae and peer == "transformers":
+            given = {"noise": (~mask).float()}  # it hides the units of the greatest noise, the same share
+        elif mae:
+            given = {"mask": mask}
     else:
         model = create(name, **overrides)
         given = {"keep": keep} if mae else {}
@@ -83,24 +76,19 @@ def make_step(name: str, variant: str, batch: int, device: torch.device) -> tupl
     return step, forward_macs(config, mae, mask_ratio=0.9 if config.video else 0.6)
 
 
-def measure(name: str, variants: list[str], batch: int, rounds: int, device: torch.device) -> list[Row]:
-    """Time the variants of one model, taking turns."""
+def measure(name: str, variants: list[str], batch: int, rounds: int, device: torch.device) -> Race:
+    """Time the variants of one model, taking turns; their share of the bf16 peak counts their own work."""
     made = {variant: make_step(name, variant, batch, device) for variant in variants}
-    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    race: Race = {variant: {"samples/s": []} for variant in variants}
+    peak = bf16_peak(_device_name(device))
     for number in range(rounds + 1):
-        for variant, (step, _) in made.items():
-            elapsed = _seconds(step, device)
+        for variant, (step, macs) in made.items():
+            rate = batch / _seconds(step, device)
             if number:  # the first round warms up
-                seconds[variant].append(elapsed)
-    rows = []
-    for variant, (_, macs) in made.items():
-        rate = batch / statistics.median(seconds[variant])
-        ratios = [a / b for a, b in zip(seconds[variants[0]], seconds[variant], strict=True)]
-        speed_up = statistics.median(ratios) if variants[0] == "hiera-transformer" else None
-        peak = bf16_peak(_device_name(device))
-        share = 6 * macs * rate / peak if peak else None
-        rows.append(Row(name, variant, batch, rate, speed_up, share, None, None))
-    return rows
+                race[variant]["samples/s"].append(rate)
+                if peak:
+                    race[variant].setdefault("share of bf16 peak", []).append(6 * macs * rate / peak)
+    return race
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
@@ -137,35 +125,32 @@ def _resident(field: str) -> float:
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
 
 
-def _memory_in_child(row: Row, device: str, threads: int) -> float:
+def _memory_in_child(name: str, variant: str, batch: int, device: str, threads: int) -> float:
     """Run `memory_of` in a fresh process."""
-    call = f"memory_of({row.model!r}, {row.variant!r}, {row.batch}, torch.device({device!r}))"
+    call = f"memory_of({name!r}, {variant!r}, {batch}, torch.device({device!r}))"
     code = f"import torch; from benchmarks.model import *; torch.set_num_threads({threads}); print({call})"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(
-            f"measuring the memory of {row.model} {row.variant} failed: {done.stderr.strip()[-300:]}"
-        )
+        raise UserError(f"measuring the memory of {name} {variant} failed: {done.stderr.strip()[-300:]}")
     return float(done.stdout.split()[-1])
 
 
 def run(
     names: tuple[str, ...] = NAMES,
-    peer: str | None = "hiera-transformer",
+    peers: bool = True,
     batch: int | None = None,
     rounds: int = 5,
     device: str | None = None,
     compiled: bool = False,
     memory: bool = True,
     threads: int = 2,
-) -> list[Row]:
-    """Bench models and give the rows; a progress line per model goes to stderr.
+) -> Results:
+    """Time models beside hiera-transformer (the authors' package), timm's and transformers' where they exist.
 
     Args:
         names: models, as `python -m models.zoo` lists them.
-        peer: "hiera-transformer", the authors' package, or none.
+        peers: also time the others' models.
         batch: samples a step; by default 2 images or 1 clip on the CPU, 64 or 8 on CUDA.
         rounds: timed rounds after one to warm up.
         device: "cpu" or "cuda"; CUDA where there is one.
@@ -173,45 +158,18 @@ def run(
         memory: also measure peak memory, in a process per variant.
         threads: CPU threads.
     """
-    if peer not in (None, "hiera-transformer"):
-        raise UserError(f"the peer can be hiera-transformer, not {peer!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
-    found = []
+    found: Results = {}
     for name in names:
         print(f"{name} on {_device_name(torch.device(device))} ...", file=sys.stderr, flush=True)
         size = batch or DEFAULT_BATCH[device, "16x" in name]
-        variants = variants_of(name, peer is not None, compiled)
-        rows = measure(name, variants, size, rounds, torch.device(device))
-        sizes = [_memory_in_child(row, device, threads) if memory else None for row in rows]
-        for row, mb in zip(rows, sizes, strict=True):
-            ratio = mb / sizes[0] if mb and sizes[0] and peer else None
-            found.append(replace(row, memory_mb=mb, memory_ratio=ratio))
+        race = measure(name, variants_of(name, peers, compiled), size, rounds, torch.device(device))
+        for variant in race if memory else ():
+            race[variant]["memory (MB)"] = [_memory_in_child(name, variant, size, device, threads)]
+        found[f"a step of {name}, batch {size}"] = race
     return found
 
 
-def table_of(rows: list[Row]) -> Table:
-    """The rows as a table."""
-    table = Table(title="forward + backward; speed-up and memory against the peer's eager mode")
-    heads = (
-        "model",
-        "variant",
-        "batch",
-        "samples/s",
-        "speed-up",
-        "of bf16 peak",
-        "memory (MB)",
-        "memory ratio",
-    )
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("model", "variant") else "right")
-    for row in rows:
-        numbers = (row.samples_per_s, row.speed_up, row.peak_share, row.memory_mb, row.memory_ratio)
-        formats = ("{:.3g}", "{:.2f}x", "{:.1%}", "{:.0f}", "{:.2f}x")
-        shown = ["-" if n is None else f.format(n) for f, n in zip(formats, numbers, strict=True)]
-        table.add_row(row.model, row.variant, str(row.batch), *shown)
-    return table
-
-
 if __name__ == "__main__":
-    run_cli(lambda: Console(width=None if sys.stdout.isatty() else 130).print(table_of(tyro.cli(run))))
+    run_cli(lambda: show(tyro.cli(run)))

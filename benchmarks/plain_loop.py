@@ -67,7 +67,7 @@ class Samples(Dataset):
 
         pictures: list[Any] = [Image.open(path).convert("RGB") for path in paths]
         window = RandomResizedCrop.get_params(pictures[0], [smallest, 1.0], [3 / 4, 4 / 3])
-        cut = [tv.resized_crop(picture, *window, [size, size]) for picture in pictures]
+        cut: list[Any] = [tv.resized_crop(picture, *window, [size, size]) for picture in pictures]
         cut = [tv.hflip(picture) for picture in cut] if torch.rand(()) < 0.5 else cut
         mean, std = map(list, VIDEO_STATS if self.clips else IMAGE_STATS)
         return [tv.normalize(tv.to_tensor(picture), mean, std) for picture in cut]
@@ -79,9 +79,11 @@ def model_and_loss(
     """A model of pico size, and the loss of its (pixels, labels)."""
     config = config_of(f"hiera_pico_{'16x64' if arguments.clips else '96'}", num_classes=classes)
     if arguments.model == "ours":
-        model: Any = MaskedAutoencoder(config) if arguments.mae else Hiera(config)
+        built = MaskedAutoencoder(config) if arguments.mae else Hiera(config)
     else:
-        model = (timm_model if arguments.model == "timm" else transformers_model)(config, arguments.mae)
+        built = (timm_model if arguments.model == "timm" else transformers_model)(config, arguments.mae)
+
+    model: Any = built
 
     def mae_loss(pixels: Tensor, labels: Tensor) -> Tensor:
         if arguments.model == "transformers":

@@ -6,33 +6,20 @@ threads, and say each step; they take turns. The first step is timed from the st
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.loader import make_data
+from benchmarks.loader import data_in
+from benchmarks.results import Results, show
 from pipelines.errors import UserError, run_cli
 
 WARM = 5  # steps that do not count
 BATCH = {"images": 32, "clips": 8}
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One training, from its start to its end."""
-
-    samples_per_s: float
-    samples_per_cpu_s: float
-    first_step_s: float
-    memory_mb: float  # of the largest process
 
 
 def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[str]]]:
@@ -76,8 +63,11 @@ def samples(shards: Path) -> int:
     return len(open_catalogue(shards, "train"))
 
 
-def trial(command: list[str], batch: int) -> Trial:
-    """Run `python -m COMMAND` and time the lines "step N: ..." it prints; raises UserError when it fails."""
+def trial(command: list[str], batch: int) -> dict[str, float]:
+    """Run `python -m COMMAND` and time the lines "step N: ..." it prints; raises UserError when it fails.
+
+    Memory is that of the largest process.
+    """
     begin, marks = time.perf_counter(), []
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=-1, stderr=-2, text=True)
     assert process.stdout is not None
@@ -93,7 +83,8 @@ def trial(command: list[str], batch: int) -> Trial:
     seconds = marks[-2] - marks[WARM - 1]  # our last line also waits for the evaluation
     rate = batch * (len(marks) - 1 - WARM) / seconds
     per_cpu = batch * len(marks) / (usage.ru_utime + usage.ru_stime)
-    return Trial(rate, per_cpu, marks[0], usage.ru_maxrss / 1e3)
+    columns = ("samples/s", "samples per CPU second", "first step (s)", "memory (MB)")
+    return dict(zip(columns, (rate, per_cpu, marks[0], usage.ru_maxrss / 1e3), strict=True))
 
 
 def run(
@@ -102,7 +93,7 @@ def run(
     steps: int = 40,
     rounds: int = 5,
     only: str = "",
-) -> dict[str, dict[str, list[Trial]]]:
+) -> Results:
     """Let every contender train in turn.
 
     Args:
@@ -112,39 +103,18 @@ def run(
         rounds: trainings of each contender.
         only: measure the comparisons whose name contains this.
     """
-    if not (work / "clips" / "dataset.json").is_file():
-        make_data(images, work)
-    found: dict[str, dict[str, list[Trial]]] = {}
+    data_in(work, images)
+    found: Results = {}
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as runs:
             for title, racing in contenders(work, Path(runs), steps).items():
                 for name, command in racing.items() if only in title else ():
                     print(f"round {number + 1} of {rounds}: {title}, {name}", file=sys.stderr, flush=True)
-                    trials = found.setdefault(title, {}).setdefault(name, [])
-                    trials.append(trial(command, BATCH[title.partition(",")[0]]))
+                    columns = found.setdefault(f"training: {title}", {}).setdefault(name, {})
+                    for column, value in trial(command, BATCH[title.partition(",")[0]]).items():
+                        columns.setdefault(column, []).append(value)
     return found
 
 
-def show(title: str, trials: dict[str, list[Trial]]) -> None:
-    """Medians, and of each the ratio of ours to it over the rounds: least, median, greatest."""
-    heads = ("samples/s", "ours / this", "per CPU second", "first step (s)", "memory (MB)")
-    table = Table("training", *heads, title=title)
-    first = next(iter(trials.values()))
-    for name, rounds in trials.items():
-        medians = [
-            statistics.median(column) for column in zip(*(vars(t).values() for t in rounds), strict=True)
-        ]
-        ratios = [a.samples_per_s / b.samples_per_s for a, b in zip(first, rounds, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        rate, per_cpu, start, memory = medians
-        table.add_row(name, f"{rate:.1f}", spread, f"{per_cpu:.1f}", f"{start:.1f}", f"{memory:.0f}")
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
-
-
-def main() -> None:
-    for title, trials in tyro.cli(run, prog="python -m benchmarks.training").items():
-        show(title, trials)
-
-
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: show(tyro.cli(run, prog="python -m benchmarks.training")))

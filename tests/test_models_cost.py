@@ -6,10 +6,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from benchmarks import model as bench_model
+from benchmarks.results import markdown
 from models import zoo
 from models.factory import CONFIGS
 from models.macs import forward_macs
-from pipelines.errors import UserError
 
 torch.set_num_threads(2)
 KINDS = ["hiera_pico_96", "mae_hiera_pico_96", "hiera_pico_16x64", "mae_hiera_pico_16x64"]
@@ -116,11 +116,19 @@ def test_zoo_prints_every_model(capsys):
     assert [cell.strip() for cell in line.split("│")[2:7]] == ["51.1", "101.7", "25088", "8x7x7", "84.0"]
 
 
-def test_bench_compares_with_the_peer():
-    rows = bench_model.run(("mae_hiera_pico_16x64",), rounds=1, device="cpu", memory=False)
-    assert [row.variant for row in rows] == ["hiera-transformer", "ours", "ours decode_ratio=0.5"]
-    assert rows[0].speed_up == 1
-    assert all(row.samples_per_s > 0 and row.speed_up for row in rows)
-    assert "decode_ratio=0.5" in "".join(map(str, bench_model.table_of(rows).columns[1].cells))
-    with pytest.raises(UserError, match="peer can be hiera-transformer"):
-        bench_model.run(peer="nothing")
+def test_bench_compares_with_the_peers():
+    names = ("mae_hiera_pico_16x64", "mae_hiera_pico_96", "hiera_pico_96")
+    races = list(bench_model.run(names, rounds=1, device="cpu", memory=False).values())
+    assert [list(race) for race in races] == [
+        ["ours", "ours decode_ratio=0.5", "hiera-transformer"],
+        ["ours", "hiera-transformer", "transformers"],
+        ["ours", "hiera-transformer", "timm"],
+    ]
+    assert all(
+        len(rounds["samples/s"]) == 1 and rounds["samples/s"][0] > 0
+        for race in races
+        for rounds in race.values()
+    )
+    text = markdown({"a step": races[0]})
+    ours, _, theirs = (next(iter(race.values()))[0] for race in races[0].values())
+    assert f"| hiera-transformer | {theirs:.4g} | {ours / theirs:.2f} ({ours / theirs:.2f} to" in text

@@ -1,25 +1,99 @@
-"""Measures speed side by side with peers: python -m tools.bench loader|model|catalogue|core|all [flags].
+"""Measures speed side by side with peers: python -m tools.bench all|loader|model|training|packing|core|...
 
-`python -m tools.bench loader --help` lists the flags of a benchmark.
+`all` measures the first five, writes benchmarks/results/DATE-HARDWARE.json and the tables of docs/speed.md
+and the README.
+Any one alone prints its tables: `python -m tools.bench loader --help` lists its flags.
 """
 
+import datetime
+import importlib
+import json
+import multiprocessing
+import re
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
+import tyro
+
+from benchmarks.results import Results, markdown, show, summary
 from pipelines.errors import UserError, run_cli
+from pipelines.files import atomic_write
+from train.rundir import environment
 
-BENCHMARKS = ("loader", "model", "catalogue", "core")
+COMPARED = ("loader", "model", "training", "packing", "core")
+OTHERS = ("memory", "catalogue", "scale", "learning")
+BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 
 
 def main() -> None:
-    """Run one benchmark, or all of them with their defaults; raises UserError on an unknown name."""
+    """Run one benchmark with its flags, or all; raises UserError on an unknown name."""
     name, *flags = sys.argv[1:] or ["all"]
-    if name not in (*BENCHMARKS, "all"):
-        raise UserError(f"unknown benchmark '{name}'; it can be all, {' or '.join(BENCHMARKS)}")
-    for part in BENCHMARKS if name == "all" else (name,):
-        code = subprocess.run([sys.executable, "-m", f"benchmarks.{part}", *flags], check=False).returncode
-        if code:
-            sys.exit(code)
+    if name == "all":
+        tyro.cli(compare_all, args=flags, prog="python -m tools.bench all")
+        return
+    if name not in (*COMPARED, *OTHERS):
+        raise UserError(f"unknown benchmark '{name}'; it can be all, {', '.join((*COMPARED, *OTHERS))}")
+    sys.exit(subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *flags], check=False).returncode)
+
+
+def compare_all(
+    images: Path = Path("data/imagenet"),
+    work: Path = Path("/tmp/hiera-train-bench"),
+    rounds: int = 5,
+    quick: bool = False,
+    speed: Path = Path("docs/speed.md"),
+    readme: Path = Path("README.md"),
+    results: Path = Path("benchmarks/results"),
+) -> None:
+    """Measure everything that has a peer and write it down.
+
+    Args:
+        images: folder of JPEG pictures, searched through.
+        work: folder for what is made from them; kept, and used again.
+        rounds: how often each contender is measured, in turn.
+        quick: one round of the smallest models, under five minutes; prints, and writes nothing.
+        speed: the page whose tables are replaced.
+        readme: the page whose table of ratios is replaced.
+        results: folder for the figures of every round.
+    """
+    data = {"images": images, "work": work}
+    small = ("mae_hiera_pico_96", "hiera_pico_96", "mae_hiera_pico_16x64", "hiera_pico_16x64")
+    flags: dict[str, dict] = {
+        "loader": data | {"rounds": 1 if quick else rounds},
+        "model": {"rounds": rounds, "names": small, "memory": False} if quick else {"rounds": rounds},
+        "training": data | ({"rounds": 1, "steps": 15} if quick else {"rounds": rounds}),
+        "packing": data | {"rounds": 1 if quick else rounds},
+        "core": {"rounds": 1 if quick else rounds},
+    }
+    found: Results = {}
+    for part, given in flags.items():
+        print(f"{part} ...", file=sys.stderr, flush=True)
+        module = importlib.import_module(f"benchmarks.{part}")
+        # A process each: what one leaves running or allocated does not weigh on the next.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            part_found: Results = pool.submit(module.run, **given).result()
+        show(part_found)
+        found |= part_found
+    if not quick:
+        write(found, environment(), speed, readme, results)
+
+
+def write(found: Results, where: dict, speed: Path, readme: Path, results: Path) -> None:
+    """Write the figures and put the tables into the pages."""
+    gpus: list[str] = where["gpus"]
+    hardware = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()) if gpus else f"{where['cpus']}-cores"
+    path = results / f"{datetime.date.today()}-{hardware}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps({"environment": where, "results": found}, indent=1))
+    for page, tables in ((speed, markdown(found)), (readme, summary(found))):
+        text = page.read_text()
+        before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+        with atomic_write(page) as temporary:
+            temporary.write_text(before + BEGIN + tables + END + after)
+    print(f"{path}, {speed} and {readme} are written")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,101 @@
+"""Which micro batch fits a GPU, computed and not measured: python -m tools.bench memory
+
+For training with AdamW a parameter takes 16 bytes (itself, its gradient, two moments) and 2 more as bf16
+autocast's copy. What autograd keeps of a sample's forward pass is added up over tensors that have shapes but
+no memory, under bf16 autocast. What a GPU needs besides, such as workspaces and fragments, is taken as a
+tenth of it. torch.compile keeps less; numbers from a GPU would come in below these.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from models.factory import create
+from models.mae import MaskedAutoencoder
+from pipelines.errors import run_cli
+
+SIZES = ("tiny", "small", "base", "base_plus", "large", "huge")
+BYTES_A_PARAMETER = 18
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory in bytes."""
+
+    model: str
+    fixed: float
+    a_sample: float
+
+    def micro_batch(self, gigabytes: float) -> int:
+        """The most samples a forward that fit, rounded down to a power of two; 0: not even one."""
+        most = int((gigabytes * 2**30 * USABLE - self.fixed) / self.a_sample)
+        return 2 ** int(math.log2(most)) if most > 0 else 0
+
+
+def need_of(name: str, **overrides: object) -> Need:
+    """What training the model `name` takes; overrides as in models.create."""
+    with torch.device("meta"):
+        model = create(name, **overrides).train()
+    with FakeTensorMode():
+        for module in model.modules():  # to_empty cannot bring a meta tensor to a fake one
+            for key, t in module.named_parameters(recurse=False):
+                module._parameters[key] = nn.Parameter(torch.empty(t.shape))
+            for key, t in module.named_buffers(recurse=False):
+                module._buffers[key] = torch.empty(t.shape, dtype=t.dtype)
+        one, two = (saved_bytes(model, batch) for batch in (1, 2))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Need(name, parameters * BYTES_A_PARAMETER, two - one)
+
+
+def saved_bytes(model: nn.Module, batch: int) -> int:
+    """Bytes that autograd keeps for the backward pass of `batch` samples, parameters apart."""
+    own = {value.untyped_storage()._cdata for value in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # else a later tensor's storage could take the same address
+        return tensor
+
+    alive: list[Tensor] = []
+    x = torch.randn(batch, 3, *model.input_size)  # pyrefly: ignore
+    given = {}
+    if isinstance(model, MaskedAutoencoder):
+        units = model.num_mask_units
+        share = 0.1 if model.config.video else 0.4
+        given = {"keep": torch.arange(int(units * share)).expand(batch, -1)}
+    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        output = model(x, **given)
+        loss = output if isinstance(output, Tensor) else output.loss
+        loss.float().mean()
+    return sum(kept.values())
+
+
+def run(gigabytes: tuple[int, ...] = (16, 24, 40, 80, 141)) -> list[Need]:
+    """Compute every published model's need and print the table for GPUs of these sizes."""
+    shapes = {"224": SIZES, "16x224": SIZES[2:]}
+    needs = []
+    table = Table("model", "state (GB)", "a sample (MB)", *(f"{size} GB" for size in gigabytes))
+    for shape, sizes in shapes.items():
+        for task in ("mae_", ""):
+            for size in sizes:
+                need = need_of(f"{task}hiera_{size}_{shape}")
+                fits = (str(need.micro_batch(size) or "-") for size in gigabytes)
+                table.add_row(need.model, f"{need.fixed / 2**30:.1f}", f"{need.a_sample / 2**20:.0f}", *fits)
+                needs.append(need)
+    Console(width=130).print(table)
+    return needs
+
+
+if __name__ == "__main__":
+    run_cli(lambda: tyro.cli(run) and None)
