@@ -1,0 +1,84 @@
+"""The benchmarks' own arithmetic, and that what they start can be started."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import learning, plain_loop
+from benchmarks.results import markdown, ratio, summary
+from tools import bench
+from train import config
+from train.presets import FINETUNE_PRESETS, MAE_PRESETS
+
+RACE = {
+    "ours": {"samples/s": [10.0, 30.0, 20.0], "memory (MB)": [5.0]},
+    "theirs": {"samples/s": [5.0, 10.0, 40.0]},
+}
+
+
+def test_ratios_are_taken_within_a_round():
+    assert ratio([10.0, 30.0, 20.0], [5.0, 10.0, 40.0]) == "2.00 (0.50 to 3.00)"
+    assert "| theirs | 10 | 2.00 (0.50 to 3.00) | - |" in markdown({"a race": RACE})
+    assert "| a race | theirs | 2.00 (0.50 to 3.00) |" in summary({"a race": RACE})
+
+
+def test_pages_keep_their_text_and_get_new_tables(tmp_path: Path):
+    pages = [tmp_path / "speed.md", tmp_path / "README.md"]
+    for page in pages:
+        page.write_text(f"before\n{bench.BEGIN}old\n{bench.END}after\n")
+    where = {"gpus": [], "cpus": 2, "commit": "abc"}
+    for _ in range(2):
+        bench.write({"a race": RACE}, where, *pages, tmp_path / "results")
+    for page in pages:
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+        assert text.count("| theirs |") == 1
+    (found,) = (tmp_path / "results").glob("*-2-cores.json")
+    assert json.loads(found.read_text()) == {"environment": where, "results": {"a race": RACE}}
+
+
+@pytest.mark.parametrize(
+    ("model", "mae", "clips"),
+    [
+        ("ours", False, False),
+        ("timm", False, False),
+        ("ours", True, False),
+        ("transformers", True, False),
+        ("ours", False, True),
+        ("ours", True, True),
+    ],
+)
+def test_every_model_trains_in_the_plain_loop(model: plain_loop.Model, mae: bool, clips: bool):
+    torch.manual_seed(0)
+    arguments = plain_loop.Arguments(Path(), model, mae, clips)
+    made, loss_of = plain_loop.model_and_loss(arguments, classes=4)
+    shape = (16, 64, 64) if clips else (96, 96)
+    loss_of(torch.randn(2, 3, *shape), torch.tensor([0, 3])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", ["images", "clips"])
+def test_what_learning_starts_is_understood(kind: learning.Kind, monkeypatch: pytest.MonkeyPatch):
+    chains = learning.chains_of(learning.Arguments(kind, Path("shards/x"), seeds=2))
+    commands = [shlex.split(command) for chain in chains for command in chain]
+    names = set()
+    for program, *words in commands:
+        monkeypatch.setattr("sys.argv", [program, *words])
+        presets = MAE_PRESETS if program == "train.mae" else FINETUNE_PRESETS
+        read = config.parse(presets, program)
+        names.add(read.run.name)
+        init = f"runs/learning/{kind}-mae-{read.run.name.rpartition('-')[2]}/model.safetensors"
+        assert read.model.init in ("", init)
+    assert len(names) == len(commands) == {"images": 2 * 3 + 2 * 2, "clips": 2 * 3}[kind]
+
+
+def test_frames_are_put_into_the_order_asked_for():
+    frames = torch.arange(16).view(1, 16, 1, 1, 1).expand(1, 16, 2, 2, 3)
+    for order in learning.ORDERS.values():
+        seen = learning.Reordered(nn.Identity(), order)(frames)
+        assert seen[0, :, 0, 0, 0].tolist() == order  # pyrefly: ignore
+    assert sorted(learning.ORDERS["shuffled"]) == list(range(16)) != learning.ORDERS["shuffled"]
