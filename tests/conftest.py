@@ -63,11 +63,13 @@ def pytest_terminal_summary(terminalreporter) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("fault", "promised", "happened", "", show_lines=True)
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.getreports(outcome):
             if hasattr(report, "fault"):
                 said = dict(report.user_properties).get("happened", "as promised")
-                table.add_row(*report.fault, said if outcome == "passed" else "", outcome)
+                cells = (*report.fault, said if outcome == "passed" else "", outcome)
+                table.add_row(*map(Text, cells))  # names hold brackets, which are no markup
     Console(width=150).print(table)
