@@ -51,13 +51,15 @@ class Recipe:
 RECIPES: dict[Kind, Recipe] = {
     "images": Recipe(
         "train.mae image-mae-pico --optim.epochs 16 --run.checkpoint-every 225 --run.eval-every 225",
-        "train.finetune image-ft-pico --optim.epochs 3 --optim.warmup-epochs 0.5 --run.eval-every 141",
-        "train.finetune image-ft-pico --optim.epochs 3 --optim.warmup-epochs 0.5 --run.eval-every 141"
+        "train.finetune image-ft-pico --optim.epochs 8 --optim.warmup-epochs 0.5 --run.eval-every 282"
+        " --model.reuse-encoder-norm True",
+        "train.finetune image-ft-pico --optim.epochs 8 --optim.warmup-epochs 0.5 --run.eval-every 282"
         " --optim.lr 3e-4 --optim.layer-decay 1",
     ),
     "clips": Recipe(
         "train.mae video-mae-pico --optim.epochs 20 --run.checkpoint-every 130 --run.eval-every 130",
-        "train.finetune video-ft-pico --optim.epochs 4 --optim.warmup-epochs 0.5 --run.eval-every 65",
+        "train.finetune video-ft-pico --optim.epochs 4 --optim.warmup-epochs 0.5 --run.eval-every 65"
+        " --model.reuse-encoder-norm True",
         "train.finetune video-ft-pico --optim.epochs 4 --optim.warmup-epochs 0.5 --run.eval-every 65"
         " --optim.lr 3e-4 --optim.layer-decay 1",
     ),
@@ -99,7 +101,10 @@ def chains_of(arguments: Arguments) -> list[list[str]]:
         for seed in range(arguments.seeds)
     ]
     if kind == "images":
-        chains += [pretrained(f"mask{ratio}", 0, "--mask-ratio", ratio) for ratio in arguments.mask_ratios]
+        chains += [
+            [command(recipe.pretrain, f"mae-mask{ratio}", 0, "--mask-ratio", ratio)]
+            for ratio in arguments.mask_ratios
+        ]
     return chains
 
 
@@ -184,15 +189,23 @@ def curve(name: str) -> list[tuple[int, float]]:
 
 
 def image_results(arguments: Arguments) -> dict[str, list[float]]:
-    found = {
-        f"mask {ratio}, pretrained + finetuned": [last_accuracy(f"images-ft-mask{ratio}")]
-        for ratio in arguments.mask_ratios
-    }
-    for weights in sorted((RUNS / "images-mae-0" / "checkpoints").glob("step-*.pt")):
-        probed = probe(ProbeArguments(RUNS / "images-mae-0", weights, device="cpu"))
+    """Probes of the pretrained encoders: along the way, at the end of every seed, at other mask ratios."""
+    run = RUNS / "images-mae-0"
+    found = {}
+    for weights in sorted((run / "checkpoints").glob("step-*.pt"))[:-1]:
         step = int(weights.stem.removeprefix("step-"))
-        found |= {f"{name} probe at step {step}": [value] for name, value in probed.items()}
+        found |= probes(f"step {step}", [ProbeArguments(run, weights, device="cpu")])
+    ends = [ProbeArguments(RUNS / f"images-mae-{seed}", device="cpu") for seed in range(arguments.seeds)]
+    found |= probes("the last step", ends)
+    for ratio in arguments.mask_ratios:
+        last = ProbeArguments(RUNS / f"images-mae-mask{ratio}", device="cpu")
+        found |= probes(f"the last step, mask ratio {ratio}", [last])
     return found
+
+
+def probes(what: str, asked: list[ProbeArguments]) -> dict[str, list[float]]:
+    found = [probe(one) for one in asked]
+    return {f"{name} probe at {what}": [scores[name] for scores in found] for name in found[0]}
 
 
 def clip_results(arguments: Arguments) -> dict[str, list[float]]:

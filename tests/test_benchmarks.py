@@ -73,7 +73,7 @@ def test_what_learning_starts_is_understood(kind: learning.Kind, monkeypatch: py
         names.add(read.run.name)
         init = f"runs/learning/{kind}-mae-{read.run.name.rpartition('-')[2]}/model.safetensors"
         assert read.model.init in ("", init)
-    assert len(names) == len(commands) == {"images": 2 * 3 + 2 * 2, "clips": 2 * 3}[kind]
+    assert len(names) == len(commands) == {"images": 2 * 3 + 2, "clips": 2 * 3}[kind]
 
 
 def test_frames_are_put_into_the_order_asked_for():

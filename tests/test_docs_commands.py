@@ -1,0 +1,71 @@
+"""Every command in the README and docs/ exists, and what it starts understands its flags."""
+
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.test_project import call_make
+from train import config
+from train.presets import FINETUNE_PRESETS, MAE_PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
+PRESETS = {"train.mae": MAE_PRESETS, "train.finetune": FINETUNE_PRESETS}
+
+
+def blocks(page: Path) -> list[str]:
+    """The lines of the page's shell blocks."""
+    found = re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
+    return [line for block in found for line in block.splitlines()]
+
+
+def mentioned(page: Path) -> list[str]:
+    """Commands in running text, in backticks."""
+    return re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_commands_give_commands_that_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch):
+    texts = [*blocks(page), *mentioned(page)]
+    commands = [" ".join(text.split("#")[0].split()) for text in texts if text.startswith("make ")]
+    for command in commands:
+        if len(command.split()) == 2:  # a target in a sentence, without its variables
+            assert f"\n  {command.split()[1]} " in call_make()
+            continue
+        command = command.replace("NODE_RANK=i", "NODE_RANK=0")  # i stands for the reader's own
+        printed = call_make("-n", *shlex.split(command)[1:]).replace("\\\n", " ")
+        assert printed, command
+        for program, words in re.findall(r" -m (train\.\w+) (.*)", printed):
+            if program in PRESETS:
+                monkeypatch.setattr("sys.argv", [program, *shlex.split(words)])
+                config.parse(PRESETS[program], program)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_files_that_are_named_exist(page: Path):
+    text = page.read_text()
+    modules = set(re.findall(r"python -m ((?:tools|train|models|benchmarks|tests)\.\w+)", text))
+    assert [name for name in modules if find_spec(name) is None] == []
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    named = [
+        name
+        for name in mentioned(page)
+        if re.fullmatch(r"(?:pipelines|models|train|tools|tests|docs)/[\w./-]+", name)
+    ]
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_settings_that_are_named_exist():
+    known = {
+        f"--{key.replace('_', '-')}"
+        for preset in (*MAE_PRESETS.values(), *FINETUNE_PRESETS.values())
+        for key in config.flatten(config.to_dict(preset))
+    }
+    groups = tuple({flag.partition(".")[0] + "." for flag in known if "." in flag})
+    for page in PAGES:
+        for flag in re.findall(r"--[a-z]+\.[a-z.-]+[a-z]", page.read_text()):
+            assert not flag.startswith(groups) or flag in known, (page.name, flag)
