@@ -162,7 +162,9 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
 
 
 @long
-@pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, 30), (signal.SIGSTOP, 75)])
+@pytest.mark.parametrize(
+    ("number", "limit"), [(signal.SIGKILL, 30), pytest.param(signal.SIGSTOP, 75, marks=long)]
+)
 def test_a_process_is_killed_or_stopped(
     number: signal.Signals, limit: int, undisturbed: Config, tmp_path: Path, happened: Happened
 ):
@@ -183,7 +185,7 @@ def test_a_process_is_killed_or_stopped(
 
 
 @long
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=long)])
 def test_a_process_is_killed_and_restarts_are_allowed(
     rank: int, undisturbed: Config, tmp_path: Path, happened: Happened
 ):
@@ -265,7 +267,7 @@ def test_the_disk_is_full_while_packing(images: Path, tmp_path: Path, happened: 
 
 
 @long
-@pytest.mark.parametrize("free", ["checkpoints", "rows"])
+@pytest.mark.parametrize("free", ["checkpoints", pytest.param("rows", marks=long)])
 def test_the_disk_is_full_while_training(free: str, images: Path, tmp_path: Path, happened: Happened):
     """one sentence; with more room the same command ends bit for bit like one left alone"""
     whole = named(pretraining(images, tmp_path, "whole", epochs=9.0), "whole", log_every=1)
@@ -351,6 +353,7 @@ def test_metrics_are_damaged(damage: str, images: Path, tmp_path: Path):
     assert found == kept
 
 
+@long
 @long
 def test_two_runs_want_one_folder(images: Path, tmp_path: Path):
     """the second is refused, the first goes on"""

@@ -94,6 +94,20 @@ def finish(processes: list[subprocess.Popen], config: Config, limit: float = 240
     return codes
 
 
+def ask_to_end(processes: list[subprocess.Popen]) -> str:
+    """As a scheduler does: SIGTERM, and SIGKILL 20 s later. A torchrun may hang: docs/cluster.md."""
+    for process in processes:
+        process.terminate()
+    deadline, killed = time.monotonic() + 20, 0
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            killed += 1
+    return f"{killed} torchrun did not hear SIGTERM; "
+
+
 @pytest.mark.parametrize("cut", [0.0, 30.0, float("inf")], ids=["never", "30 s", "for good"])
 def test_two_hosts_and_a_link_that_is_cut(
     cut: float, hosts: None, images: Path, tmp_path: Path, happened: Callable[[str], None]
@@ -118,8 +132,7 @@ def test_two_hosts_and_a_link_that_is_cut(
                 assert time.monotonic() < begin + 90, said(config)
                 time.sleep(0.5)
             words = f"both processes ended after {time.monotonic() - begin:.0f} s; "
-            for process in processes:  # one torchrun waits for the other's machine: docs/cluster.md
-                process.terminate()
+            words += ask_to_end(processes)
         codes = finish(processes, config)
         words += f"exit codes {codes} after {time.monotonic() - begin:.0f} s"
         if cut > 30.0:
