@@ -4,6 +4,7 @@ Parameter names and initialisation are those of the authors' release, so its wei
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.errors import ModelError
-from models.layers import NORM_EPS, Block, Head, PatchEmbed, init_uniform
+from models.layers import NORM_EPS, Block, PatchEmbed, init_uniform
 from models.unroll import UNIT, reroll, unit_grid, unroll
 
 
@@ -141,7 +142,8 @@ class Hiera(Encoder):
     def __init__(self, config: HieraConfig) -> None:
         super().__init__(config, pools=3)
         self.norm = nn.LayerNorm(self.width_out, eps=NORM_EPS)
-        self.head = Head(self.width_out, config.num_classes, config.head_dropout)
+        projection = nn.Linear(self.width_out, config.num_classes)
+        self.head = nn.Sequential(OrderedDict(dropout=nn.Dropout(config.head_dropout), projection=projection))
         self.init_weights()
 
     @torch.no_grad()
@@ -158,7 +160,7 @@ class Hiera(Encoder):
             if isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
         init_uniform(self.patch_embed.proj, "bias")
-        for parameter in self.head.projection.parameters():
+        for parameter in self.head.parameters():
             parameter.mul_(0.001)
 
     def features(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from models.unroll import FRAMES, STRIDE, UNIT, Grid, max_pool, take, unroll
@@ -38,19 +38,6 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(batch, units, -1, self.proj.in_features))
 
 
-class Mlp(nn.Module):
-    """Two linear layers around a GELU, four times as wide inside."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., dim]."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block; at the start of a stage it widens, and pools where the stage does."""
 
@@ -67,7 +54,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, dim_out, heads, windowed, pool)
         self.norm2 = nn.LayerNorm(dim_out, eps=NORM_EPS)
-        self.mlp = Mlp(dim_out)
+        self.mlp = Mlp(dim_out, 4 * dim_out)
         self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
         self.drop_path = DropPath(drop) if drop > 0 else nn.Identity()
 
@@ -114,19 +101,6 @@ class PatchEmbed(nn.Module):
         for axis, size in zip((2, 3, 4), x.shape[2:], strict=True):
             mask = mask.repeat_interleave(size // mask.shape[axis], dim=axis)
         return F.pad(x * mask, (HALO, 0, HALO, 0, self.span // 2, 0))
-
-
-class Head(nn.Module):
-    """Dropout and the linear classifier; gives logits in training and evaluation alike."""
-
-    def __init__(self, dim: int, classes: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.projection = nn.Linear(dim, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, dim] -> logits [B, classes]."""
-        return self.projection(self.dropout(x))
 
 
 def unit_mask(keep: Tensor, units: int) -> Tensor:

@@ -6,6 +6,7 @@ They lie in torch's hub cache, each beside a .sha256 that remembers its checksum
 import fcntl
 import hashlib
 import os
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -57,7 +58,8 @@ def fetch(name: str, url: str | None = None, wait: float = 2.0) -> Path:
     finally:
         os.close(folder)
     remembered = path.with_suffix(".pth.sha256")
-    found = _sha256(path)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if not remembered.is_file():
         remembered.write_text(found + "\n")
     elif remembered.read_text().strip() != found:
@@ -73,7 +75,7 @@ def _download(url: str, path: Path, wait: float) -> None:
     for attempt in range(ATTEMPTS):
         try:
             return _receive(url, path)
-        except (OSError, urllib.error.URLError) as error:
+        except OSError as error:
             reason = error
             if isinstance(error, urllib.error.HTTPError) and error.code in (403, 404):
                 break
@@ -84,28 +86,16 @@ def _download(url: str, path: Path, wait: float) -> None:
 
 def _receive(url: str, path: Path) -> None:
     from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+    from rich.progress import wrap_file
 
     part = path.with_suffix(f".part-{os.getpid()}")
-    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     try:
-        with (
-            urllib.request.urlopen(url, timeout=30) as reply,
-            part.open("wb") as file,
-            Progress(*columns, console=Console(stderr=True)) as bar,
-        ):
+        with urllib.request.urlopen(url, timeout=30) as reply, part.open("wb") as file:
             size = int(reply.headers.get("Content-Length") or 0)
-            task = bar.add_task(path.name, total=size or None)
-            while block := reply.read(1 << 20):
-                file.write(block)
-                bar.advance(task, len(block))
+            with wrap_file(reply, size, description=path.name, console=Console(stderr=True)) as source:
+                shutil.copyfileobj(source, file)
             if size and file.tell() != size:
                 raise OSError(f"the connection broke after {file.tell()} of {size} bytes")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
