@@ -25,6 +25,7 @@ from pipelines.files import atomic_write
 from tools.images import BadImage
 
 PLAN_FILE = ".plan.json"
+TOLD = ("label", "class_name", "source", "width", "height", "frames")  # what KEY.json repeats of a row
 ROWS_IN_MEMORY = 64 << 20  # bytes of catalogue gathered before they become a Parquet row group
 
 
@@ -163,10 +164,14 @@ def _add_sample(tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[Row])
 
 def _members(row: Row, frames: Sequence[bytes], kind: str) -> list[tuple[str, bytes]]:
     """A sample's (extension, bytes) in the order of the tar: frames, label, description."""
-    told = ("label", "class_name", "source", "width", "height", "frames")
-    names = ["jpg"] if kind == "image" else [f"f{number:04d}.jpg" for number in range(len(frames))]
-    description = json.dumps({name: row[name] for name in told}, ensure_ascii=False)
-    return [*zip(names, frames, strict=True), ("cls", b"%d" % row["label"]), ("json", description.encode())]
+    description = json.dumps({name: row[name] for name in TOLD}, ensure_ascii=False)
+    contents = [*frames, b"%d" % row["label"], description.encode()]
+    return [*zip(member_names(kind, len(frames)), contents, strict=True)]
+
+
+def member_names(kind: str, frames: int) -> list[str]:
+    """The extensions of a sample's files in the order of the tar."""
+    return [*(["jpg"] if kind == "image" else [f"f{n:04d}.jpg" for n in range(frames)]), "cls", "json"]
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:

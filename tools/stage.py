@@ -12,10 +12,10 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,8 @@ from rich.progress import track
 from pipelines.catalogue import missing_shards, open_split, read_info
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
-from tools.verify import Row, Tally, read_rows
+from tools.shards import Row
+from tools.verify import Tally, rows_by_shard
 
 ATTEMPTS = 4
 BLOCK = 4 << 20  # bytes
@@ -67,10 +68,15 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
         (target / split).mkdir(exist_ok=True)
         fetch(store, f"{top}/{split}.parquet", target / f"{split}.parquet")
         open_split(info, split)  # raises UserError for a catalogue that cannot be used
-        missing = missing_shards(info, split)
+        missing = {*missing_shards(info, split)}
         kept += len(lengths) - len(missing)
         check_space(target, split, sum(lengths[shard] for shard in missing))
-        jobs = shards_to_fetch(store, f"{top}/{split}", target, split, set(missing))
+        listed = enumerate(rows_by_shard(target / f"{split}.parquet", len(lengths), Tally()))
+        jobs = (
+            partial(fetch_shard, store, f"{top}/{split}/{shard:06d}", target / split / f"{shard:06d}", rows)
+            for shard, rows in listed
+            if shard in missing
+        )
         progress = track(
             in_parallel(jobs, workers), split, len(missing), transient=True, console=Console(stderr=True)
         )
@@ -80,10 +86,8 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
     (waiting / "dataset.json").replace(whole)
     shutil.rmtree(waiting)
     seconds = time.perf_counter() - start
-    print(
-        f"{target}: {came / 1e6:.0f} MB came in {seconds:.1f} s ({came / 1e6 / seconds:.0f} MB/s), ", end=""
-    )
-    print(f"checked; {kept} shards were there already")
+    speed = f"{came / 1e6:.0f} MB came in {seconds:.1f} s ({came / 1e6 / seconds:.0f} MB/s)"
+    print(f"{target}: {speed}, checked; {kept} shards were there already")
 
 
 def open_store(source: str) -> tuple[fs.FileSystem, str]:
@@ -131,36 +135,19 @@ def damaged_sample(tar: Path, rows: list[Row]) -> str | None:
     return None
 
 
-Job = tuple[fs.FileSystem, str, Path, list[Row]]
-
-
-def shards_to_fetch(
-    store: fs.FileSystem, source: str, target: Path, split: str, missing: set[int]
-) -> Iterator[Job]:
-    """What `fetch_shard` needs for every missing shard, in order."""
-    seen = set()
-    for shard, rows in groupby(read_rows(target / f"{split}.parquet", Tally()), lambda row: row["shard"]):
-        if shard in missing:
-            seen.add(shard)
-            yield store, f"{source}/{shard:06d}", target / split / f"{shard:06d}", list(rows)
-    for shard in sorted(missing - seen):  # all of whose samples were rejected
-        yield store, f"{source}/{shard:06d}", target / split / f"{shard:06d}", []
-
-
-def fetch_shard(job: Job) -> int:
+def fetch_shard(store: fs.FileSystem, source: str, target: Path, rows: list[Row]) -> int:
     """Copy a shard's index, then its tar, whose presence says that both are there; gives bytes."""
-    store, source, target, rows = job
     index = fetch(store, f"{source}.idx", target.with_suffix(".idx"))
     return index + fetch(store, f"{source}.tar", target.with_suffix(".tar"), rows)
 
 
-def in_parallel(jobs: Iterator[Job], workers: int) -> Iterator[int]:
+def in_parallel(jobs: Iterable[Callable[[], int]], workers: int) -> Iterator[int]:
     """The sizes that came, with a few jobs ahead of the one waited for, so that memory stays small."""
     under_way: deque[Future[int]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
         for job in jobs:
-            under_way.append(pool.submit(fetch_shard, job))
+            under_way.append(pool.submit(job))
             if len(under_way) >= 2 * workers:
                 yield under_way.popleft().result()
         while under_way:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -28,17 +28,16 @@ from rich.progress import track
 
 from pipelines.catalogue import DatasetInfo, missing_shards, open_split, read_info
 from pipelines.errors import UserError, run_cli
+from tools.shards import TOLD, Row, member_names
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
 
-Row = dict[str, Any]  # one row of the catalogue
 Place = tuple[int, int]  # offset and size in a tar, bytes
 
 SHOWN = 10  # faults told in full
 FRAMES_AT_ONCE = 64
 BLOCK = tarfile.BLOCKSIZE
-TOLD = ("label", "class_name", "source", "width", "height", "frames")  # what KEY.json repeats
 
 
 @dataclass
@@ -94,18 +93,27 @@ def check_split(info: DatasetInfo, split: str, tally: Tally) -> Iterator[str]:
         yield f"{strange} belongs to no shard; delete it"
     try:
         open_split(info, split)
-        listed = groupby(read_rows(path, tally), key=lambda row: row["shard"])
-        shard, rows = next(listed, (-1, iter(())))
-        for number, tar in enumerate(track(tars, split, transient=True, console=Console(stderr=True))):
-            yield from check_shard(info, tar, list(rows) if shard == number else [])
-            if shard == number:
-                shard, rows = next(listed, (-1, iter(())))
+        shards = track(tars, split, transient=True, console=Console(stderr=True))
+        for tar, rows in zip(shards, rows_by_shard(path, len(tars), tally), strict=True):
+            yield from check_shard(info, tar, rows)
     except UserError as error:
         yield str(error)
         return
     for name in ("samples", "rejected", "frames"):
         if said[name] != (count := getattr(tally, name)):
             yield f"{path} lists {count} {name}, dataset.json says {said[name]}; pack this dataset again"
+
+
+def rows_by_shard(path: Path, shards: int, tally: Tally) -> Iterator[list[Row]]:
+    """What `read_rows` gives, shard after shard; of one whose samples were all rejected nothing."""
+    listed = groupby(read_rows(path, tally), key=lambda row: row["shard"])
+    number, rows = next(listed, (-1, iter(())))
+    for shard in range(shards):
+        if shard != number:
+            yield []
+            continue
+        yield list(rows)
+        number, rows = next(listed, (-1, iter(())))
 
 
 def read_rows(path: Path, tally: Tally) -> Iterator[Row]:
@@ -173,7 +181,7 @@ def walk(tar: np.ndarray, kind: str, rows: Sequence[Row]) -> Iterator[tuple[Row,
     """Each sample, its files' extensions and places. Raises ValueError where the tar has something else."""
     at = 0
     for row in rows:
-        names = member_names(kind, row)
+        names = member_names(kind, row["frames"])
         places = []
         for name in names:
             offset, size = find_member(tar, at, f"{row['key']}.{name}")
@@ -182,12 +190,6 @@ def walk(tar: np.ndarray, kind: str, rows: Sequence[Row]) -> Iterator[tuple[Row,
         yield row, names, places
     if len(tar) < at + 2 * BLOCK or tar[at:].any():
         raise ValueError(f"its end should come at byte {at}, where it is cut off, damaged or holds more")
-
-
-def member_names(kind: str, row: Row) -> list[str]:
-    """The extensions of a sample's files in the order of the tar."""
-    frames = ["jpg"] if kind == "image" else [f"f{number:04d}.jpg" for number in range(row["frames"])]
-    return [*frames, "cls", "json"]
 
 
 def find_member(tar: np.ndarray, at: int, name: str) -> Place:
