@@ -4,7 +4,6 @@ Parameter names and initialisation are those of the authors' release, so its wei
 """
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -142,8 +141,9 @@ class Hiera(Encoder):
     def __init__(self, config: HieraConfig) -> None:
         super().__init__(config, pools=3)
         self.norm = nn.LayerNorm(self.width_out, eps=NORM_EPS)
-        projection = nn.Linear(self.width_out, config.num_classes)
-        self.head = nn.Sequential(OrderedDict(dropout=nn.Dropout(config.head_dropout), projection=projection))
+        self.head = nn.Sequential()
+        self.head.dropout = nn.Dropout(config.head_dropout)
+        self.head.projection = nn.Linear(self.width_out, config.num_classes)
         self.init_weights()
 
     @torch.no_grad()

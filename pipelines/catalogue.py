@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.columns import Bounds, load_columns
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 
 FORMAT_VERSION = 2
 COUNTS = ("samples", "rejected", "frames", "shards")
@@ -242,6 +242,5 @@ def open_split(info: DatasetInfo, split: str) -> Catalogue:
         tar_bytes = np.array(info.tar_bytes[split], np.int64)
         columns = load_columns(path, Bounds(len(info.classes), counts["samples"], tar_bytes))
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be read ({reason}); pack this dataset again") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}); pack this dataset again") from error
     return Catalogue(info, split, **columns)

@@ -17,6 +17,11 @@ class UserError(Exception):
     """Something the user can put right; its text is one sentence that says what and how."""
 
 
+def first_line(error: BaseException) -> str:
+    """An error's text without what libraries append to it."""
+    return str(error).partition("\n")[0]
+
+
 def run_cli(main: Callable[[], object]) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C 130.
 

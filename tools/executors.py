@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from tools.shards import PLAN_FILE, Job, is_done, pack_shard
 
 Result = tuple[int, int]  # samples packed, samples rejected
@@ -88,9 +88,8 @@ def connect(address: str) -> Any:
             socket.create_connection((host, int(port)), CONNECT).close()
         ray.init(address, log_to_driver=False, logging_level="error")
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"no Ray cluster can be joined at --ray {address} ({reason}); start one on "
+            f"no Ray cluster can be joined at --ray {address} ({first_line(error)}); start one on "
             "this machine with ray start --head, on the others with ray start --address HOST:PORT."
         ) from error
     return ray
@@ -104,13 +103,12 @@ def _result(ray: Any, ended: Any, job: Job) -> Result:
         cause = getattr(error, "cause", None)
         if cause is not None and not isinstance(cause, ray.exceptions.RayError):
             raise cause from error
-        reason = str(cause or error).partition("\n")[0]
         advice = "a file may crash its decoder, or memory fall short: try fewer --workers"
         if cause is not None:
             advice = "all nodes need the folder of the code under the same path, and this must be run in it"
         raise UserError(
-            f"Ray could not pack shard {job.folder}/{job.shard:06d} in {RETRIES + 1} attempts ({reason}); "
-            f"{advice}. Run it again to go on, finished shards are kept."
+            f"Ray could not pack shard {job.folder}/{job.shard:06d} in {RETRIES + 1} attempts "
+            f"({first_line(cause or error)}); {advice}. Run it again to go on, finished shards are kept."
         ) from error
 
 

@@ -6,12 +6,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
@@ -25,18 +26,10 @@ from rich.table import Table
 from pipelines.errors import UserError
 from tools.executors import Result, local, on_ray
 from tools.images import COPIED
-from tools.shards import (
-    PLAN_FILE,
-    Job,
-    Load,
-    Packing,
-    Plan,
-    finish,
-    is_done,
-    jobs_of,
-    remove_unfinished,
-    tidy,
-)
+from tools.shards import PLAN_FILE, Job, Load, Packing, Plan, Row, finish, is_done, jobs_of
+
+UNFINISHED = (".*.tmp-*",)  # the temporary files of writers that were killed
+NOTES = ("[0-9]*.parquet", PLAN_FILE)  # what only an unfinished dataset needs: its shards' rows, its plan
 
 
 @dataclass(frozen=True)
@@ -151,12 +144,19 @@ def run(plan: Plan, root: Path, out: Path, load: Load, crew: Crew, max_reject: f
                     console.print(words, soft_wrap=True)
                     return 0
                 _pack_missing(jobs, crew)
-                remove_unfinished(out, list(plan.splits))  # of nodes that died
+                remove(out, plan.splits, *UNFINISHED)  # of nodes that died
                 finish(plan, out)
         elif _agree(plan, out / "dataset.json"):
             console.print(f"{out} is already packed with these settings.", soft_wrap=True)
-        tidy(out, list(plan.splits))
-    return _report(console, out, list(plan.splits), max_reject)
+        remove(out, plan.splits, *NOTES)
+    return _report(console, out, plan.splits, max_reject)
+
+
+def remove(out: Path, splits: Iterable[str], *patterns: str) -> None:
+    """Remove such files from the folder of a dataset and those of its splits."""
+    for folder in (out, *(out / split for split in splits)):
+        for leftover in chain(*map(folder.glob, patterns)):
+            leftover.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -197,7 +197,7 @@ def _begun(plan: Plan, out: Path, alone: bool) -> Iterator[None]:
             _lock(file, alone)  # a part no longer needs it to itself
         _agree(plan, note)
         if alone:
-            remove_unfinished(out, list(plan.splits))
+            remove(out, plan.splits, *UNFINISHED)
         yield
 
 
@@ -244,18 +244,19 @@ def _pack_missing(jobs: Sequence[Job], crew: Crew) -> None:
             progress.update(bar, advance=samples + bad, note=f"samples, {rejected} rejected")
 
 
-def _report(console: Console, out: Path, splits: Sequence[str], max_reject: float) -> int:
+def _report(console: Console, out: Path, splits: Iterable[str], max_reject: float) -> int:
     """Print what was packed, changed and rejected, and why; return the exit code."""
     table = Table("split", "what", "samples", "example", title=str(out))
     total = rejected = 0
     for split in splits:
-        for status, change, reason, count, example in _outcomes(out / f"{split}.parquet"):
+        for row in _outcomes(out / f"{split}.parquet"):
+            count, change, example = row["source_count"], row["change"], row["source_min"]
             total += count
-            if status == "ok":
+            if row["status"] == "ok":
                 table.add_row(split, change, str(count), "" if change == COPIED else example)
             else:
                 rejected += count
-                table.add_row(split, f"rejected: {reason}", str(count), example, style="red")
+                table.add_row(split, f"rejected: {row['reason']}", str(count), example, style="red")
     console.print(table)
     if rejected <= max_reject * total:
         return 0
@@ -267,12 +268,10 @@ def _report(console: Console, out: Path, splits: Sequence[str], max_reject: floa
     return 1
 
 
-def _outcomes(catalogue: Path) -> list[tuple[str, str, str, int, str]]:
-    """(status, change, reason, samples, one such source), packed before rejected, most frequent first."""
+def _outcomes(catalogue: Path) -> list[Row]:
+    """The kinds of rows, how many and one such source: packed before rejected, most frequent first."""
     columns = ["status", "change", "reason"]
-    rows = pq.read_table(catalogue, columns=[*columns, "source"])
-    groups = rows.group_by(columns).aggregate([("source", "count"), ("source", "min")]).to_pylist()
-    groups.sort(key=lambda group: (group["status"], -group["source_count"], group["change"], group["reason"]))
-    return [
-        (*(group[name] for name in columns), group["source_count"], group["source_min"]) for group in groups
-    ]
+    rows = pq.read_table(catalogue, columns=[*columns, "source"]).group_by(columns)
+    kinds = rows.aggregate([("source", "count"), ("source", "min")])
+    order = [("status", "ascending"), ("source_count", "descending"), ("change", "ascending")]
+    return kinds.sort_by([*order, ("reason", "ascending")]).to_pylist()

@@ -222,10 +222,7 @@ def merge(out: Path, split: str) -> dict[str, int]:
     parts = sorted((out / split).glob("[0-9]*.parquet"))
     counts = {"samples": 0, "rejected": 0, "frames": 0, "shards": len(parts)}
     options = {"write_page_checksum": True}  # so that a flipped bit is noticed when it is read
-    with (
-        atomic_write(out / f"{split}.parquet") as path,
-        pq.ParquetWriter(path, SCHEMA, **options) as writer,
-    ):
+    with atomic_write(out / f"{split}.parquet") as path, pq.ParquetWriter(path, SCHEMA, **options) as writer:
         waiting: list[pa.Table] = []
         for part in parts:
             table = pq.read_table(part, schema=SCHEMA)
@@ -239,19 +236,3 @@ def merge(out: Path, split: str) -> dict[str, int]:
                 waiting = []
         writer.write_table(pa.concat_tables([SCHEMA.empty_table(), *waiting]))
     return counts
-
-
-def remove_unfinished(out: Path, splits: Sequence[str]) -> None:
-    """Remove the temporary files of writers that were killed."""
-    for folder in (out, *(out / split for split in splits)):
-        for leftover in folder.glob(".*.tmp-*"):
-            leftover.unlink(missing_ok=True)
-
-
-def tidy(out: Path, splits: Sequence[str]) -> None:
-    """Remove what only an unfinished dataset needs: the shards' rows and the note of the plan."""
-    for split in splits:
-        for leftover in (out / split).glob("[0-9]*.parquet"):
-            leftover.unlink(missing_ok=True)
-    if (out / PLAN_FILE).exists():  # on a read-only disk removing even a missing file fails
-        (out / PLAN_FILE).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from pipelines.catalogue import missing_shards, open_split, read_info
-from pipelines.errors import UserError, run_cli
+from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_write
 from tools.shards import Row
 from tools.verify import Tally, rows_by_shard
@@ -164,10 +164,6 @@ def check_space(target: Path, split: str, needed: int) -> None:
             f"{target} has {free / 1e9:.1f} GB free and {split} needs {needed / 1e9:.1f} GB more; "
             "free some space or choose another disk"
         )
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 if __name__ == "__main__":

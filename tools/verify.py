@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 
 from pipelines.catalogue import DatasetInfo, missing_shards, open_split, read_info
-from pipelines.errors import UserError, run_cli
+from pipelines.errors import UserError, first_line, run_cli
 from tools.shards import TOLD, Row, member_names
 
 if TYPE_CHECKING:
@@ -133,8 +133,7 @@ def read_rows(path: Path, tally: Tally) -> Iterator[Row]:
                 tally.digests.append(int(row["sha256"][:16], 16))
                 yield row
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be read ({reason}); pack this dataset again") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}); pack this dataset again") from error
 
 
 def leaks(info: DatasetInfo, tallies: dict[str, Tally]) -> Iterator[str]:
