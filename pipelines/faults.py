@@ -8,7 +8,7 @@ own bytes, window and epoch alone: not on rank, order or earlier failures.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -43,12 +43,15 @@ class Faults:
             self.note(plan, empty(feed), "is not what was packed: its checksum differs")
             groups = plan.ids[:: self.unit]
             checked = [unit for unit, sample in enumerate(groups.tolist()) if sample in self.suspects]
-            bad = [unit for unit in checked if failing(self, take(plan, unit, self.unit))]
+            bad = [unit for unit in checked if failing(self, self.rows_of(plan, unit))]
             if not bad:
                 return plan, feed
             plan = self.replace(plan, np.array(bad), attempt)
             feed = feed_of(self.catalogue, plan, self.copies)
         raise UserError(f"{self.catalogue.info.root} has too many damaged samples; run `make verify`")
+
+    def rows_of(self, plan: Plan, unit: int) -> Plan:
+        return Plan._make(part[unit * self.unit : (unit + 1) * self.unit] for part in plan)
 
     def replace(self, plan: Plan, units: NDArray[np.int64], attempt: int) -> Plan:
         """The plan with other samples, drawn from (seed, epoch, id, attempt), in these units."""
@@ -57,12 +60,11 @@ class Faults:
         draws = sampler.uniform(self.seed, epochs, ids, sampler.STREAM_REPLACE, attempt + 1)[:, attempt]
         others = self.replan((draws * len(self.catalogue)).astype(np.int64), epochs)
         rows = (first[:, None] + np.arange(self.unit)).ravel()
-        whole = {}
-        for part in fields(Plan):
-            whole[part.name] = getattr(plan, part.name).copy()
-            whole[part.name][rows] = getattr(others, part.name)
-        whole["replaced"][rows] = True
-        return Plan(**whole)
+        whole = Plan._make(part.copy() for part in plan)
+        for part, other in zip(whole, others, strict=True):
+            part[rows] = other
+        whole.replaced[rows] = True
+        return whole
 
     def examine(self, plans: list[Plan], error: RuntimeError) -> None:
         """After a pipeline died with `error`: find the samples at fault and name each once.
@@ -111,12 +113,6 @@ class Faults:
 def say_once(sentence: str) -> None:
     """Print to stderr what this process has not said before."""
     print(sentence, file=sys.stderr, flush=True)
-
-
-def take(plan: Plan, unit: int, size: int) -> Plan:
-    """The rows of one unit of `size` rows."""
-    rows = slice(unit * size, (unit + 1) * size)
-    return Plan(*(getattr(plan, part.name)[rows] for part in fields(Plan)))
 
 
 def empty(feed: graph.Feed) -> list[int]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from nvidia.dali import fn, types
-from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 
 from pipelines.resample import Resample, start_resample
@@ -62,33 +61,14 @@ class Settings:
         return self.device.type == "cuda" or self.resize_on_cpu
 
 
-def decode(jpegs: DataNode, anchors: DataNode, shapes: DataNode, settings: Settings) -> DataNode:
-    """Decode a box of each JPEG, RGB. Fancy upsampling makes the GPU's chroma equal the CPU's."""
-    return fn.decoders.image_slice(
-        jpegs,
-        anchors,
-        shapes,
-        device="mixed" if settings.device.type == "cuda" else "cpu",
-        jpeg_fancy_upsampling=True,
-        hw_decoder_load=settings.hw_decoder_load,
-    )
-
-
-def resize(pixels: DataNode, sizes: DataNode, kind: str) -> DataNode:
-    """Bring frames to `sizes` (height, width; a negative width mirrors)."""
-    filter_type, antialias = FILTERS[kind]
-    resized = fn.resize(pixels, size=sizes, interp_type=filter_type, antialias=antialias)
-    assert isinstance(resized, DataNode)
-    return resized
-
-
 def build_pipeline(source: Callable[[int], Feed], settings: Settings) -> Pipeline:
     """A pipeline whose i-th run works on `source(i)`, until that raises StopIteration.
 
     It gives uint8 frames: per copy [frames, size, size, 3], or where torch resamples the decoded boxes.
     """
     copies = settings.copies if settings.resizes else 0
-    step = 3 if copies > 1 else 1  # inputs per copy: the only one takes its whole box, so has no window
+    # Inputs per copy: a size, of which a negative width mirrors, and a window unless it takes its whole box.
+    step = 3 if copies > 1 else 1
 
     def feed(info: types.BatchInfo) -> tuple[list[np.ndarray] | np.ndarray, ...]:
         parts = source(info.iteration)
@@ -99,6 +79,10 @@ def build_pipeline(source: Callable[[int], Feed], settings: Settings) -> Pipelin
             inputs += [*(corners(parts.windows[:, copy]) if copies > 1 else ()), sizes]
         return tuple(inputs)
 
+    gpu = settings.device.type == "cuda"
+    # Fancy upsampling makes the GPU's chroma equal the CPU's.
+    decoding = {"jpeg_fancy_upsampling": True, "hw_decoder_load": settings.hw_decoder_load}
+    kind, antialias = FILTERS[settings.interpolation]
     pipeline = Pipeline(
         settings.frames, settings.threads, gpu_index(settings.device), prefetch_queue_depth=settings.prefetch
     )
@@ -106,14 +90,15 @@ def build_pipeline(source: Callable[[int], Feed], settings: Settings) -> Pipelin
         jpegs, anchors, shapes, *rest = fn.external_source(
             source=feed, num_outputs=3 + step * copies, batch=True, batch_info=True
         )
-        pixels = decode(jpegs, anchors, shapes, settings)
-        outputs = [] if copies else [pixels]
+        place = "mixed" if gpu else "cpu"
+        pixels = fn.decoders.image_slice(jpegs, anchors, shapes, device=place, **decoding)
+        outputs: list[object] = [] if copies else [pixels]
         for first in range(0, len(rest), step):
             *window, size = rest[first : first + step]
             part = pixels
             if window:
                 part = fn.slice(pixels, start=window[0], shape=window[1], axis_names="WH")
-            outputs.append(resize(part, size, settings.interpolation))
+            outputs.append(fn.resize(part, size=size, interp_type=kind, antialias=antialias))
         pipeline.set_outputs(*outputs)
     pipeline.build()
     return pipeline
@@ -153,11 +138,5 @@ def run(
 
 def start_resampling(settings: Settings) -> Resample:
     """What `run` resamples with where the graph does not."""
-    return start_resample(
-        settings.threads,
-        settings.interpolation,
-        settings.samples,
-        settings.copies,
-        settings.clip,
-        settings.size,
-    )
+    shape = (settings.samples, settings.copies, settings.clip, settings.size, settings.size, 3)
+    return start_resample(settings.threads, settings.interpolation, shape)

@@ -12,21 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines import graph, sampler
+from pipelines import graph, plans, sampler
 from pipelines.augment import Augment, augment
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError
 from pipelines.faults import Faults
-from pipelines.plans import (
-    Plan,
-    ViewSpec,
-    check_view,
-    eval_plan,
-    feed_of,
-    repeated,
-    short_clip_note,
-    train_plan,
-)
+from pipelines.plans import Plan, ViewSpec, short_clip_note
 
 __all__ = ["Augment", "Batch", "ViewSpec", "eval_batches", "short_clip_note", "sizing", "train_batches"]
 
@@ -79,7 +70,7 @@ def train_batches(
     stderr and replaced, up to the share `max_bad` of the split (always at least one); beyond that, when
     the data does not suit the view, or when the batch does not divide, UserError.
     """
-    check_view(catalogue, view)
+    plans.check_view(catalogue, view)
     if global_batch % (world * accumulate * view.repeats):
         raise UserError(
             f"a batch of {global_batch} does not divide into {world} processes x {accumulate} micro batches "
@@ -90,21 +81,14 @@ def train_batches(
     def plan(iteration: int) -> Plan:
         step, micro = divmod(start_step * accumulate + iteration, accumulate)
         positions = sampler.batch_positions(step, global_batch, rank, world, accumulate)[micro]
-        return train_plan(catalogue, view, seed, *repeated(positions, view.repeats, arrange))
+        return plans.train_plan(catalogue, view, seed, *plans.repeated(positions, view.repeats, arrange))
 
     def replan(ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> Plan:
         epochs = (epochs[:, None] + np.arange(view.copies)).ravel()
-        return train_plan(catalogue, view, seed, np.repeat(ids, view.copies), epochs)
+        return plans.train_plan(catalogue, view, seed, np.repeat(ids, view.copies), epochs)
 
-    faults = Faults(
-        catalogue,
-        device,
-        seed,
-        copies=view.copies,
-        unit=view.copies,
-        limit=max(1, int(max_bad * len(catalogue) / world)),
-        replan=replan,
-    )
+    limit = max(1, int(max_bad * len(catalogue) / world))
+    faults = Faults(catalogue, device, seed, view.copies, unit=view.copies, limit=limit, replan=replan)
     rows = global_batch // (world * accumulate)
     settings = settings_of(view, rows, view.copies, device, threads, hw_decoder_load)
     return (
@@ -132,7 +116,7 @@ def eval_batches(
     Each rank gets the same number of batches; rows that fill up the last ones have valid = False, and so
     have those of damaged samples. Raises UserError as `train_batches` does.
     """
-    check_view(catalogue, view)
+    plans.check_view(catalogue, view)
     ids = sampler.eval_ids(len(catalogue), rank, world)
     batches = -(-len(catalogue) // (world * batch))
     padded = np.concatenate([ids, np.zeros(batches * batch - len(ids), np.int64)])
@@ -142,10 +126,10 @@ def eval_batches(
         if iteration >= batches:
             raise StopIteration
         rows = slice(iteration * batch, (iteration + 1) * batch)
-        return eval_plan(catalogue, view, padded[rows], valid[rows], temporal, spatial)
+        return plans.eval_plan(catalogue, view, padded[rows], valid[rows], temporal, spatial)
 
     def replan(ids: NDArray[np.int64], _: NDArray[np.int64]) -> Plan:
-        return eval_plan(catalogue, view, ids, np.zeros(len(ids), bool), temporal, spatial)
+        return plans.eval_plan(catalogue, view, ids, np.zeros(len(ids), bool), temporal, spatial)
 
     views = temporal * spatial
     limit = max(1, int(max_bad * len(catalogue) / world))
@@ -177,7 +161,7 @@ def run_plans(
     def read(number: int) -> tuple[Plan, graph.Feed]:
         rows = planned(number)
         advise(catalogue, planned, number)
-        return rows, feed_of(catalogue, rows, settings.copies)
+        return rows, plans.feed_of(catalogue, rows, settings.copies)
 
     @lru_cache(maxsize=2)
     def coming(number: int) -> Future[tuple[Plan, graph.Feed]]:
@@ -233,18 +217,9 @@ def settings_of(
     view: ViewSpec, rows: int, copies: int, device: torch.device, threads: int, hw_decoder_load: float
 ) -> graph.Settings:
     """The graph that makes `rows` rows at a time, `copies` of them from each decoded sample."""
-    size = sizing(device, threads)
-    return graph.Settings(
-        rows // copies,
-        view.frames,
-        copies,
-        view.size,
-        view.interpolation,
-        device,
-        size.threads,
-        size.prefetch,
-        hw_decoder_load,
-    )
+    size, shape = sizing(device, threads), (rows // copies, view.frames, copies, view.size)
+    speed = (size.threads, size.prefetch, hw_decoder_load)
+    return graph.Settings(*shape, view.interpolation, device, *speed)
 
 
 def sizing(device: torch.device, threads: int = 0) -> Sizing:

@@ -1,6 +1,7 @@
 """What a batch consists of, worked out before a byte is read: samples, frames, windows, flips."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +36,7 @@ class ViewSpec:
         return self.repeats if self.same_clip or self.frames == 1 else 1
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """One batch of b rows."""
 
     ids: NDArray[np.int64]  # [b]

@@ -25,21 +25,20 @@ Frames = Sequence[np.ndarray]
 Resample = Callable[[Frames, np.ndarray, np.ndarray], torch.Tensor]
 
 
-def start_resample(threads: int, kind: str, samples: int, copies: int, clip: int, size: int) -> Resample:
-    """A resampling that splits its frames over `threads` threads; torch's kernels release the GIL."""
+def start_resample(threads: int, kind: str, shape: tuple[int, ...]) -> Resample:
+    """A resampling that splits its frames over `threads` threads; torch's kernels release the GIL.
+
+    shape: samples, copies, clip, size, size, 3.
+    """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="resample")
-    take = recycled((samples, copies, clip, size, size, 3))
+    take = recycled(shape)
 
     def work(frames: Frames, windows: np.ndarray, flips: np.ndarray) -> torch.Tensor:
         out = take()
         slots = [slot for sample in out.transpose(1, 2) for slot in sample]
         parts = [slice(start, None, threads) for start in range(threads)]
-        jobs = [
-            pool.submit(resample, frames[part], windows[part], flips[part], slots[part], kind)
-            for part in parts
-        ]
-        for job in jobs:
-            job.result()
+        columns = ([column[part] for part in parts] for column in (frames, windows, flips, slots))
+        list(pool.map(resample, *columns, [kind] * threads))
         return out.flatten(0, 1)
 
     return work

@@ -23,7 +23,6 @@ class Kind:
     """One half of the demo: what it is called and which recipes it runs."""
 
     name: str
-    unit: str
     pack: str
     pretrain: str
     finetune: str
@@ -32,14 +31,12 @@ class Kind:
 KINDS = (
     Kind(
         name="images",
-        unit="images",
         pack="tools.pack_imagenet --source data/demo/images",
         pretrain="image-mae-pico --optim.epochs 16 --run.eval-every 20",
         finetune="image-ft-pico --optim.epochs 10",
     ),
     Kind(
         name="clips",
-        unit="clips",
         pack="tools.pack_kinetics --frames data/demo/clips/data_30fps_frames"
         " --annotations data/demo/clips/annotations",
         pretrain="video-mae-pico --optim.epochs 5 --run.eval-every 20",
@@ -58,10 +55,7 @@ def commands(kind: Kind) -> list[str]:
         f"train.finetune {kind.finetune} --data.path {shards} --run.name {finetune}"
         f" --model.init runs/{mae}/model.safetensors",
         f"train.evaluate runs/{finetune}",
-        f"tools.plot runs/{mae}",
-        f"tools.plot runs/{finetune}",
-        f"tools.report runs/{mae}",
-        f"tools.report runs/{finetune}",
+        *(f"{tool} runs/{run}" for tool in ("tools.plot", "tools.report") for run in (mae, finetune)),
     ]
 
 
@@ -85,23 +79,20 @@ def run(command: str) -> None:
 def closing_table(seconds: float) -> Table:
     """What came out of it, read back from the run folders."""
     table = Table("", *(kind.name for kind in KINDS), title=f"make demo: {seconds:.0f} s")
-    rows: dict[str, list[str]] = {}
-    for kind in KINDS:
-        for name, value in _results(kind).items():
-            rows.setdefault(name, []).append(value)
-    for name, values in rows.items():
-        table.add_row(name, *values)
+    results = [_results(kind) for kind in KINDS]
+    for name in results[0]:
+        table.add_row(name, *(values[name] for values in results))
     return table
 
 
 def _results(kind: Kind) -> dict[str, str]:
     mae, finetune = (read_csv(Path(f"runs/demo-{kind.name}-{part}/metrics.csv")) for part in ("mae", "ft"))
     classes = len(json.loads(Path(f"shards/demo-{kind.name}/dataset.json").read_text())["classes"])
-    losses = [row["loss_val"] for row in mae if row["loss_val"] is not None]
+    checked = [row for row in mae if row["loss_val"] is not None]
     accuracy = finetune[-1]["acc"]
     return {
-        "MAE validation loss, first": f"{losses[0]:.3f} (step {_step(mae, 'loss_val')})",
-        "MAE validation loss, last": f"{losses[-1]:.3f} (step {mae[-1]['step']})",
+        "MAE validation loss, first": f"{checked[0]['loss_val']:.3f} (step {checked[0]['step']})",
+        "MAE validation loss, last": f"{checked[-1]['loss_val']:.3f} (step {checked[-1]['step']})",
         "accuracy after finetuning": f"{100 * accuracy:.1f} %",
         "accuracy of chance": f"{100 / classes:.1f} %",
         "accuracy / chance": f"{accuracy * classes:.1f} x",
@@ -111,16 +102,12 @@ def _results(kind: Kind) -> dict[str, str]:
     }
 
 
-def _step(rows: list[dict], column: str) -> int:
-    return next(row["step"] for row in rows if row[column] is not None)
-
-
 def _speed(rows: list[dict], kind: Kind) -> str:
     """Means over the run's rows, the first apart: it holds the warming up."""
     rows = rows[1:] or rows
     rate = sum(row["samples_per_s"] for row in rows) / len(rows)
     wait = sum(row["data_wait_ms"] for row in rows) / sum(row["step_ms"] for row in rows)
-    return f"{rate:.1f} {kind.unit}/s, data wait {100 * wait:.1f} %"
+    return f"{rate:.1f} {kind.name}/s, data wait {100 * wait:.1f} %"
 
 
 if __name__ == "__main__":

@@ -31,24 +31,12 @@ Draw = np.random.Generator
 
 # ---- pictures: class = texture and a range of hues -------------------------------------------------------
 
-
-def _stripes(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return np.sin(y)
-
-
-def _checks(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return np.sign(np.sin(y) * np.sin(x))
-
-
-def _dots(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return np.where(np.cos(y) + np.cos(x) > 0.9, 1.0, -1.0)
-
-
-def _rings(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    return np.sin(np.hypot(y, x))
-
-
-TEXTURES = {"checks": _checks, "dots": _dots, "rings": _rings, "stripes": _stripes}
+TEXTURES = {
+    "checks": lambda y, x: np.sign(np.sin(y) * np.sin(x)),
+    "dots": lambda y, x: np.where(np.cos(y) + np.cos(x) > 0.9, 1.0, -1.0),
+    "rings": lambda y, x: np.sin(np.hypot(y, x)),
+    "stripes": lambda y, x: np.sin(y),
+}
 HUES = {"blue": 0.6, "orange": 0.08}  # centres; each picture strays from them
 PICTURE_CLASSES = [f"{hue}_{texture}" for hue in HUES for texture in TEXTURES]
 
