@@ -8,6 +8,7 @@ the same treatment and nothing waits for the device. Statistics that an operatio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -116,10 +117,6 @@ def equalize(pixels: Tensor, _: Tensor) -> Tensor:
     return flat.unflatten(3, pixels.shape[2:4]).movedim(2, -1)
 
 
-def invert(pixels: Tensor, _: Tensor) -> Tensor:
-    return 255 - pixels
-
-
 def posterize(pixels: Tensor, bits: Tensor) -> Tensor:
     """Keep the highest `bits` bits of each level."""
     return pixels & (256 - 2 ** (8 - bits)).to(torch.uint8)
@@ -149,27 +146,18 @@ def affine(pixels: Tensor, matrices: Tensor) -> Tensor:
     return moved.unflatten(1, (frames, 3)).permute(0, 1, 3, 4, 2)
 
 
-def matrices_of(values: Tensor, entry: tuple[int, int], scale: float = 1.0) -> Tensor:
-    """Identity matrices [g, 2, 3] with `values` [g, 1, ...] x scale at `entry`."""
-    matrices = torch.eye(2, 3, device=values.device).repeat(len(values), 1, 1)
-    matrices[:, entry[0], entry[1]] = values.flatten() * scale
-    return matrices
+def shear(pixels: Tensor, slope: Tensor, row: int) -> Tensor:
+    """Shift pixels along x (row 0) or y (row 1), the more the further they are from the other axis."""
+    matrices = torch.eye(2, 3, device=pixels.device).repeat(len(pixels), 1, 1)
+    matrices[:, row, 1 - row] = slope.flatten()
+    return affine(pixels, matrices)
 
 
-def shear_x(pixels: Tensor, slope: Tensor) -> Tensor:
-    return affine(pixels, matrices_of(slope, (0, 1)))
-
-
-def shear_y(pixels: Tensor, slope: Tensor) -> Tensor:
-    return affine(pixels, matrices_of(slope, (1, 0)))
-
-
-def translate_x(pixels: Tensor, share: Tensor) -> Tensor:
-    return affine(pixels, matrices_of(share, (0, 2), pixels.shape[3]))
-
-
-def translate_y(pixels: Tensor, share: Tensor) -> Tensor:
-    return affine(pixels, matrices_of(share, (1, 2), pixels.shape[2]))
+def translate(pixels: Tensor, share: Tensor, row: int) -> Tensor:
+    """Shift pixels along x (row 0) or y (row 1) by a share of the width or height."""
+    matrices = torch.eye(2, 3, device=pixels.device).repeat(len(pixels), 1, 1)
+    matrices[:, row, 2] = share.flatten() * pixels.shape[3 - row]
+    return affine(pixels, matrices)
 
 
 def rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
@@ -196,7 +184,7 @@ def enhance(level: NDArray, sign: NDArray) -> NDArray:
 OPERATIONS: dict[str, tuple[Operation, Strength]] = {
     "autocontrast": (autocontrast, lambda level, sign: level),
     "equalize": (equalize, lambda level, sign: level),
-    "invert": (invert, lambda level, sign: level),
+    "invert": (lambda pixels, _: 255 - pixels, lambda level, sign: level),
     "rotate": (rotate, lambda level, sign: 30 * level * sign),
     "posterize": (posterize, lambda level, sign: 4 - np.floor(4 * level)),
     "solarize": (solarize, lambda level, sign: 256 - np.floor(256 * level)),
@@ -205,10 +193,10 @@ OPERATIONS: dict[str, tuple[Operation, Strength]] = {
     "contrast": (contrast, enhance),
     "brightness": (brightness, enhance),
     "sharpness": (sharpness, enhance),
-    "shear_x": (shear_x, lambda level, sign: 0.3 * level * sign),
-    "shear_y": (shear_y, lambda level, sign: 0.3 * level * sign),
-    "translate_x": (translate_x, lambda level, sign: 0.45 * level * sign),
-    "translate_y": (translate_y, lambda level, sign: 0.45 * level * sign),
+    "shear_x": (partial(shear, row=0), lambda level, sign: 0.3 * level * sign),
+    "shear_y": (partial(shear, row=1), lambda level, sign: 0.3 * level * sign),
+    "translate_x": (partial(translate, row=0), lambda level, sign: 0.45 * level * sign),
+    "translate_y": (partial(translate, row=1), lambda level, sign: 0.45 * level * sign),
 }
 
 

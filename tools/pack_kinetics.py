@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import tyro
@@ -169,7 +170,8 @@ def load_clip(root: Path, source: str, packing: Packing) -> Packed:
     folder = root / source
     if not folder.is_dir():
         raise BadImage("no frame folder")
-    files = sorted((path for path in folder.iterdir() if _is_frame(path)), key=_frame_number)
+    listed = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted((path for path in listed if not path.name.startswith(".")), key=_frame_number)
     if not files:
         raise BadImage("no frames in its folder")
     read = [_read(path, packing) for path in files]
@@ -186,10 +188,6 @@ def load_clip(root: Path, source: str, packing: Packing) -> Packed:
         notes.append("gaps in its frame numbers closed")
     change = "; ".join([*notes, *sorted(changes)]) or COPIED
     return Packed([picture.data for picture in pictures], pictures[0].width, pictures[0].height, change)
-
-
-def _is_frame(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _read(path: Path, packing: Packing) -> Picture | BadImage:
@@ -209,13 +207,9 @@ def _frame_number(path: Path) -> tuple[int, str]:
 
 def longest_run(good: Sequence[bool]) -> tuple[int, int]:
     """The first longest run of True in `good`, as (start, end past it)."""
-    best = (0, 0)
-    start = 0
-    for index, value in enumerate([*good, False]):
-        if not value:
-            best = max(best, (start, index), key=lambda run: run[1] - run[0])
-            start = index + 1
-    return best
+    runs = [list(run) for value, run in groupby(range(len(good)), key=good.__getitem__) if value]
+    longest = max(runs, key=len, default=[])
+    return (longest[0], longest[-1] + 1) if longest else (0, 0)
 
 
 def _one_size(files: Sequence[Path], pictures: Sequence[Picture], packing: Packing) -> list[Picture]:

@@ -47,7 +47,6 @@ TURNS = {  # by the signs of a display matrix: x' = a x + c y, y' = b x + d y, a
     (0, 1, 1, 0): TURNED.TRANSPOSE,
     (0, -1, -1, 0): TURNED.TRANSVERSE,
 }
-SIDEWAYS = (TURNED.ROTATE_90, TURNED.ROTATE_270, TURNED.TRANSPOSE, TURNED.TRANSVERSE)
 HALF = Fraction(1, 2)
 AS_NEAR = Fraction(1, 1000)  # seconds: many containers round their times to it
 WHOLE = Fraction(95, 100)  # of its declared duration a clip has without a word
@@ -140,7 +139,7 @@ def _convert(container: InputContainer, packing: Packing, fps: Fraction, max_sec
     to_rgb = VideoReformatter()
     jpegs: list[bytes] = []
     changes = [f"{stream.codec_context.name} to JPEG"]
-    goal = last = turn = None
+    goal = last = turn = size = None
     for frame in on_grid(_good_frames(container, stream, packing, max_seconds, decoded), fps):
         if frame is not last:
             if goal is None:
@@ -149,11 +148,13 @@ def _convert(container: InputContainer, packing: Packing, fps: Fraction, max_sec
                 changes.append("resized")
             # Scaled here, not by Pillow, a frame of 720 lines takes a fifth of the time.
             picture = to_rgb.reformat(frame, *goal, "rgb24", interpolation=ACCURATE, threads=1).to_image()
-            jpegs.append(encode(picture.transpose(turn) if turn is not None else picture))
+            upright = picture.transpose(turn) if turn is not None else picture
+            size = upright.size
+            jpegs.append(encode(upright))
         else:
             jpegs.append(jpegs[-1])
         last = frame
-    if goal is None:
+    if size is None:
         raise BadImage("damaged: no frame can be decoded")
     if 2 * decoded.seconds < declared:
         raise BadImage("under half of its declared duration can be decoded")
@@ -163,8 +164,7 @@ def _convert(container: InputContainer, packing: Packing, fps: Fraction, max_sec
         changes.append("damaged part left out")
     elif decoded.seconds < WHOLE * declared:
         changes.append("shorter than it declares")
-    width, height = goal if turn not in SIDEWAYS else goal[::-1]
-    return Packed(jpegs, width, height, ", ".join(dict.fromkeys(changes)))
+    return Packed(jpegs, size[0], size[1], ", ".join(dict.fromkeys(changes)))
 
 
 def _picture_stream(container: InputContainer) -> VideoStream:
