@@ -42,13 +42,7 @@ class Block(nn.Module):
     """Pre-norm transformer block; at the start of a stage it widens, and pools where the stage does."""
 
     def __init__(
-        self,
-        dim: int,
-        dim_out: int,
-        heads: int,
-        windowed: bool = False,
-        pool: bool = False,
-        drop: float = 0.0,
+        self, dim: int, dim_out: int, heads: int, windowed: bool = False, pool: bool = False, drop: float = 0
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)

@@ -13,15 +13,14 @@ from functools import cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipelines import graph, sampler
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError
-from pipelines.plans import Plan, feed_of
+from pipelines.plans import Ints, Plan, feed_of
 
 # New rows for sample ids [n] in epochs [n]: a plan of n * unit rows.
-Replan = Callable[[NDArray[np.int64], NDArray[np.int64]], Plan]
+Replan = Callable[[Ints, Ints], Plan]
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Faults:
     def rows_of(self, plan: Plan, unit: int) -> Plan:
         return Plan._make(part[unit * self.unit : (unit + 1) * self.unit] for part in plan)
 
-    def replace(self, plan: Plan, units: NDArray[np.int64], attempt: int) -> Plan:
+    def replace(self, plan: Plan, units: Ints, attempt: int) -> Plan:
         """The plan with other samples, drawn from (seed, epoch, id, attempt), in these units."""
         first = units * self.unit
         ids, epochs = plan.ids[first], plan.epochs[first]

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipelines import graph, plans, sampler
 from pipelines.augment import Augment, augment
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError
 from pipelines.faults import Faults
-from pipelines.plans import Plan, ViewSpec, short_clip_note
+from pipelines.plans import Bools, Ints, Plan, ViewSpec, short_clip_note
 
 __all__ = ["Augment", "Batch", "ViewSpec", "eval_batches", "short_clip_note", "sizing", "train_batches"]
 
@@ -30,9 +29,9 @@ class Batch:
 
     pixels: torch.Tensor  # uint8 [b, H, W, 3] or [b, T, H, W, 3], on the device
     labels: torch.Tensor  # int64 [b], on the CPU, -1: unlabelled
-    ids: NDArray[np.int64]  # [b]
-    epochs: NDArray[np.int64]  # [b] -1 in evaluation; with r repeats the k-th row has epoch * r + k
-    valid: NDArray[np.bool_]  # [b] False in evaluation: padding of a last batch, or a damaged sample
+    ids: Ints  # [b]
+    epochs: Ints  # [b] -1 in evaluation; with r repeats the k-th row has epoch * r + k
+    valid: Bools  # [b] False in evaluation: padding of a last batch, or a damaged sample
     bad: int = 0  # rows in which another sample stands in for a damaged one
 
 
@@ -83,7 +82,7 @@ def train_batches(
         positions = sampler.batch_positions(step, global_batch, rank, world, accumulate)[micro]
         return plans.train_plan(catalogue, view, seed, *plans.repeated(positions, view.repeats, arrange))
 
-    def replan(ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> Plan:
+    def replan(ids: Ints, epochs: Ints) -> Plan:
         epochs = (epochs[:, None] + np.arange(view.copies)).ravel()
         return plans.train_plan(catalogue, view, seed, np.repeat(ids, view.copies), epochs)
 
@@ -128,7 +127,7 @@ def eval_batches(
         rows = slice(iteration * batch, (iteration + 1) * batch)
         return plans.eval_plan(catalogue, view, padded[rows], valid[rows], temporal, spatial)
 
-    def replan(ids: NDArray[np.int64], _: NDArray[np.int64]) -> Plan:
+    def replan(ids: Ints, _: Ints) -> Plan:
         return plans.eval_plan(catalogue, view, ids, np.zeros(len(ids), bool), temporal, spatial)
 
     views = temporal * spatial

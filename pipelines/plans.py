@@ -12,6 +12,9 @@ from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError
 from pipelines.graph import FILTERS, Feed
 
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class ViewSpec:
@@ -39,21 +42,19 @@ class ViewSpec:
 class Plan(NamedTuple):
     """One batch of b rows."""
 
-    ids: NDArray[np.int64]  # [b]
-    epochs: NDArray[np.int64]  # [b], see Batch
-    valid: NDArray[np.bool_]  # [b]
-    frames: NDArray[np.int64]  # [b, T] indices into the sample's frames
+    ids: Ints  # [b]
+    epochs: Ints  # [b], see Batch
+    valid: Bools  # [b]
+    frames: Ints  # [b, T] indices into the sample's frames
     windows: NDArray[np.int32]  # [b, 4] x, y, width, height
-    flips: NDArray[np.bool_]  # [b]
-    replaced: NDArray[np.bool_]  # [b] True where a damaged sample was drawn and another stands in
+    flips: Bools  # [b]
+    replaced: Bools  # [b] True where a damaged sample was drawn and another stands in
 
 
-def train_plan(
-    catalogue: Catalogue, view: ViewSpec, seed: int, ids: NDArray[np.int64], epochs: NDArray[np.int64]
-) -> Plan:
+def train_plan(catalogue: Catalogue, view: ViewSpec, seed: int, ids: Ints, epochs: Ints) -> Plan:
     """The random windows and flips of samples ids [b] in epochs [b]; each row is drawn by itself."""
 
-    def draw(stream: int, count: int, keys: NDArray[np.int64] = epochs) -> NDArray[np.float64]:
+    def draw(stream: int, count: int, keys: Ints = epochs) -> NDArray[np.float64]:
         return sampler.uniform(seed, keys, ids, stream, count)
 
     start_keys = epochs - epochs % view.repeats if view.same_clip else epochs
@@ -72,12 +73,7 @@ def train_plan(
 
 
 def eval_plan(
-    catalogue: Catalogue,
-    view: ViewSpec,
-    ids: NDArray[np.int64],
-    valid: NDArray[np.bool_],
-    temporal: int,
-    spatial: int,
+    catalogue: Catalogue, view: ViewSpec, ids: Ints, valid: Bools, temporal: int, spatial: int
 ) -> Plan:
     """The fixed views of samples [n]: n * temporal * spatial rows, a sample's views side by side."""
     counts, views = catalogue.frame_counts(ids), temporal * spatial
@@ -99,9 +95,7 @@ def eval_plan(
     )
 
 
-def repeated(
-    positions: NDArray[np.int64], repeats: int, order: sampler.Order
-) -> tuple[NDArray[np.int64], ...]:
+def repeated(positions: Ints, repeats: int, order: sampler.Order) -> tuple[Ints, ...]:
     """Ids [b] and epochs [b] of rows at stream positions [b] when each sample fills `repeats` rows.
 
     The k-th row of a sample in epoch e counts as its epoch e * repeats + k, which keys all its draws.

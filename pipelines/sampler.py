@@ -12,6 +12,7 @@ import numpy as np
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 EVALUATION = -1  # the "epoch" under which evaluation draws
 
+Range = tuple[float, float]  # from, to
 Order = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # positions [n] -> epochs [n], ids [n]
 
 # What a draw is for; two streams of one sample are independent.
@@ -137,11 +138,7 @@ def keep_units(seed: int, epochs: np.ndarray, ids: np.ndarray, units: int, kept:
 
 
 def random_resized_crop(
-    draws: np.ndarray,
-    width: np.ndarray,
-    height: np.ndarray,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    draws: np.ndarray, width: np.ndarray, height: np.ndarray, scale: Range, ratio: Range
 ) -> np.ndarray:
     """Crop windows int32 [n, 4] as (x, y, width, height), in pixels, of images width x height [n].
 
@@ -161,7 +158,7 @@ def random_resized_crop(
     return np.where(fits.any(axis=1)[:, None], drawn, widest_centre(width, height, ratio))
 
 
-def widest_centre(width: np.ndarray, height: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+def widest_centre(width: np.ndarray, height: np.ndarray, ratio: Range) -> np.ndarray:
     """The largest central window within the aspect ratios, int32 [n, 4] as (x, y, width, height)."""
     w = np.minimum(width, np.rint(height * ratio[1]))
     h = np.minimum(height, np.rint(width / ratio[0]))

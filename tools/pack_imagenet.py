@@ -17,7 +17,7 @@ import tyro
 from pipelines.errors import UserError, run_cli
 from tools.images import SUFFIXES, prepare, read_file
 from tools.packing import HERE, Flags, crew_of, label_of, run, settings, source_folder, walk
-from tools.shards import Packed, Packing, Plan, Sample, make_key, readable, shuffled
+from tools.shards import Packed, Packing, Plan, readable, samples_of, shuffled
 from tools.val_labels import val_classes
 
 Listed = tuple[str, str]  # (path below the source folder, class name or "")
@@ -93,7 +93,11 @@ def plan_images(
             "tools.pack_imagenet the classes of a flat val folder with --val-labels."
         )
     labels = label_of(classes, [name for _, name in val if name], str(source))
-    splits = {"train": _samples(train, labels), "val": _samples(val, labels)}
+    listed = {"train": train, "val": val}
+    splits = {
+        split: samples_of([(path, name, Path(path).stem) for path, name in found], labels)
+        for split, found in listed.items()
+    }
     return Plan("image", classes, splits, packing)
 
 
@@ -129,14 +133,6 @@ def split_off(listed: Sequence[Listed], fraction: float) -> tuple[list[Listed], 
         for index in shuffled(len(items))[: round(fraction * len(items))]
     }
     return [item for item in listed if item not in val], [item for item in listed if item in val]
-
-
-def _samples(listed: Sequence[Listed], labels: dict[str, int]) -> list[Sample]:
-    return [
-        Sample(make_key(index, Path(path).stem), labels.get(name, -1), name, path)
-        for index in shuffled(len(listed)).tolist()
-        for path, name in [listed[index]]
-    ]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import tyro
 from pipelines.errors import UserError, run_cli
 from tools.images import COPIED, SUFFIXES, BadImage, Picture, prepare, read_file
 from tools.packing import HERE, Flags, crew_of, label_of, run, settings, source_folder
-from tools.shards import Packed, Packing, Plan, Sample, make_key, shuffled
+from tools.shards import Packed, Packing, Plan, samples_of
 from tools.videos import best_file, find_videos, load_video, video_settings
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
@@ -97,7 +97,10 @@ def plan_clips(root: Path, annotations: Path, packing: Packing, place: Place) ->
     listed = {split: read_annotations(annotations, split) for split in ("train", "val")}
     classes = sorted({clip.label for clip in listed["train"]})
     labels = label_of(classes, [clip.label for clip in listed["val"]], str(annotations))
-    splits = {split: _samples(clips, split, labels, place) for split, clips in listed.items()}
+    splits = {
+        split: samples_of(sorted((place(clip, split), clip.label, clip.name()) for clip in clips), labels)
+        for split, clips in listed.items()
+    }
     if not any((root / sample.source).exists() for samples in splits.values() for sample in samples):
         example = splits["train"][0].source
         raise UserError(f"none of the annotated videos is below {root}; {root / example} was expected.")
@@ -134,16 +137,6 @@ def _clip(row: dict[str, str | None], where: str) -> Clip:
     if not clip.label or not clip.video or "/" in clip.label + clip.video:
         raise UserError(f"{where}: label {label!r} or youtube_id {video!r} cannot name a folder.")
     return clip
-
-
-def _samples(clips: Sequence[Clip], split: str, labels: dict[str, int], place: Place) -> list[Sample]:
-    """The clips as samples in their final order; key numbers follow the sorted sources."""
-    listed = sorted((place(clip, split), clip.label, clip.name()) for clip in clips)
-    return [
-        Sample(make_key(index, name), labels[label], label, source)
-        for index in shuffled(len(listed)).tolist()
-        for source, label, name in [listed[index]]
-    ]
 
 
 def _frame_folder(frames: Path, clip: Clip, split: str) -> str:

@@ -108,6 +108,14 @@ def shuffled(count: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(0).random_raw(count), kind="stable")
 
 
+def samples_of(listed: Sequence[tuple[str, str, str]], labels: Mapping[str, int]) -> list[Sample]:
+    """Samples in their final order from a sorted list of (source, class name or "", readable name)."""
+    numbered = [(index, *listed[index]) for index in shuffled(len(listed)).tolist()]
+    return [
+        Sample(make_key(n, name), labels.get(kind, -1), kind, source) for n, source, kind, name in numbered
+    ]
+
+
 def readable(text: str) -> str:
     """A file name as valid Unicode; undecodable bytes of odd file systems become question marks."""
     return text.encode("utf-8", "replace").decode()

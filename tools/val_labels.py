@@ -23,7 +23,11 @@ def val_classes(labels: Path, synsets: Path | None, pictures: Sequence[str], cla
     if synsets is not None and not numbered:
         raise UserError(f"--synsets is for class numbers, which {labels} does not hold; leave it out.")
     if any(name in names for _, name, _ in named[:2]):  # the first may be a heading
-        return _by_name(labels, named if named[0][1] in names else named[1:], names, pictures, classes)
+        found = _by_name(named if named[0][1] in names else named[1:], names, classes)
+        if missing := [path for path in pictures if path not in found]:
+            share = f"{len(found)} of the {len(pictures)} pictures in val"
+            raise UserError(f"{labels} has labels for {share}; {missing[0]} has none.")
+        return [found[path] for path in pictures]
     if len(lines) != len(pictures):
         raise UserError(f"{labels} has {len(lines)} labels for {len(pictures)} pictures in val.")
     if numbered:
@@ -55,12 +59,9 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _by_name(
-    labels: Path,
-    named: Sequence[tuple[str, str, str]],
-    names: dict[str, str],
-    pictures: Sequence[str],
-    classes: set[str],
-) -> list[str]:
+    named: Sequence[tuple[str, str, str]], names: dict[str, str], classes: set[str]
+) -> dict[str, str]:
+    """The class of each picture that a line (where it stands, name, class) names."""
     found: dict[str, str] = {}
     for where, name, rest in named:
         label = rest if rest in classes else rest.split()[0]  # Kaggle's have boxes after the class
@@ -71,10 +72,7 @@ def _by_name(
         if label not in classes:
             raise UserError(f"{where}: {label!r} is not a class folder of train.")
         found[names[name]] = label
-    if missing := [path for path in pictures if path not in found]:
-        share = f"{len(found)} of the {len(pictures)} pictures in val"
-        raise UserError(f"{labels} has labels for {share}; {missing[0]} has none.")
-    return [found[path] for path in pictures]
+    return found
 
 
 def _numbered(labels: Path, lines: Sequence[Line], synsets: Path | None) -> list[Line]:
