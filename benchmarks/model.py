@@ -18,12 +18,12 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from benchmarks.parity import timm_model, transformers_model, upstream_model
 from benchmarks.results import Race, Results, show
 from models.factory import config_of, create
 from models.macs import bf16_peak, forward_macs
 from models.unroll import unit_grid
 from pipelines.errors import UserError, run_cli
-from tools.check_parity import timm_model, transformers_model, upstream_model
 
 NAMES = ("mae_hiera_base_224", "hiera_base_224", "mae_hiera_base_16x224", "hiera_base_16x224")
 DEFAULT_BATCH = {("cpu", False): 2, ("cpu", True): 1, ("cuda", False): 64, ("cuda", True): 8}  # images, clips

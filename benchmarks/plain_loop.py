@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.parity import timm_model, transformers_model
 from models.factory import config_of
 from models.hiera import Hiera
 from models.mae import MaskedAutoencoder
 from pipelines.inputs import IMAGE_STATS, VIDEO_STATS
-from tools.check_parity import timm_model, transformers_model
 
 Model = Literal["ours", "timm", "transformers"]
 

@@ -1,10 +1,10 @@
-"""Our models against three other implementations on the same random weights; a subset of check_parity."""
+"""Our models against three other implementations on the same random weights; part of benchmarks.parity."""
 
 import pytest
 import torch
 
 import models
-from tools.check_parity import compare, random_mask, randomise, run_ours, upstream_model
+from benchmarks.parity import compare, random_mask, randomise, run_ours, upstream_model
 
 torch.set_num_threads(2)
 STAGES = (1, 2, 2, 1)  # base's widths with fewer blocks, for speed

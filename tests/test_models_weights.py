@@ -11,11 +11,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import models
+from benchmarks.parity import randomise, run_ours, timm_model, transformers_model, upstream_model
 from models import official
 from models.adapt import inflate, resample
 from models.formats import format_of, from_ours, to_ours
 from pipelines.errors import UserError
-from tools.check_parity import randomise, run_ours, timm_model, transformers_model, upstream_model
 from tools.convert import convert
 
 torch.set_num_threads(2)

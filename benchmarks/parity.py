@@ -1,4 +1,4 @@
-"""Holds our models against three others on the same random weights: `python -m tools.check_parity`.
+"""Holds our models against three others on the same random weights: `python -m benchmarks.parity`.
 
 hiera-transformer is the authors' code (all names); timm has the classifiers, transformers the image models.
 Greatest relative errors: outputs in float32 may differ by 1e-5; gradients by 1e-4, all parameters as one
