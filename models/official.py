@@ -40,6 +40,11 @@ def is_name(source: str) -> bool:
     return source.startswith(("hiera_", "mae_hiera_")) and ":" in source
 
 
+def path_of(source: str) -> Path:
+    """The file that a path or an official name stands for, fetched if it must be."""
+    return fetch(source) if is_name(source) else Path(source)
+
+
 def fetch(name: str, url: str | None = None, wait: float = 2.0) -> Path:
     """Give the local file of an official name, downloading it on first use; prints the licence.
 

@@ -42,7 +42,6 @@ def load_weights(
     source: str | Path | State,
     *,
     reuse_encoder_norm: bool = False,
-    allow_mismatch: bool = False,
     quiet: bool = False,
 ) -> LoadReport:
     """Load weights into `model` and print what was loaded, resampled, left fresh and unused.
@@ -52,21 +51,19 @@ def load_weights(
     A classifier takes the encoder of autoencoder weights; its final norm and head stay fresh, as in the
     authors' code, or with `reuse_encoder_norm` the norm starts from `encoder_norm`, as in timm. A head for
     another number of classes is left out. Position embeddings are resampled to the model's input size,
-    and a clip model takes image weights inflated. Any other difference raises ModelError, unless
-    `allow_mismatch`, which loads what fits.
+    and a clip model takes image weights inflated. Any other difference raises ModelError.
     """
     if not isinstance(model, Encoder):
         raise ModelError(f"load_weights takes a model that models.create built, not a {type(model).__name__}")
     label = "weights" if isinstance(source, dict) else str(source)
-    state = to_ours(source if isinstance(source, dict) else _read(str(source)))
+    state = to_ours(source if isinstance(source, dict) else read_weights(official.path_of(str(source))))
     state, inflated = inflate(state, model)
     state, resampled = resample_positions(state, model)
     own = model.state_dict()
     state, optional = _match_heads(state, own, reuse_encoder_norm)
     fits = {n: v for n, v in state.items() if _shape(own, n) == v.shape}
     fresh, unused = (tuple(n for n in names if n not in fits) for names in (own, state))
-    if not allow_mismatch:
-        _refuse(label, own, state, [n for n in (*fresh, *unused) if not n.startswith(optional)])
+    _refuse(label, own, state, [n for n in (*fresh, *unused) if not n.startswith(optional)])
     model.load_state_dict(fits, strict=False)
     inflated = tuple(n for n in inflated if n in fits and n not in resampled)
     loaded = tuple(n for n in fits if n not in (*resampled, *inflated))
@@ -74,10 +71,6 @@ def load_weights(
     if not quiet:
         print(report)
     return report
-
-
-def _read(source: str) -> State:
-    return read_weights(official.fetch(source) if official.is_name(source) else Path(source))
 
 
 def _match_heads(state: State, own: State, reuse_encoder_norm: bool) -> tuple[State, tuple[str, ...]]:

@@ -31,17 +31,15 @@ def run_cli(main: Callable[[], object]) -> None:
     sys.argv[0] = f"python -m {spec.name}" if spec else sys.argv[0]  # what help texts call the command
     try:
         main()
+        return
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sentence = str(error)
     except OSError as error:
         if error.errno not in NO_PLACE:
             raise
-        print(
-            f"error: {error.filename or 'the disk'}: {error.strerror}; {NO_PLACE[error.errno]}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        sentence = f"{error.filename or 'the disk'}: {error.strerror}; {NO_PLACE[error.errno]}"
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)

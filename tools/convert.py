@@ -34,7 +34,7 @@ def convert(
         to: whose names to write.
     """
     try:
-        path = official.fetch(source) if official.is_name(source) else Path(source)
+        path = official.path_of(source)
         if target.exists() and path.exists() and target.samefile(path):
             raise UserError(f"{target} is the source itself; give another file to write")
         state = to_ours(read_weights(path))

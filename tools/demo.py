@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.errors import UserError, run_cli
+from tools.report import speed_of
 from train.metrics import read_csv
 
 
@@ -103,11 +104,8 @@ def _results(kind: Kind) -> dict[str, str]:
 
 
 def _speed(rows: list[dict], kind: Kind) -> str:
-    """Means over the run's rows, the first apart: it holds the warming up."""
-    rows = rows[1:] or rows
-    rate = sum(row["samples_per_s"] for row in rows) / len(rows)
-    wait = sum(row["data_wait_ms"] for row in rows) / sum(row["step_ms"] for row in rows)
-    return f"{rate:.1f} {kind.name}/s, data wait {100 * wait:.1f} %"
+    rate, step, wait = speed_of(rows)
+    return f"{rate:.1f} {kind.name}/s, data wait {100 * wait / step:.1f} %"
 
 
 if __name__ == "__main__":

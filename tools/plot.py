@@ -56,7 +56,8 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
 
 def panels_of(tables: Tables) -> list[Panel]:
     """The panels that any run has numbers for."""
-    return [panel for panel in PANELS if any(_has(rows, panel[1]) for rows in tables.values())]
+    filled = {name for rows in tables.values() for row in rows for name in row if row[name] is not None}
+    return [panel for panel in PANELS if filled & {*panel[1]}]
 
 
 def draw(axis: "Axes", panel: Panel, tables: Tables) -> None:
@@ -78,14 +79,9 @@ def _read(run: Path) -> list[dict]:
     path = run / "metrics.csv"
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder, such as RUN=image-mae-pico")
-    rows = read_csv(path)
-    if not rows:
-        raise UserError(f"{path} has no rows yet; wait for the run's first metric row")
-    return rows
-
-
-def _has(rows: list[dict], columns: tuple[str, ...]) -> bool:
-    return any(row.get(column) is not None for row in rows for column in columns)
+    if rows := read_csv(path):
+        return rows
+    raise UserError(f"{path} has no rows yet; wait for the run's first metric row")
 
 
 if __name__ == "__main__":

@@ -89,17 +89,22 @@ def state(run: Path) -> str:
 
 
 def numbers(metrics: Path) -> str:
-    """The last value of each metric; speed over all rows but the first, which holds the warming up."""
+    """The last value of each metric, and the mean speed."""
     rows = read_csv(metrics)
     last = {key: value for row in rows for key, value in row.items() if value is not None}
     shown = {name: form.format(last[key]) for key, (name, form) in NUMBERS.items() if key in last}
-    if timed := rows[1:] or rows:
-        names = ("samples_per_s", "step_ms", "data_wait_ms")
-        rate, step, wait = (sum(row[name] for row in timed) / len(timed) for name in names)
+    if rows:
+        rate, step, wait = speed_of(rows)
         shown |= {"samples/s": f"{rate:.4g}", "step": f"{step:.4g} ms", "data wait": f"{wait / step:.1%}"}
         shown["training time"] = f"{last['time'] / 60:.1f} min"
     tiles = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown.items())
     return tiles and f'<dl class="grid numbers">{tiles}</dl>'
+
+
+def speed_of(rows: list[dict]) -> tuple[float, ...]:
+    """Samples a second, ms of a step and of its wait: means over all rows but the first, which warms up."""
+    timed, names = rows[1:] or rows, ("samples_per_s", "step_ms", "data_wait_ms")
+    return tuple(sum(row[name] for row in timed) / len(timed) for name in names)
 
 
 def curves(metrics: Path) -> str:
