@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import official
 from models.adapt import inflate, resample_positions
 from models.errors import ModelError
 from models.formats import AUTOENCODER_ONLY, State, is_autoencoder, read_weights, to_ours
 from models.hiera import Encoder
+from models.official import path_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def load_weights(
     if not isinstance(model, Encoder):
         raise ModelError(f"load_weights takes a model that models.create built, not a {type(model).__name__}")
     label = "weights" if isinstance(source, dict) else str(source)
-    state = to_ours(source if isinstance(source, dict) else read_weights(official.path_of(str(source))))
+    state = to_ours(source if isinstance(source, dict) else read_weights(path_of(str(source))))
     state, inflated = inflate(state, model)
     state, resampled = resample_positions(state, model)
     own = model.state_dict()

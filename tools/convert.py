@@ -12,10 +12,10 @@ from typing import Literal
 
 import tyro
 
-from models import official
 from models.errors import ModelError
 from models.factory import SIZES
 from models.formats import State, from_ours, is_autoencoder, read_weights, stage_depths, to_ours
+from models.official import path_of
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 
@@ -34,7 +34,7 @@ def convert(
         to: whose names to write.
     """
     try:
-        path = official.path_of(source)
+        path = path_of(source)
         if target.exists() and path.exists() and target.samefile(path):
             raise UserError(f"{target} is the source itself; give another file to write")
         state = to_ours(read_weights(path))
