@@ -131,7 +131,7 @@ def test_any_frame_rate_is_brought_to_30_by_time(tmp_path, name, codec, rate, pi
     assert [number_of(jpeg) for jpeg in packed.frames] == shown(
         [Fraction(n, rate) for n in range(2 * rate)], 60
     )
-    assert packed.change.endswith(" to JPEG") and (packed.width, packed.height) == (112, 64)
+    assert packed.change.endswith(" to JPEG") and packed.size == (112, 64)
     assert len(load(path, fps=7.5).frames) == 15
 
 
@@ -201,7 +201,7 @@ def test_display_matrices_are_honoured(tmp_path, turned, wanted):
     packed = load(make(tmp_path / "a.mp4", [picture] * 3, turned=turned, qscale="2"))
     assert packed.change == "mpeg4 to JPEG, turned upright"
     assert distance(packed.frames[0], wanted(picture)) < 4
-    assert (packed.width, packed.height) == wanted(picture).size
+    assert packed.size == wanted(picture).size
 
 
 def test_motion_jpegs_turned_by_exif_are_turned(tmp_path):
@@ -236,7 +236,7 @@ def test_odd_sizes_are_kept_and_large_ones_scaled(tmp_path, size, wanted):
     picture = pixels(3, size).convert("L").convert("RGB")
     path = make(tmp_path / "a.mkv", [picture] * 2, "ffv1", pixel_format="bgr0")
     packed = load(path, Packing(100, 4, 1_000_000, 0.0, ""))
-    assert (packed.width, packed.height) == wanted
+    assert packed.size == wanted
     assert ("resized" in packed.change) == (size != wanted)
     assert distance(packed.frames[0], picture.resize(wanted, Image.Resampling.BICUBIC)) < 4
 

@@ -34,8 +34,7 @@ class Picture:
     """A JPEG ready for a shard, its size once decoded, and what was done to the source file."""
 
     data: bytes
-    width: int
-    height: int
+    size: tuple[int, int]  # width, height
     change: str
 
 
@@ -70,10 +69,10 @@ def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int]
         upright = upright.resize(goal, Image.Resampling.BICUBIC)
         changes.append("resized")
     if not changes:
-        return Picture(data, *upright.size, COPIED)
+        return Picture(data, upright.size, COPIED)
     if changes != [CUT]:
         data = encode(upright)
-    return Picture(data, *upright.size, ", ".join(changes))
+    return Picture(data, upright.size, ", ".join(changes))
 
 
 def fitted(size: tuple[int, int], short_side: int) -> tuple[int, int]:

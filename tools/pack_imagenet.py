@@ -26,7 +26,7 @@ Listed = tuple[str, str]  # (path below the source folder, class name or "")
 def load_image(root: Path, source: str, packing: Packing) -> Packed:
     """Read and check one picture. Raises `BadImage` or `OSError`."""
     picture = prepare(read_file(root / source), packing.short_side, packing.max_pixels)
-    return Packed([picture.data], picture.width, picture.height, picture.change)
+    return Packed([picture.data], picture.size, picture.change)
 
 
 def pack_imagenet(

@@ -180,7 +180,7 @@ def load_clip(root: Path, source: str, packing: Packing) -> Packed:
     if _frame_number(files[last - 1])[0] - _frame_number(files[first])[0] >= last - first:
         notes.append("gaps in its frame numbers closed")
     change = "; ".join([*notes, *sorted(changes)]) or COPIED
-    return Packed([picture.data for picture in pictures], pictures[0].width, pictures[0].height, change)
+    return Packed([picture.data for picture in pictures], pictures[0].size, change)
 
 
 def _read(path: Path, packing: Packing) -> Picture | BadImage:
@@ -207,12 +207,10 @@ def longest_run(good: Sequence[bool]) -> tuple[int, int]:
 
 def _one_size(files: Sequence[Path], pictures: Sequence[Picture], packing: Packing) -> list[Picture]:
     """Bring frames that differ to the size most of the clip has."""
-    sizes = Counter((picture.width, picture.height) for picture in pictures)
-    goal = sizes.most_common(1)[0][0]
+    goal = Counter(picture.size for picture in pictures).most_common(1)[0][0]
+    limits = (packing.short_side, packing.max_pixels, goal)
     return [
-        picture
-        if (picture.width, picture.height) == goal
-        else prepare(read_file(path), packing.short_side, packing.max_pixels, goal)
+        picture if picture.size == goal else prepare(read_file(path), *limits)
         for path, picture in zip(files, pictures, strict=True)
     ]
 

@@ -55,8 +55,7 @@ class Packed:
     """A sample's frames as JPEGs of one size, and what was done to them."""
 
     frames: Sequence[bytes]
-    width: int
-    height: int
+    size: tuple[int, int]  # width, height
     change: str
 
 
@@ -158,7 +157,7 @@ def _add_sample(tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[Row])
         row["reason"] = f"cannot be read: {error.strerror}"
         return ""
     row |= {"status": "ok", "change": packed.change, "shard": job.shard, "frames": len(packed.frames)}
-    row |= {"width": packed.width, "height": packed.height}
+    row["width"], row["height"] = packed.size
     places = [
         (name, _add_member(tar, f"{sample.key}.{name}", data), len(data))
         for name, data in _members(row, packed.frames, job.kind)

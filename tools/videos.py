@@ -164,7 +164,7 @@ def _convert(container: InputContainer, packing: Packing, fps: Fraction, max_sec
         changes.append("damaged part left out")
     elif decoded.seconds < WHOLE * declared:
         changes.append("shorter than it declares")
-    return Packed(jpegs, size[0], size[1], ", ".join(dict.fromkeys(changes)))
+    return Packed(jpegs, size, ", ".join(dict.fromkeys(changes)))
 
 
 def _picture_stream(container: InputContainer) -> VideoStream:
