@@ -106,7 +106,7 @@ def ours(root: Path, frames: int, centre: bool, batch: int, threads: int) -> Bat
         options = {"rank": 0, "world": 1, "device": CPU, "threads": threads}
         return train_batches(catalogue, view, seed=0, global_batch=batch, **options)
     faults = Faults(catalogue, CPU, 0, 1, 1, 1, lambda ids, epochs: plan(0))
-    settings = loader.settings_of(view, batch, 1, CPU, threads, 0)
+    settings = loader.settings_of(view, batch, 1, CPU, threads)
 
     def plan(step: int) -> plans.Plan:
         ids = np.arange(step * batch, (step + 1) * batch) % len(catalogue)
@@ -196,7 +196,7 @@ def webdataset_batches(tars: list[Path], way: Way, batch: int, workers: int) -> 
 
 def graph_alone(catalogue: Catalogue, batch: int, threads: int) -> Batches:
     """The graph by itself, on windows drawn beforehand and with torch's resampling left out."""
-    settings = loader.settings_of(ViewSpec(SIZE), batch, 1, CPU, threads, 0)
+    settings = loader.settings_of(ViewSpec(SIZE), batch, 1, CPU, threads)
     feeds = []
     for step in range(len(catalogue) // batch):
         epochs, ids = sampler.sample_at(np.arange(step * batch, (step + 1) * batch), len(catalogue), 0)

@@ -4,7 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -89,7 +89,8 @@ def train_batches(
     limit = max(1, int(max_bad * len(catalogue) / world))
     faults = Faults(catalogue, device, seed, view.copies, unit=view.copies, limit=limit, replan=replan)
     rows = global_batch // (world * accumulate)
-    settings = settings_of(view, rows, view.copies, device, threads, hw_decoder_load)
+    settings = settings_of(view, rows, view.copies, device, threads)
+    settings = replace(settings, hw_decoder_load=hw_decoder_load)
     return (
         batch_of(faults, row_plan, augment(pixels, view.augment, seed, row_plan.epochs, row_plan.ids))
         for row_plan, pixels in run_plans(faults, plan, settings)
@@ -108,7 +109,6 @@ def eval_batches(
     temporal: int = 1,
     spatial: int = 1,
     max_bad: float = 0.001,
-    hw_decoder_load: float = 0.65,
 ) -> Iterator[Batch]:
     """Every sample once over all ranks, in `temporal` x `spatial` views; `batch` counts samples.
 
@@ -133,7 +133,7 @@ def eval_batches(
     views = temporal * spatial
     limit = max(1, int(max_bad * len(catalogue) / world))
     faults = Faults(catalogue, device, 0, copies=spatial, unit=views, limit=limit, replan=replan)
-    settings = settings_of(view, batch * views, spatial, device, threads, hw_decoder_load)
+    settings = settings_of(view, batch * views, spatial, device, threads)
     return (batch_of(faults, row_plan, pixels) for row_plan, pixels in run_plans(faults, plan, settings))
 
 
@@ -212,13 +212,10 @@ def make_order(catalogue: Catalogue, name: str, window: int, seed: int) -> sampl
     return lambda positions: sampler.sample_at(positions, len(catalogue), seed)
 
 
-def settings_of(
-    view: ViewSpec, rows: int, copies: int, device: torch.device, threads: int, hw_decoder_load: float
-) -> graph.Settings:
+def settings_of(view: ViewSpec, rows: int, copies: int, device: torch.device, threads: int) -> graph.Settings:
     """The graph that makes `rows` rows at a time, `copies` of them from each decoded sample."""
     size, shape = sizing(device, threads), (rows // copies, view.frames, copies, view.size)
-    speed = (size.threads, size.prefetch, hw_decoder_load)
-    return graph.Settings(*shape, view.interpolation, device, *speed)
+    return graph.Settings(*shape, view.interpolation, device, size.threads, size.prefetch)
 
 
 def sizing(device: torch.device, threads: int = 0) -> Sizing:
