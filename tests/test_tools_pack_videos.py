@@ -15,11 +15,11 @@ from PIL import Image, ImageOps
 from test_tools_pack import ROOT, dali_decode, encoded, exif, frames_of, pixels, rows_of, sums, write
 
 from pipelines.errors import UserError
-from tools.images import BadImage
+from tools.images import BadImage, Packed
 from tools.pack import pack
 from tools.pack_kinetics import pack_kinetics
 from tools.packing import HERE, crew_of, run, settings
-from tools.shards import Packed, Packing, Plan, Sample
+from tools.shards import Packing, Plan, Sample
 from tools.verify import verify
 from tools.videos import best_file, load_video, on_grid
 

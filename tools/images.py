@@ -7,7 +7,7 @@ right (and the change is named), or refused with a reason.
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,10 @@ class BadImage(Exception):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A JPEG ready for a shard, its size once decoded, and what was done to the source file."""
+class Packed:
+    """A sample's frames as JPEGs of one size, one for a picture, and what was done to them."""
 
-    data: bytes
+    frames: Sequence[bytes]
     size: tuple[int, int]  # width, height
     change: str
 
@@ -45,7 +45,7 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int] | None = None) -> Picture:
+def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int] | None = None) -> Packed:
     """Decode `data` strictly; return it unchanged where it is right, else as a JPEG of quality 90.
 
     `short_side`: larger pictures are scaled down to it, antialiased; smaller ones stay. `size`: force this
@@ -69,10 +69,10 @@ def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int]
         upright = upright.resize(goal, Image.Resampling.BICUBIC)
         changes.append("resized")
     if not changes:
-        return Picture(data, upright.size, COPIED)
+        return Packed([data], upright.size, COPIED)
     if changes != [CUT]:
         data = encode(upright)
-    return Picture(data, upright.size, ", ".join(changes))
+    return Packed([data], upright.size, ", ".join(changes))
 
 
 def fitted(size: tuple[int, int], short_side: int) -> tuple[int, int]:

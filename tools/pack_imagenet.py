@@ -15,9 +15,9 @@ from pathlib import Path
 import tyro
 
 from pipelines.errors import UserError, run_cli
-from tools.images import SUFFIXES, prepare, read_file
+from tools.images import SUFFIXES, Packed, prepare, read_file
 from tools.packing import HERE, Flags, crew_of, label_of, run, settings, source_folder, walk
-from tools.shards import Packed, Packing, Plan, readable, samples_of, shuffled
+from tools.shards import Packing, Plan, readable, samples_of, shuffled
 from tools.val_labels import val_classes
 
 Listed = tuple[str, str]  # (path below the source folder, class name or "")
@@ -25,8 +25,7 @@ Listed = tuple[str, str]  # (path below the source folder, class name or "")
 
 def load_image(root: Path, source: str, packing: Packing) -> Packed:
     """Read and check one picture. Raises `BadImage` or `OSError`."""
-    picture = prepare(read_file(root / source), packing.short_side, packing.max_pixels)
-    return Packed([picture.data], picture.size, picture.change)
+    return prepare(read_file(root / source), packing.short_side, packing.max_pixels)
 
 
 def pack_imagenet(

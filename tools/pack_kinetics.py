@@ -21,9 +21,9 @@ from pathlib import Path
 import tyro
 
 from pipelines.errors import UserError, run_cli
-from tools.images import COPIED, SUFFIXES, BadImage, Picture, prepare, read_file
+from tools.images import COPIED, SUFFIXES, BadImage, Packed, prepare, read_file
 from tools.packing import HERE, Flags, crew_of, label_of, run, settings, source_folder
-from tools.shards import Packed, Packing, Plan, samples_of
+from tools.shards import Packing, Plan, samples_of
 from tools.videos import best_file, find_videos, load_video, video_settings
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
@@ -168,22 +168,22 @@ def load_clip(root: Path, source: str, packing: Packing) -> Packed:
     if not files:
         raise BadImage("no frames in its folder")
     read = [_read(path, packing) for path in files]
-    first, last = longest_run([isinstance(frame, Picture) for frame in read])
+    first, last = longest_run([isinstance(frame, Packed) for frame in read])
     if 2 * (last - first) < len(files):
         reasons = Counter(str(frame) for frame in read if isinstance(frame, BadImage))
         raise BadImage(f"under half of its frames in a row are good: {reasons.most_common(1)[0][0]}")
     pictures = _one_size(
-        files[first:last], [frame for frame in read[first:last] if isinstance(frame, Picture)], packing
+        files[first:last], [frame for frame in read[first:last] if isinstance(frame, Packed)], packing
     )
     changes = {picture.change for picture in pictures} - {COPIED}
     notes = ["bad frames cut off"] if last - first < len(files) else []
     if _frame_number(files[last - 1])[0] - _frame_number(files[first])[0] >= last - first:
         notes.append("gaps in its frame numbers closed")
     change = "; ".join([*notes, *sorted(changes)]) or COPIED
-    return Packed([picture.data for picture in pictures], pictures[0].size, change)
+    return Packed([picture.frames[0] for picture in pictures], pictures[0].size, change)
 
 
-def _read(path: Path, packing: Packing) -> Picture | BadImage:
+def _read(path: Path, packing: Packing) -> Packed | BadImage:
     try:
         return prepare(read_file(path), packing.short_side, packing.max_pixels)
     except BadImage as error:
@@ -205,7 +205,7 @@ def longest_run(good: Sequence[bool]) -> tuple[int, int]:
     return (longest[0], longest[-1] + 1) if longest else (0, 0)
 
 
-def _one_size(files: Sequence[Path], pictures: Sequence[Picture], packing: Packing) -> list[Picture]:
+def _one_size(files: Sequence[Path], pictures: Sequence[Packed], packing: Packing) -> list[Packed]:
     """Bring frames that differ to the size most of the clip has."""
     goal = Counter(picture.size for picture in pictures).most_common(1)[0][0]
     limits = (packing.short_side, packing.max_pixels, goal)

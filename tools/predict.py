@@ -21,11 +21,11 @@ import tyro
 from pipelines.catalogue import Catalogue, open_catalogue, read_info
 from pipelines.errors import UserError, run_cli
 from pipelines.inputs import Normalised
-from tools.images import BadImage
+from tools.images import BadImage, Packed
 from tools.pack_imagenet import load_image
 from tools.pack_kinetics import load_clip
 from tools.packing import settings
-from tools.shards import Load, Packed, Packing, Plan, Sample, finish, jobs_of, make_key, pack_shard, readable
+from tools.shards import Load, Packing, Plan, Sample, finish, jobs_of, make_key, pack_shard, readable
 from tools.videos import load_video
 from train import distributed, setup
 from train.config import Config, FinetuneConfig, MaeConfig

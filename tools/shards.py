@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipelines.catalogue import FORMAT_VERSION, SCHEMA
 from pipelines.files import atomic_write
-from tools.images import BadImage
+from tools.images import BadImage, Packed
 
 PLAN_FILE = ".plan.json"
 TOLD = ("label", "class_name", "source", "width", "height", "frames")  # what KEY.json repeats of a row
@@ -48,15 +48,6 @@ class Sample:
     label: int
     class_name: str
     source: str  # path below the source folder
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A sample's frames as JPEGs of one size, and what was done to them."""
-
-    frames: Sequence[bytes]
-    size: tuple[int, int]  # width, height
-    change: str
 
 
 Row = dict[str, Any]  # one row of the catalogue

@@ -23,9 +23,9 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from pipelines.errors import UserError
-from tools.images import BadImage, encode, fitted
+from tools.images import BadImage, Packed, encode, fitted
 from tools.packing import walk
-from tools.shards import Packed, Packing
+from tools.shards import Packing
 
 # Playlists, scripts and streams stay out: they open other files, or the network.
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,rm,mxf,dv,nut"
