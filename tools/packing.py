@@ -26,7 +26,7 @@ from rich.table import Table
 from pipelines.errors import UserError
 from tools.executors import Result, local, on_ray
 from tools.images import COPIED
-from tools.shards import PLAN_FILE, Job, Load, Packing, Plan, Row, finish, is_done, jobs_of
+from tools.shards import PLAN_FILE, Job, Load, Packing, Plan, finish, is_done, jobs_of
 
 UNFINISHED = (".*.tmp-*",)  # the temporary files of writers that were killed
 NOTES = ("[0-9]*.parquet", PLAN_FILE)  # what only an unfinished dataset needs: its shards' rows, its plan
@@ -268,7 +268,7 @@ def _report(console: Console, out: Path, splits: Iterable[str], max_reject: floa
     return 1
 
 
-def _outcomes(catalogue: Path) -> list[Row]:
+def _outcomes(catalogue: Path) -> list[dict]:
     """The kinds of rows, how many and one such source: packed before rejected, most frequent first."""
     columns = ["status", "change", "reason"]
     rows = pq.read_table(catalogue, columns=[*columns, "source"]).group_by(columns)
