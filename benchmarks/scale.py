@@ -66,7 +66,9 @@ def check_resume(catalogue: Catalogue, arrange: sampler.Order, step: int, batch:
     drawn = []
     for count, parts in ((ranks, 1), (ranks // 2, 2)):
         plans = [rank_plan(catalogue, arrange, step, batch, rank, count, parts) for rank in range(count)]
-        drawn.append([np.concatenate([vars(p)[name] for p in plans]) for name in ("ids", "epochs", "flips")])
+        drawn.append(
+            [np.concatenate([getattr(p, name) for p in plans]) for name in ("ids", "epochs", "flips")]
+        )
     if not all((one == other).all() for one, other in zip(*drawn, strict=True)):
         raise UserError(
             f"step {step} draws other rows on {ranks // 2} processes: this is a defect, report it"
