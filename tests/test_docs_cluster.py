@@ -43,6 +43,8 @@ def test_each_script_is_right_bash_and_every_line_is_explained(name):
     assert len(options) > 6 and all(f"`{option}" in explained for option in options)
 
 
+@pytest.mark.fault
+@pytest.mark.long
 def test_training_that_is_warned_saves_and_goes_on_when_queued_again(images, tmp_path):
     """The time limit comes near in mid-run; queued again, the same job finishes the run."""
     config = small("image-mae-pico", images, tmp_path / "runs", "long", epochs=6.0)

@@ -215,9 +215,7 @@ def test_code_fails_in_one_process(images: Path, tmp_path: Path, happened: Happe
     happened(f"over {seconds:.0f} s after the start")
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param("input", marks=long), "loss", pytest.param("gradient", marks=long)]
-)
+@pytest.mark.parametrize("fault", [pytest.param(part, marks=long) for part in ("input", "loss", "gradient")])
 def test_one_process_computes_nonsense(fault: str, images: Path, tmp_path: Path, happened: Happened):
     """the step is skipped by all alike and counted; the weights stay finite"""
     config = named(pretraining(images, tmp_path, "run", 2, batch=6), "run", log_every=1, detail=True)

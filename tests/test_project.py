@@ -80,7 +80,7 @@ def test_make_lists_its_targets_and_a_command_can_be_pasted():
 
 def call_make(*words: str) -> str:
     """What `make` prints, also when these tests run under make."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS"))}
     command = ["make", "--no-print-directory", *words]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
 

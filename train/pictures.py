@@ -56,9 +56,8 @@ def save_reconstructions(
         inputs = inputs[:, :, :: inputs.shape[2] // filled.shape[2]]
     visible = _visible(model.model, keep, inputs)
     columns = [_pixels(model.restore(x)) for x in (inputs, torch.where(visible, inputs, 0.0), filled)]
-    titles = ("input", "kept", "reconstruction (with the true patch mean and deviation)")
     with atomic_write(path) as temporary:
-        _grid(columns, titles).save(temporary, format="png")
+        _grid(columns).save(temporary, format="png")
 
 
 def _visible(model: nn.Module, keep: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -77,11 +76,13 @@ def _pixels(x: torch.Tensor) -> np.ndarray:
     return x.clamp(0, 255).round().byte().cpu().numpy()
 
 
-def _grid(columns: list[np.ndarray], titles: tuple[str, ...]) -> Image.Image:
+def _grid(columns: list[np.ndarray]) -> Image.Image:
     rows, height, width, _ = columns[0].shape
-    sheet = Image.new("RGB", (len(columns) * (width + GAP), HEADER + rows * (height + GAP)), "white")
+    bottom = HEADER + rows * (height + GAP)
+    sheet = Image.new("RGB", (len(columns) * (width + GAP), bottom + HEADER), "white")
     draw = ImageDraw.Draw(sheet)
-    for c, (column, title) in enumerate(zip(columns, titles, strict=True)):
+    draw.text((2, bottom), "patches have their true mean and deviation", fill="black")
+    for c, (column, title) in enumerate(zip(columns, ("input", "kept", "reconstruction"), strict=True)):
         draw.text((c * (width + GAP) + 2, 2), title, fill="black")
         for r in range(rows):
             sheet.paste(Image.fromarray(column[r]), (c * (width + GAP), HEADER + r * (height + GAP)))
