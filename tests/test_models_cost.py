@@ -24,18 +24,23 @@ def inputs(model, name, kept=None):
     return {"x": x, "keep": keep}
 
 
-@pytest.mark.parametrize("name", models.list_models())
-def test_macs_equal_the_counter(name):
-    mae = name.startswith("mae_")
-    with torch.device("meta"):
-        model = models.create(name)
-        ratio = 0.9 if model.config.video else 0.6
-        given = inputs(model, name, kept=int(model.num_mask_units * (1 - ratio)))
-        with FlopCounterMode(display=False) as counter:
-            model(**given)
-    assert 2 * 2 * forward_macs(model.config, mae, ratio) == pytest.approx(
-        counter.get_total_flops(), rel=1e-6
-    )
+@pytest.mark.parametrize(
+    ("name", "upstream"),
+    [
+        ("tiny_224", 49),
+        ("base_224", 62),
+        ("large_224", 151),
+        ("huge_224", 403),
+        ("base_16x224", 426),
+        ("large_16x224", 605),
+        ("huge_16x224", 1106),
+    ],
+)
+def test_an_autoencoders_step_costs_a_little_less_than_upstreams(name, upstream):
+    """GFLOP a sample, forward and backward, counted in the authors' code; ours fuses and predicts less."""
+    config = CONFIGS[f"hiera_{name}"]
+    ours = 6 * forward_macs(config, True, 0.9 if config.video else 0.6) / 1e9
+    assert 0.96 * upstream < ours < upstream
 
 
 @pytest.mark.parametrize(
