@@ -180,7 +180,9 @@ def torchvision_batches(samples: list[list[Path]], way: Way, batch: int, workers
 
 def folder_batches(dataset: Folder, batch: int, workers: int) -> Batches:
     order = RandomSampler(dataset, replacement=True, num_samples=10**6)
-    return iter(DataLoader(dataset, batch, sampler=order, num_workers=workers))
+    return iter(
+        DataLoader(dataset, batch, sampler=order, num_workers=workers, multiprocessing_context="fork")
+    )
 
 
 def webdataset_batches(tars: list[Path], way: Way, batch: int, workers: int) -> Batches:
@@ -191,7 +193,7 @@ def webdataset_batches(tars: list[Path], way: Way, batch: int, workers: int) -> 
 
     stream = webdataset.WebDataset([str(tar) for tar in tars], resampled=True, shardshuffle=False)
     shuffled: Any = stream.shuffle(64).map(prepare)
-    return iter(DataLoader(shuffled, batch, num_workers=workers))
+    return iter(DataLoader(shuffled, batch, num_workers=workers, multiprocessing_context="fork"))
 
 
 def graph_alone(catalogue: Catalogue, batch: int, threads: int) -> Batches:
