@@ -26,8 +26,8 @@ help:  ## this list
 demo: env  ## draw data, pack, pretrain, finetune, evaluate and plot images and clips, on any machine
 	$(PY) -m tools.demo $(ARGS)
 
-shards: env  ## pack IMAGES=data/imagenet and FRAMES=data/tiny-kinetics-400, or VIDEOS=DIR, into shards/; EXECUTOR=ray RAY=HOST:PORT
-	$(PY) -m tools.pack --images '$(IMAGES)' --frames '$(FRAMES)' $(if $(VIDEOS),--videos '$(VIDEOS)') \
+shards: env  ## pack IMAGES=data/imagenet and FRAMES=data/tiny-kinetics-400, or VIDEOS=DIR, into OUT=shards/; EXECUTOR=ray RAY=HOST:PORT
+	$(PY) -m tools.pack --images '$(IMAGES)' --frames '$(FRAMES)' $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(OUT),--out '$(OUT)') \
 		$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray '$(RAY)') $(ARGS)
 
 verify: env  ## check every byte, index and label of DATA=shards/imagenet

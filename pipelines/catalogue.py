@@ -170,7 +170,10 @@ def read_info(root: Path | str) -> DatasetInfo:
     if not root.is_dir():
         raise UserError(f"{root} does not exist; pack a dataset there with `make shards` or `make demo`")
     if not path.is_file():
-        raise UserError(f"{root} holds no dataset.json, so its packing did not finish; run the packing again")
+        raise UserError(
+            f"{root} holds no dataset.json: if these are pictures or frames, pack them first (`make shards`) "
+            "and name the result; if these are shards, their packing did not finish, so run it again"
+        )
     try:
         raw = json.loads(path.read_bytes())
         if raw["format"] != FORMAT_VERSION:

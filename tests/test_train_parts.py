@@ -38,6 +38,7 @@ def test_a_preset_survives_json_and_names_a_model(name: str):
         (["image-mae-bace"], "did you mean 'image-mae-base'"),
         (["image-mae-pico", "--optim.epoch", "3"], "did you mean '--optim.epochs'"),
         (["image-mae-pico", "surplus"], "unknown argument 'surplus'"),
+        (["image-ft-pico"], "'image-ft-pico' is for make train-ft; presets here: image-mae-pico"),
     ],
 )
 def test_wrong_words_get_one_sentence_with_a_hint(monkeypatch, words: list[str], expected: str):

@@ -224,7 +224,10 @@ def _agree(plan: Plan, noted: Path) -> bool:
         what = f"{name.replace('_', '-')} {then.get(name)}, not {now}"
         if name == "source_sha256":
             what = "another listing of source files"
-        raise UserError(f"{noted.parent} was packed with {what}; delete that folder or give another --out.")
+        raise UserError(
+            f"{noted.parent} was packed with {what}; delete that folder or give another --out "
+            "(with make shards: OUT=FOLDER)."
+        )
     return True
 
 

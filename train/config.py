@@ -216,6 +216,9 @@ def parse(presets: Mapping[str, Config], program: str) -> Config:
         raise UserError(f"name a preset first; {text}")
     name = arguments[0]
     if name not in presets:
+        kind = "ft" if "-ft-" in name else "mae" if "-mae-" in name else ""
+        if kind and not any(f"-{kind}-" in known for known in presets):
+            raise UserError(f"'{name}' is for make train-{kind}; presets here: {', '.join(presets)}")
         raise UserError(f"unknown preset '{name}'{_hint(name, presets)}; presets: {', '.join(presets)}")
     preset = presets[name]
     preset = dataclasses.replace(preset, run=dataclasses.replace(preset.run, name=name))

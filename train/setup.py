@@ -194,7 +194,7 @@ def build_model(config: Config, classes: int = 0) -> nn.Module:
     mae = isinstance(config, MaeConfig)
     if mae != model.name.startswith("mae_"):
         what = "MAE pretraining wants a mae_hiera_*" if mae else "finetuning wants a hiera_*"
-        raise UserError(f"{what} model, not {model.name}")
+        raise UserError(f"{what} model, not {model.name}; python -m models.zoo lists them")
     if isinstance(config, MaeConfig):
         settings |= {"decode_ratio": config.decode_ratio, "decoder_heads": config.decoder_heads or None}
     else:
