@@ -50,14 +50,16 @@ class Recipe:
 
 RECIPES: dict[Kind, Recipe] = {
     "images": Recipe(
-        "train.mae image-mae-pico --optim.epochs 16 --run.checkpoint-every 225 --run.eval-every 225",
+        "train.mae image-mae-pico --optim.epochs 64 --optim.warmup-epochs 6 --run.checkpoint-every 1050"
+        " --run.eval-every 350 --speed.micro-batch 64 --speed.compile yes",
         "train.finetune image-ft-pico --optim.epochs 8 --optim.warmup-epochs 0.5 --run.eval-every 282"
         " --model.reuse-encoder-norm True",
         "train.finetune image-ft-pico --optim.epochs 8 --optim.warmup-epochs 0.5 --run.eval-every 282"
         " --optim.lr 3e-4 --optim.layer-decay 1",
     ),
     "clips": Recipe(
-        "train.mae video-mae-pico --optim.epochs 20 --run.checkpoint-every 130 --run.eval-every 130",
+        "train.mae video-mae-pico --optim.epochs 40 --optim.warmup-epochs 4 --run.checkpoint-every 325"
+        " --run.eval-every 325 --speed.micro-batch 16 --speed.compile yes",
         "train.finetune video-ft-pico --optim.epochs 4 --optim.warmup-epochs 0.5 --run.eval-every 65"
         " --model.reuse-encoder-norm True",
         "train.finetune video-ft-pico --optim.epochs 4 --optim.warmup-epochs 0.5 --run.eval-every 65"
