@@ -198,7 +198,7 @@ def test_a_folder_with_other_settings_is_refused_and_kept(images: Path, tmp_path
     run = fit(config, mae.make_task)
     before = (run / "config.json").read_text()
     other = replace(config, optim=replace(config.optim, lr=0.123))
-    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 -> 0\.123"):
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.0005 -> 0\.123"):
         setup.check(other)
     assert (run / "config.json").read_text() == before
 
@@ -220,7 +220,7 @@ def test_torchrun_called_by_hand_refuses_other_settings_too(images: Path, tmp_pa
     ]
     done = call("torch.distributed.run", *words, *arguments(other))
     assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1 and "optim.lr: 0.001 -> 0.123" in done.stderr
+    assert done.stderr.count("error: ") == 1 and "optim.lr: 0.0005 -> 0.123" in done.stderr
 
 
 def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Path):
