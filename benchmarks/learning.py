@@ -2,8 +2,9 @@
 
 For every seed a small masked autoencoder is pretrained and finetuned, and the same classifier is trained from
 scratch for as long as the finetuning took; images are also pretrained at other mask ratios and probed along
-the way, clips are also tested in 5 x 3 views and with their frames out of order. One run a core at a time;
-started again, it goes on where it was.
+the way, clips are also tested in 5 x 3 views and with their frames out of order. `playback` finetunes what
+`clips` has pretrained on the clips of benchmarks/playback.py, whose class is their frames' order. One run a
+core at a time; started again, it goes on where it was.
 """
 
 import json
@@ -35,7 +36,7 @@ from train.metrics import read_csv
 from train.probe import Arguments as ProbeArguments
 from train.probe import probe
 
-Kind = Literal["images", "clips"]
+Kind = Literal["images", "clips", "playback"]
 RUNS = Path("runs/learning")
 
 
@@ -43,7 +44,7 @@ RUNS = Path("runs/learning")
 class Recipe:
     """The three trainings that are compared; scratch gets the rates that suited it best in trials."""
 
-    pretrain: str
+    pretrain: str  # nothing: take the autoencoders of `clips`
     finetune: str
     scratch: str
 
@@ -66,6 +67,11 @@ RECIPES: dict[Kind, Recipe] = {
         " --optim.lr 3e-4 --optim.layer-decay 1",
     ),
 }
+RECIPES["playback"] = Recipe(
+    "",
+    f"{RECIPES['clips'].finetune} --data.stride 1",
+    f"{RECIPES['clips'].scratch} --data.stride 1",
+)
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,10 @@ def chains_of(arguments: Arguments) -> list[list[str]]:
         return f"{text} {place} --run.seed {seed} --run.keep 100 {rest} --speed.device cpu"
 
     def pretrained(name: str, seed: int, *more: object) -> list[str]:
-        init = f"--model.init {RUNS}/{kind}-mae-{name}/model.safetensors"
-        return [
-            command(recipe.pretrain, f"mae-{name}", seed, *more),
-            command(recipe.finetune, f"ft-{name}", seed, init),
-        ]
+        before = [command(recipe.pretrain, f"mae-{name}", seed, *more)] if recipe.pretrain else []
+        start = f"{kind if before else 'clips'}-mae-{name}"
+        init = f"--model.init {RUNS}/{start}/model.safetensors"
+        return [*before, command(recipe.finetune, f"ft-{name}", seed, init)]
 
     chains = [
         [*pretrained(str(seed), seed), command(recipe.scratch, f"scratch-{seed}", seed)]
@@ -211,8 +216,9 @@ def probes(what: str, asked: list[ProbeArguments]) -> dict[str, list[float]]:
 
 
 def clip_results(arguments: Arguments) -> dict[str, list[float]]:
-    runs = [RUNS / f"clips-ft-{seed}" for seed in range(arguments.seeds)]
-    found = {"5 x 3 views": [accuracy(run, views=(5, 3)) for run in runs]}
+    runs = [RUNS / f"{arguments.kind}-ft-{seed}" for seed in range(arguments.seeds)]
+    views = {"5 x 3 views": (5, 3)} if arguments.kind == "clips" else {}
+    found = {name: [accuracy(run, views=views[name]) for run in runs] for name in views}
     return found | {f"frames {order}": [accuracy(run, order=order) for run in runs] for order in ORDERS}
 
 
@@ -231,7 +237,8 @@ def main() -> None:
     chains = chains_of(arguments)
     run_all(chains)
     found = results(arguments)
-    losses = {f"seed {seed}": curve(f"{arguments.kind}-mae-{seed}") for seed in range(arguments.seeds)}
+    pretrained = range(arguments.seeds if RECIPES[arguments.kind].pretrain else 0)
+    losses = {f"seed {seed}": curve(f"{arguments.kind}-mae-{seed}") for seed in pretrained}
     before = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     commands = [f"python -m {command}" for chain in chains for command in chain]
     mine = {"accuracy": found, "mae_validation_loss": losses, "commands": commands}

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import learning, plain_loop
+from benchmarks import learning, plain_loop, playback
 from benchmarks.results import markdown, ratio, summary
 from tools import bench
+from tools.pack_kinetics import read_annotations
 from train import config
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
@@ -61,7 +62,7 @@ def test_every_model_trains_in_the_plain_loop(model: plain_loop.Model, mae: bool
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("kind", ["images", "clips"])
+@pytest.mark.parametrize("kind", ["images", "clips", "playback"])
 def test_what_learning_starts_is_understood(kind: learning.Kind, monkeypatch: pytest.MonkeyPatch):
     chains = learning.chains_of(learning.Arguments(kind, Path("shards/x"), seeds=2))
     commands = [shlex.split(command) for chain in chains for command in chain]
@@ -71,9 +72,31 @@ def test_what_learning_starts_is_understood(kind: learning.Kind, monkeypatch: py
         presets = MAE_PRESETS if program == "train.mae" else FINETUNE_PRESETS
         read = config.parse(presets, program)
         names.add(read.run.name)
-        init = f"runs/learning/{kind}-mae-{read.run.name.rpartition('-')[2]}/model.safetensors"
+        pretrained = "images" if kind == "images" else "clips"
+        init = f"runs/learning/{pretrained}-mae-{read.run.name.rpartition('-')[2]}/model.safetensors"
         assert read.model.init in ("", init)
-    assert len(names) == len(commands) == {"images": 2 * 3 + 2, "clips": 2 * 3}[kind]
+    assert len(names) == len(commands) == {"images": 2 * 3 + 2, "clips": 2 * 3, "playback": 2 * 2}[kind]
+
+
+def test_playback_differs_in_the_order_of_the_frames_alone(tmp_path: Path):
+    (tmp_path / "annotations").mkdir()
+    for split, video, count in (("train", "long", 20), ("val", "short", 15)):
+        folder = tmp_path / "frames" / "some_one" / f"{video}_000000_000002"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"frame_{number + 1:05d}.jpg").write_bytes(bytes([number]))
+        table = f"label,youtube_id,time_start,time_end\nsome one,{video},0,2\n"
+        (tmp_path / "annotations" / f"tiny_{split}.csv").write_text(table)
+    playback.playback(tmp_path / "frames", tmp_path / "annotations", tmp_path / "out")
+    found = {}
+    for label in playback.ORDERS:
+        files = sorted((tmp_path / "out/frames" / label.replace(" ", "_") / "long_000000_000002").iterdir())
+        found[label] = [file.read_bytes()[0] for file in files]
+    assert found["smooth"] == list(range(2, 18))
+    assert found["to and fro"][:4] == [3, 2, 5, 4]
+    assert sorted(found["jumbled"]) == sorted(found["to and fro"]) == found["smooth"] != found["jumbled"]
+    assert len(read_annotations(tmp_path / "out/annotations", "train")) == 3
+    assert not list((tmp_path / "out").rglob("short*"))
 
 
 def test_frames_are_put_into_the_order_asked_for():

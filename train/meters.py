@@ -55,7 +55,6 @@ class Clock:
         self._begin = time.perf_counter() - elapsed
         self._mark = time.perf_counter()
         self.steps, self.waited = 0, 0.0
-        self._excluded = 0.0
 
     def elapsed(self) -> float:
         return time.perf_counter() - self._begin
