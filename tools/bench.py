@@ -7,6 +7,7 @@ Any one alone prints its tables: `python -m tools.bench loader --help` lists its
 
 import datetime
 import importlib
+import importlib.metadata
 import json
 import multiprocessing
 import re
@@ -24,6 +25,7 @@ from train.rundir import environment
 
 COMPARED = ("loader", "model", "training", "packing", "core")
 OTHERS = ("memory", "catalogue", "scale", "learning")
+PEERS = ("hiera-transformer", "transformers", "opencv-python-headless", "pillow")
 BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 
 
@@ -77,7 +79,9 @@ def compare_all(
         show(part_found)
         found |= part_found
     if not quick:
-        write(found, environment(), speed, readme, results)
+        installed = {one.name: one.version for one in importlib.metadata.distributions()}
+        peers = {name: installed.get(name) for name in PEERS}
+        write(found, environment() | {"peers": peers}, speed, readme, results)
 
 
 def write(found: Results, where: dict, speed: Path, readme: Path, results: Path) -> None:
