@@ -12,6 +12,9 @@ MASTER ?= localhost:29500
 # What a training command takes from the variables; those left empty keep the preset's value.
 SETTINGS = $(if $(RUN),--run.name '$(RUN)') $(if $(DATA),--data.path '$(DATA)') $(if $(MODEL),--model.name $(MODEL)) \
 	$(if $(INIT),--model.init '$(INIT)') $(if $(DEVICE),--speed.device $(DEVICE))
+OTHER = $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DEVICE),--device $(DEVICE))
+PACKING = $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(OUT),--out '$(OUT)') \
+	$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray '$(RAY)')
 # One machine: the command starts GPUS processes itself. Several: torchrun's rendezvous joins them.
 START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 .venv/bin/torchrun --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
@@ -27,8 +30,7 @@ demo: env  ## draw data, pack, pretrain, finetune, evaluate and plot images and 
 	$(PY) -m tools.demo $(ARGS)
 
 shards: env  ## pack IMAGES=data/imagenet and FRAMES=data/tiny-kinetics-400, or VIDEOS=DIR, into OUT=shards/; EXECUTOR=ray RAY=HOST:PORT
-	$(PY) -m tools.pack --images '$(IMAGES)' --frames '$(FRAMES)' $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(OUT),--out '$(OUT)') \
-		$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray '$(RAY)') $(ARGS)
+	$(PY) -m tools.pack --images '$(IMAGES)' --frames '$(FRAMES)' $(PACKING) $(ARGS)
 
 verify: env  ## check every byte, index and label of DATA=shards/imagenet
 	$(PY) -m tools.verify '$(or $(DATA),shards/imagenet)' $(ARGS)
@@ -43,12 +45,10 @@ train-ft: env  ## finetune: RECIPE=image-ft-base INIT=runs/NAME/model.safetensor
 	$(START) train.finetune $(or $(RECIPE),image-ft-base) $(SETTINGS) $(COUNT) $(ARGS)
 
 eval: env  ## evaluate RUN=NAME, or other WEIGHTS=FILE with its settings, or other DATA
-	$(PY) -m train.evaluate 'runs/$(or $(RUN),RUN-is-not-set)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DATA),--data '$(DATA)') \
-		$(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+	$(PY) -m train.evaluate 'runs/$(or $(RUN),RUN-is-not-set)' $(OTHER) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 probe: env  ## kNN and linear probe of RUN=NAME, or its other WEIGHTS=FILE, on its shards or other DATA
-	$(PY) -m train.probe 'runs/$(or $(RUN),RUN-is-not-set)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DATA),--data '$(DATA)') \
-		$(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+	$(PY) -m train.probe 'runs/$(or $(RUN),RUN-is-not-set)' $(OTHER) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 plot: env  ## draw the curves of RUN="NAME [NAME ...]"
 	$(PY) -m tools.plot $(addprefix runs/,$(or $(RUN),RUN-is-not-set)) $(ARGS)
@@ -57,8 +57,7 @@ report: env  ## one page about RUN=NAME, with everything in it: runs/NAME/report
 	$(PY) -m tools.report 'runs/$(or $(RUN),RUN-is-not-set)' $(ARGS)
 
 predict: env  ## what RUN=NAME makes of INPUT="FILE [FOLDER ...]": pictures, videos, folders of frames
-	$(PY) -m tools.predict 'runs/$(or $(RUN),RUN-is-not-set)' $(INPUT) $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
-		$(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+	$(PY) -m tools.predict 'runs/$(or $(RUN),RUN-is-not-set)' $(INPUT) $(OTHER) $(ARGS)
 
 bench: env  ## measure speed side by side: BENCH=all|loader|model|training|packing IMAGES=DIR
 	$(PY) -m tools.bench $(BENCH) $(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)') $(ARGS)

@@ -41,8 +41,18 @@ def is_name(source: str) -> bool:
 
 
 def path_of(source: str) -> Path:
-    """The file that a path or an official name stands for, fetched if it must be."""
-    return fetch(source) if is_name(source) else Path(source)
+    """The file that a path or an official name stands for, fetched if it must be.
+
+    Raises ModelError where there is no such file and its name is nearly an official one.
+    """
+    if is_name(source):
+        return fetch(source)
+    path = Path(source)
+    if not path.exists():
+        for name in names():
+            if name.split(":")[0] == path.name.removesuffix(".pth"):
+                raise ModelError(f"no weights file at {path}; the authors' own are called {name}")
+    return path
 
 
 def fetch(name: str, url: str | None = None, wait: float = 2.0) -> Path:

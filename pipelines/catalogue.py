@@ -170,6 +170,8 @@ def read_info(root: Path | str) -> DatasetInfo:
     if not root.is_dir():
         raise UserError(f"{root} does not exist; pack a dataset there with `make shards` or `make demo`")
     if not path.is_file():
+        for inner in sorted(root.glob("*/dataset.json")):
+            raise UserError(f"{root} holds no dataset.json; is {inner.parent} meant?")
         raise UserError(
             f"{root} holds no dataset.json: if these are pictures or frames, pack them first (`make shards`) "
             "and name the result; if these are shards, their packing did not finish, so run it again"

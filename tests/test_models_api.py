@@ -218,6 +218,8 @@ def test_weights_that_do_not_fit(tmp_path):
     model = models.create("hiera_pico_96")
     with pytest.raises(models.ModelError, match="no weights file at"):
         models.load_weights(model, tmp_path / "absent.pth")
+    with pytest.raises(models.ModelError, match=r"are called mae_hiera_base_224:mae_in1k$"):
+        models.load_weights(model, "mae_hiera_base_224")
     (tmp_path / "broken.pth").write_bytes(b"not a zip")
     (tmp_path / "broken.safetensors").write_bytes(b"not one")
     for name in ("broken.pth", "broken.safetensors"):

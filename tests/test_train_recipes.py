@@ -194,6 +194,19 @@ def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images,
         evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
 
 
+def test_the_plan_says_what_is_odd_about_it(images, tmp_path):
+    catalogue = setup.open_catalogue(images, "train")
+
+    def told(steps: int, **optim: object) -> str:
+        config = small("image-mae-pico", images, tmp_path, "plan", **optim)
+        return "\n".join(setup.plan_words(config, ALONE, catalogue, None, steps))
+
+    assert "10 steps = 3 epochs" in told(10) and "rounded up" not in told(10)
+    assert "11 steps = 3 epochs, rounded up" in told(11)
+    assert "rises to the very end" not in told(10)
+    assert "warmup takes 3 epochs: the learning rate rises to the very end" in told(10, warmup_epochs=3.0)
+
+
 def test_the_reference_protocol_is_followed_and_labelled(clips, tmp_path):
     config = small("video-ft-pico", clips, tmp_path, "reference", epochs=1.0)
     config = replace(config, protocol="tiny-kinetics-reference", data=replace(config.data, stride=1))

@@ -1,6 +1,6 @@
 """Packs whatever is there: `make shards` = python -m tools.pack --images DIR --frames DIR.
 
-Images become shards/imagenet, clips shards/kinetics; what does not exist is left out and said.
+Images become shards/imagenet, clips shards/kinetics; what does not exist is left out.
 """
 
 import sys
@@ -50,16 +50,16 @@ def pack(
             raise UserError(f"{path} does not exist; check IMAGES=, FRAMES= and VIDEOS=")
     if not images.is_dir() and not clips.is_dir():
         raise UserError(WHERE)
-    codes = []
+    codes, by_default = [], (images, clips) == (IMAGES, FRAMES)
     if images.is_dir():
         codes.append(pack_imagenet(images, out / "imagenet", workers, short_side, spread=spread))
-    else:
+    elif by_default:
         print(f"{images} does not exist: no images packed")
     if clips.is_dir():
         source = None if videos else frames / "data_30fps_frames"
         folders = (source, clips / "annotations", out / "kinetics")
         codes.append(pack_kinetics(*folders, workers, short_side, videos=videos, spread=spread))
-    else:
+    elif by_default:
         print(f"{frames} does not exist: no clips packed")
     return max(codes)
 

@@ -224,9 +224,11 @@ def _agree(plan: Plan, noted: Path) -> bool:
         what = f"{name.replace('_', '-')} {then.get(name)}, not {now}"
         if name == "source_sha256":
             what = "another listing of source files"
+        elif name == "fps" and name not in then:
+            what = "clips from frames, not from videos"
         raise UserError(
-            f"{noted.parent} was packed with {what}; delete that folder or give another --out "
-            "(with make shards: OUT=FOLDER)."
+            f"{noted.parent} was packed with {what}; give another --out (with make shards: OUT=FOLDER), "
+            "or delete that folder."
         )
     return True
 

@@ -122,11 +122,12 @@ def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out
 
 def load(root: Path, source: str, packing: Packing, video: Load | None) -> Packed:
     """Read one input, a clip where `video` reads those of one file. Raises `BadImage` or `OSError`."""
-    if (root / source).is_dir():
-        if video is None:
-            raise BadImage("a folder, and this run takes pictures")
-        return load_clip(root, source, packing)
-    return (video or load_image)(root, source, packing)
+    if video is None:
+        try:
+            return load_image(root, source, packing)
+        except BadImage as error:
+            raise BadImage(f"{error} (this run takes pictures)") from error
+    return (load_clip if (root / source).is_dir() else video)(root, source, packing)
 
 
 @torch.no_grad()

@@ -143,16 +143,21 @@ def plan_words(
     """What is read and how batch and learning rate come about, in lines to print."""
     optim, repeats = config.optim, config.data.repeats
     micro, accumulate = micro_batches(config, world)
+    length = f"{optim.epochs:g} epochs"
+    if steps * optim.batch > optim.epochs * len(catalogue):
+        length += ", rounded up"
     lines = [
         f"data {config.data.path}: {len(catalogue)} training and {len(validation) if validation else 0} "
         f"validation {catalogue.info.kind}s, {len(catalogue.info.classes)} classes",
         f"loader: {loader.sizing(world.device, config.speed.threads).reason}",
         f"global batch {optim.batch} = {world.size} processes x {micro} micro x {accumulate} accumulated"
         f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
-        f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {optim.epochs:g} epochs",
+        f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {length}",
     ]
     if note := loader.short_clip_note(catalogue, view_spec(config)):
         lines.append(note)
+    if optim.warmup_epochs >= optim.epochs:
+        lines.append(f"warmup takes {optim.warmup_epochs:g} epochs: the learning rate rises to the very end")
     if by_reference(config):
         lines.append(f"protocol {REFERENCE}: validation is on the TRAINING videos, nothing is held out")
     return lines
