@@ -12,6 +12,7 @@ MASTER ?= localhost:29500
 # What a training command takes from the variables; those left empty keep the preset's value.
 SETTINGS = $(if $(RUN),--run.name '$(RUN)') $(if $(DATA),--data.path '$(DATA)') $(if $(MODEL),--model.name $(MODEL)) \
 	$(if $(INIT),--model.init '$(INIT)') $(if $(DEVICE),--speed.device $(DEVICE))
+NAMED = $(or $(RUN),$(error name a run below runs/ with RUN=))
 OTHER = $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DEVICE),--device $(DEVICE))
 PACKING = $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(OUT),--out '$(OUT)') \
 	$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray '$(RAY)')
@@ -45,19 +46,19 @@ train-ft: env  ## finetune: RECIPE=image-ft-base INIT=runs/NAME/model.safetensor
 	$(START) train.finetune $(or $(RECIPE),image-ft-base) $(SETTINGS) $(COUNT) $(ARGS)
 
 eval: env  ## evaluate RUN=NAME, or other WEIGHTS=FILE with its settings, or other DATA
-	$(PY) -m train.evaluate 'runs/$(or $(RUN),RUN-is-not-set)' $(OTHER) $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(PY) -m train.evaluate 'runs/$(NAMED)' $(OTHER) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 probe: env  ## kNN and linear probe of RUN=NAME, or its other WEIGHTS=FILE, on its shards or other DATA
-	$(PY) -m train.probe 'runs/$(or $(RUN),RUN-is-not-set)' $(OTHER) $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(PY) -m train.probe 'runs/$(NAMED)' $(OTHER) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 plot: env  ## draw the curves of RUN="NAME [NAME ...]"
-	$(PY) -m tools.plot $(addprefix runs/,$(or $(RUN),RUN-is-not-set)) $(ARGS)
+	$(PY) -m tools.plot $(addprefix runs/,$(NAMED)) $(ARGS)
 
 report: env  ## one page about RUN=NAME, with everything in it: runs/NAME/report.html
-	$(PY) -m tools.report 'runs/$(or $(RUN),RUN-is-not-set)' $(ARGS)
+	$(PY) -m tools.report 'runs/$(NAMED)' $(ARGS)
 
 predict: env  ## what RUN=NAME makes of INPUT="FILE [FOLDER ...]": pictures, videos, folders of frames
-	$(PY) -m tools.predict 'runs/$(or $(RUN),RUN-is-not-set)' $(INPUT) $(OTHER) $(ARGS)
+	$(PY) -m tools.predict 'runs/$(NAMED)' $(or $(INPUT),$(error name what to look at with INPUT=)) $(OTHER) $(ARGS)
 
 bench: env  ## measure speed side by side: BENCH=all|loader|model|training|packing IMAGES=DIR
 	$(PY) -m tools.bench $(BENCH) $(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)') $(ARGS)

@@ -85,8 +85,12 @@ def test_a_file_is_not_converted_onto_itself(tmp_path):
 def test_transformers_opens_a_converted_folder(tmp_path):
     model = random_model("hiera_base_plus_224", stages=(1, 1, 1, 1), input_size=64, num_classes=5)
     save_file(model.state_dict(), tmp_path / "ours.safetensors")
+    (tmp_path / "data.json").write_text('{"classes": ["ant", "bee", "cat", "dog", "elk"]}')
     convert(str(tmp_path / "ours.safetensors"), tmp_path / "hf", to="transformers")
     theirs = transformers.HieraForImageClassification.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.config.id2label[2] == "cat" and theirs.config.label2id == {
+        name: number for number, name in enumerate(["ant", "bee", "cat", "dog", "elk"])
+    }
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(theirs(x).logits, model(x), rtol=1e-4, atol=1e-5)

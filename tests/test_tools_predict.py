@@ -100,6 +100,8 @@ def test_pictures_get_what_evaluation_gives_them(trained: Path, capsys):
     inputs = sorted((source / "val").rglob("*.*"))
     assert predict(trained, tuple(inputs), device="cpu") == 0
     got = answers(capsys.readouterr().out)
+    assert predict(trained, tuple((source / "val").iterdir()), device="cpu") == 0
+    assert answers(capsys.readouterr().out) == got, "folders of pictures are their pictures"
     wanted = expected(trained)
     assert len(got) == len(inputs) == len(wanted) == 18
     right = dict.fromkeys(CLASSES, 0)
@@ -201,7 +203,7 @@ def test_what_cannot_be_begun_gets_a_sentence(trained: Path, tmp_path: Path):
     for expected_words, arguments in {
         "does not exist; name a run folder": (tmp_path, some),
         "name at least one picture": (trained, ()),
-        "--top of at least 1": (trained, some, 0),
+        "--top must be at least 1": (trained, some, 0),
         "nowhere does not exist": (trained, some, 5, tmp_path / "nowhere"),
     }.items():
         with pytest.raises(UserError, match=expected_words):

@@ -203,7 +203,8 @@ def test_the_plan_says_what_is_odd_about_it(images, tmp_path):
 
     assert "10 steps = 3 epochs" in told(10) and "rounded up" not in told(10)
     assert "11 steps = 3 epochs, rounded up" in told(11)
-    assert "rises to the very end" not in told(10)
+    assert "times the training data" not in told(10) and "rises to the very end" not in told(10)
+    assert "a batch is 1.5 times the training data: lower optim.batch" in told(2, batch=60)
     assert "warmup takes 3 epochs: the learning rate rises to the very end" in told(10, warmup_epochs=3.0)
 
 

@@ -47,14 +47,15 @@ def convert(
         target.parent.mkdir(parents=True, exist_ok=True)
         _write(converted, target, to)
     elif to == "transformers":
-        config = json.dumps(transformers_config(state), indent=2) + "\n"
+        config = json.dumps(transformers_config(state, classes_beside(path)), indent=2) + "\n"
         target.mkdir(parents=True, exist_ok=True)
         _write(converted, target / "model.safetensors", to)
         (target / "config.json").write_text(config)
     else:
         raise UserError(f"{target} must end in .safetensors or .pth")
     left_out = len(state) - len(converted)
-    print(f"wrote {target}: {len(converted)} tensors for {to}" + f", {left_out} left out" * (left_out > 0))
+    why = f", {left_out} of the autoencoder's left out, since {to} has none" if left_out else ""
+    print(f"wrote {target}: {len(converted)} tensors for {to}{why}")
 
 
 def _write(state: State, path: Path, to: str) -> None:
@@ -68,8 +69,14 @@ def _write(state: State, path: Path, to: str) -> None:
             torch.save({"model_state": state} if to == "upstream" else state, temporary)
 
 
-def transformers_config(state: State) -> dict[str, object]:
-    """The config.json that transformers needs beside weights in our names.
+def classes_beside(weights: Path) -> list[str]:
+    """The names that a run's data.json gives the classes of its weights; none for other files."""
+    recorded = weights.with_name("data.json")
+    return json.loads(recorded.read_text())["classes"] if recorded.is_file() else []
+
+
+def transformers_config(state: State, names: list[str]) -> dict[str, object]:
+    """The config.json that transformers needs beside weights in our names, with its classes' names if known.
 
     Heads cannot be read off weights: they come from the known size of that width.
     """
@@ -98,7 +105,9 @@ def transformers_config(state: State) -> dict[str, object]:
             "decoder_num_heads": max(1, decoder // 32),
         }
     classes = len(state["head.projection.bias"]) if "head.projection.bias" in state else 0
-    return config | {"id2label": {str(i): f"LABEL_{i}" for i in range(classes)}}
+    labels = names if len(names) == classes else [f"LABEL_{i}" for i in range(classes)]
+    numbers = {label: number for number, label in enumerate(labels)}
+    return config | {"id2label": {i: label for label, i in numbers.items()}, "label2id": numbers}
 
 
 if __name__ == "__main__":

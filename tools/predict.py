@@ -21,7 +21,7 @@ import tyro
 from pipelines.catalogue import Catalogue, open_catalogue, read_info
 from pipelines.errors import UserError, run_cli
 from pipelines.inputs import Normalised
-from tools.images import BadImage, Packed
+from tools.images import SUFFIXES, BadImage, Packed
 from tools.pack_imagenet import load_image
 from tools.pack_kinetics import load_clip
 from tools.packing import settings
@@ -48,15 +48,19 @@ def predict(
 
     Args:
         run: folder of a finished run, such as runs/image-ft-pico.
-        inputs: pictures; or video files and folders of frames.
+        inputs: pictures and folders of them; or video files and folders of frames.
         top: how many classes to print.
         weights: other weights than the run's model.safetensors.
         out: where reconstructions are drawn; predict.png in the run folder unless given.
         device: auto, cuda or cpu.
     """
-    if not inputs or top < 1:
-        raise UserError("name at least one picture, video or folder of frames, and a --top of at least 1")
+    if not inputs:
+        raise UserError("name at least one picture, video or folder")
+    if top < 1:
+        raise UserError("--top must be at least 1")
     config, classes, packing = read_run(run)
+    if config.data.frames == 1:
+        inputs = tuple(picture for path in inputs for picture in pictures_of(path))
     init = weights or run / "model.safetensors"
     if not init.exists():
         raise UserError(f"{init} does not exist; let the run finish first, or name a file with --weights")
@@ -122,12 +126,18 @@ def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out
 
 def load(root: Path, source: str, packing: Packing, video: Load | None) -> Packed:
     """Read one input, a clip where `video` reads those of one file. Raises `BadImage` or `OSError`."""
-    if video is None:
-        try:
-            return load_image(root, source, packing)
-        except BadImage as error:
-            raise BadImage(f"{error} (this run takes pictures)") from error
-    return (load_clip if (root / source).is_dir() else video)(root, source, packing)
+    if video and (root / source).is_dir():
+        return load_clip(root, source, packing)
+    try:
+        return (video or load_image)(root, source, packing)
+    except BadImage as error:
+        raise BadImage(f"{error} (this run takes {'clips' if video else 'pictures'})") from error
+
+
+def pictures_of(path: Path) -> list[Path]:
+    """The pictures of a folder, by name; anything else is itself."""
+    inside = path.iterdir() if path.is_dir() else ()
+    return sorted(file for file in inside if file.suffix.lower() in SUFFIXES) or [path]
 
 
 @torch.no_grad()

@@ -97,6 +97,8 @@ def check_ranges(config: Config) -> None:
     ):
         if value not in known:
             raise UserError(f"{key} is '{value}'; it can be {', '.join(known)}")
+    if {"", ".", ".."} & set(run.name.split("/")):  # an absolute name begins with an empty part
+        raise UserError(f"run.name is '{run.name}'; it must name a folder below {run.root}")
     if isinstance(config, FinetuneConfig) and config.freeze not in ("none", "trunk"):
         raise UserError(f"freeze is '{config.freeze}'; it can be none, trunk")
     if isinstance(config, FinetuneConfig) and config.protocol not in ("", REFERENCE):
@@ -156,6 +158,9 @@ def plan_words(
     ]
     if note := loader.short_clip_note(catalogue, view_spec(config)):
         lines.append(note)
+    if optim.batch > len(catalogue):
+        times = optim.batch / len(catalogue)
+        lines.append(f"a batch is {times:.1f} times the training data: lower optim.batch")
     if optim.warmup_epochs >= optim.epochs:
         lines.append(f"warmup takes {optim.warmup_epochs:g} epochs: the learning rate rises to the very end")
     if by_reference(config):
