@@ -216,7 +216,7 @@ def test_a_finished_dataset_is_left_alone_and_other_settings_are_refused(tmp_pat
     capsys.readouterr()
     assert pack_images(source, tmp_path / "out") == 0
     assert "out is already packed with these settings." in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(UserError, match="packed with short-side 256, not 100; delete that folder"):
+    with pytest.raises(UserError, match="packed with short-side 256, not 100; give another --out"):
         pack_images(source, tmp_path / "out", short_side=100)
     with pytest.raises(UserError, match="packed with shard-size 8, not 4"):
         pack_images(source, tmp_path / "out", shard_size=4)

@@ -483,7 +483,7 @@ def test_absent_and_damaged_videos_are_in_the_catalogue(tmp_path):
         "a_b/-id0_000007_000017.mp4": "no video file",
         "a b/-id1_000007_000017.avi": "not a video, or its header is damaged or missing",
     }
-    with pytest.raises(UserError, match=r"packed with fps 30\.0, not 15\.0; delete that folder"):
+    with pytest.raises(UserError, match=r"packed with fps 30\.0, not 15\.0; give another --out"):
         pack_tree(source, tmp_path / "out", fps=15.0)
 
 

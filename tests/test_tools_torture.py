@@ -118,5 +118,5 @@ def test_a_class_order_once_written_is_checked_ever_after(tmp_path, workers):
         write(tmp_path / "source" / name / "2.jpg", encoded(pixels(2)))
     assert pack_images(tmp_path / "source", tmp_path / "out", workers=workers) == 0
     write(tmp_path / "source/a/1.jpg", encoded(pixels(3)))
-    with pytest.raises(UserError, match="another listing of source files; delete that folder"):
+    with pytest.raises(UserError, match="another listing of source files; give another --out"):
         pack_images(tmp_path / "source", tmp_path / "out", workers=workers)
