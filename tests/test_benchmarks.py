@@ -32,14 +32,17 @@ def test_pages_keep_their_text_and_get_new_tables(tmp_path: Path):
     for page in pages:
         page.write_text(f"before\n{bench.BEGIN}old\n{bench.END}after\n")
     where = {"gpus": [], "cpus": 2, "commit": "abc"}
-    for _ in range(2):
-        bench.write({"a race": RACE}, where, *pages, tmp_path / "results")
+    for title in ("a race", "another", "a race"):
+        bench.write({title: RACE}, where, *pages, tmp_path / "results")
     for page in pages:
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-        assert text.count("| theirs |") == 1
+        assert text.count("| theirs |") == 2 and "Measured on 2-cores" in text and "commit abc" in text
     (found,) = (tmp_path / "results").glob("*-2-cores.json")
-    assert json.loads(found.read_text()) == {"environment": where, "results": {"a race": RACE}}
+    assert f"(results/{found.name})" in pages[0].read_text()
+    written = json.loads(found.read_text())
+    assert written["environment"] == where and list(written["measured"]) == ["a race", "another"]
+    assert written["results"] == {"a race": RACE, "another": RACE}
 
 
 @pytest.mark.parametrize(

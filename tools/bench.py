@@ -10,11 +10,13 @@ import importlib
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Literal, get_args
 
 import tyro
 
@@ -23,7 +25,8 @@ from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 from train.rundir import environment
 
-COMPARED = ("loader", "model", "training", "packing", "core")
+Part = Literal["loader", "model", "training", "packing", "core"]
+COMPARED: tuple[Part, ...] = get_args(Part)
 OTHERS = ("memory", "catalogue", "scale", "learning")
 PEERS = ("hiera-transformer", "transformers", "opencv-python-headless", "pillow")
 BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
@@ -44,6 +47,7 @@ def compare_all(
     images: Path = Path("data/imagenet"),
     work: Path = Path("/tmp/hiera-train-bench"),
     rounds: int = 5,
+    parts: tuple[Part, ...] = COMPARED,
     quick: bool = False,
     speed: Path = Path("docs/speed.md"),
     readme: Path = Path("README.md"),
@@ -55,6 +59,7 @@ def compare_all(
         images: folder of JPEG pictures, searched through.
         work: folder for what is made from them; kept, and used again.
         rounds: how often each contender is measured, in turn.
+        parts: measure these alone; for the others the last figures of this hardware stay.
         quick: one round of the smallest models, under five minutes; prints, and writes nothing.
         speed: the page whose tables are replaced.
         readme: the page whose table of ratios is replaced.
@@ -66,16 +71,16 @@ def compare_all(
         "loader": data | {"rounds": 1 if quick else rounds},
         "model": {"rounds": rounds, "names": small, "memory": False} if quick else {"rounds": rounds},
         "training": data | ({"rounds": 1, "steps": 15} if quick else {"rounds": rounds}),
-        "packing": data | {"rounds": 1 if quick else rounds},
+        "packing": data | ({"rounds": 1, "copies": 1} if quick else {"rounds": rounds}),
         "core": {"rounds": 1 if quick else rounds},
     }
     found: Results = {}
-    for part, given in flags.items():
+    for part in parts:
         print(f"{part} ...", file=sys.stderr, flush=True)
         module = importlib.import_module(f"benchmarks.{part}")
         # A process each: what one leaves running or allocated does not weigh on the next.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            part_found: Results = pool.submit(module.run, **given).result()
+            part_found: Results = pool.submit(module.run, **flags[part]).result()
         show(part_found)
         found |= part_found
     if not quick:
@@ -85,14 +90,26 @@ def compare_all(
 
 
 def write(found: Results, where: dict, speed: Path, readme: Path, results: Path) -> None:
-    """Write the figures and put the tables into the pages."""
+    """Write the figures beside those that are not new, and put the tables into the pages."""
+    new = list(found)
     gpus: list[str] = where["gpus"]
     hardware = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()) if gpus else f"{where['cpus']}-cores"
-    path = results / f"{datetime.date.today()}-{hardware}.json"
+    today = datetime.date.today()
+    path = results / f"{today}-{hardware}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = max(results.glob(f"*-{hardware}.json"), default=None)  # names begin with the date
+    known = json.loads(earlier.read_text()) if earlier else {"results": {}, "measured": {}}
+    found = known["results"] | found
+    measured = known["measured"] | dict.fromkeys(new, f"{today}, commit {where['commit']}")
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps({"environment": where, "results": found}, indent=1))
+        temporary.write_text(
+            json.dumps({"environment": where, "measured": measured, "results": found}, indent=1)
+        )
+    when = "; ".join(sorted(set(measured.values())))
+    origin = f"*Measured on {hardware}: {when}. Every round is in [{path.name}](%s).*\n\n"
     for page, tables in ((speed, markdown(found)), (readme, summary(found))):
+        link = os.path.relpath(path, page.parent)
+        tables = origin % link + tables
         text = page.read_text()
         before, after = text.partition(BEGIN)[0], text.partition(END)[2]
         with atomic_write(page) as temporary:
