@@ -105,7 +105,7 @@ def write(found: Results, where: dict, speed: Path, readme: Path, results: Path)
         temporary.write_text(
             json.dumps({"environment": where, "measured": measured, "results": found}, indent=1)
         )
-    when = "; ".join(sorted(set(measured.values())))
+    when = re.sub(r"([0-9a-f]{10})[0-9a-f]{30}", r"\1", "; ".join(sorted(set(measured.values()))))
     origin = f"*Measured on {hardware}: {when}. Every round is in [{path.name}](%s).*\n\n"
     for page, tables in ((speed, markdown(found)), (readme, summary(found))):
         link = os.path.relpath(path, page.parent)
