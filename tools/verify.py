@@ -75,7 +75,8 @@ def describe(info: DatasetInfo, tally: Tally) -> str:
     if info.classes and tally.samples:
         counts = [tally.labels[label] for label in range(len(info.classes))]
         empty = f", {counts.count(0)} without any" if not all(counts) else ""
-        parts.append(f"{len(counts)} classes of {min(counts)} to {max(counts)} samples{empty}")
+        several = "classes" if len(counts) > 1 else "class only, nothing to tell apart:"
+        parts.append(f"{len(counts)} {several} of {min(counts)} to {max(counts)} samples{empty}")
     if twice := len(tally.digests) - len(set(tally.digests)):
         parts.append(f"repeated samples: {twice}")
     return "; ".join(parts)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO
 
@@ -56,8 +57,15 @@ def is_finished(config: Config) -> bool:
 def check_classes(run: Path, info: DatasetInfo) -> None:
     """Raise UserError unless `info` has the classes, in their order, that the run was trained on."""
     path = run / "data.json"
-    if path.exists() and tuple(json.loads(path.read_text())["classes"]) != info.classes:
-        raise UserError(f"{info.root} has other classes than those in {path}, which {run} was trained on")
+    known = json.loads(path.read_text())["classes"] if path.exists() else list(info.classes)
+    if known == list(info.classes):
+        return
+    pairs = enumerate(zip_longest(known, info.classes, fillvalue="none"))
+    number, (mine, theirs) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
+    raise UserError(
+        f"{info.root} has other classes than {run} was trained on ({path}): its class {number} is "
+        f"{theirs}, the run's is {mine}; evaluate on data packed with the same classes"
+    )
 
 
 def open_run(config: Config, info: DatasetInfo, note: Mapping[str, object]) -> IO[str]:

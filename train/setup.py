@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -97,8 +98,11 @@ def check_ranges(config: Config) -> None:
     ):
         if value not in known:
             raise UserError(f"{key} is '{value}'; it can be {', '.join(known)}")
-    if {"", ".", ".."} & set(run.name.split("/")):  # an absolute name begins with an empty part
-        raise UserError(f"run.name is '{run.name}'; it must name a folder below {run.root}")
+    # An absolute name begins with an empty part; make hands names on through a shell.
+    if {"", ".", ".."} & set(run.name.split("/")) or re.search(r"[\s'\"]", run.name):
+        raise UserError(
+            f"run.name is '{run.name}'; it must name a folder below {run.root}, without blanks or quotes"
+        )
     if isinstance(config, FinetuneConfig) and config.freeze not in ("none", "trunk"):
         raise UserError(f"freeze is '{config.freeze}'; it can be none, trunk")
     if isinstance(config, FinetuneConfig) and config.protocol not in ("", REFERENCE):
