@@ -156,14 +156,20 @@ class SpeedConfig:
 
 
 @dataclass(frozen=True)
-class MaeConfig:
-    """Masked-autoencoder pretraining."""
+class Groups:
+    """The groups of settings that both kinds of training have."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+
+
+@dataclass(frozen=True)
+class MaeConfig(Groups):
+    """Masked-autoencoder pretraining."""
+
     mask_ratio: float = 0.6
     """Share of mask units hidden."""
     decode_ratio: float = 1.0
@@ -173,14 +179,9 @@ class MaeConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Groups):
     """Supervised finetuning."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
     freeze: str = "none"
     """none, or trunk: only the last norm and the head learn (a linear probe)."""
     smoothing: float = 0.1
