@@ -128,7 +128,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     optimizer = make_optimizer(model, config.optim)
     schedule = make_schedule(optimizer, config.optim, steps, per_epoch)
     ema = make_ema(model, config.optim)
-    state = State(model, optimizer, ema, Meters.fresh(world.device))
+    state = State(model, optimizer, ema, Meters(world.device))
 
     # ---- resume
     saved, complaints = checkpoint.load_newest(run / "checkpoints", world.device)
