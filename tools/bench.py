@@ -7,7 +7,6 @@ Any one alone prints its tables: `python -m tools.bench loader --help` lists its
 
 import datetime
 import importlib
-import importlib.metadata
 import json
 import multiprocessing
 import re
@@ -21,7 +20,7 @@ import tyro
 from benchmarks.results import Results, markdown, show, summary
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
-from train.rundir import environment
+from train.rundir import environment, versions
 
 COMPARED = ("loader", "model", "training", "packing", "core")
 OTHERS = ("memory", "catalogue", "scale", "learning")
@@ -79,9 +78,7 @@ def compare_all(
         show(part_found)
         found |= part_found
     if not quick:
-        installed = {one.name: one.version for one in importlib.metadata.distributions()}
-        peers = {name: installed.get(name) for name in PEERS}
-        write(found, environment() | {"peers": peers}, speed, readme, results)
+        write(found, environment() | {"peers": versions(PEERS)}, speed, readme, results)
 
 
 def write(found: Results, where: dict, speed: Path, readme: Path, results: Path) -> None:

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -110,7 +110,7 @@ def environment() -> dict[str, object]:
     return {
         "command": shlex.join(sys.orig_argv),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(PACKAGES),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "gpus": gpus,
@@ -119,11 +119,10 @@ def environment() -> dict[str, object]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Which version of each package is installed, None where it is not."""
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    return {name: installed.get(name) for name in packages}
 
 
 def _commit() -> str | None:
