@@ -1,6 +1,5 @@
 """Checkpoints: whole or absent, checked by a digest, the damaged ones passed over aloud."""
 
-import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from pipelines.errors import UserError
-from pipelines.files import atomic_write
+from pipelines.files import atomic_write, sha256_of
 
 
 class Writer:
@@ -52,7 +51,7 @@ def save(folder: Path, step: int, state: dict, keep: int) -> Path:
     path = folder / f"step-{step:09d}.pt"
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
-        digest = _digest(temporary)
+        digest = sha256_of(temporary)
         # Written before the rename: a checkpoint under its final name always has its digest beside it.
         with atomic_write(_digest_path(path)) as note:
             note.write_text(digest)
@@ -79,7 +78,7 @@ def _problem(path: Path) -> str | None:
     note = _digest_path(path)
     if not note.exists():
         return "has no digest beside it"
-    return None if _digest(path) == note.read_text() else "is damaged (its digest does not match)"
+    return None if sha256_of(path) == note.read_text() else "is damaged (its digest does not match)"
 
 
 def _all(folder: Path) -> list[Path]:
@@ -88,8 +87,3 @@ def _all(folder: Path) -> list[Path]:
 
 def _digest_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,6 @@
 """The run folder: one writer, one configuration, and a record of where the numbers came from."""
 
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -18,7 +17,7 @@ import torch
 
 from pipelines.catalogue import DatasetInfo
 from pipelines.errors import UserError
-from pipelines.files import atomic_write
+from pipelines.files import atomic_write, sha256_of
 from train.config import Config, differences, to_dict
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "webdataset", "pyarrow", "numpy")
@@ -80,7 +79,9 @@ def open_run(config: Config, info: DatasetInfo, note: Mapping[str, object]) -> I
         raise UserError(
             f"another process is training in {folder}; wait for it, or use another RUN"
         ) from error
-    data = {"classes": info.classes, "splits": info.splits, "sha256": checksums(info)}
+    # Each split's catalogue holds the checksum of every sample.
+    checksums = {split: sha256_of(info.root / f"{split}.parquet") for split in info.splits}
+    data = {"classes": info.classes, "splits": info.splits, "sha256": checksums}
     kept = folder / "data.json"
     resumes = any(folder.glob("checkpoints/*.pt")) and kept.exists() and "data" not in config.run.allow
     if resumes and json.loads(kept.read_text())["sha256"] != data["sha256"]:
@@ -93,15 +94,6 @@ def open_run(config: Config, info: DatasetInfo, note: Mapping[str, object]) -> I
         with atomic_write(folder / name) as temporary:
             temporary.write_text(json.dumps(values, indent=2) + "\n")
     return lock
-
-
-def checksums(info: DatasetInfo) -> dict[str, str]:
-    """The sha256 of every split's catalogue, which holds that of every sample."""
-    found = {}
-    for split in info.splits:
-        with (info.root / f"{split}.parquet").open("rb") as file:
-            found[split] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def environment() -> dict[str, object]:
