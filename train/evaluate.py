@@ -26,12 +26,15 @@ from train.distributed import World
 from train.setup import Autocast
 
 
-def batches_of(config: Config, world: World, catalogue: Catalogue, views: tuple[int, int]) -> Iterator[Batch]:
-    """This process's part of a split, in temporal x spatial `views`."""
+def batches_of(
+    config: Config, world: World, catalogue: Catalogue, views: tuple[int, int], samples: int = 0
+) -> Iterator[Batch]:
+    """This process's part of a split, in temporal x spatial `views`; `samples` a batch, 0: as configured."""
+    fitting = max(1, (config.speed.eval_batch or config.speed.micro_batch) // (views[0] * views[1]))
     return eval_batches(
         catalogue,
         setup.view_spec(config, evaluation=True),
-        batch=max(1, (config.speed.eval_batch or config.speed.micro_batch) // (views[0] * views[1])),
+        batch=samples or fitting,
         rank=world.rank,
         world=world.size,
         device=world.device,
