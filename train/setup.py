@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -103,20 +104,9 @@ def open_validation(config: Config) -> Catalogue | None:
 def view_spec(config: Config, evaluation: bool = False) -> loader.ViewSpec:
     """How samples are cut and augmented, as the loader wants it."""
     data = config.data
-    return loader.ViewSpec(
-        start=(40 if evaluation else 10) if by_reference(config) else None,
-        size=data.size,
-        frames=data.frames,
-        stride=data.stride,
-        scale=data.scale,
-        ratio=data.ratio,
-        flip=data.flip,
-        interpolation=data.interpolation,
-        crop_fraction=data.crop,
-        repeats=data.repeats,
-        same_clip=data.same_clip,
-        augment=data.augment,
-    )
+    start = (40 if evaluation else 10) if by_reference(config) else None
+    shared = {f.name: getattr(data, f.name) for f in fields(loader.ViewSpec) if hasattr(data, f.name)}
+    return loader.ViewSpec(start=start, crop_fraction=data.crop, **shared)
 
 
 def plan_words(
