@@ -295,12 +295,9 @@ def device_words(world: World) -> str:
 
 
 def torch_threads(world: World) -> int:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return (
-        max(1, len(os.sched_getaffinity(0)) // local)
-        if world.device.type == "cpu"
-        else torch.get_num_threads()
-    )
+    if world.device.type == "cuda":
+        return torch.get_num_threads()
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def check_masking(config: MaeConfig, model: nn.Module) -> tuple[int, int]:
