@@ -15,6 +15,7 @@ from pipelines import loader
 from pipelines.catalogue import Catalogue, check_shards, open_catalogue, read_info
 from pipelines.errors import UserError
 from pipelines.inputs import Normalised
+from pipelines.plans import check_kind
 from train import distributed, rundir
 from train.config import REFERENCE, Config, FinetuneConfig, MaeConfig, flatten, to_dict
 from train.distributed import World
@@ -47,13 +48,7 @@ def check(config: Config) -> None:
     """Find what can be wrong before any process starts; raises UserError."""
     check_ranges(config)
     info = read_info(config.data.path)
-    wanted = "image" if config.data.frames == 1 else "video"
-    if info.kind != wanted:
-        other = "video-*" if info.kind == "video" else "image-*"
-        raise UserError(
-            f"{config.data.path} holds {info.kind} shards and this preset reads {wanted}s; "
-            f"use a preset {other}"
-        )
+    check_kind(info, config.data.frames)
     if "train" not in info.splits:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack_*")
     check_shards(info)
