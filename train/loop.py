@@ -96,13 +96,12 @@ def fit(config: Config, make_task: MakeTask) -> int:
     # ---- processes, folder, log
     world = distributed.start(config.speed.device, config.speed.timeout)
     torch.set_num_threads(setup.torch_threads(world))
-    screen = Screen(world.is_main)
     run = rundir.folder_of(config)
     catalogue = open_catalogue(config.data.path, "train")
     validation = setup.open_validation(config)
     note = {"processes": world.size}
     lock = rundir.open_run(config, catalogue.info, note) if world.is_main else None
-    screen.log_to(run / "log.txt")
+    screen = Screen(world.is_main, run / "log.txt")
     screen.line(f"run {run}: {world.size} process(es) on {setup.device_words(world)}")
     autocast, words = setup.precision(config, world)
     screen.line(words)
