@@ -205,15 +205,13 @@ def parse(presets: Mapping[str, Config], program: str) -> Config:
     """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words."""
     import tyro
 
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0].startswith("-"):
-        wanted = "help" if arguments and arguments[0] in ("-h", "--help") else "preset"
-        text = f"usage: python -m {program} PRESET [--dotted.overrides]; presets: {', '.join(presets)}"
-        if wanted == "help":
-            print(f"{text}\nEvery setting of a preset: python -m {program} PRESET --help")
-            sys.exit(0)
-        raise UserError(f"name a preset first; {text}")
-    name = arguments[0]
+    name, *overrides = sys.argv[1:] or [""]
+    usage = f"usage: python -m {program} PRESET [--dotted.overrides]; presets: {', '.join(presets)}"
+    if name in ("-h", "--help"):
+        print(f"{usage}\nEvery setting of a preset: python -m {program} PRESET --help")
+        sys.exit(0)
+    if not name or name.startswith("-"):
+        raise UserError(f"name a preset first; {usage}")
     if name not in presets:
         kind = "ft" if "-ft-" in name else "mae" if "-mae-" in name else ""
         if kind and not any(f"-{kind}-" in known for known in presets):
@@ -224,7 +222,7 @@ def parse(presets: Mapping[str, Config], program: str) -> Config:
     config, unknown = tyro.cli(
         type(preset),
         default=preset,
-        args=arguments[1:],
+        args=overrides,
         prog=f"python -m {program} {name}",
         return_unknown_args=True,
         config=(tyro.conf.FlagConversionOff,),
