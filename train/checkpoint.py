@@ -67,18 +67,12 @@ def load_newest(folder: Path, device: torch.device) -> tuple[dict | None, list[s
     """The newest undamaged checkpoint, and one sentence for each newer one that had to be passed over."""
     complaints = []
     for path in reversed(_all(folder)):
-        problem = _problem(path)
-        if problem is None:
+        note = _digest_path(path)
+        if note.exists() and sha256_of(path) == note.read_text():
             return torch.load(path, map_location=device, weights_only=True), complaints
+        problem = "is damaged (its digest does not match)" if note.exists() else "has no digest beside it"
         complaints.append(f"checkpoint {path} {problem}; falling back to the one before it")
     return None, complaints
-
-
-def _problem(path: Path) -> str | None:
-    note = _digest_path(path)
-    if not note.exists():
-        return "has no digest beside it"
-    return None if sha256_of(path) == note.read_text() else "is damaged (its digest does not match)"
 
 
 def _all(folder: Path) -> list[Path]:
