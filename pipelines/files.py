@@ -38,6 +38,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
+def atomic_text(path: Path, text: str) -> None:
+    """`atomic_write` of a text in UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

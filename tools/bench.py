@@ -19,7 +19,7 @@ import tyro
 
 from benchmarks.results import Results, markdown, show, summary
 from pipelines.errors import UserError, run_cli
-from pipelines.files import atomic_write
+from pipelines.files import atomic_text
 from train.rundir import environment, versions
 
 COMPARED = ("loader", "model", "training", "packing", "core")
@@ -87,13 +87,11 @@ def write(found: Results, where: dict, speed: Path, readme: Path, results: Path)
     hardware = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()) if gpus else f"{where['cpus']}-cores"
     path = results / f"{datetime.date.today()}-{hardware}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps({"environment": where, "results": found}, indent=1))
+    atomic_text(path, json.dumps({"environment": where, "results": found}, indent=1))
     for page, tables in ((speed, markdown(found)), (readme, summary(found))):
         text = page.read_text()
         before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-        with atomic_write(page) as temporary:
-            temporary.write_text(before + BEGIN + tables + END + after)
+        atomic_text(page, before + BEGIN + tables + END + after)
     print(f"{path}, {speed} and {readme} are written")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pipelines.errors import UserError
-from pipelines.files import atomic_write, sha256_of
+from pipelines.files import atomic_text, atomic_write, sha256_of
 
 
 class Writer:
@@ -51,10 +51,8 @@ def save(folder: Path, step: int, state: dict, keep: int) -> Path:
     path = folder / f"step-{step:09d}.pt"
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
-        digest = sha256_of(temporary)
         # Written before the rename: a checkpoint under its final name always has its digest beside it.
-        with atomic_write(_digest_path(path)) as note:
-            note.write_text(digest)
+        atomic_text(_digest_path(path), sha256_of(temporary))
     for old in _all(folder)[:-keep]:
         old.unlink()
         _digest_path(old).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines import loader
 from pipelines.catalogue import Catalogue, open_catalogue
 from pipelines.errors import UserError
-from pipelines.files import atomic_write
+from pipelines.files import atomic_text, atomic_write
 from pipelines.inputs import Normalised
 from train import checkpoint, distributed, rundir, setup
 from train.config import Config
@@ -213,8 +213,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
         from train.card import card  # here: it needs the models, and a launcher does not
 
         last_row = [{}, *read_csv(run / "metrics.csv")][-1]
-        with atomic_write(run / "model_card.md") as temporary:
-            temporary.write_text(card(config, catalogue.info, last_row, steps))
+        atomic_text(run / "model_card.md", card(config, catalogue.info, last_row, steps))
         _export(state.evaluated, config, run / "model.safetensors", steps)  # last: it ends the run
         screen.line(f"done: {run}/model.safetensors after {clock.elapsed():.0f} s of training")
         lock.close()

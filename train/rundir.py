@@ -17,7 +17,7 @@ import torch
 
 from pipelines.catalogue import DatasetInfo
 from pipelines.errors import UserError
-from pipelines.files import atomic_write, sha256_of
+from pipelines.files import atomic_text, sha256_of
 from train.config import Config, differences, to_dict
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "webdataset", "pyarrow", "numpy")
@@ -91,8 +91,7 @@ def open_run(config: Config, info: DatasetInfo, note: Mapping[str, object]) -> I
         )
     files = {"config.json": to_dict(config), "env.json": {**environment(), **note}, "data.json": data}
     for name, values in files.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps(values, indent=2) + "\n")
+        atomic_text(folder / name, json.dumps(values, indent=2) + "\n")
     return lock
 
 
