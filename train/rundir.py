@@ -69,15 +69,14 @@ def open_run(config: Config, info: DatasetInfo, note: Mapping[str, object]) -> I
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is training in {folder}; wait for it, or use another RUN"
+        ) from error
     except OSError as error:
         raise UserError(
             f"the run folder {folder} cannot be written ({error.strerror}); choose another --run.root"
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(
-            f"another process is training in {folder}; wait for it, or use another RUN"
         ) from error
     # Each split's catalogue holds the checksum of every sample.
     checksums = {split: sha256_of(info.root / f"{split}.parquet") for split in info.splits}
