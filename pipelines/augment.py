@@ -107,14 +107,9 @@ def autocontrast(pixels: Tensor, _: Tensor) -> Tensor:
 
 def equalize(pixels: Tensor, _: Tensor) -> Tensor:
     """Flatten each channel's histogram, by Pillow's integer rule."""
-    planes = pixels.movedim(-1, 2).flatten(3).long()  # [g, T, 3, H * W]
-    counts = torch.zeros(*planes.shape[:3], 256, dtype=torch.int64, device=pixels.device)
-    counts.scatter_add_(3, planes, torch.ones_like(planes))
-    step = (planes.shape[3] - counts.gather(3, planes.amax(3, keepdim=True))) // 255
-    table = (counts.cumsum(3) - counts + step // 2) // step.clamp_min(1)
-    table = torch.where(step > 0, table.clamp_max(255), torch.arange(256, device=pixels.device))
-    flat = table.gather(3, planes).to(torch.uint8)
-    return flat.unflatten(3, pixels.shape[2:4]).movedim(2, -1)
+    from torchvision.transforms.v2 import functional  # here: it takes a second
+
+    return functional.equalize(pixels.movedim(-1, -3)).movedim(-3, -1)
 
 
 def posterize(pixels: Tensor, bits: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Writes that are either whole or absent: temporary name, fsync, rename, fsync of the folder."""
+"""Writes that are either whole or absent: temporary name, fsync, rename, fsync of the folder; checksums."""
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if full and isinstance(error, Exception):  # each library has its own words for it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
+
+
+def atomic_text(path: Path, text: str) -> None:
+    """`atomic_write` of a text in UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

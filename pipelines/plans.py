@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from pipelines import sampler
 from pipelines.augment import Augment
-from pipelines.catalogue import Catalogue
+from pipelines.catalogue import Catalogue, DatasetInfo
 from pipelines.errors import UserError
 from pipelines.graph import FILTERS, Feed
 
@@ -121,16 +121,21 @@ def feed_of(catalogue: Catalogue, plan: Plan, copies: int) -> Feed:
     return Feed(jpegs, *per_frame)
 
 
-def check_view(catalogue: Catalogue, view: ViewSpec) -> None:
-    """Raise UserError when images are asked of clips, clips of images, or there is nothing to read."""
-    wanted = "image" if view.frames == 1 else "video"
-    root, kind = catalogue.info.root, catalogue.info.kind
-    if kind != wanted:
+def check_kind(info: DatasetInfo, frames: int) -> None:
+    """Raise UserError when images are asked of clips, or clips of images."""
+    wanted = "image" if frames == 1 else "video"
+    if info.kind != wanted:
         raise UserError(
-            f"{root} holds {kind} shards, but this run reads {wanted} input; "
-            f"choose a preset for {kind}s or shards of the other kind"
+            f"{info.root} holds {info.kind} shards, but this run reads {wanted} input; "
+            f"choose a preset {info.kind}-* or shards of the other kind"
         )
+
+
+def check_view(catalogue: Catalogue, view: ViewSpec) -> None:
+    """Raise UserError when the dataset is of the other kind, or there is nothing to read."""
+    check_kind(catalogue.info, view.frames)
     if len(catalogue) == 0:
+        root = catalogue.info.root
         raise UserError(f"{root} has no readable {catalogue.split} sample; {catalogue.parquet} says why")
     if view.interpolation not in FILTERS:
         raise UserError(f"unknown interpolation {view.interpolation!r}; choose {', '.join(FILTERS)}")

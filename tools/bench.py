@@ -7,7 +7,6 @@ Any one alone prints its tables: `python -m tools.bench loader --help` lists its
 
 import datetime
 import importlib
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -22,8 +21,8 @@ import tyro
 
 from benchmarks.results import Results, markdown, show, summary
 from pipelines.errors import UserError, run_cli
-from pipelines.files import atomic_write
-from train.rundir import environment
+from pipelines.files import atomic_text
+from train.rundir import environment, versions
 
 Part = Literal["loader", "model", "training", "packing", "core"]
 COMPARED: tuple[Part, ...] = get_args(Part)
@@ -84,9 +83,7 @@ def compare_all(
         show(part_found)
         found |= part_found
     if not quick:
-        installed = {one.name: one.version for one in importlib.metadata.distributions()}
-        peers = {name: installed.get(name) for name in PEERS}
-        write(found, environment() | {"peers": peers}, speed, readme, results)
+        write(found, environment() | {"peers": versions(PEERS)}, speed, readme, results)
 
 
 def write(found: Results, where: dict, speed: Path, readme: Path, results: Path) -> None:
@@ -101,10 +98,7 @@ def write(found: Results, where: dict, speed: Path, readme: Path, results: Path)
     known = json.loads(earlier.read_text()) if earlier else {"results": {}, "measured": {}}
     found = known["results"] | found
     measured = known["measured"] | dict.fromkeys(new, f"{today}, commit {where['commit']}")
-    with atomic_write(path) as temporary:
-        temporary.write_text(
-            json.dumps({"environment": where, "measured": measured, "results": found}, indent=1)
-        )
+    atomic_text(path, json.dumps({"environment": where, "measured": measured, "results": found}, indent=1))
     when = re.sub(r"([0-9a-f]{10})[0-9a-f]{30}", r"\1", "; ".join(sorted(set(measured.values()))))
     origin = f"*Measured on {hardware}: {when}. Every round is in [{path.name}](%s).*\n\n"
     for page, tables in ((speed, markdown(found)), (readme, summary(found))):
@@ -112,8 +106,7 @@ def write(found: Results, where: dict, speed: Path, readme: Path, results: Path)
         tables = origin % link + tables
         text = page.read_text()
         before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-        with atomic_write(page) as temporary:
-            temporary.write_text(before + BEGIN + tables + END + after)
+        atomic_text(page, before + BEGIN + tables + END + after)
     print(f"{path}, {speed} and {readme} are written")
 
 

@@ -1,5 +1,6 @@
 """Draws the curves of one run or of several over each other: python -m tools.plot runs/A [runs/B ...]."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,20 +33,16 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
         runs: run folders.
         out: picture to write; curves.png in the run's folder, or beside several, unless given.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     if not runs:
         raise UserError("name at least one run folder, such as runs/image-mae-pico")
     tables = {run.name: _read(run) for run in runs}
     panels = panels_of(tables)
-    figure, axes = pyplot.subplots(-(-len(panels) // 2), 2, figsize=(11, 3.2 * -(-len(panels) // 2)))
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        draw(axis, panel, tables)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.remove()
+    lines = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(11, 3.2 * lines))
+    for number, panel in enumerate(panels, start=1):
+        draw(figure.add_subplot(lines, 2, number), panel, tables)
     figure.suptitle(", ".join(tables))
     figure.tight_layout()
     path = out or (runs[0] if len(runs) == 1 else runs[0].parent) / "curves.png"

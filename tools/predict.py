@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from tools.videos import load_video
 from train import distributed, setup
 from train.config import Config, FinetuneConfig, MaeConfig
 from train.distributed import World
-from train.evaluate import batches_of, read_config
+from train.evaluate import batches_of, load_model, read_config, weights_of
 from train.pictures import save_reconstructions
 
 DRAWN = 24  # inputs in a reconstruction picture at most: they are one batch
@@ -61,10 +60,7 @@ def predict(
     config, classes, packing = read_run(run)
     if config.data.frames == 1:
         inputs = tuple(picture for path in inputs for picture in pictures_of(path))
-    init = weights or run / "model.safetensors"
-    if not init.exists():
-        raise UserError(f"{init} does not exist; let the run finish first, or name a file with --weights")
-    config = replace(config, model=replace(config.model, init=str(init)))
+    weights = weights_of(run, weights)
     names = [readable(str(path)) for path in inputs]
     with tempfile.TemporaryDirectory() as folder:
         reasons = pack(config, inputs, packing, Path(folder))
@@ -72,9 +68,7 @@ def predict(
         if read:
             catalogue = open_catalogue(folder, "val")
             world = distributed.start(device)
-            model = setup.build_model(config, len(classes))
-            print(setup.warm_start(model, config, whole=True))
-            ready = Normalised(model, config.data.frames).to(world.device).eval()
+            ready = load_model(config, weights, len(classes), world)
             if isinstance(config, MaeConfig):
                 path, rows = out or run / "predict.png", min(DRAWN, len(read))
                 save_reconstructions(config, world.device, path, ready, catalogue, rows)

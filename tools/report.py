@@ -17,7 +17,7 @@ from string import Template
 import tyro
 
 from pipelines.errors import UserError, run_cli
-from pipelines.files import atomic_write
+from pipelines.files import atomic_text
 from tools.plot import Panel, Tables, draw, panels_of
 from train.config import flatten
 from train.metrics import read_csv
@@ -63,8 +63,7 @@ def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
     template = Template(Path(__file__).with_suffix(".html").read_text())
     page = template.substitute(name=escape(run.resolve().name), state=escape(state(run)), body=body)
     path = out or run / "report.html"
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+    atomic_text(path, page)
     return path
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.catalogue import FORMAT_VERSION, SCHEMA
-from pipelines.files import atomic_write
+from pipelines.files import atomic_text, atomic_write
 from tools.images import BadImage, Packed
 
 PLAN_FILE = ".plan.json"
@@ -126,8 +126,7 @@ def pack_shard(job: Job) -> tuple[int, int]:
         tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         index = [line for sample in job.samples if (line := _add_sample(tar, sample, job, rows))]
-    with atomic_write(stem.with_suffix(".idx")) as path:
-        path.write_text("".join([f"v1.2 {len(index)}\n", *index]))
+    atomic_text(stem.with_suffix(".idx"), "".join([f"v1.2 {len(index)}\n", *index]))
     with atomic_write(stem.with_suffix(".parquet")) as path:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
     return len(index), len(rows) - len(index)
@@ -211,8 +210,7 @@ def finish(plan: Plan, out: Path) -> None:
         "packing": plan.settings(),
         "tar_bytes": {split: [tar.stat().st_size for tar in paths] for split, paths in tars.items()},
     }
-    with atomic_write(out / "dataset.json") as path:
-        path.write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n")
+    atomic_text(out / "dataset.json", json.dumps(info, indent=1, ensure_ascii=False) + "\n")
 
 
 def merge(out: Path, split: str) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Checkpoints: whole or absent, checked by a digest, the damaged ones passed over aloud."""
 
-import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from pipelines.errors import UserError
-from pipelines.files import atomic_write
+from pipelines.files import atomic_text, atomic_write, sha256_of
 
 
 class Writer:
@@ -52,10 +51,8 @@ def save(folder: Path, step: int, state: dict, keep: int) -> Path:
     path = folder / f"step-{step:09d}.pt"
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
-        digest = _digest(temporary)
         # Written before the rename: a checkpoint under its final name always has its digest beside it.
-        with atomic_write(_digest_path(path)) as note:
-            note.write_text(digest)
+        atomic_text(_digest_path(path), sha256_of(temporary))
     for old in _all(folder)[:-keep]:
         old.unlink()
         _digest_path(old).unlink(missing_ok=True)
@@ -68,18 +65,12 @@ def load_newest(folder: Path, device: torch.device) -> tuple[dict | None, list[s
     """The newest undamaged checkpoint, and one sentence for each newer one that had to be passed over."""
     complaints = []
     for path in reversed(_all(folder)):
-        problem = _problem(path)
-        if problem is None:
+        note = _digest_path(path)
+        if note.exists() and sha256_of(path) == note.read_text():
             return torch.load(path, map_location=device, weights_only=True), complaints
+        problem = "is damaged (its digest does not match)" if note.exists() else "has no digest beside it"
         complaints.append(f"checkpoint {path} {problem}; falling back to the one before it")
     return None, complaints
-
-
-def _problem(path: Path) -> str | None:
-    note = _digest_path(path)
-    if not note.exists():
-        return "has no digest beside it"
-    return None if _digest(path) == note.read_text() else "is damaged (its digest does not match)"
 
 
 def _all(folder: Path) -> list[Path]:
@@ -88,8 +79,3 @@ def _all(folder: Path) -> list[Path]:
 
 def _digest_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

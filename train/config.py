@@ -151,19 +151,23 @@ class SpeedConfig:
     """torch.compile: auto (on CUDA), yes or no."""
     threads: int = 0
     """DALI threads per process; 0 = chosen from the machine."""
-    hw_decoder_load: float = 0.65
-    """Share of the JPEGs that the GPU's decoding engines take, where it has them."""
 
 
 @dataclass(frozen=True)
-class MaeConfig:
-    """Masked-autoencoder pretraining."""
+class Groups:
+    """The groups of settings that both kinds of training have."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+
+
+@dataclass(frozen=True)
+class MaeConfig(Groups):
+    """Masked-autoencoder pretraining."""
+
     mask_ratio: float = 0.6
     """Share of mask units hidden."""
     decode_ratio: float = 1.0
@@ -173,14 +177,9 @@ class MaeConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Groups):
     """Supervised finetuning."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    speed: SpeedConfig = field(default_factory=SpeedConfig)
     freeze: str = "none"
     """none, or trunk: only the last norm and the head learn (a linear probe)."""
     smoothing: float = 0.1
@@ -206,15 +205,13 @@ def parse(presets: Mapping[str, Config], program: str) -> Config:
     """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words."""
     import tyro
 
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0].startswith("-"):
-        wanted = "help" if arguments and arguments[0] in ("-h", "--help") else "preset"
-        text = f"usage: python -m {program} PRESET [--dotted.overrides]; presets: {', '.join(presets)}"
-        if wanted == "help":
-            print(f"{text}\nEvery setting of a preset: python -m {program} PRESET --help")
-            sys.exit(0)
-        raise UserError(f"name a preset first; {text}")
-    name = arguments[0]
+    name, *overrides = sys.argv[1:] or [""]
+    usage = f"usage: python -m {program} PRESET [--dotted.overrides]; presets: {', '.join(presets)}"
+    if name in ("-h", "--help"):
+        print(f"{usage}\nEvery setting of a preset: python -m {program} PRESET --help")
+        sys.exit(0)
+    if not name or name.startswith("-"):
+        raise UserError(f"name a preset first; {usage}")
     if name not in presets:
         kind = "ft" if "-ft-" in name else "mae" if "-mae-" in name else ""
         if kind and not any(f"-{kind}-" in known for known in presets):
@@ -225,7 +222,7 @@ def parse(presets: Mapping[str, Config], program: str) -> Config:
     config, unknown = tyro.cli(
         type(preset),
         default=preset,
-        args=arguments[1:],
+        args=overrides,
         prog=f"python -m {program} {name}",
         return_unknown_args=True,
         config=(tyro.conf.FlagConversionOff,),

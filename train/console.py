@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,19 +12,15 @@ BARS, CURVE = "▁▂▃▄▅▆▇█", 30
 
 
 class Screen:
-    """Rank 0's voice; on other ranks every method does nothing."""
+    """Rank 0's voice, on the screen and at the end of `log`; on other ranks every method does nothing."""
 
-    def __init__(self, speaks: bool) -> None:
+    def __init__(self, speaks: bool, log: Path) -> None:
         self._speaks = speaks
         self._console = Console(highlight=False, soft_wrap=True)
-        self._file: IO[str] | None = None
+        self._file = log.open("a", buffering=1) if speaks else None
         self._progress: Progress | None = None
         self._losses: list[float] = []
         self._scores: list[str] = []
-
-    def log_to(self, path: Path) -> None:
-        """Append every line to `path` as well."""
-        self._file = path.open("a", buffering=1) if self._speaks else None
 
     def line(self, text: str) -> None:
         if not self._speaks:

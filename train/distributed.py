@@ -120,16 +120,6 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean of a tensor over all processes."""
-    return total(values) / world_size()
-
-
-def world_size() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def gather(values: torch.Tensor) -> torch.Tensor:
     """Every process's tensor [n] as [processes, n]."""
     if not dist.is_initialized():

@@ -26,12 +26,15 @@ from train.distributed import World
 from train.setup import Autocast
 
 
-def batches_of(config: Config, world: World, catalogue: Catalogue, views: tuple[int, int]) -> Iterator[Batch]:
-    """This process's part of a split, in temporal x spatial `views`."""
+def batches_of(
+    config: Config, world: World, catalogue: Catalogue, views: tuple[int, int], samples: int = 0
+) -> Iterator[Batch]:
+    """This process's part of a split, in temporal x spatial `views`; `samples` a batch, 0: as configured."""
+    fitting = max(1, (config.speed.eval_batch or config.speed.micro_batch) // (views[0] * views[1]))
     return eval_batches(
         catalogue,
         setup.view_spec(config, evaluation=True),
-        batch=max(1, (config.speed.eval_batch or config.speed.micro_batch) // (views[0] * views[1])),
+        batch=samples or fitting,
         rank=world.rank,
         world=world.size,
         device=world.device,
@@ -129,15 +132,28 @@ def read_config(run: Path, data: Path | None = None) -> Config:
     return replace(config, data=replace(config.data, path=data)) if data else config
 
 
+def weights_of(run: Path, other: Path | None) -> Path:
+    """A run's final weights, or the `other` ones asked for. Raises UserError where there are none."""
+    weights = other or run / "model.safetensors"
+    if not weights.exists():
+        raise UserError(f"{weights} does not exist; let the run finish, or name a file: WEIGHTS= (--weights)")
+    return weights
+
+
+def load_model(config: Config, weights: Path, classes: int, world: World, exactly: bool = True) -> Normalised:
+    """The configured model with such weights, which must be its own where `exactly`, ready to evaluate."""
+    config = replace(config, model=replace(config.model, init=str(weights)))
+    model = setup.build_model(config, classes)
+    print(setup.warm_start(model, config, whole=exactly))
+    return Normalised(model, config.data.frames).to(world.device).eval()
+
+
 def evaluate(arguments: Arguments) -> dict[str, float]:
     """Load the run's configuration and weights and evaluate them in this process; raises UserError."""
     config = read_config(arguments.run, arguments.data)
     if arguments.views and isinstance(config, FinetuneConfig):
         config = replace(config, views=arguments.views)
-    weights = arguments.weights or arguments.run / "model.safetensors"
-    if not weights.exists():
-        raise UserError(f"{weights} does not exist; let the run finish first, or name a file with WEIGHTS=")
-    config = replace(config, model=replace(config.model, init=str(weights)))
+    weights = weights_of(arguments.run, arguments.weights)
     world = distributed.start(arguments.device)
     autocast, words = setup.precision(config, world)
     print(words)
@@ -145,9 +161,7 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     if catalogue is None:
         raise UserError(f"{config.data.path} has no validation samples")
     rundir.check_classes(arguments.run, catalogue.info)
-    model = setup.build_model(config, len(catalogue.info.classes))
-    print(setup.warm_start(model, config, whole=True))
-    ready = Normalised(model, config.data.frames).to(world.device)
+    ready = load_model(config, weights, len(catalogue.info.classes), world)
     if isinstance(config, MaeConfig):
         return mae_evaluation(config, world, autocast, ready, catalogue)
     # The run's own record stays as it is when something else is evaluated.

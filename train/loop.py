@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines import loader
 from pipelines.catalogue import Catalogue, open_catalogue
 from pipelines.errors import UserError
-from pipelines.files import atomic_write
+from pipelines.files import atomic_text, atomic_write
 from pipelines.inputs import Normalised
 from train import checkpoint, distributed, rundir, setup
 from train.config import Config
@@ -96,13 +96,12 @@ def fit(config: Config, make_task: MakeTask) -> int:
     # ---- processes, folder, log
     world = distributed.start(config.speed.device, config.speed.timeout)
     torch.set_num_threads(setup.torch_threads(world))
-    screen = Screen(world.is_main)
     run = rundir.folder_of(config)
     catalogue = open_catalogue(config.data.path, "train")
     validation = setup.open_validation(config)
     note = {"processes": world.size}
     lock = rundir.open_run(config, catalogue.info, note) if world.is_main else None
-    screen.log_to(run / "log.txt")
+    screen = Screen(world.is_main, run / "log.txt")
     screen.line(f"run {run}: {world.size} process(es) on {setup.device_words(world)}")
     autocast, words = setup.precision(config, world)
     screen.line(words)
@@ -128,7 +127,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     optimizer = make_optimizer(model, config.optim)
     schedule = make_schedule(optimizer, config.optim, steps, per_epoch)
     ema = make_ema(model, config.optim)
-    state = State(model, optimizer, ema, Meters.fresh(world.device))
+    state = State(model, optimizer, ema, Meters(world.device))
 
     # ---- resume
     saved, complaints = checkpoint.load_newest(run / "checkpoints", world.device)
@@ -214,8 +213,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
         from train.card import card  # here: it needs the models, and a launcher does not
 
         last_row = [{}, *read_csv(run / "metrics.csv")][-1]
-        with atomic_write(run / "model_card.md") as temporary:
-            temporary.write_text(card(config, catalogue.info, last_row, steps))
+        atomic_text(run / "model_card.md", card(config, catalogue.info, last_row, steps))
         _export(state.evaluated, config, run / "model.safetensors", steps)  # last: it ends the run
         screen.line(f"done: {run}/model.safetensors after {clock.elapsed():.0f} s of training")
         lock.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from train.distributed import World, gather, mean, world_size
+from train.distributed import World, gather
 
 LOSS, NORM, BAD, GOOD, SKIPPED, IN_A_ROW = range(6)
 
@@ -15,12 +15,8 @@ LOSS, NORM, BAD, GOOD, SKIPPED, IN_A_ROW = range(6)
 class Meters:
     """Sums kept on the device: loss, gradient norm, replaced rows, good and skipped steps, skips in a row."""
 
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
-
-    @classmethod
-    def fresh(cls, device: torch.device) -> "Meters":
-        return cls(torch.zeros(6, device=device, dtype=torch.float64))
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(6, device=device, dtype=torch.float64)
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor, bad: int) -> None:
         """Count a step; `bad` is the number of its rows that stand in for damaged samples."""
@@ -40,10 +36,10 @@ class Meters:
 
     def take(self) -> torch.Tensor:
         """Means over all processes, on their way to the host; sums start anew, counts of faults go on."""
-        taken = self.values.clone()
-        taken[:BAD] /= taken[GOOD]
-        taken[:GOOD] = mean(taken[:GOOD])
-        taken[BAD] *= world_size()
+        rows = self.gathered()
+        taken = rows.mean(0)
+        taken[:BAD] /= taken[GOOD]  # as many in every process
+        taken[BAD] *= len(rows)
         self.values[[LOSS, NORM, GOOD]] = 0
         return taken.to("cpu", non_blocking=True)
 

@@ -11,21 +11,11 @@ import pyarrow.parquet as pq
 from pipelines.files import atomic_write
 
 INTEGERS = ("step", "samples", "skipped", "bad", "held_out")
-COMMON = (
-    "epoch",
-    "samples",
-    "grad_norm",
-    "samples_per_s",
-    "step_ms",
-    "data_wait_ms",
-    "mfu",
-    "max_mem_gb",
-    "skipped",
-    "bad",
-)
+SPEED = ("samples_per_s", "step_ms", "data_wait_ms", "mfu", "max_mem_gb")
+COMMON = ("epoch", "samples", "grad_norm", *SPEED, "skipped", "bad")
 MAE_COLUMNS = ("time", "step", "loss_train", "lr", "loss_val", *COMMON)
 FINETUNE_COLUMNS = ("time", "step", "loss", "lr", "acc", *COMMON, "acc5", "loss_val", "held_out")
-TIMING_COLUMNS = ("time", "samples_per_s", "step_ms", "data_wait_ms", "mfu", "max_mem_gb")
+TIMING_COLUMNS = ("time", *SPEED)
 
 Row = Mapping[str, float | int | None]
 

@@ -10,10 +10,11 @@ from torch import nn
 from pipelines.catalogue import Catalogue
 from pipelines.files import atomic_write
 from pipelines.inputs import Normalised
-from pipelines.loader import eval_batches
 from pipelines.sampler import keep_units
 from train import setup
 from train.config import MaeConfig
+from train.distributed import World
+from train.evaluate import batches_of
 
 SHOWN_SAMPLES, SHOWN_FRAMES = 6, 4
 GAP, HEADER = 4, 16
@@ -36,17 +37,7 @@ def save_reconstructions(
     from models.mae import reconstruct
 
     units, kept = setup.check_masking(config, model.model)
-    batch = next(
-        eval_batches(
-            catalogue,
-            setup.view_spec(config),
-            batch=rows,
-            rank=0,
-            world=1,
-            device=device,
-            threads=config.speed.threads,
-        )
-    )
+    batch = next(batches_of(config, World(0, 1, device), catalogue, (1, 1), rows))
     count = int(batch.valid.sum())
     inputs = model.normalise(batch.pixels)[:count]
     keep = torch.from_numpy(keep_units(0, batch.epochs, batch.ids, units, kept))[:count].to(device)

@@ -19,7 +19,7 @@ from pipelines.inputs import Normalised
 from train import distributed, setup
 from train.config import Config, FinetuneConfig, MaeConfig
 from train.distributed import World
-from train.evaluate import batches_of, read_config
+from train.evaluate import batches_of, load_model, read_config, weights_of
 from train.setup import Autocast
 
 TEMPERATURE = 0.07
@@ -50,7 +50,7 @@ def probe(arguments: Arguments) -> dict[str, float]:
         raise UserError(
             f"{config.data.path} has samples without a class, or an empty split; give other --data"
         )
-    weights = arguments.weights or arguments.run / "model.safetensors"
+    weights = weights_of(arguments.run, arguments.weights)
     world = distributed.start(arguments.device)
     autocast, _ = setup.precision(config, world)
     model = encoder(config, weights, len(splits[0].info.classes), world)
@@ -71,10 +71,7 @@ def encoder(config: Config, weights: Path, classes: int, world: World) -> Normal
         name = config.model.name.removeprefix("mae_")
         shared = {part: getattr(config, part) for part in ("data", "optim", "run", "speed")}
         config = FinetuneConfig(**shared, model=replace(config.model, name=name, reuse_encoder_norm=True))
-    config = replace(config, model=replace(config.model, init=str(weights)))
-    model = setup.build_model(config, classes)
-    print(setup.warm_start(model, config))
-    return Normalised(model, config.data.frames).to(world.device).eval()
+    return load_model(config, weights, classes, world, exactly=False)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The run folder: one writer, one configuration, and a record of where the numbers came from."""
 
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -10,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import IO
@@ -19,7 +18,7 @@ import torch
 
 from pipelines.catalogue import DatasetInfo
 from pipelines.errors import UserError
-from pipelines.files import atomic_write
+from pipelines.files import atomic_text, sha256_of
 from train.config import Config, differences, to_dict
 
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "webdataset", "pyarrow", "numpy")
@@ -78,17 +77,18 @@ def open_run(config: Config, info: DatasetInfo, note: Mapping[str, object]) -> I
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is training in {folder}; wait for it, or use another RUN"
+        ) from error
     except OSError as error:
         raise UserError(
             f"the run folder {folder} cannot be written ({error.strerror}); choose another --run.root"
         ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(
-            f"another process is training in {folder}; wait for it, or use another RUN"
-        ) from error
-    data = {"classes": info.classes, "splits": info.splits, "sha256": checksums(info)}
+    # Each split's catalogue holds the checksum of every sample.
+    checksums = {split: sha256_of(info.root / f"{split}.parquet") for split in info.splits}
+    data = {"classes": info.classes, "splits": info.splits, "sha256": checksums}
     kept = folder / "data.json"
     resumes = any(folder.glob("checkpoints/*.pt")) and kept.exists() and "data" not in config.run.allow
     if resumes and json.loads(kept.read_text())["sha256"] != data["sha256"]:
@@ -98,18 +98,8 @@ def open_run(config: Config, info: DatasetInfo, note: Mapping[str, object]) -> I
         )
     files = {"config.json": to_dict(config), "env.json": {**environment(), **note}, "data.json": data}
     for name, values in files.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps(values, indent=2) + "\n")
+        atomic_text(folder / name, json.dumps(values, indent=2) + "\n")
     return lock
-
-
-def checksums(info: DatasetInfo) -> dict[str, str]:
-    """The sha256 of every split's catalogue, which holds that of every sample."""
-    found = {}
-    for split in info.splits:
-        with (info.root / f"{split}.parquet").open("rb") as file:
-            found[split] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def environment() -> dict[str, object]:
@@ -118,7 +108,7 @@ def environment() -> dict[str, object]:
     return {
         "command": shlex.join(sys.orig_argv),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(PACKAGES),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "gpus": gpus,
@@ -127,11 +117,10 @@ def environment() -> dict[str, object]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Which version of each package is installed, None where it is not."""
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    return {name: installed.get(name) for name in packages}
 
 
 def _commit() -> str | None:

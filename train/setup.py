@@ -5,6 +5,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +16,40 @@ from pipelines import loader
 from pipelines.catalogue import Catalogue, check_shards, open_catalogue, read_info
 from pipelines.errors import UserError
 from pipelines.inputs import Normalised
+from pipelines.plans import check_kind
 from train import distributed, rundir
-from train.config import REFERENCE, Config, FinetuneConfig, MaeConfig
+from train.config import REFERENCE, Config, FinetuneConfig, MaeConfig, flatten, to_dict
 from train.distributed import World
 from train.optim import scaled_lr
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
+TINY, HUGE = 1e-9, float("inf")
+LIMITS = (  # least, most, and the settings that keep to them
+    (TINY, HUGE, ("optim.epochs",)),
+    (1, HUGE, ("optim.batch", "optim.lr_batch", "speed.micro_batch", "speed.timeout")),
+    (1, HUGE, ("run.log_every", "run.eval_every", "run.checkpoint_every", "run.keep")),
+    (1, HUGE, ("data.frames", "data.stride", "data.repeats", "data.window")),
+    (0, HUGE, ("speed.restarts", "data.augment.layers", "data.augment.jitter", "mixup", "cutmix")),
+    (0, 1, ("data.flip", "data.max_bad", "data.augment.probability", "data.augment.erase")),
+    (0, 10, ("data.augment.magnitude",)),
+    (TINY, 1, ("optim.layer_decay", "data.crop")),
+    (0, 1 - TINY, ("optim.ema", "model.drop_path", "model.dropout", "smoothing")),
+)
+WORDS = {
+    "speed.precision": ("auto", "bf16", "fp32", "tf32"),
+    "speed.compile": ("auto", "yes", "no"),
+    "optim.name": ("adamw", "sgd"),
+    "data.order": ("random", "local"),
+    "freeze": ("none", "trunk"),
+    "protocol": ("", REFERENCE),
+}
 
 
 def check(config: Config) -> None:
     """Find what can be wrong before any process starts; raises UserError."""
     check_ranges(config)
     info = read_info(config.data.path)
-    wanted = "image" if config.data.frames == 1 else "video"
-    if info.kind != wanted:
-        other = "video-*" if info.kind == "video" else "image-*"
-        raise UserError(
-            f"{config.data.path} holds {info.kind} shards and this preset reads {wanted}s; "
-            f"use a preset {other}"
-        )
+    check_kind(info, config.data.frames)
     if "train" not in info.splits:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack_*")
     check_shards(info)
@@ -42,71 +59,31 @@ def check(config: Config) -> None:
 
 def check_ranges(config: Config) -> None:
     """Raise UserError for a setting that is out of its range, or none of the words it can be."""
-    optim, run, speed = config.optim, config.run, config.speed
-    data = config.data
-    tiny, huge = 1e-9, float("inf")
-    limits: list[tuple[str, float, float, float]] = [
-        ("optim.batch", optim.batch, 1, huge),
-        ("optim.lr_batch", optim.lr_batch, 1, huge),
-        ("optim.epochs", optim.epochs, tiny, huge),
-        ("optim.layer_decay", optim.layer_decay, tiny, 1),
-        ("optim.ema", optim.ema, 0, 1 - tiny),
-        ("speed.micro_batch", speed.micro_batch, 1, huge),
-        ("speed.restarts", speed.restarts, 0, huge),
-        ("speed.timeout", speed.timeout, 1, huge),
-        ("run.log_every", run.log_every, 1, huge),
-        ("run.eval_every", run.eval_every, 1, huge),
-        ("run.checkpoint_every", run.checkpoint_every, 1, huge),
-        ("run.keep", run.keep, 1, huge),
-        ("data.frames", data.frames, 1, huge),
-        ("data.stride", data.stride, 1, huge),
-        ("data.repeats", data.repeats, 1, huge),
-        ("data.window", data.window, 1, huge),
-        ("data.crop", data.crop, tiny, 1),
-        ("data.flip", data.flip, 0, 1),
-        ("data.max_bad", data.max_bad, 0, 1),
-        ("data.scale's first", data.scale[0], tiny, data.scale[1]),
-        ("data.scale's second", data.scale[1], tiny, 1),
-        ("data.ratio's first", data.ratio[0], tiny, data.ratio[1]),
-        ("data.augment.layers", data.augment.layers, 0, huge),
-        ("data.augment.magnitude", data.augment.magnitude, 0, 10),
-        ("data.augment.probability", data.augment.probability, 0, 1),
-        ("data.augment.jitter", data.augment.jitter, 0, huge),
-        ("data.augment.erase", data.augment.erase, 0, 1),
-        ("model.drop_path", config.model.drop_path, 0, 1 - tiny),
-        ("model.dropout", config.model.dropout, 0, 1 - tiny),
+    values: dict[str, Any] = flatten(to_dict(config))
+    limits = [(key, values[key], low, high) for low, high, keys in LIMITS for key in keys if key in values]
+    scale, ratio = config.data.scale, config.data.ratio
+    limits += [
+        ("data.scale's first", scale[0], TINY, scale[1]),
+        ("data.scale's second", scale[1], TINY, 1),
+        ("data.ratio's first", ratio[0], TINY, ratio[1]),
     ]
     if isinstance(config, FinetuneConfig):
-        limits += [
-            ("smoothing", config.smoothing, 0, 1 - tiny),
-            ("mixup", config.mixup, 0, huge),
-            ("cutmix", config.cutmix, 0, huge),
-            ("views", min(config.views), 1, huge),
-        ]
+        limits.append(("views", min(config.views), 1, HUGE))
     for key, value, low, high in limits:
         if not low <= value <= high:
-            least = "more than 0" if low == tiny else f"at least {low:g}"
-            most = (
-                "" if high == huge else " and less than 1" if high == 1 - tiny else f" and at most {high:g}"
-            )
+            least = "more than 0" if low == TINY else f"at least {low:g}"
+            most = {HUGE: "", 1 - TINY: " and less than 1"}.get(high, f" and at most {high:g}")
             raise UserError(f"{key} is {value}; it must be {least}{most}")
-    for key, value, known in (
-        ("speed.precision", speed.precision, ("auto", "bf16", "fp32", "tf32")),
-        ("optim.name", optim.name, ("adamw", "sgd")),
-        ("speed.compile", speed.compile, ("auto", "yes", "no")),
-        ("data.order", config.data.order, ("random", "local")),
-    ):
-        if value not in known:
-            raise UserError(f"{key} is '{value}'; it can be {', '.join(known)}")
+    for key, known in WORDS.items():
+        if key in values and values[key] not in known:
+            words = ", ".join(word or "empty" for word in known)
+            raise UserError(f"{key} is '{values[key]}'; it can be {words}")
     # An absolute name begins with an empty part; make hands names on through a shell.
-    if {"", ".", ".."} & set(run.name.split("/")) or re.search(r"[\s'\"]", run.name):
+    if {"", ".", ".."} & set(config.run.name.split("/")) or re.search(r"[\s'\"]", config.run.name):
         raise UserError(
-            f"run.name is '{run.name}'; it must name a folder below {run.root}, without blanks or quotes"
+            f"run.name is '{config.run.name}'; it must name a folder below {config.run.root}, without blanks "
+            "or quotes"
         )
-    if isinstance(config, FinetuneConfig) and config.freeze not in ("none", "trunk"):
-        raise UserError(f"freeze is '{config.freeze}'; it can be none, trunk")
-    if isinstance(config, FinetuneConfig) and config.protocol not in ("", REFERENCE):
-        raise UserError(f"protocol is '{config.protocol}'; it can be empty or {REFERENCE}")
 
 
 def by_reference(config: Config) -> bool:
@@ -127,20 +104,9 @@ def open_validation(config: Config) -> Catalogue | None:
 def view_spec(config: Config, evaluation: bool = False) -> loader.ViewSpec:
     """How samples are cut and augmented, as the loader wants it."""
     data = config.data
-    return loader.ViewSpec(
-        start=(40 if evaluation else 10) if by_reference(config) else None,
-        size=data.size,
-        frames=data.frames,
-        stride=data.stride,
-        scale=data.scale,
-        ratio=data.ratio,
-        flip=data.flip,
-        interpolation=data.interpolation,
-        crop_fraction=data.crop,
-        repeats=data.repeats,
-        same_clip=data.same_clip,
-        augment=data.augment,
-    )
+    start = (40 if evaluation else 10) if by_reference(config) else None
+    shared = {f.name: getattr(data, f.name) for f in fields(loader.ViewSpec) if hasattr(data, f.name)}
+    return loader.ViewSpec(start=start, crop_fraction=data.crop, **shared)
 
 
 def plan_words(
@@ -190,7 +156,6 @@ def training_batches(
         order=config.data.order,
         window=config.data.window,
         max_bad=config.data.max_bad,
-        hw_decoder_load=config.speed.hw_decoder_load,
     )
 
 
@@ -329,12 +294,9 @@ def device_words(world: World) -> str:
 
 
 def torch_threads(world: World) -> int:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return (
-        max(1, len(os.sched_getaffinity(0)) // local)
-        if world.device.type == "cpu"
-        else torch.get_num_threads()
-    )
+    if world.device.type == "cuda":
+        return torch.get_num_threads()
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def check_masking(config: MaeConfig, model: nn.Module) -> tuple[int, int]:
