@@ -254,7 +254,7 @@ def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Pa
         "views is 0": replace(tuning, views=(0, 3)),
         "freeze is 'all'; it can be none, trunk": replace(tuning, freeze="all"),
         "run.name is '../x'; it must name a folder": replace(tuning, run=replace(tuning.run, name="../x")),
-        "run.name is 'my run'; it must name a folder": replace(tuning, run=replace(tuning.run, name="my run")),
+        "run.name is 'a b'; it must name a folder": replace(tuning, run=replace(tuning.run, name="a b")),
         "run.name is '/x'; it must name a folder": replace(tuning, run=replace(tuning.run, name="/x")),
     }
     broken = tmp_path / "broken"
