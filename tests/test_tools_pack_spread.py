@@ -1,5 +1,6 @@
 """Packing on several machines: parts and Ray give the bytes of one machine; bad nodes are named."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -53,9 +54,11 @@ def test_parts_side_by_side_and_a_last_run_give_the_bytes_of_one_run(tmp_path):
     out = tmp_path / "parts"
     parts = [start(source, out, "--workers", 1, "--shard-range", f"{i}/3") for i in (1, 2, 3)]
     wait_for(lambda: len(list(out.glob("*/*.parquet"))) > 5)
+    parts[0].send_signal(signal.SIGSTOP)  # so that it cannot be finished before it is looked for
     parts[2].kill()  # leaves its temporary file
     with pytest.raises(UserError, match=r"another process is packing into .*parts; wait for it"):
         pack_images(source, out, shard_size=2)
+    parts[0].send_signal(signal.SIGCONT)
     for part in parts[:2]:
         said, errors = part.communicate(timeout=120)
         assert part.returncode == 0, errors
