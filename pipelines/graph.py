@@ -38,7 +38,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a graph is built; `threads` and what follows change its speed, not its output."""
+    """How a graph is built; `hw_decoder_load` and what follows change its speed, not its output."""
 
     samples: int
     clip: int  # frames per sample
@@ -48,6 +48,7 @@ class Settings:
     device: torch.device
     threads: int
     prefetch: int = 2
+    hw_decoder_load: float = 0.65  # share of the JPEGs for the GPU's decoding engines
     resize_on_cpu: bool = False  # resample inside the graph without a GPU too: for tests and comparisons
 
     @property
@@ -79,6 +80,8 @@ def build_pipeline(source: Callable[[int], Feed], settings: Settings) -> Pipelin
         return tuple(inputs)
 
     gpu = settings.device.type == "cuda"
+    # Fancy upsampling makes the GPU's chroma equal the CPU's.
+    decoding = {"jpeg_fancy_upsampling": True, "hw_decoder_load": settings.hw_decoder_load}
     kind, antialias = FILTERS[settings.interpolation]
     pipeline = Pipeline(
         settings.frames, settings.threads, gpu_index(settings.device), prefetch_queue_depth=settings.prefetch
@@ -88,8 +91,7 @@ def build_pipeline(source: Callable[[int], Feed], settings: Settings) -> Pipelin
             source=feed, num_outputs=3 + step * copies, batch=True, batch_info=True
         )
         place = "mixed" if gpu else "cpu"
-        # Fancy upsampling makes the GPU's chroma equal the CPU's.
-        pixels = fn.decoders.image_slice(jpegs, anchors, shapes, device=place, jpeg_fancy_upsampling=True)
+        pixels = fn.decoders.image_slice(jpegs, anchors, shapes, device=place, **decoding)
         outputs: list[object] = [] if copies else [pixels]
         for first in range(0, len(rest), step):
             *window, size = rest[first : first + step]

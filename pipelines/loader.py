@@ -4,7 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -59,6 +59,7 @@ def train_batches(
     order: str = "random",
     window: int = 4096,
     max_bad: float = 0.001,
+    hw_decoder_load: float = 0.65,
 ) -> Iterator[Batch]:
     """Endless micro batches of this rank, `accumulate` of them per step, from `start_step` on.
 
@@ -89,6 +90,7 @@ def train_batches(
     faults = Faults(catalogue, device, seed, view.copies, unit=view.copies, limit=limit, replan=replan)
     rows = global_batch // (world * accumulate)
     settings = settings_of(view, rows, view.copies, device, threads)
+    settings = replace(settings, hw_decoder_load=hw_decoder_load)
     return (
         batch_of(faults, row_plan, augment(pixels, view.augment, seed, row_plan.epochs, row_plan.ids))
         for row_plan, pixels in run_plans(faults, plan, settings)

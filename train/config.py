@@ -151,6 +151,8 @@ class SpeedConfig:
     """torch.compile: auto (on CUDA), yes or no."""
     threads: int = 0
     """DALI threads per process; 0 = chosen from the machine."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs that the GPU's decoding engines take, where it has them."""
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,7 @@ def training_batches(
         order=config.data.order,
         window=config.data.window,
         max_bad=config.data.max_bad,
+        hw_decoder_load=config.speed.hw_decoder_load,
     )
 
 
