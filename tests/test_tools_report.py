@@ -41,9 +41,10 @@ def run(tmp_path: Path) -> Path:
     config = FINETUNE_PRESETS["image-ft-pico"]
     config = replace(config, data=replace(config.data, path=Path(f"shards/{EVIL}")))
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
-    (folder / "env.json").write_text(json.dumps({"command": EVIL, "packages": {"torch": "9.9"}, "gpus": []}))
-    steps = config.optim.batch * 10 / config.optim.epochs
-    (folder / "data.json").write_text(json.dumps({"splits": {"train": {"samples": steps}}}))
+    start = {"command": EVIL, "packages": {"torch": "9.9"}, "gpus": []}
+    (folder / "env.json").write_text(json.dumps([start]))
+    samples = config.optim.batch * 8 // int(config.optim.epochs)
+    (folder / "data.json").write_text(json.dumps({"splits": {"train": {"samples": samples}}}))
     write_metrics(folder, FINETUNE_COLUMNS, steps=8)
     (folder / "log.txt").write_text("".join(f"line {i} {EVIL}\n" for i in range(100)))
     (folder / "reconstruction.png").write_bytes(PNG)
@@ -116,7 +117,7 @@ def test_a_run_under_way_and_its_damage_are_told(run: Path):
     with (run / "metrics.csv").open("a") as file:
         file.write("12.5,9,0.")  # a row being written
     text = words(report(run).read_text())
-    assert "not finished: at step 8 of 10" in text
+    assert "not finished: at step 8 of 8" in text
     (told,) = re.findall(r"Not in this report: (.*)", text)
     for part in ("Reconstructions (reconstruction.png cannot be read", "Classes (per_class.parquet cannot"):
         assert part in told

@@ -90,9 +90,9 @@ def test_only_settings_that_change_results_count_as_differences():
     old = config.to_dict(MAE_PRESETS["image-mae-pico"])
     new = json.loads(json.dumps(old))
     new["speed"]["threads"], new["run"]["name"] = 9, "other"
-    assert config.differences(old, new) == []
+    assert config.differences(old, new) == {}
     new["optim"]["lr"] = 1.0
-    assert config.differences(old, new) == [f"optim.lr: {old['optim']['lr']} -> 1.0"]
+    assert config.differences(old, new) == {"optim.lr": f"{old['optim']['lr']} -> 1.0"}
 
 
 # ---- metrics
@@ -158,12 +158,12 @@ def test_checkpoints_keep_the_last_and_leave_no_leftovers(tmp_path: Path):
         checkpoint.save(tmp_path, step, {"step": step, "w": torch.full((3,), float(step))}, keep=2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"step-00000000{s}.{end}" for s in (2, 3) for end in ("pt", "sha256")]
-    state, complaints = checkpoint.load_newest(tmp_path, CPU)
-    assert state is not None and state["step"] == 3 and not complaints
+    newest, complaints = checkpoint.choose(tmp_path)
+    assert newest is not None and checkpoint.load(newest, CPU)["step"] == 3 and not complaints
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no digest"])
-def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path: Path, damage: str):
+def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path: Path, damage: str):
     for step in (1, 2):
         path = checkpoint.save(tmp_path, step, {"step": step}, keep=2)
     content = bytearray(path.read_bytes())
@@ -172,13 +172,44 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path: Path, damage
         path.with_suffix(".sha256").unlink()
     else:
         path.write_bytes({"cut": content[:100], "flipped": content, "empty": b""}[damage])
-    state, complaints = checkpoint.load_newest(tmp_path, CPU)
-    assert state == {"step": 1}
-    assert len(complaints) == 1 and "step-000000002" in complaints[0]
+    newest, complaints = checkpoint.choose(tmp_path)
+    assert newest is not None and checkpoint.load(newest, CPU) == {"step": 1}
+    assert len(complaints) == 1 and "step-000000002.pt is damaged" in complaints[0]
+    assert [p.name for p in tmp_path.glob("*.damaged")] == ["step-000000002.pt.damaged"]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_after_a_fallback_the_promised_number_of_checkpoints_is_kept(tmp_path: Path, keep: int):
+    """Damaged checkpoints of later steps must not make a new, good one look old."""
+    for step in range(4, 4 * (keep + 2), 4):
+        path = checkpoint.save(tmp_path, step, {"step": step}, keep=keep + 1)
+    path.write_bytes(b"damaged")
+    newest, _ = checkpoint.choose(tmp_path)
+    assert newest is not None
+    step = checkpoint.load(newest, CPU)["step"]
+    for later in (step + 1, step + 2):
+        checkpoint.save(tmp_path, later, {"step": later}, keep=keep)
+        newest, complaints = checkpoint.choose(tmp_path)
+        assert newest is not None and checkpoint.load(newest, CPU)["step"] == later and not complaints
+    assert len(list(tmp_path.glob("step-*.pt"))) == keep
 
 
 def test_no_checkpoint_means_a_fresh_start(tmp_path: Path):
-    assert checkpoint.load_newest(tmp_path / "none", CPU) == (None, [])
+    assert checkpoint.choose(tmp_path / "none") == (None, [])
+
+
+def test_if_no_checkpoint_is_valid_nothing_is_changed(tmp_path: Path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"step": step}, keep=2).write_bytes(b"damaged")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of the checkpoints in .* is valid .*; restore one"):
+            checkpoint.choose(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    for path in tmp_path.glob("step-*.pt"):
+        path.rename(f"{path}.damaged")
+    with pytest.raises(UserError, match="is valid"):
+        checkpoint.choose(tmp_path)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path):
@@ -188,7 +219,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path):
 
     checkpoint.save(tmp_path, 1, {"step": 1, "evil": Evil()}, keep=1)
     with pytest.raises(Exception, match=r"(?i)weights_only|unsupported"):
-        checkpoint.load_newest(tmp_path, CPU)
+        checkpoint.load(tmp_path / "step-000000001.pt", CPU)
     assert not (tmp_path / "owned").exists()
 
 

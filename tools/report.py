@@ -6,7 +6,6 @@ Everything is in the file: no script, no network. What the run has not written y
 import base64
 import io
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -19,8 +18,9 @@ import tyro
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
 from tools.plot import Panel, Tables, draw, panels_of
-from train.config import flatten
+from train.config import flatten, from_dict
 from train.metrics import read_csv
+from train.optim import total_steps
 
 INK = "#010203"  # stands for the page's text colour, light or dark, while matplotlib draws
 LOG_LINES, WEAKEST = 40, 20
@@ -69,17 +69,18 @@ def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
 
 def state(run: Path) -> str:
     """One line: what is trained, and whether it is finished or at which step."""
-    words, step, steps = [], 0, ""
+    words, step, steps, total = [], 0, "", 0
     try:
         config = json.loads((run / "config.json").read_text())
         words = [str(config["model"]["name"]), str(config["kind"])]
         words += ["accuracy is of the TRAINING videos"] * bool(config.get("protocol"))
         step = read_csv(run / "metrics.csv")[-1]["step"]
         samples = json.loads((run / "data.json").read_text())["splits"]["train"]["samples"]
-        steps = f" of {math.ceil(config['optim']['epochs'] * samples / config['optim']['batch'])}"
+        total = total_steps(from_dict(config).optim, samples)
+        steps = f" of {total}"
     except Exception:
-        pass  # as above: what was found until then is told
-    finished = (run / "model.safetensors").is_file()
+        pass  # as above: what was found until then is shown
+    finished = (run / "model.safetensors").is_file() and step >= total  # it is there while a run is extended
     words.append(f"finished after {step} steps" if finished else f"not finished: at step {step}{steps}")
     return f"{', '.join(words)}, page made {time.strftime('%Y-%m-%d %H:%M')}"
 
@@ -172,8 +173,10 @@ def settings(config: Path) -> str:
 
 
 def environment(env: Path) -> str:
-    """Versions, hardware, command, commit."""
-    return _table(flatten(json.loads(env.read_text())).items(), "")
+    """Versions, hardware, command and commit of the last start."""
+    starts = json.loads(env.read_text())
+    caption = f"the last of {len(starts)} starts; env.json has all" if len(starts) > 1 else ""
+    return _table(flatten(starts[-1]).items(), caption)
 
 
 def log(path: Path) -> str:

@@ -1,7 +1,7 @@
 """What a run is made of: frozen dataclasses, presets by name, dotted overrides from the command line.
 
-Keys that change results are kept apart from keys that change only speed (`speed.*`) and place (`run.name`,
-`run.root`): a run may be resumed with other values of the latter, never of the former.
+FREE names the settings that may change when a run is resumed. All others change results: they may change only
+if run.allow names them, and those in FIXED never.
 """
 
 import dataclasses
@@ -122,7 +122,7 @@ class RunConfig:
     keep: int = 2
     """How many checkpoints stay; the best weights stay besides, in best.safetensors."""
     allow: tuple[str, ...] = ()
-    """Settings that may differ from the run's on resume, such as optim.epochs."""
+    """Settings that may differ from the run's on resume, such as optim.epochs; `data` for other shards."""
     detail: bool = False
     """Also write every step of every process to detail/rank-N.csv."""
     max_skipped: int = 10
@@ -276,9 +276,29 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def differences(old: Mapping, new: Mapping) -> list[str]:
-    """The settings that change results and differ, as "key: old -> new"."""
-    free = ("speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "data.max_bad")
+# Settings that may change on resume, because they leave the result as it is.
+FREE = (
+    "speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "run.log_every",
+    "run.eval_every", "run.checkpoint_every", "run.max_skipped", "data.max_bad", "data.path",
+)  # fmt: skip
+# Settings that a run keeps, also with run.allow: its checkpoints or count of samples would not fit others.
+FIXED = (
+    "kind", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm", "data.size",
+    "data.frames", "data.repeats", "optim.name", "optim.batch", "decoder_heads", "protocol",
+)  # fmt: skip
+
+
+def differences(old: Mapping, new: Mapping) -> dict[str, str]:
+    """The settings that change results and differ, as {"optim.lr": "0.1 -> 0.2"}."""
     before, after = flatten(old), flatten(new)
-    keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(free)]
-    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
+    keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(FREE)]
+    return {k: f"{before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)}
+
+
+def allowed(config: Config) -> set[str]:
+    """The settings that run.allow names, and "data". Raises UserError for one that does not exist."""
+    known = {"data", *flatten(to_dict(config))}
+    names = {name.lstrip("-").replace("-", "_") for name in config.run.allow}
+    for name in sorted(names - known):
+        raise UserError(f"run.allow names '{name}', which is no setting{_hint(name, known)}")
+    return names

@@ -1,11 +1,14 @@
 """Processes and devices: starting them, summing over them, and stopping all of them at the same step."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,9 @@ import torch.distributed as dist
 from pipelines.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,10 @@ def launch(processes: int, restarts: int) -> None:
     module = sys.modules["__main__"].__spec__
     name = module.name if module else sys.argv[0]
     counts = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-    arguments = ["--standalone", *counts, "-m", name, *sys.argv[1:]]
+    # Under nohup SIGHUP is ignored; torchrun would handle it all the same.
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    handled = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"] if ignored else []
+    arguments = ["--standalone", *counts, *handled, "-m", name, *sys.argv[1:]]
     # One thread pool per process that together fill the machine; torchrun would otherwise force one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     # A store that outlives a restart gives gloo the addresses of processes that are gone: one a start.
@@ -134,28 +143,85 @@ def barrier() -> None:
         dist.barrier()
 
 
-class StopSignal:
-    """SIGTERM, SIGINT or SIGUSR1 seen by any process, acted on by all of them at the same step.
+def on_rank_0(world: World, function: Callable[[], T]) -> T | None:
+    """The result of `function` on rank 0, None elsewhere. If it raises UserError, all processes end.
 
-    The processes exchange one flag per step in the background and read it a step later, so nothing waits.
+    Only rank 0 raises it, so that the sentence is printed once; the others exit with its status, 2.
+    """
+    result, failure = None, ""
+    if world.is_main:
+        try:
+            result = function()
+        except UserError as error:
+            failure = str(error)
+    if failure := broadcast(failure):
+        fail(world, failure)
+    return result
+
+
+def fail(world: World, sentence: str) -> NoReturn:
+    """End a process with `sentence` on rank 0 and silently elsewhere; all processes must call it."""
+    if world.is_main:
+        raise UserError(sentence)
+    sys.exit(2)
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value, in all processes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def check_agreement(world: World, what: str, value: object, advice: str) -> None:
+    """End all processes, with UserError on rank 0, unless `value` is equal in all of them."""
+    values: list[object] = [value]
+    if dist.is_initialized():
+        values = [None] * world.size
+        dist.all_gather_object(values, value)
+    others = [str(rank) for rank, other in enumerate(values) if other != values[0]]
+    if others:
+        fail(world, f"{what} of rank {', '.join(others)} differ from those of rank 0; {advice}")
+
+
+class Stopped(Exception):
+    """A signal ended the evaluation; its argument is the signal's number."""
+
+
+class StopSignal:
+    """A signal in STOPPING seen by any process, acted on by all of them at the same moment.
+
+    The processes exchange one flag per call of `agreed` in the background and read it one call later, so that
+    nothing waits. A SIGHUP that is ignored, as under nohup, stays ignored.
     """
 
     def __init__(self, world: World, timeout: float) -> None:
         self.number = 0
+        self._reports = local_rank() == 0
         self._group: dist.ProcessGroup | None = None
         if world.size > 1:
             self._group = dist.new_group(  # pyrefly: ignore
                 backend="gloo", timeout=timedelta(seconds=timeout)
             )
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        for number in STOPPING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: object) -> None:
+        """Runs between two instructions of whatever the process is doing, hence os.write."""
+        if self.number and number == signal.SIGINT:
+            os._exit(128 + number)
+        if not self.number and self._reports:
+            again = "; press Ctrl-C again to stop at once without saving" if number == signal.SIGINT else ""
+            text = f"{signal.Signals(number).name}: stopping after this step and saving{again}\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
         self.number = number
 
     def agreed(self) -> int:
-        """The signal's number once every process knows of it, else 0. Call it once per step."""
+        """The signal's number once every process knows of it, else 0. All must call it equally often."""
         if self._group is None:
             return self.number
         previous = self.wait()
@@ -164,8 +230,13 @@ class StopSignal:
         self._pending = (work, flag) if work is not None else None
         return previous
 
+    def check(self) -> None:
+        """`agreed` for use inside an evaluation: raises Stopped."""
+        if number := self.agreed():
+            raise Stopped(number)
+
     def wait(self) -> int:
-        """Finish the exchange under way; gives what it agreed on."""
+        """Finish the exchange under way and return what it agreed on."""
         if self._pending is None:
             return 0
         work, flag = self._pending

@@ -4,7 +4,7 @@ Every validation sample counts once, whatever the batch size and the number of p
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,9 +52,11 @@ def classifier_evaluation(
     folder: Path | None,
     model: Normalised,
     catalogue: Catalogue,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Top-1, top-5 and cross-entropy; the softmax of a sample's views is averaged first.
 
+    check: called once a batch; what it raises ends the evaluation.
     Every class's counts go to `folder`/per_class.parquet, where a folder is given.
     """
     views = config.views[0] * config.views[1]
@@ -62,6 +64,7 @@ def classifier_evaluation(
     sums = torch.zeros(len(classes), 4, device=world.device, dtype=torch.float64)
     model.eval()
     for batch in batches_of(config, world, catalogue, config.views):
+        check()
         with autocast():
             logits = model(batch.pixels)
         chances = logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
@@ -90,13 +93,22 @@ def classifier_evaluation(
 
 @torch.no_grad()
 def mae_evaluation(
-    config: MaeConfig, world: World, autocast: Autocast, model: Normalised, catalogue: Catalogue
+    config: MaeConfig,
+    world: World,
+    autocast: Autocast,
+    model: Normalised,
+    catalogue: Catalogue,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Reconstruction loss with each sample's own fixed mask: comparable between steps and runs."""
+    """Reconstruction loss with each sample's own fixed mask: comparable between steps and runs.
+
+    check: called once a batch; what it raises ends the evaluation.
+    """
     units, kept = setup.check_masking(config, model.model)
     sums = torch.zeros(2, device=world.device, dtype=torch.float64)
     model.eval()
     for batch in batches_of(config, world, catalogue, (1, 1)):
+        check()
         # In evaluation every epoch is -1, so a sample's mask never changes.
         keep = torch.from_numpy(keep_units(0, batch.epochs, batch.ids, units, kept)).to(world.device)
         with autocast():

@@ -1,6 +1,8 @@
 """Optimizer, learning-rate schedule and per-step seeds."""
 
+import math
 import random
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -38,6 +40,11 @@ def make_ema(model: nn.Module, config: OptimConfig):  # noqa: ANN201
 def scaled_lr(config: OptimConfig) -> float:
     """The linear scaling rule (arXiv 1706.02677): lr x batch / lr_batch."""
     return config.lr * config.batch / config.lr_batch
+
+
+def total_steps(config: OptimConfig, samples: int) -> int:
+    """Optimizer steps of the run: epochs x samples / batch, rounded up, in exact arithmetic."""
+    return math.ceil(Fraction(str(config.epochs)) * samples / config.batch)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int, per_epoch: float):  # noqa: ANN201

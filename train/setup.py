@@ -17,7 +17,7 @@ from pipelines.catalogue import Catalogue, check_shards, open_catalogue, read_in
 from pipelines.errors import UserError
 from pipelines.inputs import Normalised
 from pipelines.plans import check_kind
-from train import distributed, rundir
+from train import distributed
 from train.config import REFERENCE, Config, FinetuneConfig, MaeConfig, flatten, to_dict
 from train.distributed import World
 from train.optim import scaled_lr
@@ -54,7 +54,6 @@ def check(config: Config) -> None:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack_*")
     check_shards(info)
     distributed.resolve_device(config.speed.device, config.speed.processes)
-    rundir.check_config(config)
 
 
 def check_ranges(config: Config) -> None:
@@ -84,6 +83,12 @@ def check_ranges(config: Config) -> None:
             f"run.name is '{config.run.name}'; it must name a folder below {config.run.root}, without blanks "
             "or quotes"
         )
+
+
+def shared_settings(config: Config) -> dict[str, object]:
+    """The settings that must be equal in all processes: all but those of a machine."""
+    own = ("run.root", "data.path", "speed.device", "speed.threads", "speed.hw_decoder_load")
+    return {key: value for key, value in flatten(to_dict(config)).items() if key not in own}
 
 
 def by_reference(config: Config) -> bool:
