@@ -6,6 +6,7 @@ as validation data is, so that what comes out is what make eval counts.
 """
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from train.distributed import World
 from train.evaluate import batches_of, load_model, read_config, weights_of
 from train.pictures import save_reconstructions
 
+NOT_FINITE = "the model's probabilities for it are not finite"
 DRAWN = 24  # inputs in a reconstruction picture at most: they are one batch
 
 
@@ -43,7 +45,9 @@ def predict(
     out: Path | None = None,
     device: str = "auto",
 ) -> int:
-    """Print every input's classes, or draw reconstructions; returns 1 when an input could not be read.
+    """Print every input's classes, or draw reconstructions; returns 1 when an input has no answer.
+
+    It has none when it cannot be read, or when the model's probabilities for it are not finite.
 
     Args:
         run: folder of a finished run, such as runs/image-ft-pico.
@@ -64,10 +68,13 @@ def predict(
     names = [readable(str(path)) for path in inputs]
     with tempfile.TemporaryDirectory() as folder:
         reasons = pack(config, inputs, packing, Path(folder))
-        read = [name for name, reason in zip(names, reasons, strict=True) if not reason]
+        places = [place for place, reason in enumerate(reasons) if not reason]
+        read = [names[place] for place in places]
         if read:
             catalogue = open_catalogue(folder, "val")
             world = distributed.start(device)
+            if world.size > 1:
+                raise UserError(f"{world.size} processes were started; start tools.predict without torchrun")
             ready = load_model(config, weights, len(classes), world)
             if isinstance(config, MaeConfig):
                 path, rows = out or run / "predict.png", min(DRAWN, len(read))
@@ -75,13 +82,16 @@ def predict(
                 print(f"{path}: {', '.join(read[:rows])}")
             else:
                 chances = chances_of(config, world, ready, catalogue)
-                for name, row in zip(read, chances.tolist(), strict=True):
+                for place, row in zip(places, chances.tolist(), strict=True):
+                    if not all(map(math.isfinite, row)):
+                        reasons[place] = NOT_FINITE
+                        continue
                     best = sorted(zip(row, classes, strict=True), key=lambda pair: -pair[0])[:top]
-                    print("\n".join([name, *(f"{chance:9.2%}  {label}" for chance, label in best)]))
+                    print("\n".join([names[place], *(f"{chance:9.2%}  {label}" for chance, label in best)]))
     for name, reason in zip(names, reasons, strict=True):
         if reason:
             print(f"error: {name}: {reason}", file=sys.stderr)
-    return int(len(read) < len(inputs))
+    return int(any(reasons))
 
 
 def read_run(run: Path) -> tuple[Config, Sequence[str], Mapping[str, Any]]:

@@ -25,7 +25,7 @@ from train import checkpoint, distributed, rundir, setup
 from train.config import Config
 from train.console import Screen
 from train.distributed import World
-from train.meters import Clock, Detail, Meters
+from train.meters import Clock, Detail, HostCopy, Meters
 from train.metrics import TIMING_COLUMNS, MetricsWriter, read_csv
 from train.optim import make_ema, make_optimizer, make_schedule, seed_step, update
 from train.setup import Autocast
@@ -147,7 +147,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     stop = distributed.StopSignal(world, config.speed.timeout)
     batches = setup.training_batches(config, world, catalogue, accumulate, state.step)
     clock = Clock(state.elapsed)
-    pending: tuple[dict, torch.Tensor] | None = None
+    pending: tuple[dict, HostCopy] | None = None
     signal_number = 0
 
     def settle() -> None:
@@ -224,7 +224,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
 def _keep_best(state: State, scores: dict[str, float], config: Config, world: World) -> None:
     """Write best.safetensors when this evaluation is the best so far: by accuracy, or by MAE's loss."""
     score = scores.get("acc", -scores["loss_val"])
-    if score > state.best:
+    if score > state.best and math.isfinite(scores["loss_val"]):  # never weights that give NaN
         state.best = score
         if world.is_main:
             _export(state.evaluated, config, rundir.folder_of(config) / "best.safetensors", state.step)
@@ -267,7 +267,7 @@ def _accumulate(
 
 
 def _finish_row(
-    row: dict, values: torch.Tensor, task: Task, metrics: MetricsWriter | None, screen: Screen, config: Config
+    row: dict, values: HostCopy, task: Task, metrics: MetricsWriter | None, screen: Screen, config: Config
 ) -> None:
     loss, norm, bad, _, skipped, in_a_row = values.tolist()
     if math.isnan(loss):  # every step since the last row was skipped
