@@ -254,15 +254,18 @@ def test_two_processes_probe_and_evaluate_like_one_and_speak_once(images: Path, 
     run = tmp_path / "run"
     alone = evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
     probed = probe.probe(probe.Arguments(run, device="cpu", k=5))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("127.0.0.1", 0))
+        ports = (one.getsockname()[1], other.getsockname()[1])
     logs = [tmp_path / f"rank-{rank}.txt" for rank in range(2)]
-    both = [CLEAN.Process(target=evaluate_and_probe, args=(rank, port, run, logs[rank])) for rank in range(2)]
+    both = [
+        CLEAN.Process(target=evaluate_and_probe, args=(rank, ports, run, logs[rank])) for rank in range(2)
+    ]
     for process in both:
         process.start()
     for process in both:
-        process.join(120)
+        process.join(300)
     assert [process.exitcode for process in both] == [0, 0], logs[0].read_text() + logs[1].read_text()
     assert logs[1].read_text() == ""
     said = dict(re.findall(r"^(\w+) ([\d.]+)$", logs[0].read_text(), re.M))

@@ -7,6 +7,7 @@ as validation data is, so that what comes out is what make eval counts.
 
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,8 @@ def predict(
     """
     if not inputs:
         raise UserError("name at least one picture, video or folder")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("torchrun started several processes; start tools.predict without torchrun")
     if top < 1:
         raise UserError("--top must be at least 1")
     config, classes, packing = read_run(run)
@@ -73,8 +76,6 @@ def predict(
         if read:
             catalogue = open_catalogue(folder, "val")
             world = distributed.start(device)
-            if world.size > 1:
-                raise UserError(f"{world.size} processes were started; start tools.predict without torchrun")
             ready = load_model(config, weights, len(classes), world)
             if isinstance(config, MaeConfig):
                 path, rows = out or run / "predict.png", min(DRAWN, len(read))

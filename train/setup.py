@@ -24,7 +24,6 @@ from train.optim import scaled_lr
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 TINY, HUGE = 1e-9, float("inf")
-NAME_BYTES = 255  # that Linux file systems allow in a file's name
 LIMITS = (  # least, most, and the settings that keep to them
     (TINY, HUGE, ("optim.epochs",)),
     (1, HUGE, ("optim.batch", "optim.lr_batch", "speed.micro_batch", "speed.timeout")),
@@ -87,11 +86,8 @@ def check_ranges(config: Config) -> None:
             f"run.name is '{config.run.name}'; it must name a folder below {config.run.root}, without blanks "
             "or quotes"
         )
-    if (longest := max(len(os.fsencode(part)) for part in config.run.name.split("/"))) > NAME_BYTES:
-        raise UserError(
-            f"run.name has a part of {longest} bytes; choose a name with at most {NAME_BYTES} bytes between "
-            "slashes"
-        )
+    if (longest := max(len(os.fsencode(part)) for part in config.run.name.split("/"))) > 255:
+        raise UserError(f"run.name has a part of {longest} bytes; choose parts of at most 255 bytes")
 
 
 def by_reference(config: Config) -> bool:
