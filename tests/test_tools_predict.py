@@ -193,7 +193,7 @@ def test_predict_refuses_to_run_in_several_processes(images: Path, tmp_path: Pat
     (tmp_path / "a.jpg").write_bytes(picture(1, 3))
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="start tools.predict without torchrun"):
+    with pytest.raises(UserError, match=r"start tools\.predict without torchrun"):
         predict(run, (tmp_path / "a.jpg",), device="cpu")
 
 
