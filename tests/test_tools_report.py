@@ -68,6 +68,14 @@ def write_metrics(folder: Path, columns: tuple[str, ...], steps: int) -> None:
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
 
 
+def test_top_5_is_left_out_for_five_classes_or_fewer(run: Path):
+    assert "top-5" in report(run).read_text()
+    few = {"class_name": ["a", "b"], "samples": [4, 4], "correct": [1, 2], "correct5": [4, 4]}
+    pq.write_table(pa.table({**few, "accuracy": [0.25, 0.5]}), run / "per_class.parquet")
+    page = report(run).read_text()
+    assert "top-1" in page and "top-5" not in page
+
+
 def words(page: str) -> str:
     """What a reader sees."""
     return unescape(re.sub(r"<style.*?</style>|<[^>]+>", " ", page, flags=re.S))

@@ -6,6 +6,8 @@ as validation data is, so that what comes out is what make eval counts.
 """
 
 import json
+import math
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,6 +34,7 @@ from train.distributed import World
 from train.evaluate import batches_of, load_model, read_config, weights_of
 from train.pictures import save_reconstructions
 
+NOT_FINITE = "the model's probabilities for it are not finite"
 DRAWN = 24  # inputs in a reconstruction picture at most: they are one batch
 
 
@@ -43,7 +46,9 @@ def predict(
     out: Path | None = None,
     device: str = "auto",
 ) -> int:
-    """Print every input's classes, or draw reconstructions; returns 1 when an input could not be read.
+    """Print every input's classes, or draw reconstructions; returns 1 when an input has no answer.
+
+    It has none when it cannot be read, or when the model's probabilities for it are not finite.
 
     Args:
         run: folder of a finished run, such as runs/image-ft-pico.
@@ -55,6 +60,8 @@ def predict(
     """
     if not inputs:
         raise UserError("name at least one picture, video or folder")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("torchrun started several processes; start tools.predict without torchrun")
     if top < 1:
         raise UserError("--top must be at least 1")
     config, classes, packing = read_run(run)
@@ -64,7 +71,8 @@ def predict(
     names = [readable(str(path)) for path in inputs]
     with tempfile.TemporaryDirectory() as folder:
         reasons = pack(config, inputs, packing, Path(folder))
-        read = [name for name, reason in zip(names, reasons, strict=True) if not reason]
+        places = [place for place, reason in enumerate(reasons) if not reason]
+        read = [names[place] for place in places]
         if read:
             catalogue = open_catalogue(folder, "val")
             world = distributed.start(device)
@@ -75,13 +83,16 @@ def predict(
                 print(f"{path}: {', '.join(read[:rows])}")
             else:
                 chances = chances_of(config, world, ready, catalogue)
-                for name, row in zip(read, chances.tolist(), strict=True):
+                for place, row in zip(places, chances.tolist(), strict=True):
+                    if not all(map(math.isfinite, row)):
+                        reasons[place] = NOT_FINITE
+                        continue
                     best = sorted(zip(row, classes, strict=True), key=lambda pair: -pair[0])[:top]
-                    print("\n".join([name, *(f"{chance:9.2%}  {label}" for chance, label in best)]))
+                    print("\n".join([names[place], *(f"{chance:9.2%}  {label}" for chance, label in best)]))
     for name, reason in zip(names, reasons, strict=True):
         if reason:
             print(f"error: {name}: {reason}", file=sys.stderr)
-    return int(len(read) < len(inputs))
+    return int(any(reasons))
 
 
 def read_run(run: Path) -> tuple[Config, Sequence[str], Mapping[str, Any]]:

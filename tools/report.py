@@ -149,14 +149,17 @@ def classes(table: Path) -> str:
     """Accuracy by class, the weakest first; what follows them opens on a click."""
     import pyarrow.parquet as pq
 
-    rows = [row for row in pq.read_table(table).to_pylist() if row["samples"]]
+    every = pq.read_table(table).to_pylist()
+    rows = [row for row in every if row["samples"]]
+    top5 = len(every) > 5  # with five classes or fewer it is always 1
     lines = [
         f"<tr><th>{escape(row['class_name'])}</th><td>{row['samples']}</td>"
         f'<td style="--share: {row["accuracy"]:.0%} 100%">{row["accuracy"]:.1%}</td>'
-        f"<td>{row['correct5'] / row['samples']:.1%}</td></tr>"
+        + (f"<td>{row['correct5'] / row['samples']:.1%}</td></tr>" if top5 else "</tr>")
         for row in sorted(rows, key=lambda row: (row["accuracy"], row["class_name"]))
     ]
-    head = '<table class="classes"><tr><th>class</th><th>samples</th><th>top-1</th><th>top-5</th></tr>'
+    head = '<table class="classes"><tr><th>class</th><th>samples</th><th>top-1</th>'
+    head += "<th>top-5</th></tr>" if top5 else "</tr>"
     first, rest = (head + "".join(part) + "</table>" for part in (lines[:WEAKEST], lines[WEAKEST:]))
     if len(lines) <= WEAKEST:
         return first if lines else ""

@@ -51,7 +51,8 @@ class DataConfig:
     window: int = 4096
     """Samples shuffled together in local order."""
     max_bad: float = 0.001
-    """Share of samples that may fail to decode while training; they are replaced and counted."""
+    """Share of a split's samples that may be damaged. Training replaces and counts them, evaluation leaves
+    them out."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class RunConfig:
     detail: bool = False
     """Also write every step of every process to detail/rank-N.csv."""
     max_skipped: int = 10
-    """Stop after so many non-finite steps in a row."""
+    """Stop after so many non-finite steps in a row, at least 1."""
 
 
 @dataclass(frozen=True)

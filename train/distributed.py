@@ -17,6 +17,9 @@ from pipelines.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+NUMBERING = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun's variables that number the processes
+MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")  # those that say where they meet
+START_OR_UNSET = "start the command with torchrun, which sets all of them, or unset them"
 
 T = TypeVar("T")
 
@@ -35,7 +38,28 @@ class World:
 
 
 def under_torchrun() -> bool:
-    return "LOCAL_RANK" in os.environ
+    """Whether torchrun, or a launcher that sets the same variables, started this process.
+
+    Raises UserError when some of the variables are set and others are missing, empty or no number.
+    """
+    if not set(NUMBERING) & set(os.environ):
+        return False
+    values = {name: os.environ.get(name, "") for name in NUMBERING}
+    several = values["WORLD_SIZE"] not in ("", "1")
+    needed = (*NUMBERING, *(MEETING_POINT if several else ()))
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        found = ", ".join(name for name in NUMBERING if values[name]) or "an empty one"
+        raise UserError(
+            f"{', '.join(missing)} missing from the environment, which has {found}; {START_OR_UNSET}"
+        )
+    for name in (*NUMBERING, "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value, least = os.environ.get(name, "1"), int("SIZE" in name)
+        if not value.isdecimal() or int(value) < least:
+            raise UserError(f"{name} is '{value}', not a number of at least {least}; {START_OR_UNSET}")
+    if rank() >= int(values["WORLD_SIZE"]):
+        raise UserError(f"RANK is {rank()} of WORLD_SIZE {values['WORLD_SIZE']} processes; {START_OR_UNSET}")
+    return True
 
 
 def local_rank() -> int:
@@ -97,14 +121,16 @@ def launch(processes: int, restarts: int) -> None:
 def start(device: str, timeout: float = 600.0) -> World:
     """Join the process group that torchrun described, or be a world of one.
 
-    timeout: seconds that a process waits for the others before it gives up.
+    timeout: seconds that a process waits for the others before it gives up. Raises UserError for incomplete
+    variables of torchrun and for missing GPUs.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    joins = under_torchrun()
+    size = int(os.environ["WORLD_SIZE"]) if joins else 1
     local = local_rank()
     kind = resolve_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if kind == "cuda":
         torch.cuda.set_device(local)
-    if under_torchrun():
+    if joins:
         # A launcher that is killed outright must not leave its processes training on: they save and stop.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if size > 1:

@@ -75,11 +75,14 @@ class MetricsWriter:
 
 
 def score(row: Row) -> float:
-    """The value that the best evaluation maximises: accuracy, or minus the validation loss; else -inf."""
+    """The value that the best evaluation maximises: accuracy, or minus the validation loss.
+
+    -inf without an evaluation, or if it gave NaN.
+    """
     accuracy, loss = row.get("acc"), row.get("loss_val")
-    if accuracy is not None:
-        return accuracy
-    return -math.inf if loss is None else -loss
+    if loss is None or not math.isfinite(loss):
+        return -math.inf
+    return -loss if accuracy is None else accuracy
 
 
 def read_csv(path: Path) -> list[dict]:

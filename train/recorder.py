@@ -2,13 +2,11 @@
 
 import math
 
-import torch
-
 from train import distributed, rundir
 from train.config import Config
 from train.console import Screen
 from train.distributed import World
-from train.meters import Meters
+from train.meters import HostCopy, Meters
 from train.metrics import TIMING_COLUMNS, MetricsWriter
 
 HIDDEN = (*TIMING_COLUMNS, "samples", "step", "skipped", "bad", "held_out")
@@ -28,7 +26,7 @@ class Recorder:
     ) -> None:
         self._config, self._world, self._loss_column = config, world, loss_column
         self._metrics, self._screen, self._steps = metrics, screen, steps
-        self._pending: tuple[dict, torch.Tensor] | None = None
+        self._pending: tuple[dict, HostCopy] | None = None
         self.saved = 0  # step of the last checkpoint
 
     def take(self, row: dict, meters: Meters) -> None:

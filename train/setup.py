@@ -27,7 +27,9 @@ TINY, HUGE = 1e-9, float("inf")
 LIMITS = (  # least, most, and the settings that keep to them
     (TINY, HUGE, ("optim.epochs",)),
     (1, HUGE, ("optim.batch", "optim.lr_batch", "speed.micro_batch", "speed.timeout")),
-    (1, HUGE, ("run.log_every", "run.eval_every", "run.checkpoint_every", "run.keep")),
+    (1, HUGE, ("run.log_every", "run.eval_every", "run.checkpoint_every", "run.keep", "run.max_skipped")),
+    (0, HUGE, ("speed.threads", "speed.eval_batch", "optim.clip_norm")),
+    (0, 1, ("speed.hw_decoder_load",)),
     (1, HUGE, ("data.frames", "data.stride", "data.repeats", "data.window")),
     (0, HUGE, ("speed.restarts", "data.augment.layers", "data.augment.jitter", "mixup", "cutmix")),
     (0, 1, ("data.flip", "data.max_bad", "data.augment.probability", "data.augment.erase")),
@@ -83,6 +85,8 @@ def check_ranges(config: Config) -> None:
             f"run.name is '{config.run.name}'; it must name a folder below {config.run.root}, without blanks "
             "or quotes"
         )
+    if (longest := max(len(os.fsencode(part)) for part in config.run.name.split("/"))) > 255:
+        raise UserError(f"run.name has a part of {longest} bytes; choose parts of at most 255 bytes")
 
 
 def shared_settings(config: Config) -> dict[str, object]:
