@@ -120,7 +120,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     parameters = sum(p.numel() for p in model.parameters())
     screen.line(f"model {config.model.name}: {parameters / 1e6:.1f} M parameters")
     if config.model.init:
-        screen.line(setup.warm_start(model, config))
+        screen.line(setup.warm_start(model, config, classes=catalogue.info.classes))
     if words := setup.freeze(model, config):
         screen.line(words)
     ready = Normalised(model, config.data.frames).to(world.device)
@@ -295,6 +295,7 @@ def _finish_row(
 def _export(model: nn.Module, config: Config, path: Path, step: int) -> None:
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     # One entry: several would be written in any order, and the file's checksum would mean nothing.
-    about = {"hiera-train": json.dumps({"model": config.model.name, "step": step})}
+    facts = {"model": config.model.name, "step": step, "decoder_heads": getattr(config, "decoder_heads", 0)}
+    about = {"hiera-train": json.dumps(facts)}
     with atomic_write(path) as temporary:
         save_file(weights, temporary, metadata=about)
