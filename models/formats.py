@@ -58,14 +58,18 @@ def format_of(state: State) -> str:
 def without_prefix(state: State) -> State:
     """Remove the prefix of DDP, torch.compile, Lightning or a backbone from the names that have it.
 
-    Raises ModelError if there are several models, each with a prefix of its own.
+    Raises ModelError if there are several models.
     """
     prefixes = {found[1] for name in state if (found := FIRST.fullmatch(name))}
     if len(prefixes) > 1:
         names = ", ".join(sorted(prefix or "no prefix" for prefix in prefixes))
         raise ModelError(f"the weights hold {len(prefixes)} models ({names}); save one of them alone")
     prefix = next(iter(prefixes), "")
-    return {name.removeprefix(prefix): value for name, value in state.items() if name != COUNTER}
+    bare = {name.removeprefix(prefix): value for name, value in state.items()}
+    if len(bare) < len(state):
+        raise ModelError(f"the weights have names both with and without the prefix {prefix}; save one model")
+    bare.pop(COUNTER, None)
+    return bare
 
 
 def to_ours(state: State) -> State:

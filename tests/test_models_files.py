@@ -1,6 +1,7 @@
 """Weights as users have them: wrapped, prefixed, sharded, in folders, and files that are not weights."""
 
 import argparse
+import dataclasses
 import json
 import pickle
 
@@ -12,6 +13,9 @@ from safetensors.torch import load_file, save_file
 import models
 from models.files import read_weights
 from tests.test_models_weights import same
+from tests.train_helpers import CLASSES as TRAINER_CLASSES
+from tests.train_helpers import small
+from train import evaluate, finetune, loop
 
 CLASSES = [f"class {i}" for i in range(5)]
 
@@ -79,6 +83,9 @@ def test_two_models_in_one_file_are_refused():
     both = {f"{model}.{name}": v for model in ("student", "teacher") for name, v in state.items()}
     with pytest.raises(models.ModelError, match=r"2 models \(student\., teacher\.\); save one"):
         loads(both)
+    twice = {f"backbone.{name}": v for name, v in state.items()} | {"norm.weight": torch.ones(384)}
+    with pytest.raises(models.ModelError, match=r"names both with and without the prefix backbone\.; save"):
+        loads(twice)
 
 
 @pytest.mark.parametrize("wrapper", ["model_state", "state_dict", "model", "module", "model_state_dict"])
@@ -290,6 +297,23 @@ def test_a_reused_head_is_mentioned(tmp_path):
         assert assumed in str(loads(tmp_path, classes=CLASSES)[0])
     report = models.load_weights(pico(num_classes=4), tmp_path, quiet=True, classes=CLASSES[:4])
     assert "is reused" not in str(report)
+
+
+def test_the_trainer_and_evaluation_compare_the_classes(images, tmp_path, capsys):
+    config = small("image-ft-pico", images, tmp_path, "run", epochs=0.5)
+    start = tmp_path / "start"
+    start.mkdir()
+    torch.save(pico(input_size=64, num_classes=2).state_dict(), start / "weights.pth")
+    (start / "data.json").write_text(json.dumps({"classes": [TRAINER_CLASSES[0], "other"]}))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=str(start)))
+    assert loop.fit(config, finetune.make_task) == 0
+    note = f"the head of 2 classes is reused, but class 1 is 'other' there and {TRAINER_CLASSES[1]!r} here"
+    assert note in (tmp_path / "run/log.txt").read_text()
+    capsys.readouterr()
+    evaluate.evaluate(evaluate.Arguments(tmp_path / "run", device="cpu"))
+    assert "is reused" not in capsys.readouterr().out, "a run has its own classes"
+    evaluate.evaluate(evaluate.Arguments(tmp_path / "run", weights=start, device="cpu"))
+    assert note in capsys.readouterr().out
 
 
 def test_a_decoder_of_other_heads_is_refused(tmp_path):

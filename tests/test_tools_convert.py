@@ -57,6 +57,8 @@ def test_a_runs_decoder_keeps_its_heads(images, tmp_path, capsys):
     with torch.no_grad():
         theirs.config.mask_ratio = theirs.hiera.embeddings.patch_embeddings.mask_ratio = 0.5
         torch.testing.assert_close(theirs(x, noise=(~mask).float()).loss, ours(x, mask).loss)
+    for checkpoint in (tmp_path / "run/checkpoints").glob("*.pt"):
+        assert not load_weights(ours, checkpoint, quiet=True).fresh
     default = models.create("mae_hiera_pico_96", input_size=64)
     with pytest.raises(models.ModelError, match="decoder has 8 heads there and 4 here"):
         load_weights(default, tmp_path / "hf-0", quiet=True)
