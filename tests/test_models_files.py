@@ -21,7 +21,9 @@ CLASSES = [f"class {i}" for i in range(5)]
 
 
 def pico(**overrides):
-    return models.create("hiera_pico_96", **{"input_size": 32, "num_classes": 5, **overrides})
+    """A classifier of one narrow block per stage."""
+    tiny = {"width": 16, "stages": (1, 1, 1, 1), "input_size": 32, "num_classes": 5}
+    return models.create("hiera_pico_96", **{**tiny, **overrides})
 
 
 def loads(source, **given):
@@ -66,9 +68,9 @@ def test_a_prefix_of_the_encoder_alone_is_removed():
 def test_a_prefix_is_removed_from_other_libraries_names():
     theirs = transformers.HieraForImageClassification(
         transformers.HieraConfig(
-            embed_dim=48,
+            embed_dim=16,
             image_size=[32, 32],
-            depths=[1, 2, 4, 1],
+            depths=[1, 1, 1, 1],
             num_heads=[1, 2, 4, 8],
             num_labels=5,
         )
@@ -83,7 +85,7 @@ def test_two_models_in_one_file_are_refused():
     both = {f"{model}.{name}": v for model in ("student", "teacher") for name, v in state.items()}
     with pytest.raises(models.ModelError, match=r"2 models \(student\., teacher\.\); save one"):
         loads(both)
-    twice = {f"backbone.{name}": v for name, v in state.items()} | {"norm.weight": torch.ones(384)}
+    twice = {f"backbone.{name}": v for name, v in state.items()} | {"norm.weight": torch.ones(128)}
     with pytest.raises(models.ModelError, match=r"names both with and without the prefix backbone\.; save"):
         loads(twice)
 
@@ -261,13 +263,13 @@ def test_truncated_files_are_named_so(tmp_path, kind, share):
 def test_values_that_are_not_finite_are_refused(tmp_path):
     model = pico()
     state = model.state_dict() | {"head.projection.bias": torch.tensor([0, 1, torch.nan, 3, 4])}
-    state["blocks.3.norm1.weight"] = torch.full((96,), torch.inf)
+    state["blocks.3.norm1.weight"] = torch.full((64,), torch.inf)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(models.ModelError, match=r"values that are not finite.*blocks\.3\.norm1\.weight.*; "):
         models.load_weights(model, tmp_path / "a.safetensors")
     assert same(model.state_dict(), before)
-    state["blocks.3.norm1.weight"] = torch.ones(96)
+    state["blocks.3.norm1.weight"] = torch.ones(64)
     with pytest.raises(models.ModelError, match=r"head\.projection\.bias"):
         models.load_weights(model, {name: value.bfloat16() for name, value in state.items()})
     other = pico(num_classes=3)  # which leaves the head out
@@ -303,7 +305,8 @@ def test_the_trainer_and_evaluation_compare_the_classes(images, tmp_path, capsys
     config = small("image-ft-pico", images, tmp_path, "run", epochs=0.5)
     start = tmp_path / "start"
     start.mkdir()
-    torch.save(pico(input_size=64, num_classes=2).state_dict(), start / "weights.pth")
+    model = models.create("hiera_pico_96", input_size=64, num_classes=2)
+    torch.save(model.state_dict(), start / "weights.pth")
     (start / "data.json").write_text(json.dumps({"classes": [TRAINER_CLASSES[0], "other"]}))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=str(start)))
     assert loop.fit(config, finetune.make_task) == 0
@@ -324,7 +327,8 @@ def test_a_decoder_of_other_heads_is_refused(tmp_path):
     target = models.create("mae_hiera_pico_96", input_size=32)
     with pytest.raises(models.ModelError, match=r"decoder has 8 heads there and 4 here; .*decoder_heads 8"):
         models.load_weights(target, tmp_path / "a.safetensors", quiet=True)
-    models.load_weights(pico(), tmp_path / "a.safetensors", quiet=True)
+    classifier = models.create("hiera_pico_96", input_size=32)
+    models.load_weights(classifier, tmp_path / "a.safetensors", quiet=True)
     same_heads = models.create("mae_hiera_pico_96", input_size=32, decoder_heads=8)
     models.load_weights(same_heads, tmp_path / "a.safetensors", quiet=True)
     assert same(same_heads.state_dict(), load_file(tmp_path / "a.safetensors"))
