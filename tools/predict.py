@@ -76,7 +76,7 @@ def predict(
         if read:
             catalogue = open_catalogue(folder, "val")
             world = distributed.start(device)
-            ready = load_model(config, weights, len(classes), world)
+            ready = load_model(config, weights, classes, world)
             if isinstance(config, MaeConfig):
                 path, rows = out or run / "predict.png", min(DRAWN, len(read))
                 save_reconstructions(config, world.device, path, ready, catalogue, rows)

@@ -4,7 +4,7 @@ Every validation sample counts once, whatever the batch size and the number of p
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -173,11 +173,13 @@ def weights_of(run: Path, other: Path | None) -> Path:
     return weights
 
 
-def load_model(config: Config, weights: Path, classes: int, world: World, exactly: bool = True) -> Normalised:
+def load_model(
+    config: Config, weights: Path, classes: Sequence[str], world: World, exactly: bool = True
+) -> Normalised:
     """The configured model with such weights, which must be its own where `exactly`, ready to evaluate."""
     config = replace(config, model=replace(config.model, init=str(weights)))
-    model = setup.build_model(config, classes)
-    report = setup.warm_start(model, config, whole=exactly)
+    model = setup.build_model(config, len(classes))
+    report = setup.warm_start(model, config, whole=exactly, classes=classes)
     if world.is_main:
         print(report)
     return Normalised(model, config.data.frames).to(world.device).eval()
@@ -200,7 +202,7 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     if catalogue is None:
         raise UserError(f"{config.data.path} has no validation samples")
     rundir.check_classes(arguments.run, catalogue.info)
-    ready = load_model(config, weights, len(catalogue.info.classes), world)
+    ready = load_model(config, weights, catalogue.info.classes, world)
     if isinstance(config, MaeConfig):
         return mae_evaluation(config, world, autocast, ready, catalogue)
     # The run's own record stays as it is when something else is evaluated.

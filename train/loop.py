@@ -127,7 +127,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     parameters = sum(p.numel() for p in model.parameters())
     screen.line(f"model {config.model.name}: {parameters / 1e6:.1f} M parameters")
     if config.model.init and newest is None:
-        screen.line(setup.warm_start(model, config))
+        screen.line(setup.warm_start(model, config, classes=catalogue.info.classes))
     if words := setup.freeze(model, config):
         screen.line(words)
     ready = Normalised(model, config.data.frames).to(world.device)

@@ -5,6 +5,7 @@ samples nearest to each validation sample vote (Wu et al. 2018, arXiv 1805.01978
 linear layer to the training features. Neither changes the encoder: a pretraining run shows what it learns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def probe(arguments: Arguments) -> dict[str, float]:
     weights = weights_of(arguments.run, arguments.weights)
     world = distributed.start(arguments.device, config.speed.timeout)
     autocast, _ = setup.precision(config, world)
-    model = encoder(config, weights, len(splits[0].info.classes), world)
+    model = encoder(config, weights, splits[0].info.classes, world)
     (known, classes), (asked, answers) = (features(config, world, autocast, model, c) for c in splits)
     if broken := int((~known.isfinite().all(1)).sum()):
         raise UserError(
@@ -75,7 +76,7 @@ def accuracy(found: Tensor, answers: Tensor) -> float:
     return (found == answers).float().mean().item()
 
 
-def encoder(config: Config, weights: Path, classes: int, world: World) -> Normalised:
+def encoder(config: Config, weights: Path, classes: Sequence[str], world: World) -> Normalised:
     """A classifier with the run's encoder, to take its features; an autoencoder's last norm is kept."""
     if isinstance(config, MaeConfig):
         name = config.model.name.removeprefix("mae_")

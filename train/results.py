@@ -18,7 +18,8 @@ def export(model: nn.Module, config: Config, name: str, step: int) -> Path:
     path = rundir.folder_of(config) / name
     weights = {key: tensor.contiguous().cpu() for key, tensor in model.state_dict().items()}
     # One entry: safetensors writes several in any order, and the file's checksum would mean nothing.
-    about = {"hiera-train": json.dumps({"model": config.model.name, "step": step})}
+    facts = {"model": config.model.name, "step": step, "decoder_heads": getattr(config, "decoder_heads", 0)}
+    about = {"hiera-train": json.dumps(facts)}
     with atomic_write(path) as temporary:
         save_file(weights, temporary, metadata=about)
     return path

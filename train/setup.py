@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -194,18 +194,17 @@ def build_model(config: Config, classes: int = 0) -> nn.Module:
         raise UserError(str(error)) from error
 
 
-def warm_start(model: nn.Module, config: Config, whole: bool = False) -> str:
+def warm_start(model: nn.Module, config: Config, whole: bool = False, classes: Sequence[str] = ()) -> str:
     """Load `model.init` into the model, on demand all of it; returns the report of what was loaded.
 
-    Raises UserError where the weights do not fit.
+    classes: the class names of the model's outputs, if known. Raises UserError where the weights do not fit.
     """
     from models import load_weights
 
     try:
         settings = config.model
-        report = load_weights(
-            model, settings.init, reuse_encoder_norm=settings.reuse_encoder_norm, quiet=True
-        )
+        reuse = settings.reuse_encoder_norm
+        report = load_weights(model, settings.init, reuse_encoder_norm=reuse, classes=classes, quiet=True)
     except ValueError as error:
         raise UserError(f"starting weights {config.model.init}: {error}") from error
     if whole and report.fresh:
