@@ -10,6 +10,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -67,7 +68,8 @@ def fetch(name: str, url: str | None = None, wait: float = 2.0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # of a run's processes the first downloads, the others wait
+        with suppress(OSError):  # on a file system without locks each of them downloads a file of its own
+            fcntl.flock(folder, fcntl.LOCK_EX)  # of a run's processes the first downloads, the others wait
         if not path.is_file():
             _download(f"{url or URL}/{path.name}", path, wait)
     finally:

@@ -1,7 +1,6 @@
 """Runs a packing plan to its end: resume, parts for several machines, progress, the closing table."""
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -24,11 +23,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipelines.errors import UserError
+from pipelines.files import lock, sync
 from tools.executors import Result, local, on_ray
 from tools.images import COPIED
 from tools.shards import PLAN_FILE, Job, Load, Packing, Plan, finish, is_done, jobs_of
 
 UNFINISHED = (".*.tmp-*",)  # the temporary files of writers that were killed
+UNLOCKED = "another process that packs into this folder would not be noticed, so make sure there is none"
 NOTES = ("[0-9]*.parquet", PLAN_FILE)  # what only an unfinished dataset needs: its shards' rows, its plan
 
 
@@ -146,7 +147,7 @@ def run(plan: Plan, root: Path, out: Path, load: Load, crew: Crew, max_reject: f
                 _pack_missing(jobs, crew)
                 remove(out, plan.splits, *UNFINISHED)  # of nodes that died
                 finish(plan, out)
-        elif _agree(plan, out / "dataset.json"):
+        elif _agree(plan, out / "dataset.json", (out / "dataset.json").read_text(encoding="utf-8")):
             console.print(f"{out} is already packed with these settings.", soft_wrap=True)
         remove(out, plan.splits, *NOTES)
     return _report(console, out, plan.splits, max_reject)
@@ -193,9 +194,10 @@ def _begun(plan: Plan, out: Path, alone: bool) -> Iterator[None]:
         if os.fstat(file.fileno()).st_size == 0:
             file.write(json.dumps({"packing": plan.settings()}))
             file.flush()
-            os.fsync(file.fileno())
+            sync(note)
             _lock(file, alone)  # a part no longer needs it to itself
-        _agree(plan, note)
+        file.seek(0)  # some file systems let only this open file read what it has locked
+        _agree(plan, note, file.read())
         if alone:
             remove(out, plan.splits, *UNFINISHED)
         yield
@@ -206,16 +208,17 @@ def _lock(file: TextIO, alone: bool) -> None:
     for _ in range(1 if alone else 50):  # another part holds it only while it writes
         shared = not alone and os.fstat(file.fileno()).st_size > 0
         try:
-            return fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return lock(file, Path(file.name).parent, UNLOCKED, shared=shared)
         except BlockingIOError:
             time.sleep(0.1)
     raise UserError(f"another process is packing into {Path(file.name).parent}; wait for it or stop it.")
 
 
-def _agree(plan: Plan, noted: Path) -> bool:
-    """Whether `noted` describes this plan. Raises `UserError` naming the first setting that differs."""
+def _agree(plan: Plan, noted: Path, text: str) -> bool:
+    """Whether the `text` of `noted` describes this plan. Raises `UserError` naming the first difference."""
     try:
-        then = json.loads(noted.read_text())["packing"]
+        # Without locks two parts may both have written the note: the first one counts.
+        then = json.JSONDecoder().raw_decode(text)[0]["packing"]
     except (ValueError, KeyError) as error:
         raise UserError(f"{noted} is damaged; delete {noted.parent} and pack again.") from error
     for name, now in plan.settings().items():

@@ -1,6 +1,5 @@
 """The run folder: one writer, one configuration, and a record of where the numbers came from."""
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -18,9 +17,10 @@ import torch
 
 from pipelines.catalogue import DatasetInfo
 from pipelines.errors import UserError
-from pipelines.files import atomic_text, sha256_of
+from pipelines.files import atomic_text, lock, sha256_of
 from train.config import Config, differences, to_dict
 
+UNLOCKED = "a second training process in this folder would not be noticed"
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "webdataset", "pyarrow", "numpy")
 
 
@@ -76,8 +76,8 @@ def open_run(config: Config, info: DatasetInfo, note: Mapping[str, object]) -> I
     folder = folder_of(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = (folder / ".lock").open("w")
+        lock(held, folder, UNLOCKED)
     except BlockingIOError as error:
         raise UserError(
             f"another process is training in {folder}; wait for it, or use another RUN"
@@ -99,7 +99,7 @@ def open_run(config: Config, info: DatasetInfo, note: Mapping[str, object]) -> I
     files = {"config.json": to_dict(config), "env.json": {**environment(), **note}, "data.json": data}
     for name, values in files.items():
         atomic_text(folder / name, json.dumps(values, indent=2) + "\n")
-    return lock
+    return held
 
 
 def environment() -> dict[str, object]:
