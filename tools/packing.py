@@ -24,6 +24,7 @@ from rich.table import Table
 
 from pipelines.errors import UserError
 from pipelines.files import lock, sync
+from pipelines.machine import usable_cores
 from tools.executors import Result, local, on_ray
 from tools.images import COPIED
 from tools.shards import PLAN_FILE, Job, Load, Packing, Plan, finish, is_done, jobs_of
@@ -95,7 +96,7 @@ def worker_count(asked: int | None) -> int:
     """The processes to use: as asked, else one a core this process may run on. Raises `UserError`."""
     if asked is not None and asked < 1:
         raise UserError(f"--workers must be at least 1, not {asked}.")
-    return asked or len(os.sched_getaffinity(0))
+    return asked or usable_cores()
 
 
 def source_folder(path: Path, flag: str, what: str) -> Path:

@@ -68,6 +68,7 @@ def predict(
         if read:
             catalogue = open_catalogue(folder, "val")
             world = distributed.start(device)
+            torch.set_num_threads(setup.torch_threads(world))
             ready = load_model(config, weights, len(classes), world)
             if isinstance(config, MaeConfig):
                 path, rows = out or run / "predict.png", min(DRAWN, len(read))

@@ -18,6 +18,7 @@ import torch
 from pipelines.catalogue import DatasetInfo
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, lock, sha256_of
+from pipelines.machine import usable_cores
 from train.config import Config, differences, to_dict
 
 UNLOCKED = "a second training process in this folder would not be noticed"
@@ -110,7 +111,8 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "packages": versions(PACKAGES),
         "platform": platform.platform(),
-        "cpus": os.cpu_count(),
+        "cpus": usable_cores(),
+        "cpus_of_machine": os.cpu_count(),
         "gpus": gpus,
         "cuda": torch.version.cuda if gpus else None,
         "commit": _commit(),
