@@ -113,7 +113,7 @@ def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out
     plan = Plan("video" if clips else "image", (), {"val": samples}, how)
     video = partial(load_video, fps=packing.get("fps", 30.0), max_seconds=packing.get("max_seconds", 60.0))
     (out / "val").mkdir()
-    for job in jobs_of(plan, Path(), out, partial(load, video=video if clips else None)):
+    for job in jobs_of(plan, Path(), out, partial(load, video=video if clips else None), True):
         pack_shard(job)
     finish(plan, out)
     return pq.read_table(out / "val.parquet", columns=["reason"])["reason"].to_pylist()

@@ -27,6 +27,7 @@ from rich.progress import track
 
 from pipelines.catalogue import DatasetInfo, missing_shards, open_split, read_info
 from pipelines.errors import UserError, first_line, run_cli
+from pipelines.files import sha256_of
 from pipelines.machine import usable_cores
 from tools.shards import TOLD, Row, member_names
 
@@ -94,6 +95,8 @@ def check_split(info: DatasetInfo, split: str, tally: Tally) -> Iterator[str]:
         yield f"{strange} belongs to no shard; delete it"
     try:
         open_split(info, split)
+        if sha256_of(path) != info.catalogue_sha256.get(split, sha256_of(path)):
+            yield f"{path} does not have its checksum in dataset.json; pack this dataset again"
         shards = track(tars, split, transient=True, console=Console(stderr=True))
         for tar, rows in zip(shards, rows_by_shard(path, len(tars), tally), strict=True):
             yield from check_shard(info, tar, rows)
