@@ -269,7 +269,8 @@ def _pack_missing(jobs: Sequence[Job], crew: Crew) -> str:
         return ""
     return (
         f"{unreadable} sample{'s' * (unreadable > 1)} could not be read, such as {example}, so their shards "
-        "are not packed; run the same command again to retry them, or add --reject-unreadable to leave them out."
+        "are not packed; run the same command again to retry them, or add --reject-unreadable to leave "
+        "them out."
     )
 
 

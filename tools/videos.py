@@ -4,6 +4,7 @@ Frames are chosen by their timestamps, so that any frame rate, also a varying on
 What a decoder calls damaged is never packed: a clip ends there, and is rejected where that is too early.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -125,16 +126,24 @@ def load_video(root: Path, source: str, packing: Packing, fps: float, max_second
 
 
 class SourceFile(FileIO):
-    """A file that remembers a failed read: FFmpeg may take it for damage or for the end of the file."""
+    """A file for FFmpeg. It keeps a read error, which FFmpeg takes for damage or for the end of the file."""
 
     error: OSError | None = None
 
     def read(self, size: int | None = -1, /) -> bytes:
         try:
-            return os.read(self.fileno(), size) if size and size > 0 else super().read(size) or b""
+            return b"" if self.error else os.read(self.fileno(), max(0, size or 0))
         except OSError as error:
             self.error = error
-            raise
+            return b""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a damaged file may send FFmpeg to impossible places
+                self.error = error
+            return -1
 
 
 def _decode_file(file: SourceFile, packing: Packing, fps: float, max_seconds: float) -> Packed:
