@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from pipelines.augment import Augment, augment
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError
 from pipelines.faults import Faults
+from pipelines.machine import usable_cores
 from pipelines.plans import Bools, Ints, Plan, ViewSpec, short_clip_note
 
 __all__ = ["Augment", "Batch", "ViewSpec", "eval_batches", "short_clip_note", "sizing", "train_batches"]
@@ -239,11 +239,3 @@ def sizing(device: torch.device, threads: int = 0) -> Sizing:
     why = "as asked" if threads else f"{cores} cores, {processes} processes"
     reason = f"{chosen} decoding threads ({why}), {ahead} batches made and {READ_AHEAD} more read ahead"
     return Sizing(chosen, ahead, reason)
-
-
-def usable_cores() -> int:
-    """CPU cores this process may use: its affinity, or the container's quota when that is less."""
-    cores = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    parts = quota.read_text().split() if quota.is_file() else ["max"]
-    return cores if parts[0] == "max" else max(1, min(cores, int(parts[0]) // int(parts[1])))

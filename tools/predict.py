@@ -76,6 +76,7 @@ def predict(
         if read:
             catalogue = open_catalogue(folder, "val")
             world = distributed.start(device)
+            torch.set_num_threads(setup.torch_threads(world))
             ready = load_model(config, weights, classes, world)
             if isinstance(config, MaeConfig):
                 path, rows = out or run / "predict.png", min(DRAWN, len(read))
@@ -123,7 +124,7 @@ def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out
     plan = Plan("video" if clips else "image", (), {"val": samples}, how)
     video = partial(load_video, fps=packing.get("fps", 30.0), max_seconds=packing.get("max_seconds", 60.0))
     (out / "val").mkdir()
-    for job in jobs_of(plan, Path(), out, partial(load, video=video if clips else None)):
+    for job in jobs_of(plan, Path(), out, partial(load, video=video if clips else None), True):
         pack_shard(job)
     finish(plan, out)
     return pq.read_table(out / "val.parquet", columns=["reason"])["reason"].to_pylist()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError
+from pipelines.machine import usable_cores
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -105,7 +106,7 @@ def launch(processes: int, restarts: int) -> None:
     handled = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"] if ignored else []
     arguments = ["--standalone", *counts, *handled, "-m", name, *sys.argv[1:]]
     # One thread pool per process that together fill the machine; torchrun would otherwise force one thread.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     # A store that outlives a restart gives gloo the addresses of processes that are gone: one a start.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:

@@ -195,6 +195,7 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
         config = replace(config, views=arguments.views)
     weights = weights_of(arguments.run, arguments.weights)
     world = distributed.start(arguments.device, config.speed.timeout)
+    torch.set_num_threads(setup.torch_threads(world))
     autocast, words = setup.precision(config, world)
     if world.is_main:
         print(words)

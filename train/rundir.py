@@ -1,6 +1,5 @@
 """The run folder: one writer, one configuration, and a record of where the numbers came from."""
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -20,11 +19,13 @@ import torch
 
 from pipelines.catalogue import DatasetInfo, read_info
 from pipelines.errors import UserError
-from pipelines.files import atomic_text, sha256_of
+from pipelines.files import atomic_text, lock, sha256_of
+from pipelines.machine import usable_cores
 from train import checkpoint
 from train.config import FIXED, Config, allowed, differences, to_dict
 from train.optim import total_steps
 
+UNLOCKED = "a second training process in this folder would not be noticed"
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "webdataset", "pyarrow", "numpy")
 
 
@@ -37,11 +38,11 @@ def enter(config: Config, data: Mapping[str, object]) -> tuple[IO[str], bool, Pa
 
     Raises UserError when the folder is not for this run or has nothing to resume from.
     """
-    lock = lock_run(config)
+    held = lock_run(config)
     check_config(config)
     if is_finished(config):
-        lock.close()
-        return lock, True, None, []
+        held.close()
+        return held, True, None, []
     check_data(config, data)
     newest, words = checkpoint.choose(folder_of(config) / "checkpoints")
     if newest is None and exported_step(folder_of(config)):
@@ -49,7 +50,7 @@ def enter(config: Config, data: Mapping[str, object]) -> tuple[IO[str], bool, Pa
             f"{folder_of(config)} has final weights and no checkpoint to resume from; choose another RUN, "
             "with INIT= (--model.init) for these weights"
         )
-    return lock, False, newest, words
+    return held, False, newest, words
 
 
 def check_config(config: Config) -> None:
@@ -127,8 +128,8 @@ def lock_run(config: Config) -> IO[str]:
     folder = folder_of(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = (folder / ".lock").open("w")
+        lock(held, folder, UNLOCKED)
     except BlockingIOError as error:
         raise UserError(
             f"another process is training in {folder}; wait for it, or use another RUN"
@@ -137,7 +138,7 @@ def lock_run(config: Config) -> IO[str]:
         raise UserError(
             f"the run folder {folder} cannot be written ({error.strerror}); choose another --run.root"
         ) from error
-    return lock
+    return held
 
 
 def data_identity(info: DatasetInfo) -> dict[str, object]:
@@ -181,7 +182,8 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "packages": versions(PACKAGES),
         "platform": platform.platform(),
-        "cpus": os.cpu_count(),
+        "cpus": usable_cores(),
+        "cpus_of_machine": os.cpu_count(),
         "gpus": gpus,
         "cuda": torch.version.cuda if gpus else None,
         "commit": _commit(),

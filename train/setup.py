@@ -16,6 +16,7 @@ from pipelines import loader
 from pipelines.catalogue import Catalogue, check_shards, open_catalogue, read_info
 from pipelines.errors import UserError
 from pipelines.inputs import Normalised
+from pipelines.machine import usable_cores
 from pipelines.plans import check_kind
 from train import distributed
 from train.config import REFERENCE, Config, FinetuneConfig, MaeConfig, flatten, to_dict
@@ -305,7 +306,7 @@ def device_words(world: World) -> str:
 def torch_threads(world: World) -> int:
     if world.device.type == "cuda":
         return torch.get_num_threads()
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def check_masking(config: MaeConfig, model: nn.Module) -> tuple[int, int]:
