@@ -1,6 +1,5 @@
 """The parts of the training core by themselves: configuration, metrics, checkpoints, optimizer."""
 
-import itertools
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -215,22 +214,6 @@ def test_groups_decay_matrices_only_and_scale_the_rate_by_depth():
     assert found[f"blocks.{last}.mlp.fc1.weight"]["lr_scale"] == pytest.approx(decay)
     assert found["blocks.0.mlp.fc1.weight"]["lr_scale"] == pytest.approx(decay ** (last + 1))
     assert found["patch_embed.proj.weight"]["lr_scale"] == pytest.approx(decay ** (last + 2))
-
-
-def test_schedule_warms_up_then_follows_a_cosine_for_every_layer():
-    settings = config.OptimConfig(batch=8, lr=0.4, lr_batch=16, warmup_epochs=2, layer_decay=0.5)
-    optimizer = optim.make_optimizer(pico(), settings)
-    schedule = optim.make_schedule(optimizer, settings, steps=50, per_epoch=5.0)
-    head = max(optimizer.param_groups, key=lambda g: g["lr_scale"])
-    body = min(optimizer.param_groups, key=lambda g: g["lr_scale"])
-    rates = []
-    for step in range(50):
-        schedule.step_update(step)
-        rates.append(head["lr"])
-        assert body["lr"] == pytest.approx(head["lr"] * body["lr_scale"])
-    assert rates[0] == 0 and rates[5] == pytest.approx(0.1) and rates[10] == pytest.approx(0.2, rel=0.11)
-    assert rates[30] == pytest.approx(0.1 * (1 + torch.cos(torch.tensor(30 / 50 * torch.pi)).item()))
-    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_a_non_finite_gradient_changes_nothing_and_is_counted():

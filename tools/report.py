@@ -6,7 +6,6 @@ Everything is in the file: no script, no network. What the run has not written y
 import base64
 import io
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -19,8 +18,9 @@ import tyro
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
 from tools.plot import Panel, Tables, draw, panels_of
-from train.config import flatten
+from train.config import flatten, from_dict
 from train.metrics import read_csv
+from train.optim import total_steps
 
 INK = "#010203"  # stands for the page's text colour, light or dark, while matplotlib draws
 LOG_LINES, WEAKEST = 40, 20
@@ -76,7 +76,7 @@ def state(run: Path) -> str:
         words += ["accuracy is of the TRAINING videos"] * bool(config.get("protocol"))
         step = read_csv(run / "metrics.csv")[-1]["step"]
         samples = json.loads((run / "data.json").read_text())["splits"]["train"]["samples"]
-        steps = f" of {math.ceil(config['optim']['epochs'] * samples / config['optim']['batch'])}"
+        steps = f" of {total_steps(from_dict(config).optim, samples)}"
     except Exception:
         pass  # as above: what was found until then is told
     finished = (run / "model.safetensors").is_file()

@@ -27,7 +27,7 @@ from train.console import Screen
 from train.distributed import World
 from train.meters import Clock, Detail, Meters
 from train.metrics import TIMING_COLUMNS, MetricsWriter, read_csv
-from train.optim import make_ema, make_optimizer, make_schedule, seed_step, update
+from train.optim import make_ema, make_optimizer, seed_step, set_learning_rate, total_steps, update
 from train.setup import Autocast
 from train.state import State
 
@@ -108,8 +108,8 @@ def fit(config: Config, make_task: MakeTask) -> int:
 
     # ---- data
     micro, accumulate = setup.micro_batches(config, world)
-    per_epoch = len(catalogue) / config.optim.batch
-    steps = math.ceil(config.optim.epochs * per_epoch)
+    samples = len(catalogue)
+    steps = total_steps(config.optim, samples)
     for words in setup.plan_words(config, world, catalogue, validation, steps):
         screen.line(words)
 
@@ -125,7 +125,6 @@ def fit(config: Config, make_task: MakeTask) -> int:
         screen.line(words)
     ready = Normalised(model, config.data.frames).to(world.device)
     optimizer = make_optimizer(model, config.optim)
-    schedule = make_schedule(optimizer, config.optim, steps, per_epoch)
     ema = make_ema(model, config.optim)
     state = State(model, optimizer, ema, Meters(world.device))
 
@@ -162,7 +161,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     with screen.progress(state.step, steps):
         for step in range(state.step + 1, steps + 1):
             seed_step(config.run.seed, step, world.rank)
-            schedule.step_update(step - 1)
+            set_learning_rate(optimizer, config.optim, step - 1, samples)
             loss, bad = _accumulate(joined, task, _timed(batches, accumulate, clock), accumulate, autocast)
             norm, skipped = update(model, optimizer, config.optim.clip_norm)
             if ema is not None:
@@ -178,7 +177,8 @@ def fit(config: Config, make_task: MakeTask) -> int:
             evaluates = validation is not None and (last or step % config.run.eval_every == 0)
             if last or evaluates or step % config.run.log_every == 0:
                 row = clock.row(step, config.optim.batch, world, operations)
-                row |= {"epoch": step / per_epoch, "lr": max(g["lr"] for g in optimizer.param_groups)}
+                epoch = step * config.optim.batch / samples
+                row |= {"epoch": epoch, "lr": max(g["lr"] for g in optimizer.param_groups)}
                 pending = (row, state.meters.take())
                 if detail is not None:
                     detail.write()

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def plan_words(
     optim, repeats = config.optim, config.data.repeats
     micro, accumulate = micro_batches(config, world)
     length = f"{optim.epochs:g} epochs"
-    if steps * optim.batch > optim.epochs * len(catalogue):
+    if steps * optim.batch > Fraction(str(optim.epochs)) * len(catalogue):
         length += ", rounded up"
     lines = [
         f"data {config.data.path}: {len(catalogue)} training and {len(validation) if validation else 0} "
