@@ -16,9 +16,9 @@ from pipelines.augment import Augment, augment
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError
 from pipelines.faults import Faults
-from pipelines.plans import Bools, Ints, Plan, ViewSpec, short_clip_note
+from pipelines.plans import Bools, Ints, Plan, ViewSpec, clip_notes
 
-__all__ = ["Augment", "Batch", "ViewSpec", "eval_batches", "short_clip_note", "sizing", "train_batches"]
+__all__ = ["Augment", "Batch", "ViewSpec", "clip_notes", "eval_batches", "sizing", "train_batches"]
 
 READ_AHEAD = 4  # batches before its own that a file is asked for
 
@@ -115,7 +115,7 @@ def eval_batches(
     Each rank gets the same number of batches; rows that fill up the last ones have valid = False, and so
     have those of damaged samples. Raises UserError as `train_batches` does.
     """
-    plans.check_view(catalogue, view)
+    plans.check_view(catalogue, view, temporal)
     ids = sampler.eval_ids(len(catalogue), rank, world)
     batches = -(-len(catalogue) // (world * batch))
     padded = np.concatenate([ids, np.zeros(batches * batch - len(ids), np.int64)])

@@ -59,7 +59,8 @@ def test_overrides_reach_the_configuration(monkeypatch):
 def test_every_setting_of_the_data_reaches_the_loader():
     """Each field of a view is set from its own setting; a forgotten one would keep its default."""
     data = DataConfig(
-        size=64, frames=8, stride=3, scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.1, interpolation="cubic",
+        size=64, frames=8, stride=3, stride_fps=25.0, sampling="segments",
+        scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.1, interpolation="cubic",
         crop=0.9, repeats=2, same_clip=True, augment=Augment(layers=2, magnitude=7.0, jitter=0.4, erase=0.25),
     )  # fmt: skip
     spec = setup.view_spec(replace(MAE_PRESETS["video-mae-base"], data=data))

@@ -18,7 +18,7 @@ from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 from pipelines.inputs import Normalised
-from pipelines.loader import Batch, eval_batches
+from pipelines.loader import Batch, clip_notes, eval_batches
 from pipelines.sampler import keep_units
 from train import distributed, rundir, setup
 from train.config import Config, FinetuneConfig, MaeConfig, from_dict
@@ -161,6 +161,7 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     if catalogue is None:
         raise UserError(f"{config.data.path} has no validation samples")
     rundir.check_classes(arguments.run, catalogue.info)
+    print("".join(f"{note}\n" for note in clip_notes(catalogue, setup.view_spec(config, True))), end="")
     ready = load_model(config, weights, len(catalogue.info.classes), world)
     if isinstance(config, MaeConfig):
         return mae_evaluation(config, world, autocast, ready, catalogue)

@@ -26,7 +26,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
             group["lr_scale"] = min(1.0, group["lr_scale"] / config.layer_decay)
     lr = scaled_lr(config)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
+        nesterov = config.nesterov and config.momentum > 0
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
 
 

@@ -17,16 +17,17 @@ from pipelines import loader
 from pipelines.catalogue import Catalogue, check_shards, open_catalogue, read_info
 from pipelines.errors import UserError
 from pipelines.inputs import Normalised
-from pipelines.plans import check_kind
+from pipelines.plans import check_info
 from train import distributed, rundir
 from train.config import REFERENCE, Config, FinetuneConfig, MaeConfig, flatten, to_dict
 from train.distributed import World
 from train.optim import scaled_lr
+from train.presets import pretraining_notes
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 TINY, HUGE = 1e-9, float("inf")
 LIMITS = (  # least, most, and the settings that keep to them
-    (TINY, HUGE, ("optim.epochs",)),
+    (TINY, HUGE, ("optim.epochs", "data.stride_fps")),
     (1, HUGE, ("optim.batch", "optim.lr_batch", "speed.micro_batch", "speed.timeout")),
     (1, HUGE, ("run.log_every", "run.eval_every", "run.checkpoint_every", "run.keep")),
     (1, HUGE, ("data.frames", "data.stride", "data.repeats", "data.window")),
@@ -41,6 +42,7 @@ WORDS = {
     "speed.compile": ("auto", "yes", "no"),
     "optim.name": ("adamw", "sgd"),
     "data.order": ("random", "local"),
+    "data.sampling": ("stride", "segments"),
     "freeze": ("none", "trunk"),
     "protocol": ("", REFERENCE),
 }
@@ -50,7 +52,7 @@ def check(config: Config) -> None:
     """Find what can be wrong before any process starts; raises UserError."""
     check_ranges(config)
     info = read_info(config.data.path)
-    check_kind(info, config.data.frames)
+    check_info(info, view_spec(config), config.views[0] if isinstance(config, FinetuneConfig) else 1)
     if "train" not in info.splits:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack_*")
     check_shards(info)
@@ -127,8 +129,7 @@ def plan_words(
         f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
         f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {length}",
     ]
-    if note := loader.short_clip_note(catalogue, view_spec(config)):
-        lines.append(note)
+    lines += loader.clip_notes(catalogue, view_spec(config)) + pretraining_notes(config)
     if optim.batch > len(catalogue):
         times = optim.batch / len(catalogue)
         lines.append(f"a batch is {times:.1f} times the training data: lower optim.batch")
