@@ -56,6 +56,11 @@ class DatasetInfo:
     tar_bytes: dict[str, list[int]]  # by split, the length of every shard's tar
     catalogue_sha256: dict[str, str] = field(default_factory=dict)  # by split; older datasets have none
 
+    @property
+    def fps(self) -> float | None:
+        """Stored frames per second of clips; None where packing did not record it."""
+        return self.packing.get("fps")  # pyrefly: ignore
+
     def tar_path(self, split: str, shard: int) -> Path:
         return self.root / split / f"{shard:06d}.tar"
 
@@ -196,6 +201,9 @@ def check_info(raw: dict[str, Any]) -> None:
     "".join(classes).encode()  # fails for what is no text
     if raw["kind"] not in ("image", "video") or raw["packing"] != dict(raw["packing"]):
         raise ValueError("kind or packing")
+    fps = raw["packing"].get("fps", 30)
+    if isinstance(fps, bool) or not 0 < fps <= 1000:
+        raise ValueError("frames per second")
     if not isinstance(classes, list) or len(set(classes)) < len(classes):
         raise ValueError("classes")
     for split, counts in raw["splits"].items():

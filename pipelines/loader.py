@@ -16,9 +16,9 @@ from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError
 from pipelines.faults import Faults
 from pipelines.machine import usable_cores
-from pipelines.plans import Bools, Ints, Plan, ViewSpec, short_clip_note
+from pipelines.plans import Bools, Ints, Plan, ViewSpec, clip_notes
 
-__all__ = ["Augment", "Batch", "ViewSpec", "eval_batches", "short_clip_note", "sizing", "train_batches"]
+__all__ = ["Augment", "Batch", "ViewSpec", "clip_notes", "eval_batches", "sizing", "train_batches"]
 
 READ_AHEAD = 4  # batches before its own that a file is asked for
 
@@ -120,7 +120,7 @@ def eval_batches(
     have those of damaged samples. Raises UserError as `train_batches` does; since a rank meets only its own
     samples here, the caller compares the damage of all ranks with `damage_limit`.
     """
-    plans.check_view(catalogue, view)
+    plans.check_view(catalogue, view, temporal)
     ids = sampler.eval_ids(len(catalogue), rank, world)
     batches = -(-len(catalogue) // (world * batch))
     padded = np.concatenate([ids, np.zeros(batches * batch - len(ids), np.int64)])

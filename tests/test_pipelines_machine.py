@@ -71,7 +71,7 @@ def test_every_count_of_cores_follows_the_quota(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(user, "usable_cores", lambda: usable_cores(root))
     assert packing.worker_count(None) == 6
-    assert setup.torch_threads(distributed.World(0, 1, CPU)) == 6
+    assert distributed.torch_threads(distributed.World(0, 1, CPU)) == 6
     assert rundir.environment()["cpus"] == 6
     assert sizing(CPU).threads == 6
     assert verify.decoder.__wrapped__().num_threads == 6

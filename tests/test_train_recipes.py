@@ -45,13 +45,15 @@ def pico(**settings) -> nn.Module:
 # ---- optimizers ------------------------------------------------------------------------------------------
 
 
-def test_sgd_with_momentum_is_torchs_and_skips_what_is_not_finite():
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_with_momentum_is_torchs_and_skips_what_is_not_finite(nesterov):
     model, oracle = nn.Linear(3, 2), nn.Linear(3, 2)
     oracle.load_state_dict(model.state_dict())
     model.no_weight_decay = set
     settings = OptimConfig(name="sgd", lr=0.1, lr_batch=8, batch=8, momentum=0.8, weight_decay=0.0)
+    settings = replace(settings, nesterov=nesterov)
     ours = optim.make_optimizer(model, settings)
-    theirs = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.8)
+    theirs = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.8, nesterov=nesterov)
     for value in (1.0, float("nan"), 2.0, float("inf"), -1.0):
         for net in (model, oracle):
             (net(torch.ones(1, 3)) * value).sum().backward()

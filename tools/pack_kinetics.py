@@ -25,7 +25,7 @@ from pipelines.errors import UserError, run_cli
 from tools.images import COPIED, SUFFIXES, TRANSIENT, BadImage, Packed, mode_of, prepare, read_file
 from tools.packing import HERE, Flags, crew_of, label_of, run, settings, source_folder
 from tools.shards import Packing, Plan, samples_of
-from tools.videos import best_file, find_videos, load_video, video_settings
+from tools.videos import best_file, clip_settings, find_videos, load_video, video_settings
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
@@ -73,13 +73,14 @@ def pack_kinetics(
         max_pixels: larger frames are rejected.
         max_reject: end with exit code 1 when more than this share is rejected.
         videos: instead of frames, folder with <youtube_id>_<start>_<end>.mp4 ... in folders of any depth.
-        fps: frames a second to take from videos.
+        fps: frames per second: taken from videos; of folders of frames, the rate that they have.
         max_seconds: longer videos are rejected.
         spread: over what the shards are spread.
     """
     packing = settings(short_side, shard_size, max_pixels, 0.0, max_reject)
     crew = crew_of(workers, spread)
     if frames is not None and videos is None:
+        packing = clip_settings(packing, fps)
         root = source_folder(frames, "--frames", "a folder for each label")
         place, load = partial(_frame_folder, root), load_clip
     elif videos is not None and frames is None:

@@ -230,13 +230,16 @@ def _agree(plan: Plan, noted: Path, text: str) -> bool:
         then = json.JSONDecoder().raw_decode(text)[0]["packing"]
     except (ValueError, KeyError) as error:
         raise UserError(f"{noted} is damaged; delete {noted.parent} and pack again.") from error
-    for name, now in plan.settings().items():
+    settings = plan.settings()
+    if "fps" in settings:
+        then = {"fps": 30.0, **then}  # folders of frames were packed without recording their rate
+    for name, now in settings.items():
         if now == then.get(name) or (name in ("pillow", "av") and noted.name == "dataset.json"):
             continue  # a finished dataset stays good whatever version made it
         what = f"{name.replace('_', '-')} {then.get(name)}, not {now}"
         if name == "source_sha256":
             what = "another listing of source files"
-        elif name == "fps" and name not in then:
+        elif "max_seconds" in settings and "max_seconds" not in then:
             what = "clips from frames, not from videos"
         raise UserError(
             f"{noted.parent} was packed with {what}; give another --out (with make shards: OUT=FOLDER), "

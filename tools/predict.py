@@ -27,7 +27,7 @@ from tools.pack_imagenet import load_image
 from tools.pack_kinetics import load_clip
 from tools.packing import settings
 from tools.shards import Load, Packing, Plan, Sample, finish, jobs_of, make_key, pack_shard, readable
-from tools.videos import load_video
+from tools.videos import clip_settings, load_video
 from train import distributed, setup
 from train.config import Config, FinetuneConfig, MaeConfig
 from train.distributed import World
@@ -76,7 +76,7 @@ def predict(
         if read:
             catalogue = open_catalogue(folder, "val")
             world = distributed.start(device)
-            torch.set_num_threads(setup.torch_threads(world))
+            torch.set_num_threads(distributed.torch_threads(world))
             ready = load_model(config, weights, classes, world)
             if isinstance(config, MaeConfig):
                 path, rows = out or run / "predict.png", min(DRAWN, len(read))
@@ -121,8 +121,10 @@ def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out
     clips = config.data.frames > 1
     how = settings(packing.get("short_side", 256), 1000, packing.get("max_pixels", 100_000_000), 0.0, 0.0)
     samples = [Sample(make_key(i, path.stem), -1, "", str(path)) for i, path in enumerate(inputs)]
+    fps = packing.get("fps", 30.0)
+    how = clip_settings(how, fps) if clips else how
     plan = Plan("video" if clips else "image", (), {"val": samples}, how)
-    video = partial(load_video, fps=packing.get("fps", 30.0), max_seconds=packing.get("max_seconds", 60.0))
+    video = partial(load_video, fps=fps, max_seconds=packing.get("max_seconds", 60.0))
     (out / "val").mkdir()
     for job in jobs_of(plan, Path(), out, partial(load, video=video if clips else None), True):
         pack_shard(job)

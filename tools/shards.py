@@ -42,6 +42,13 @@ class Packing:
     pillow: str  # another version may encode other bytes
 
 
+@dataclass(frozen=True)
+class ClipPacking(Packing):
+    """What decides the bytes of a shard of clips, and their frame rate."""
+
+    fps: float  # stored frames per second
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One source sample: an image file or a folder of frames."""

@@ -29,7 +29,7 @@ from PIL import Image
 from pipelines.errors import UserError
 from tools.images import BadImage, Packed, encode, fitted, mode_of
 from tools.packing import walk
-from tools.shards import Packing
+from tools.shards import ClipPacking, Packing
 
 # Playlists, scripts and streams stay out: they open other files, or the network.
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,rm,mxf,dv,nut"
@@ -60,10 +60,9 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class VideoPacking(Packing):
+class VideoPacking(ClipPacking):
     """What decides the bytes of a shard of decoded videos."""
 
-    fps: float
     max_seconds: float
     av: str  # another version may decode other pixels
 
@@ -76,13 +75,19 @@ class Decoded:
     damaged: bool = False
 
 
-def video_settings(packing: Packing, fps: float, max_seconds: float) -> VideoPacking:
-    """`packing` with what decoding needs. Raises `UserError`."""
+def clip_settings(packing: Packing, fps: float) -> ClipPacking:
+    """`packing` with the frame rate. Raises `UserError`."""
     if not 0 < fps <= 1000:
         raise UserError(f"--fps must be above 0 and at most 1000, not {fps:g}.")
+    return ClipPacking(**asdict(packing), fps=fps)
+
+
+def video_settings(packing: Packing, fps: float, max_seconds: float) -> VideoPacking:
+    """`packing` with what decoding needs. Raises `UserError`."""
+    clips = clip_settings(packing, fps)
     if not 0 < max_seconds < float("inf"):
         raise UserError(f"--max-seconds must be above 0, not {max_seconds:g}.")
-    return VideoPacking(**asdict(packing), fps=fps, max_seconds=max_seconds, av=av.__version__)
+    return VideoPacking(**asdict(clips), max_seconds=max_seconds, av=av.__version__)
 
 
 def find_videos(top: Path) -> dict[Name, list[str]]:

@@ -27,8 +27,13 @@ class DataConfig:
     """Side of the square input in pixels."""
     frames: int = 1
     """Frames per clip; 1 means images."""
+    sampling: str = "stride"
+    """stride: a window of frames at `stride`; segments: a frame from each of `frames` equal parts of the clip
+    (SSv2), drawn in training, the middle in testing."""
     stride: int = 4
-    """Source frames from one clip frame to the next."""
+    """Frames from one clip frame to the next, at `stride_fps`; converted to the dataset's own frame rate."""
+    stride_fps: float = 30.0
+    """Frames per second that `stride` is stated for."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Area share of the random resized crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -89,9 +94,10 @@ class OptimConfig:
     epochs: float = 100.0
     warmup_epochs: float = 5.0
     name: str = "adamw"
-    """adamw, or sgd with `momentum`."""
+    """adamw, or sgd with `momentum` and `nesterov`."""
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 0.05
     layer_decay: float = 1.0
     """Learning rate factor from each layer to the one before it; the head has 1."""
@@ -193,7 +199,9 @@ class FinetuneConfig(Groups):
     """Beta parameter of cutmix; 0 = off. A clip's box is the same in every frame."""
     views: tuple[int, int] = (1, 1)
     """Temporal x spatial views averaged per clip in evaluation."""
-
+    pretrained_epochs: int = 0
+    """Epochs of pretraining that the recipe's numbers are for; a run that starts from one of our pretraining
+    runs compares. 0 = any."""
     protocol: str = ""
     """Empty, or tiny-kinetics-reference: training clips begin at frame 10, and validation is on the TRAINING
     videos from frame 40, as in the trainer this work started from: nothing is held out."""
@@ -204,8 +212,11 @@ Config = MaeConfig | FinetuneConfig
 KINDS: dict[str, type] = {"mae": MaeConfig, "finetune": FinetuneConfig}
 
 
-def parse(presets: Mapping[str, Config], program: str) -> Config:
-    """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words."""
+def parse(presets: Mapping[str, Config], program: str, not_given: Mapping[str, str] | None = None) -> Config:
+    """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words.
+
+    not_given: names of presets that do not exist, and why.
+    """
     import tyro
 
     name, *overrides = sys.argv[1:] or [""]
@@ -216,6 +227,8 @@ def parse(presets: Mapping[str, Config], program: str) -> Config:
     if not name or name.startswith("-"):
         raise UserError(f"name a preset first; {usage}")
     if name not in presets:
+        if why := (not_given or {}).get(name):
+            raise UserError(f"there is no preset '{name}': {why}")
         kind = "ft" if "-ft-" in name else "mae" if "-mae-" in name else ""
         if kind and not any(f"-{kind}-" in known for known in presets):
             raise UserError(f"'{name}' is for make train-{kind}; presets here: {', '.join(presets)}")

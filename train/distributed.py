@@ -89,6 +89,21 @@ def resolve_device(name: str, processes: int) -> str:
     return "cuda"
 
 
+def device_words(world: World) -> str:
+    """The device in words, with the reason if it is the CPU."""
+    if world.device.type == "cuda":
+        return f"CUDA, {torch.cuda.get_device_name(world.device)}"
+    why = "" if torch.cuda.is_available() else " (no CUDA device here)"
+    return f"the CPU{why}, {torch.get_num_threads()} threads each"
+
+
+def torch_threads(world: World) -> int:
+    """CPU threads of this process: its share of the machine, unless the device is a GPU."""
+    if world.device.type == "cuda":
+        return torch.get_num_threads()
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def launch(processes: int, restarts: int) -> None:
     """Run this same command in `processes` processes by torchrun's engine and exit with their status.
 

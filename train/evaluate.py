@@ -18,7 +18,7 @@ from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 from pipelines.inputs import Normalised
-from pipelines.loader import Batch, damage_limit, eval_batches
+from pipelines.loader import Batch, clip_notes, damage_limit, eval_batches
 from pipelines.sampler import keep_units
 from train import distributed, rundir, setup
 from train.config import Config, FinetuneConfig, MaeConfig, from_dict
@@ -195,7 +195,7 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
         config = replace(config, views=arguments.views)
     weights = weights_of(arguments.run, arguments.weights)
     world = distributed.start(arguments.device, config.speed.timeout)
-    torch.set_num_threads(setup.torch_threads(world))
+    torch.set_num_threads(distributed.torch_threads(world))
     autocast, words = setup.precision(config, world)
     if world.is_main:
         print(words)
@@ -203,6 +203,8 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     if catalogue is None:
         raise UserError(f"{config.data.path} has no validation samples")
     rundir.check_classes(arguments.run, catalogue.info)
+    if world.is_main:
+        print("".join(f"{note}\n" for note in clip_notes(catalogue, setup.view_spec(config, True))), end="")
     ready = load_model(config, weights, catalogue.info.classes, world)
     if isinstance(config, MaeConfig):
         return mae_evaluation(config, world, autocast, ready, catalogue)

@@ -23,7 +23,7 @@ from train.console import Screen, survive_closed_output
 from train.distributed import World
 from train.meters import IN_A_ROW, Clock, Detail, Meters
 from train.metrics import MetricsWriter, score
-from train.optim import make_ema, make_optimizer, make_schedule, seed_step, total_steps, update
+from train.optim import make_ema, make_optimizer, seed_step, set_learning_rate, total_steps, update
 from train.recorder import Recorder
 from train.results import export, write_card
 from train.setup import Autocast
@@ -92,7 +92,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     """Train to the end or to a signal; returns the signal's number, 0 when the run is complete."""
     # ---- processes, folder, log
     world = distributed.start(config.speed.device, config.speed.timeout)
-    torch.set_num_threads(setup.torch_threads(world))
+    torch.set_num_threads(distributed.torch_threads(world))
     run = rundir.folder_of(config)
     catalogue = open_catalogue(config.data.path, "train")
     validation = setup.open_validation(config)
@@ -107,7 +107,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
             print(f"{run} is finished; for another run choose another RUN (--run.name)")
         return 0
     screen = Screen(world.is_main, run / "log.txt")
-    screen.line(f"run {run}: {world.size} process(es) on {setup.device_words(world)}")
+    screen.line(f"run {run}: {world.size} process(es) on {distributed.device_words(world)}")
     for complaint in words:
         screen.line(complaint)
     autocast, words = setup.precision(config, world)
@@ -115,8 +115,8 @@ def fit(config: Config, make_task: MakeTask) -> int:
 
     # ---- data
     micro, accumulate = setup.micro_batches(config, world)
-    per_epoch = len(catalogue) / config.optim.batch
-    steps = total_steps(config.optim, len(catalogue))
+    samples = len(catalogue)
+    steps = total_steps(config.optim, samples)
     for words in setup.plan_words(config, world, catalogue, validation, steps):
         screen.line(words)
 
@@ -132,7 +132,6 @@ def fit(config: Config, make_task: MakeTask) -> int:
         screen.line(words)
     ready = Normalised(model, config.data.frames).to(world.device)
     optimizer = make_optimizer(model, config.optim)
-    schedule = make_schedule(optimizer, config.optim, steps, per_epoch)
     state = State(model, optimizer, make_ema(model, config.optim), Meters(world.device))
 
     # ---- resume
@@ -216,7 +215,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
             if signal_number:
                 break
             seed_step(config.run.seed, step, world.rank)
-            schedule.step_update(step - 1)
+            set_learning_rate(optimizer, config.optim, step - 1, samples)
             loss, bad = _accumulate(joined, task, _timed(batches, accumulate, clock), accumulate, autocast)
             norm, skipped = update(model, optimizer, config.optim.clip_norm)
             if state.ema is not None:
@@ -232,7 +231,8 @@ def fit(config: Config, make_task: MakeTask) -> int:
             evaluates = validation is not None and (last or step % config.run.eval_every == 0)
             if last or evaluates or step % config.run.log_every == 0:
                 row = clock.row(step, config.optim.batch, world, operations)
-                row |= {"epoch": step / per_epoch, "lr": max(g["lr"] for g in optimizer.param_groups)}
+                epoch = step * config.optim.batch / samples
+                row |= {"epoch": epoch, "lr": max(g["lr"] for g in optimizer.param_groups)}
                 recorder.take(row, state.meters)
                 if detail is not None:
                     detail.write()

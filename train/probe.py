@@ -57,7 +57,7 @@ def probe(arguments: Arguments) -> dict[str, float]:
         )
     weights = weights_of(arguments.run, arguments.weights)
     world = distributed.start(arguments.device, config.speed.timeout)
-    torch.set_num_threads(setup.torch_threads(world))
+    torch.set_num_threads(distributed.torch_threads(world))
     autocast, _ = setup.precision(config, world)
     model = encoder(config, weights, splits[0].info.classes, world)
     (known, classes), (asked, answers) = (features(config, world, autocast, model, c) for c in splits)
