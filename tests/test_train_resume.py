@@ -162,18 +162,37 @@ def free_port() -> int:
 # A new value for every setting that --run.allow can change.
 NEW: dict[str, dict[str, object]] = {
     "data": {
-        "stride": 2, "stride_fps": 15.0, "sampling": "segments", "scale": (0.5, 1.0), "ratio": (0.9, 1.1),
-        "flip": 0.0, "interpolation": "linear", "crop": 0.9, "augment": Augment(1, 5.0, 0.1, 0.9, 0.2, 0.3), "same_clip": True, "order": "local",
+        "stride": 2,
+        "stride_fps": 15.0,
+        "sampling": "segments",
+        "scale": (0.5, 1.0),
+        "ratio": (0.9, 1.1),
+        "flip": 0.0,
+        "interpolation": "linear",
+        "crop": 0.9,
+        "augment": Augment(1, 5.0, 0.1, 0.9, 0.2, 0.3),
+        "same_clip": True,
+        "order": "local",
         "window": 16,
     },
     "model": {"drop_path": 0.2, "dropout": 0.1, "checkpoint_stages": (1,)},
     "optim": {
-        "lr": 0.01, "lr_batch": 8, "epochs": 1.5, "warmup_epochs": 0.2, "betas": (0.8, 0.9), "momentum": 0.5,
-        "nesterov": False, "weight_decay": 0.2, "layer_decay": 0.5, "decay_last_block": False, "ema": 0.5, "clip_norm": 0.1,
+        "lr": 0.01,
+        "lr_batch": 8,
+        "epochs": 1.5,
+        "warmup_epochs": 0.2,
+        "betas": (0.8, 0.9),
+        "momentum": 0.5,
+        "nesterov": False,
+        "weight_decay": 0.2,
+        "layer_decay": 0.5,
+        "decay_last_block": False,
+        "ema": 0.5,
+        "clip_norm": 0.1,
         "min_lr": 1e-5,
     },
     "run": {"seed": 7},
-}  # fmt: skip
+}
 NEW_FINETUNING = {
     "freeze": "trunk",
     "smoothing": 0.3,
