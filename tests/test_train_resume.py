@@ -413,9 +413,11 @@ def hang_up(settings: Config, ignored: bool, log: Path) -> None:
     run_cli(lambda: loop.main(settings, stopping_at(signal.SIGHUP, 3)))
 
 
-def test_the_first_ctrl_c_is_acknowledged_within_the_step_and_the_second_ends_it(images, tmp_path):
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_ctrl_c_is_acknowledged_within_the_step_and_the_second_ends_it(images, tmp_path, second):
+    """torchrun passes the second Ctrl-C on as SIGTERM."""
     settings = quick(images, tmp_path, "run")
-    process = CLEAN.Process(target=interrupt_twice, args=(settings, tmp_path / "out"))
+    process = CLEAN.Process(target=interrupt_twice, args=(settings, second, tmp_path / "out"))
     process.start()
     process.join(60)
     said = (tmp_path / "out").read_text()
@@ -425,7 +427,7 @@ def test_the_first_ctrl_c_is_acknowledged_within_the_step_and_the_second_ends_it
     assert saved_steps(tmp_path / "run") == [4]
 
 
-def interrupt_twice(settings: Config, log: Path) -> None:
+def interrupt_twice(settings: Config, second: signal.Signals, log: Path) -> None:
     speak_to(log)
 
     def make(*given) -> loop.Task:
@@ -436,7 +438,7 @@ def interrupt_twice(settings: Config, log: Path) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
                 if "SIGINT: stopping" in log.read_text():
                     print("acknowledged within the step", flush=True)
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), second)
             return task.loss(*batch)
 
         return replace(task, loss=loss)

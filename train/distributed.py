@@ -253,8 +253,9 @@ class StopSignal:
 
     def _note(self, number: int, _frame: object) -> None:
         """Runs between two instructions of whatever the process is doing, hence os.write."""
-        if self.number and number == signal.SIGINT:
-            os._exit(128 + number)
+        # torchrun passes the first Ctrl-C on as SIGINT and the second as SIGTERM.
+        if self.number == signal.SIGINT and number in (signal.SIGINT, signal.SIGTERM):
+            os._exit(128 + signal.SIGINT)
         if not self.number and self._reports:
             again = "; press Ctrl-C again to stop at once without saving" if number == signal.SIGINT else ""
             text = f"{signal.Signals(number).name}: stopping after this step and saving{again}\n"
