@@ -27,7 +27,7 @@ from train.console import Screen
 from train.distributed import World
 from train.meters import Clock, Detail, Meters
 from train.metrics import TIMING_COLUMNS, MetricsWriter, read_csv
-from train.optim import make_ema, make_optimizer, make_schedule, seed_step, update
+from train.optim import make_ema, make_optimizer, make_schedule, seed_weights, update
 from train.setup import Autocast
 from train.state import State
 
@@ -114,7 +114,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
         screen.line(words)
 
     # ---- model, optimizer, schedule
-    seed_step(config.run.seed, 0, 0)
+    seed_weights(config.run.seed)
     task = make_task(config, catalogue, world, autocast)
     model = task.model
     parameters = sum(p.numel() for p in model.parameters())
@@ -161,7 +161,6 @@ def fit(config: Config, make_task: MakeTask) -> int:
     # ---- steps
     with screen.progress(state.step, steps):
         for step in range(state.step + 1, steps + 1):
-            seed_step(config.run.seed, step, world.rank)
             schedule.step_update(step - 1)
             loss, bad = _accumulate(joined, task, _timed(batches, accumulate, clock), accumulate, autocast)
             norm, skipped = update(model, optimizer, config.optim.clip_norm)
