@@ -80,7 +80,8 @@ def test_clips_pretrain_then_finetune_with_mixup(clips: Path, tmp_path: Path):
 
 def test_accumulation_and_processes_do_not_change_the_result(images: Path, tmp_path: Path):
     """1 x 12, 1 x 3 x 4 and 2 processes x 3 x 2: one global batch, the same weights to rounding."""
-    base = small("image-mae-pico", images, tmp_path, "joined", epochs=2.0)
+    # Adam scales the rounding noise of tiny gradients up to the learning rate, so that one is small here.
+    base = small("image-mae-pico", images, tmp_path, "joined", epochs=2.0, lr=1e-4)
     base = replace(base, decode_ratio=0.5, model=replace(base.model, drop_path=0.4))
 
     def variant(name: str, **speed: object):
