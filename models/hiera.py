@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.draws import drop_path_scales, dropout
 from models.errors import ModelError
 from models.layers import NORM_EPS, Block, PatchEmbed, init_uniform
 from models.unroll import UNIT, reroll, unit_grid, unroll
@@ -89,10 +90,11 @@ class Encoder(nn.Module):
             table = self.pos_embed
         return unroll(table.reshape(1, t, h, w, -1))[0]
 
-    def encode(self, x: Tensor, keep: Tensor | None = None) -> list[Tensor]:
+    def encode(self, x: Tensor, keep: Tensor | None = None, row_keys: Tensor | None = None) -> list[Tensor]:
         """Output of every stage for pixels [B, C, (T), H, W]: [B, units or kept, n, channels] each.
 
         keep: int64 [B, k], sorted indices of the mask units to look at; None looks at all.
+        row_keys: int64 [B], decide drop path in training; None draws it from torch's generator.
         Raises ModelError when the input's shape is not the model's.
         """
         if x.shape[1:] != (self.config.in_chans, *self.input_size):
@@ -101,12 +103,15 @@ class Encoder(nn.Module):
         x = self.patch_embed(x if self.config.video else x.unsqueeze(2), keep, self.units)
         table = self.positions()
         x = x + (table if keep is None else F.embedding(keep, table.flatten(1)).view(x.shape))
-        outputs, blocks = [], iter(self.blocks)
+        scales: list[Tensor | None] = [None] * len(self.blocks)
+        if self.training and self.config.drop_path_rate > 0:
+            scales = drop_path_scales(x, self.config.drop_path_rate, len(self.blocks), row_keys)
+        outputs, blocks = [], zip(self.blocks, scales, strict=True)
         for stage, depth in enumerate(self.config.stages, start=1):
             recompute = self.training and stage in self.config.checkpoint_stages
             for _ in range(depth):
-                block = next(blocks)
-                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+                block, drop = next(blocks)
+                x = checkpoint(block, x, drop, use_reentrant=False) if recompute else block(x, drop)
             outputs.append(x)
         return outputs
 
@@ -121,7 +126,6 @@ class Encoder(nn.Module):
 
 def _blocks(config: HieraConfig, pools: int) -> list[Block]:
     """All stages' blocks in a flat list."""
-    rates = torch.linspace(0, config.drop_path_rate, sum(config.stages), device="cpu").tolist()
     blocks: list[Block] = []
     for stage, depth in enumerate(config.stages):
         dim, heads = config.width * 2**stage, config.heads * 2**stage
@@ -130,8 +134,7 @@ def _blocks(config: HieraConfig, pools: int) -> list[Block]:
             # Stages 1 and 2 attend inside units, and so does the block that leaves stage 2, still unpooled.
             windowed = stage < 2 or (stage == 2 and first)
             pool = first and stage <= pools
-            drop = rates[len(blocks)]
-            blocks.append(Block(dim // 2 if first else dim, dim, heads, windowed, pool, drop))
+            blocks.append(Block(dim // 2 if first else dim, dim, heads, windowed, pool))
     return blocks
 
 
@@ -142,7 +145,6 @@ class Hiera(Encoder):
         super().__init__(config, pools=3)
         self.norm = nn.LayerNorm(self.width_out, eps=NORM_EPS)
         self.head = nn.Sequential()
-        self.head.dropout = nn.Dropout(config.head_dropout)
         self.head.projection = nn.Linear(self.width_out, config.num_classes)
         self.init_weights()
 
@@ -170,10 +172,18 @@ class Hiera(Encoder):
     def _pooled(self, outputs: list[Tensor]) -> Tensor:
         return self.norm(outputs[-1].flatten(1, 2).mean(dim=1))
 
-    def forward(self, x: Tensor, return_intermediates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Logits [B, classes]; on demand also every stage's map [B, (t), h, w, C] in spatial order."""
-        outputs = self.encode(x)
-        logits = self.head(self._pooled(outputs))
+    def forward(
+        self, x: Tensor, return_intermediates: bool = False, row_keys: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Logits [B, classes]; on demand also every stage's map [B, (t), h, w, C] in spatial order.
+
+        row_keys: int64 [B], decide drop path and dropout in training; None uses torch's generator.
+        """
+        outputs = self.encode(x, row_keys=row_keys)
+        pooled = self._pooled(outputs)
+        if self.training and self.config.head_dropout > 0:
+            pooled = dropout(pooled, self.config.head_dropout, row_keys)
+        logits = self.head(pooled)
         if not return_intermediates:
             return logits
         maps = [reroll(output, self.units) for output in outputs]

@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from models.unroll import FRAMES, STRIDE, UNIT, Grid, max_pool, take, unroll
@@ -42,7 +42,7 @@ class Block(nn.Module):
     """Pre-norm transformer block; at the start of a stage it widens, and pools where the stage does."""
 
     def __init__(
-        self, dim: int, dim_out: int, heads: int, windowed: bool = False, pool: bool = False, drop: float = 0
+        self, dim: int, dim_out: int, heads: int, windowed: bool = False, pool: bool = False
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
@@ -50,15 +50,22 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim_out, eps=NORM_EPS)
         self.mlp = Mlp(dim_out, 4 * dim_out)
         self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
-        self.drop_path = DropPath(drop) if drop > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, U, n, dim] -> [B, U, n or n / 4, dim_out]."""
+    def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
+        """[B, U, n, dim] -> [B, U, n or n / 4, dim_out].
+
+        scales: drop path's factors [B, 2] of the attention and of the MLP; None drops nothing.
+        """
         y = self.norm1(x)
         if self.proj is not None:
             x = max_pool(self.proj(y)) if self.attn.pool else self.proj(y)
-        x = x + self.drop_path(self.attn(y))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + _scaled(self.attn(y), scales, 0)
+        return x + _scaled(self.mlp(self.norm2(x)), scales, 1)
+
+
+def _scaled(x: Tensor, scales: Tensor | None, branch: int) -> Tensor:
+    """x [B, U, n, C] times its branch's factors of `scales` [B, 2]."""
+    return x if scales is None else x * scales[:, branch, None, None, None].to(x.dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.draws import random_share
 from models.errors import ModelError
 from models.hiera import Encoder, HieraConfig
 from models.layers import NORM_EPS, Block, conv, init_uniform, unit_mask
@@ -80,21 +81,28 @@ class MaskedAutoencoder(Encoder):
         init_uniform(self.patch_embed.proj, "bias")
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, mask_ratio: float = 0.6, keep: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        mask_ratio: float = 0.6,
+        keep: Tensor | None = None,
+        row_keys: Tensor | None = None,
     ) -> MaeOutput:
         """Predict the masked patches of images [B, C, H, W] or clips [B, C, T, H, W].
 
         mask: bool [B, units], True = kept, equally many in every row; reading their number syncs the host.
         keep: the same as sorted indices, int64 [B, kept]; no sync, static shapes.
         With neither, a random share `mask_ratio` of the units is masked.
+        row_keys: int64 [B], decide drop path and the decoded share in training; None uses torch's generator.
         The loss is the mean squared error over masked pixels, normalised per patch.
         """
         if keep is None:
             keep = random_keep(x, self.num_mask_units, mask_ratio) if mask is None else keep_of(mask)
         kept, masked = self.split_tokens(keep)
         if self.training and self.config.decode_ratio < 1:
-            masked = _random_share(masked, self.config.decode_ratio)
-        pred = self.decode(self.fuse(self.encode(x, keep)), kept, masked)
+            # Dual masking, arXiv 2303.16727.
+            masked = random_share(masked, self.config.decode_ratio, row_keys)
+        pred = self.decode(self.fuse(self.encode(x, keep, row_keys)), kept, masked)
         with torch.no_grad():
             label, _, _ = self.labels(x, masked)
         loss = F.mse_loss(pred.to(label.dtype), label)
@@ -172,13 +180,6 @@ def keep_of(mask: Tensor) -> Tensor:
     if len(set(counts)) != 1:
         raise ModelError(f"every row of a mask must keep equally many units, not {sorted(set(counts))}")
     return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : counts[0]]
-
-
-def _random_share(ids: Tensor, ratio: float) -> Tensor:
-    """A random share of every row's entries, in their order (dual masking, arXiv 2303.16727)."""
-    count = max(1, round(ids.shape[1] * ratio))
-    chosen = torch.rand(ids.shape, device=ids.device).argsort(dim=1)[:, :count].sort(dim=1).values
-    return ids.gather(1, chosen)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ class Batch:
     labels: torch.Tensor  # int64 [b], on the CPU, -1: unlabelled
     ids: Ints  # [b]
     epochs: Ints  # [b] -1 in evaluation; with r repeats the k-th row has epoch * r + k
+    positions: Ints  # [b] -1 in evaluation; else consecutive: step * global batch + row of the global batch
     valid: Bools  # [b] False in evaluation: padding of a last batch, or a damaged sample
     bad: int = 0  # rows in which another sample stands in for a damaged one
 
@@ -80,10 +81,13 @@ def train_batches(
         )
     arrange = make_order(catalogue, order, window, seed)
 
-    def plan(iteration: int) -> Plan:
+    def positions(iteration: int) -> Ints:
         step, micro = divmod(start_step * accumulate + iteration, accumulate)
-        positions = sampler.batch_positions(step, global_batch, rank, world, accumulate)[micro]
-        return plans.train_plan(catalogue, view, seed, *plans.repeated(positions, view.repeats, arrange))
+        return sampler.batch_positions(step, global_batch, rank, world, accumulate)[micro]
+
+    def plan(iteration: int) -> Plan:
+        rows = plans.repeated(positions(iteration), view.repeats, arrange)
+        return plans.train_plan(catalogue, view, seed, *rows)
 
     def replan(ids: Ints, epochs: Ints) -> Plan:
         epochs = (epochs[:, None] + np.arange(view.copies)).ravel()
@@ -91,12 +95,12 @@ def train_batches(
 
     limit = damage_limit(catalogue, max_bad)
     faults = Faults(catalogue, device, seed, view.copies, unit=view.copies, limit=limit, replan=replan)
-    rows = global_batch // (world * accumulate)
-    settings = settings_of(view, rows, view.copies, device, threads)
+    count = global_batch // (world * accumulate)
+    settings = settings_of(view, count, view.copies, device, threads)
     settings = replace(settings, hw_decoder_load=hw_decoder_load)
     return (
-        batch_of(faults, row_plan, augment(pixels, view.augment, seed, row_plan.epochs, row_plan.ids))
-        for row_plan, pixels in run_plans(faults, plan, settings)
+        batch_of(faults, rows, positions(i), augment(pixels, view.augment, seed, rows.epochs, rows.ids))
+        for i, (rows, pixels) in enumerate(run_plans(faults, plan, settings))
     )
 
 
@@ -140,7 +144,10 @@ def eval_batches(
     faults = Faults(catalogue, device, 0, copies=spatial, unit=views, limit=limit, replan=replan)
     settings = settings_of(view, batch * views, spatial, device, threads)
     settings = replace(settings, hw_decoder_load=hw_decoder_load)
-    return (batch_of(faults, row_plan, pixels) for row_plan, pixels in run_plans(faults, plan, settings))
+    none = np.full(batch * views, -1)
+    return (
+        batch_of(faults, row_plan, none, pixels) for row_plan, pixels in run_plans(faults, plan, settings)
+    )
 
 
 def damage_limit(catalogue: Catalogue, max_bad: float) -> int:
@@ -153,7 +160,8 @@ def blank_batch(view: ViewSpec, rows: int, device: torch.device) -> Batch:
     pixels = torch.zeros(rows, view.frames, view.size, view.size, 3, dtype=torch.uint8, device=device)
     zeros = np.zeros(rows, np.int64)
     pixels = pixels if view.frames > 1 else pixels.squeeze(1)
-    return Batch(pixels, torch.zeros(rows, dtype=torch.int64), zeros, zeros, np.ones(rows, bool))
+    labels, positions = torch.zeros(rows, dtype=torch.int64), np.arange(rows)
+    return Batch(pixels, labels, zeros, zeros, positions, np.ones(rows, bool))
 
 
 def run_plans(
@@ -208,10 +216,10 @@ def advise(catalogue: Catalogue, planned: Callable[[int], Plan], number: int) ->
         catalogue.will_need(rows.ids, rows.frames)
 
 
-def batch_of(faults: Faults, plan: Plan, pixels: torch.Tensor) -> Batch:
+def batch_of(faults: Faults, plan: Plan, positions: Ints, pixels: torch.Tensor) -> Batch:
     """Put together what came out of the graph and what never went in."""
     labels = torch.from_numpy(faults.catalogue.label[plan.ids].astype(np.int64))
-    return Batch(pixels, labels, plan.ids, plan.epochs, plan.valid, int(plan.replaced.sum()))
+    return Batch(pixels, labels, plan.ids, plan.epochs, positions, plan.valid, int(plan.replaced.sum()))
 
 
 def make_order(catalogue: Catalogue, name: str, window: int, seed: int) -> sampler.Order:

@@ -19,6 +19,7 @@ Order = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # positions [n] -
 # What a draw is for; two streams of one sample are independent.
 STREAM_WINDOW, STREAM_FLIP, STREAM_START, STREAM_MASK, STREAM_ORDER = range(5)
 STREAM_JITTER, STREAM_ERASE, STREAM_SHARDS, STREAM_NEARBY, STREAM_REPLACE = range(5, 10)
+STREAM_MODEL, STREAM_MIX = range(10, 12)
 STREAM_RAND = 100  # one stream per layer of RandAugment from here on
 
 
@@ -42,6 +43,11 @@ def uniform(seed: int, epochs: np.ndarray, ids: np.ndarray, stream: int, count: 
     keys = keys_of(seed, stream, epochs, ids)
     counters = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
     return (mix(keys[:, None] + counters) >> np.uint64(11)) * 2.0**-53
+
+
+def row_keys(seed: int, epochs: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Keys int64 [n] from which the model draws what it drops of each sample [n] in its epoch [n]."""
+    return keys_of(seed, STREAM_MODEL, epochs, ids).view(np.int64)
 
 
 def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:

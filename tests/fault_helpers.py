@@ -33,7 +33,6 @@ PRELOADED = (
     "tools.pack_kinetics",
     "models",
     "timm.optim",
-    "timm.data.mixup",
     "timm.utils",
 )
 CLEAN.set_forkserver_preload(list(PRELOADED))

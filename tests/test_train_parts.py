@@ -277,10 +277,9 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported():
     assert (before - model.weight).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_steps_are_seeded_by_seed_step_and_rank():
-    def draw(*key: int) -> float:
-        optim.seed_step(*key)
+def test_the_initialisation_is_seeded():
+    def draw(seed: int) -> float:
+        optim.seed_weights(seed)
         return torch.rand(1).item()
 
-    assert draw(0, 5, 0) == draw(0, 5, 0)
-    assert len({draw(s, k, r) for s in range(2) for k in range(3) for r in range(2)}) == 12
+    assert draw(5) == draw(5) and len({draw(seed) for seed in range(4)}) == 4

@@ -17,7 +17,6 @@ import models
 from pipelines.augment import Augment
 from pipelines.errors import UserError
 from pipelines.inputs import Normalised
-from pipelines.loader import Batch
 from pipelines.plans import eval_plan, train_plan
 from tests.train_helpers import make_images, small
 from train import checkpoint, evaluate, finetune, loop, mae, optim, rundir, setup
@@ -112,44 +111,6 @@ def test_a_frozen_trunk_stays_as_it_was(images, tmp_path):
     changed = {name for name, value in after.items() if name not in before or not value.equal(before[name])}
     assert changed == {"norm.weight", "norm.bias", "head.projection.weight", "head.projection.bias"}
     assert "frozen trunk" in (run / "log.txt").read_text()
-
-
-# ---- mixing ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("frames", [1, 8])
-def test_cutmix_labels_are_the_share_of_replaced_pixels(frames, monkeypatch):
-    """Each row is one flat level, so every pixel tells which row it came from; all frames are cut alike."""
-    config = replace(FINETUNE_PRESETS["image-ft-pico"], mixup=0.0, cutmix=1.0, smoothing=0.0)
-    config = replace(config, optim=replace(config.optim, batch=6), speed=replace(config.speed, micro_batch=6))
-    mix = finetune.make_mixup(config, 6, ALONE)
-    shape = (6, 32, 32, 3) if frames == 1 else (6, frames, 32, 32, 3)
-    pixels = torch.arange(6).view(-1, *[1] * (len(shape) - 1)).expand(shape).to(torch.uint8)
-    seen = {}
-
-    def model(mixed):
-        seen["pixels"] = mixed
-        return torch.zeros(6, 6, requires_grad=True)
-
-    monkeypatch.setattr(
-        finetune.functional, "cross_entropy", lambda _, labels, **__: seen.setdefault("labels", labels)
-    )
-    for seed in range(5):
-        seen.clear()
-        np.random.seed(seed)
-        blank = Batch(pixels, torch.arange(6), np.zeros(6), np.zeros(6), np.ones(6, bool))
-        finetune.mixed_loss(model, blank, mix, CPU, 0.0)
-        mixed = seen["pixels"].reshape(6, frames, 32, 32, 3)
-        assert (mixed == mixed[:, :1]).all(), "the same box in every frame"
-        share = torch.stack([(mixed == row).float().mean(dim=(1, 2, 3, 4)) for row in range(6)], dim=1)
-        torch.testing.assert_close(seen["labels"], share, rtol=0, atol=1e-6)
-
-
-def test_odd_micro_batches_cannot_be_mixed(images, tmp_path):
-    config = small("image-ft-pico", images, tmp_path, "odd")
-    config = replace(config, mixup=0.8, speed=replace(config.speed, micro_batch=3))
-    with pytest.raises(UserError, match="even number of rows a forward pass, not 3"):
-        loop.fit(config, finetune.make_task)
 
 
 # ---- what a run leaves behind ----------------------------------------------------------------------------

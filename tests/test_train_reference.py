@@ -73,7 +73,6 @@ def test_accumulated_gradients_are_averaged(images: Path, tmp_path: Path):
     for micro in (12, 3):
         config = small("image-ft-pico", images, tmp_path, "summed")
         config = replace(config, speed=replace(config.speed, micro_batch=micro))
-        config = replace(config, model=replace(config.model, drop_path=0.0))
         torch.manual_seed(0)
         catalogue = open_catalogue(images, "train")
         task = finetune.make_task(config, catalogue, ALONE, torch.no_grad)

@@ -80,8 +80,9 @@ def test_clips_pretrain_then_finetune_with_mixup(clips: Path, tmp_path: Path):
 
 def test_accumulation_and_processes_do_not_change_the_result(images: Path, tmp_path: Path):
     """1 x 12, 1 x 3 x 4 and 2 processes x 3 x 2: one global batch, the same weights to rounding."""
-    base = small("image-mae-pico", images, tmp_path, "joined", epochs=2.0)
-    base = replace(base, model=replace(base.model, drop_path=0.0))  # its draws are per process
+    # Adam scales the rounding noise of tiny gradients up to the learning rate, so that one is small here.
+    base = small("image-mae-pico", images, tmp_path, "joined", epochs=2.0, lr=1e-4)
+    base = replace(base, decode_ratio=0.5, model=replace(base.model, drop_path=0.4))
 
     def variant(name: str, **speed: object):
         run, speed_config = replace(base.run, name=name), replace(base.speed, **speed)
@@ -290,7 +291,7 @@ def test_damage_is_replaced_counted_and_bounded_on_every_rank(images: Path, tmp_
     base = small("image-ft-pico", data, tmp_path, "one", epochs=6.0)
     augment = Augment(layers=2, erase=0.25)
     settings = replace(base.data, augment=augment, repeats=2, order="local", max_bad=0.2)
-    base = replace(base, data=settings, model=replace(base.model, drop_path=0.0))
+    base = replace(base, data=settings)
     _, rows = results(fit(base, finetune.make_task))
     assert rows[-1]["bad"] >= 8  # 2 samples x 6 epochs, counted in rows
     assert [row["bad"] for row in rows] == sorted(row["bad"] for row in rows)

@@ -23,7 +23,7 @@ from train.console import Screen, survive_closed_output
 from train.distributed import World
 from train.meters import IN_A_ROW, Clock, Detail, Meters
 from train.metrics import MetricsWriter, score
-from train.optim import make_ema, make_optimizer, seed_step, set_learning_rate, total_steps, update
+from train.optim import make_ema, make_optimizer, seed_weights, set_learning_rate, total_steps, update
 from train.recorder import Recorder
 from train.results import export, write_card
 from train.setup import Autocast
@@ -121,7 +121,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
         screen.line(words)
 
     # ---- model, optimizer, schedule
-    seed_step(config.run.seed, 0, 0)
+    seed_weights(config.run.seed)
     task = make_task(config, catalogue, world, autocast)
     model = task.model
     parameters = sum(p.numel() for p in model.parameters())
@@ -214,7 +214,6 @@ def fit(config: Config, make_task: MakeTask) -> int:
         for step in range(state.step + 1, steps + 1):
             if signal_number:
                 break
-            seed_step(config.run.seed, step, world.rank)
             set_learning_rate(optimizer, config.optim, step - 1, samples)
             loss, bad = _accumulate(joined, task, _timed(batches, accumulate, clock), accumulate, autocast)
             norm, skipped = update(model, optimizer, config.optim.clip_norm)

@@ -1,7 +1,6 @@
-"""Optimizer, learning-rate schedule and per-step seeds."""
+"""Optimizer, learning-rate schedule and the seed of the initialisation."""
 
 import math
-import random
 from fractions import Fraction
 
 import numpy as np
@@ -86,12 +85,9 @@ def update(
     return norm, skipped
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed every generator for one step, so that resuming needs no generator state.
+def seed_weights(seed: int) -> None:
+    """Seed torch's generator for the initialisation of the weights.
 
-    Drop path, dropout and mixup thus depend on (seed, step, rank) alone; data and masks on (seed, sample).
+    A training step draws nothing from it: its draws depend on (seed, step or epoch, sample) alone.
     """
-    number = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
-    torch.manual_seed(number)
-    np.random.seed(number % 2**32)  # timm's mixup draws from the global generator
-    random.seed(number)
+    torch.manual_seed(int(np.random.SeedSequence([seed, 0, 0]).generate_state(1, np.uint64)[0]))

@@ -215,15 +215,24 @@ def warm_start(model: nn.Module, config: Config, whole: bool = False, classes: S
 
 
 def micro_batches(config: Config, world: World) -> tuple[int, int]:
-    """(rows per forward, forwards per step) of each process; raises UserError if it does not divide."""
-    repeats = config.data.repeats
-    share, rest = divmod(config.optim.batch, world.size * repeats)
+    """(rows per forward, forwards per step) of each process; raises UserError if it does not divide.
+
+    A forward takes whole groups of rows: the repeats of a sample, and with mixup or cutmix of two samples.
+    """
+    repeats, batch = config.data.repeats, config.optim.batch
+    mixes = isinstance(config, FinetuneConfig) and (config.mixup or config.cutmix)
+    group = repeats * (2 if mixes else 1)
+    share, rest = divmod(batch, world.size * group)
     if rest:
-        times = f" x {repeats} repeats" if repeats > 1 else ""
-        raise UserError(f"optim.batch {config.optim.batch} does not divide by {world.size} processes{times}")
-    most = max(1, min(config.speed.micro_batch // repeats, share))
+        factors = f" x {repeats} repeats" if repeats > 1 else ""
+        factors += " x 2 mixed samples" if mixes else ""
+        raise UserError(
+            f"optim.batch {batch} does not divide by {world.size} processes{factors}; "
+            f"use a multiple of {world.size * group}"
+        )
+    most = max(1, min(config.speed.micro_batch // group, share))
     micro = next(m for m in range(most, 0, -1) if share % m == 0)
-    return micro * repeats, share // micro
+    return micro * group, share // micro
 
 
 def freeze(model: nn.Module, config: Config) -> str:

@@ -1,0 +1,106 @@
+"""Mixup and cutmix (arXiv 1710.09412, 1905.04899), drawn for all rows of a step's global batch.
+
+Every group of 2 * repeats consecutive rows of the global batch is mixed within itself: row k with row
+(k + repeats) % (2 * repeats), so that a sample is not mixed with its own copy. The two rows of a pair share
+one draw. A process or micro batch takes the draws of its rows, so their number does not change the result.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines import sampler
+from train import loop
+from train.config import FinetuneConfig
+
+# Columns of `draw_pairs`: the partner's share of the label, of the pixels outside the box, and the box.
+LABEL, OUTSIDE, TOP, BOTTOM, LEFT, RIGHT = range(6)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """What is mixed and how; `mixup` and `cutmix` are Beta parameters, 0 = off, not both off."""
+
+    mixup: float
+    cutmix: float
+    smoothing: float  # of the labels
+    classes: int
+    repeats: int  # consecutive rows that show the same sample
+    batch: int  # rows of a step over all processes, a multiple of 2 * repeats
+    seed: int
+
+
+def make_mixing(config: FinetuneConfig, classes: int) -> Mixing | None:
+    """The mixing that the configuration asks for; None when mixup and cutmix are both off."""
+    if not (config.mixup or config.cutmix):
+        return None
+    repeats, batch, seed = config.data.repeats, config.optim.batch, config.run.seed
+    return Mixing(config.mixup, config.cutmix, config.smoothing, classes, repeats, batch, seed)
+
+
+def mix(
+    mixing: Mixing, pixels: Tensor, labels: Tensor, positions: NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
+    """Mix consecutive rows of one step: pixels uint8 [b, (T,) H, W, 3] and labels int64 [b], on one device.
+
+    positions: int64 [b], see Batch; the first is the first of a group, and b is a multiple of 2 * repeats.
+    Gives float32 pixels, all frames of a clip mixed alike, and soft labels float32 [b, classes].
+    """
+    height, width = pixels.shape[-3:-1]
+    step, first = divmod(int(positions[0]), mixing.batch)
+    rows = first + np.arange(len(positions))
+    drawn = draw_pairs(mixing, step, height, width)[pairs_of(rows, mixing.repeats)]
+    columns = loop.to_device(drawn, pixels.device)
+    share = pixel_shares(columns, height, width)
+    share = share.view(len(share), *[1] * (pixels.dim() - 4), height, width, 1)
+    mixed = pixels.to(torch.float32, copy=True).lerp_(partners(pixels, mixing.repeats).float(), share)
+    soft = soft_labels(labels, mixing.classes, mixing.smoothing)
+    return mixed, torch.lerp(soft, partners(soft, mixing.repeats), columns[:, LABEL, None])
+
+
+def draw_pairs(mixing: Mixing, step: int, height: int, width: int) -> NDArray[np.float32]:
+    """The draws of all pairs of a step, float32 [batch / 2, 6]; they depend on (seed, step) alone.
+
+    With both on, a pair is mixed by either with probability 1/2. Cutmix's box has the share 1 - lambda of the
+    area before the border clips it, and the label follows what is left of it.
+    """
+    key = sampler.keys_of(mixing.seed, sampler.STREAM_MIX, step, np.arange(2))
+    generator, pairs = np.random.Generator(np.random.Philox(key=key)), mixing.batch // 2
+    cuts = generator.random(pairs) < (0.5 if mixing.mixup else 1.0) * (mixing.cutmix > 0)
+    alphas = np.where(cuts, mixing.cutmix, mixing.mixup)
+    partner = 1 - generator.beta(alphas, alphas)
+    edges = []
+    for size in (height, width):
+        centre, length = generator.integers(0, size, pairs), (size * np.sqrt(partner)).astype(np.int64)
+        edges += [np.clip(centre - length // 2, 0, size), np.clip(centre + (length + 1) // 2, 0, size)]
+    top, bottom, left, right = (np.where(cuts, edge, 0) for edge in edges)
+    area = (bottom - top) * (right - left) / (height * width)
+    columns = (np.where(cuts, area, partner), np.where(cuts, 0, partner), top, bottom, left, right)
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def pairs_of(rows: NDArray[np.int64], repeats: int) -> NDArray[np.int64]:
+    """The pair that each row of the global batch belongs to."""
+    return rows // (2 * repeats) * repeats + rows % repeats
+
+
+def partners(x: Tensor, repeats: int) -> Tensor:
+    """Each row's partner: x [b, ...] in another order."""
+    return x.unflatten(0, (-1, 2, repeats)).flip(1).flatten(0, 2)
+
+
+def pixel_shares(columns: Tensor, height: int, width: int) -> Tensor:
+    """The partner's share of every pixel, float32 [b, H, W]: 1 inside the box."""
+    y, x = (torch.arange(size, device=columns.device) for size in (height, width))
+    rows = (y >= columns[:, TOP, None]) & (y < columns[:, BOTTOM, None])
+    inside = rows[:, :, None] & ((x >= columns[:, LEFT, None]) & (x < columns[:, RIGHT, None]))[:, None]
+    return torch.where(inside, 1.0, columns[:, OUTSIDE, None, None])
+
+
+def soft_labels(labels: Tensor, classes: int, smoothing: float) -> Tensor:
+    """One-hot labels float32 [b, classes], of which the share `smoothing` is spread over all classes."""
+    hit = labels[:, None] == torch.arange(classes, device=labels.device)
+    return hit * (1 - smoothing) + smoothing / classes
