@@ -20,7 +20,7 @@ from pipelines.errors import UserError, run_cli
 from tests.fault_helpers import CLEAN, speak_to
 from tests.test_train_runs import assert_same, descendants, results
 from tests.train_helpers import ROOT, arguments, module, small
-from train import checkpoint, config, finetune, loop, mae, rundir
+from train import checkpoint, config, distributed, finetune, loop, mae, rundir
 from train.config import Config, MaeConfig
 from train.metrics import read_csv
 
@@ -331,6 +331,15 @@ def test_a_run_whose_every_step_was_skipped_is_not_done(images, tmp_path):
 
 
 # ---- signals, closed terminals
+
+
+def test_a_caller_gets_its_signal_handlers_back(images, tmp_path):
+    before = [signal.getsignal(number) for number in distributed.STOPPING]
+    settings = quick(images, tmp_path, "run")
+    assert loop.fit(settings, stopping_at(signal.SIGTERM, 3)) == signal.SIGTERM
+    assert [signal.getsignal(number) for number in distributed.STOPPING] == before
+    fit(settings)
+    assert [signal.getsignal(number) for number in distributed.STOPPING] == before
 
 
 def test_a_signal_during_evaluation_saves_first_and_the_row_is_completed_on_resume(images, tmp_path):

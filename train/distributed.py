@@ -247,9 +247,10 @@ class StopSignal:
                 backend="gloo", timeout=timedelta(seconds=timeout)
             )
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
-        for number in STOPPING:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._note)
+        before = {number: signal.getsignal(number) for number in STOPPING}
+        self._before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: object) -> None:
         """Runs between two instructions of whatever the process is doing, hence os.write."""
@@ -272,6 +273,11 @@ class StopSignal:
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = (work, flag) if work is not None else None
         return previous
+
+    def restore(self) -> None:
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def check(self) -> None:
         """`agreed` for use inside an evaluation: raises Stopped."""

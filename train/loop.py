@@ -251,6 +251,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     if signal_number:
         what = f"stopped after step {state.step}; the last checkpoint is of step {recorder.saved}"
         screen.line(f"signal {signal_number}: {what}; run the same command to resume")
+        stop.restore()
         return signal_number
     if metrics is not None and entered is not None:
         if task.picture is not None:
@@ -261,6 +262,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
         screen.line(f"done: {path} after {clock.elapsed():.0f} s of training")
         entered[0].close()
     distributed.barrier()
+    stop.restore()
     return 0
 
 
