@@ -233,10 +233,10 @@ def test_repeats_of_one_clip_share_their_segments(dataset):
 
 
 def test_a_run_by_segments_trains_with_sgd_and_is_tested_in_three_views(tmp_path):
-    config = small(
-        "video-ft-pico", make_clips(tmp_path, train=3, val=1), tmp_path, "run", epochs=2.0, name="sgd"
-    )
-    config = replace(config, data=replace(config.data, sampling="segments", flip=0.0), views=(1, 3))
+    clips = make_clips(tmp_path, train=3, val=1)
+    config = small("video-ft-pico", clips, tmp_path, "run", epochs=2.0)
+    config = replace(config, optim=replace(config.optim, name="sgd"), views=(1, 3))
+    config = replace(config, data=replace(config.data, sampling="segments", flip=0.0))
     setup.check(config)
     assert loop.fit(config, finetune.make_task) == 0
     row = read_csv(tmp_path / "run" / "metrics.csv")[-1]
