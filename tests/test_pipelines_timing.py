@@ -20,6 +20,7 @@ from tests.train_helpers import make_clips, small
 from tools.pack_kinetics import pack_kinetics
 from tools.predict import pack as pack_inputs
 from train import evaluate, finetune, loop, setup
+from train.metrics import read_csv
 
 CPU = torch.device("cpu")
 LENGTHS = [125, 120, 70, 61, 60, 40, 20, 16, 9, 3, 1]
@@ -229,3 +230,14 @@ def test_repeats_of_one_clip_share_their_segments(dataset):
     ids = np.repeat(np.arange(len(LENGTHS)), 2)
     frames = train_plan(at(dataset, 12.0), view, 5, ids, np.tile([6, 7], len(LENGTHS))).frames
     assert np.array_equal(frames[::2], frames[1::2])
+
+
+def test_a_run_by_segments_trains_with_sgd_and_is_tested_in_three_views(tmp_path):
+    clips = make_clips(tmp_path, train=3, val=1)
+    config = small("video-ft-pico", clips, tmp_path, "run", epochs=2.0)
+    config = replace(config, optim=replace(config.optim, name="sgd"), views=(1, 3))
+    config = replace(config, data=replace(config.data, sampling="segments", flip=0.0))
+    setup.check(config)
+    assert loop.fit(config, finetune.make_task) == 0
+    row = read_csv(tmp_path / "run" / "metrics.csv")[-1]
+    assert row["step"] == 1 and row["skipped"] == 0 and np.isfinite(row["loss"])

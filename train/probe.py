@@ -17,6 +17,7 @@ from torch.nn import functional
 from pipelines.catalogue import Catalogue, open_catalogue
 from pipelines.errors import UserError, run_cli
 from pipelines.inputs import Normalised
+from pipelines.loader import clip_notes
 from train import distributed, setup
 from train.config import Config, FinetuneConfig, MaeConfig
 from train.distributed import World
@@ -55,6 +56,7 @@ def probe(arguments: Arguments) -> dict[str, float]:
         raise UserError(
             f"{config.data.path} has samples without a class, or an empty split; give other --data"
         )
+    print("".join(f"{note}\n" for note in clip_notes(splits[1], setup.view_spec(config, True))), end="")
     weights = weights_of(arguments.run, arguments.weights)
     world = distributed.start(arguments.device, config.speed.timeout)
     torch.set_num_threads(distributed.torch_threads(world))
