@@ -209,7 +209,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     # ---- steps
     with screen.progress(state.step, steps):
         if state.row is not None:
-            screen.line(f"step {state.step} is not evaluated yet")
+            screen.line(f"step {state.step} was saved before its evaluation ended; evaluating it again")
             signal_number = evaluate()
         for step in range(state.step + 1, steps + 1):
             if signal_number:
