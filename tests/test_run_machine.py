@@ -141,19 +141,23 @@ class Machine(RuleBasedStateMachine):
             int, tuple[bool | None, bool | None]
         ] = {}  # step -> has a row, is evaluated; None = either
         self.layouts: set[tuple[int, int]] = set()
+        self.prepared = 0  # things done since the last start
         self.bench.counts["sequences"] += 1
         self.sound = True
 
     # ---- starts
 
+    @precondition(lambda self: not self.finished)
     @rule(moment=moments(("SIGKILL",)), layout=LAYOUTS)
     def kill(self, moment: Moment, layout: Layout):
         self.start(layout, moment)
 
+    @precondition(lambda self: not self.finished)
     @rule(moment=moments(POLITE), layout=LAYOUTS)
     def stop(self, moment: Moment, layout: Layout):
         self.start(layout, moment)
 
+    @precondition(lambda self: not self.finished or self.prepared)
     @rule(layout=LAYOUTS)
     def finish(self, layout: Layout):
         self.start(layout)
@@ -166,30 +170,38 @@ class Machine(RuleBasedStateMachine):
 
     # ---- what happens between starts
 
+    @precondition(lambda self: self.prepared < 2)
     @rule(change=FREE)
     def change_freely(self, change: tuple[str, object]):
+        self.prepared += 1
         self.free[change[0]] = change[1]
 
+    @precondition(lambda self: self.prepared < 2)
     @rule(change=st.sampled_from(ALLOWED))
     def change_with_leave(self, change: tuple[str, object]):
+        self.prepared += 1
         self.settings[change[0]] = change[1]
 
+    @precondition(lambda self: self.prepared < 2)
     @rule(copies=st.booleans())
     def move_the_data(self, copies: bool):
+        self.prepared += 1
         place = self.bench.folder("data")
         shutil.copytree(self.data, place) if copies else shutil.move(self.data, place)
         self.data = place
 
-    @precondition(lambda self: len(self.damaged) < 2)
+    @precondition(lambda self: self.prepared < 2 and len(self.damaged) < 2)
     @rule(sample=st.sampled_from([3, 11]))
     def damage_a_frame(self, sample: int):
+        self.prepared += 1
         if sample not in self.damaged:
             damage_frame(self.data, sample)
             self.damaged = tuple(sorted((*self.damaged, sample)))
 
-    @precondition(lambda self: self.valid)
+    @precondition(lambda self: self.prepared < 2 and self.valid)
     @rule(whole=st.booleans(), how=st.sampled_from(["flipped", "cut", "empty", "no digest"]))
     def damage_checkpoints(self, whole: bool, how: str):
+        self.prepared += 1
         steps = self.valid
         if whole or len(steps) == 1:
             self.backup = self.bench.folder("backup")
@@ -284,7 +296,7 @@ class Machine(RuleBasedStateMachine):
         if moment is not None:
             ranks = tuple(rank for rank in moment.ranks if rank < layout.processes) or (0,)
             moment = Moment(moment.signal, moment.event, moment.count, ranks)
-        asked, allow = self.wanted(), self.changed()
+        asked, allow, self.prepared = self.wanted(), self.changed(), 0
         with self.telling(f"start {layout} {moment} allow {allow}"):
             before, valid, finished = snapshot(self.run), self.valid, self.finished
             files = list(self.run.glob("checkpoints/step-*.pt*"))
@@ -470,8 +482,8 @@ class Machine(RuleBasedStateMachine):
             wrong = {name: values for name, values in same.items() if values[0] != values[1]}
             assert not wrong, f"row {step} differs from the undisturbed run's: {wrong}"
             if row["loss_val"] is not None:
-                for name in ("loss_val", "acc"):
-                    assert row.get(name) == pytest.approx(expected.get(name), rel=rel), f"row {step}: {name}"
+                for name in {"loss_val", "acc"} & row.keys():
+                    assert row[name] == pytest.approx(expected[name], rel=rel), f"row {step}: {name}"
             losses = [trace[s][self.kind.loss] for s in range(before + 1, step + 1)]
             norms = [trace[s]["grad_norm"] for s in range(before + 1, step + 1)]
             if None not in {flags[0] for s, flags in self.due.items() if before < s < step}:
