@@ -17,7 +17,7 @@ OTHER = $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DEVICE),--device $(DEVICE
 PACKING = $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(OUT),--out '$(OUT)') \
 	$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray '$(RAY)')
 # One machine: the command starts GPUS processes itself. Several: torchrun's rendezvous joins them.
-START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 .venv/bin/torchrun --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
+START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 .venv/bin/torchrun --signals-to-handle SIGTERM,SIGINT,SIGQUIT --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 

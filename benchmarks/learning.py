@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 from pipelines.inputs import Normalised
+from pipelines.machine import usable_cores
 from train import distributed, setup
 from train.config import FinetuneConfig
 from train.evaluate import classifier_evaluation, read_config
@@ -118,7 +119,8 @@ def chains_of(arguments: Arguments) -> list[list[str]]:
 def run_all(chains: list[list[str]]) -> None:
     """Run the chains, one a core at a time; raises UserError when a command fails."""
     free: SimpleQueue[int] = SimpleQueue()
-    for core in sorted(os.sched_getaffinity(0)):
+    cores = sorted(os.sched_getaffinity(0))[: usable_cores()]
+    for core in cores:
         free.put(core)
 
     def run(chain: list[str]) -> None:
@@ -129,7 +131,7 @@ def run_all(chains: list[list[str]]) -> None:
         finally:
             free.put(core)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(len(cores)) as pool:
         list(pool.map(run, chains))
 
 

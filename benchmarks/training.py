@@ -28,7 +28,8 @@ def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[s
     def ours(program: str, preset: str, shards: str, kind: str) -> list[str]:
         place = ["--data.path", str(work / shards), "--run.root", str(runs)]
         length = ["--optim.batch", str(BATCH[kind]), "--run.log-every", "1", "--optim.warmup-epochs", "0"]
-        epochs = ["--optim.epochs", str(steps * BATCH[kind] / samples(work / shards))]
+        # Half a step less, so that the rounded quotient still gives exactly `steps`.
+        epochs = ["--optim.epochs", str((steps - 0.5) * BATCH[kind] / samples(work / shards))]
         return [program, preset, *place, *length, *epochs, "--speed.micro-batch", str(BATCH[kind])]
 
     def plain(model: str, folder: str, kind: str, *more: str) -> list[str]:

@@ -1,14 +1,13 @@
-"""Weights files and the parameter names of other implementations; files are never unpickled as code.
+"""The parameter names of other implementations.
 
 Our names are those of the authors' release ("upstream"), which wraps them in a .pth under "model_state".
 timm has the classifier, transformers the image classifier and the image autoencoder.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from models.errors import ModelError
@@ -31,38 +30,12 @@ TRANSFORMERS: Pairs = [
     ("multi_scale_fusion_heads.", "multiscale_fusion.multi_scale_fusion_heads."),
 ]
 IN_BLOCKS = ((".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."))  # transformers
+# The first layer of any format; what precedes it is a prefix of wrappers such as `module.` or `model.`.
+FIRST = re.compile(
+    r"((?:[^.]+\.)*?)(?:patch_embed\.proj|(?:hiera\.)?embeddings\.patch_embeddings\.projection)\.weight"
+)
+COUNTER = "n_averaged"  # torch's AveragedModel adds it
 AUTOENCODER_ONLY = ("encoder_norm.", "mask_token", "decoder_", "multi_scale_fusion_heads.")
-
-
-def read_weights(path: Path) -> State:
-    """Read a safetensors or PyTorch file, or a folder's model.safetensors, into a flat dict on the CPU.
-
-    Raises ModelError when there is no file, or one that holds anything but tensors.
-    """
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise ModelError(f"no weights file at {path}")
-    try:
-        content = _read(path)
-    except Exception as error:  # torch, zip, pickle and safetensors each have their own
-        what = type(error).__name__
-        raise ModelError(
-            f"{path} is no weights file of tensors alone, in PyTorch or safetensors ({what})"
-        ) from error
-    for wrapper in ("model_state", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ModelError(f"{path} holds no state dict of names and tensors")
-    return {name.removeprefix("module.").removeprefix("_orig_mod."): v for name, v in content.items()}
-
-
-def _read(path: Path) -> State:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def is_autoencoder(state: State) -> bool:
@@ -82,8 +55,26 @@ def format_of(state: State) -> str:
     return "timm" if any(name.startswith(("head.norm.", "head.fc.")) for name in state) else "upstream"
 
 
+def without_prefix(state: State) -> State:
+    """Remove the prefix of DDP, torch.compile, Lightning or a backbone from the names that have it.
+
+    Raises ModelError if there are several models.
+    """
+    prefixes = {found[1] for name in state if (found := FIRST.fullmatch(name))}
+    if len(prefixes) > 1:
+        names = ", ".join(sorted(prefix or "no prefix" for prefix in prefixes))
+        raise ModelError(f"the weights hold {len(prefixes)} models ({names}); save one of them alone")
+    prefix = next(iter(prefixes), "")
+    bare = {name.removeprefix(prefix): value for name, value in state.items()}
+    if len(bare) < len(state):
+        raise ModelError(f"the weights have names both with and without the prefix {prefix}; save one model")
+    bare.pop(COUNTER, None)
+    return bare
+
+
 def to_ours(state: State) -> State:
-    """Rename weights of any known format to our names."""
+    """Rename weights of any known format to our names; raises ModelError if they are of several models."""
+    state = without_prefix(state)
     kind = format_of(state)
     if any(name.startswith("embeddings.") for name in state):  # transformers' bare HieraModel
         state = {f"hiera.{name}": value for name, value in state.items()}

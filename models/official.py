@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -67,7 +68,7 @@ def fetch(name: str, url: str | None = None, wait: float = 2.0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # of a run's processes the first downloads, the others wait
+        _lock(folder, path.parent)  # of a run's processes the first downloads, the others wait
         if not path.is_file():
             _download(f"{url or URL}/{path.name}", path, wait)
     finally:
@@ -76,13 +77,35 @@ def fetch(name: str, url: str | None = None, wait: float = 2.0) -> Path:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not remembered.is_file():
-        remembered.write_text(found + "\n")
+        part = _part(remembered)
+        part.write_text(found + "\n")
+        part.replace(remembered)
     elif remembered.read_text().strip() != found:
         raise ModelError(
             f"{path} has changed since its download; delete it and {remembered.name}, then retry"
         )
     print(f"{name}: {LICENCE}")
     return path
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Wait for the lock on an open folder; where there are no locks, warn and continue without.
+
+    Without it several processes may download the same file, but each renames a whole one into place. Network
+    file systems without locks give ENOLCK, ENOSYS, ENOTSUP or EINVAL; NFS with locks gives EBADF for folders.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        print(
+            f"warning: {folder} cannot be locked ({error.strerror}); "
+            "processes that start together may download the same file more than once"
+        )
+
+
+def _part(path: Path) -> Path:
+    """A temporary name in the same folder, different for every process of every machine."""
+    return path.with_suffix(f".part-{socket.gethostname()}-{os.getpid()}")
 
 
 def _download(url: str, path: Path, wait: float) -> None:
@@ -103,7 +126,7 @@ def _receive(url: str, path: Path) -> None:
     from rich.console import Console
     from rich.progress import wrap_file
 
-    part = path.with_suffix(f".part-{os.getpid()}")
+    part = _part(path)
     try:
         with urllib.request.urlopen(url, timeout=30) as reply, part.open("wb") as file:
             size = int(reply.headers.get("Content-Length") or 0)

@@ -7,7 +7,7 @@ import resource
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,12 @@ class DatasetInfo:
     splits: dict[str, dict[str, int]]  # by split, COUNTS
     packing: dict[str, object]
     tar_bytes: dict[str, list[int]]  # by split, the length of every shard's tar
+    catalogue_sha256: dict[str, str] = field(default_factory=dict)  # by split; older datasets have none
+
+    @property
+    def fps(self) -> float | None:
+        """Stored frames per second of clips; None where packing did not record it."""
+        return self.packing.get("fps")  # pyrefly: ignore
 
     def tar_path(self, split: str, shard: int) -> Path:
         return self.root / split / f"{shard:06d}.tar"
@@ -185,9 +191,8 @@ def read_info(root: Path | str) -> DatasetInfo:
         check_info(raw)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged ({error!r}); pack this dataset again") from error
-    return DatasetInfo(
-        root, raw["kind"], tuple(raw["classes"]), raw["splits"], raw["packing"], raw["tar_bytes"]
-    )
+    listed = raw["splits"], raw["packing"], raw["tar_bytes"], raw.get("catalogue_sha256", {})
+    return DatasetInfo(root, raw["kind"], tuple(raw["classes"]), *listed)
 
 
 def check_info(raw: dict[str, Any]) -> None:
@@ -196,6 +201,9 @@ def check_info(raw: dict[str, Any]) -> None:
     "".join(classes).encode()  # fails for what is no text
     if raw["kind"] not in ("image", "video") or raw["packing"] != dict(raw["packing"]):
         raise ValueError("kind or packing")
+    fps = raw["packing"].get("fps", 30)
+    if isinstance(fps, bool) or not 0 < fps <= 1000:
+        raise ValueError("frames per second")
     if not isinstance(classes, list) or len(set(classes)) < len(classes):
         raise ValueError("classes")
     for split, counts in raw["splits"].items():
@@ -205,6 +213,9 @@ def check_info(raw: dict[str, Any]) -> None:
             raise ValueError(f"a split named {split!r}")
         if len(lengths) != counts["shards"] or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise ValueError(f"counts of {split}")
+    sums = raw.get("catalogue_sha256", {})
+    if sums and not all(re.fullmatch(r"[0-9a-f]{64}", sums[split]) for split in raw["splits"]):
+        raise ValueError("catalogue_sha256")
 
 
 def missing_shards(info: DatasetInfo, split: str) -> list[int]:

@@ -6,7 +6,6 @@ the pages are the same for every process on the machine.
 """
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.errors import UserError
-from pipelines.files import sync
+from pipelines.files import lock, sync
 
 LARGE = 2_000_000  # frames from which a catalogue is mapped instead of read
 ROWS_AT_ONCE = 4096
@@ -33,6 +32,7 @@ TYPES: dict[str, type[np.number]] = {
     "size": np.int32,
     "crc": np.uint32,
 }
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST)  # another process gave its folder the name first
 LONGEST = 65_535  # pixels on a JPEG's side
 LARGEST = 1 << 30  # pixels that a decoder takes
 
@@ -74,15 +74,17 @@ def load_columns(parquet: Path, bounds: Bounds) -> dict[str, np.ndarray]:
                 raise
             reason = error
     raise UserError(
-        f"{beside.parent} and {elsewhere.parent} cannot be written to ({reason}); free some space"
+        f"{beside.parent} and {elsewhere.parent} cannot be written to ({reason}); free some space, or set "
+        "TMPDIR to a folder that can be written to"
     )
 
 
 def mapped(folder: Path, parquet: Path, bounds: Bounds) -> dict[str, np.ndarray]:
     """The columns mapped from `folder`, which the first process to come here makes."""
     if not folder.is_dir():
-        with (folder.parent / f".{parquet.stem}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with (folder.parent / f".{parquet.stem}.lock").open("w") as held:
+            # Without locks each process writes a copy, and the first one counts.
+            lock(held, folder.parent, risk="", wait=True)
             if not folder.is_dir():
                 make_folder(folder, parquet, bounds)
     with suppress(FileNotFoundError, ValueError):
@@ -107,9 +109,10 @@ def make_folder(folder: Path, parquet: Path, bounds: Bounds) -> None:
         for name in TYPES:  # a folder that has its name must hold its data, also after a power cut
             sync(temporary / name)
         temporary.replace(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if not (isinstance(error, OSError) and error.errno in TAKEN and folder.is_dir()):
+            raise
     for old in folder.parent.glob(f".{parquet.stem}.*.columns"):
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,8 @@
 """How a wrong use is answered: one sentence on stderr and exit code 2, never a traceback."""
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -10,7 +12,9 @@ NO_PLACE = {  # errors of the place written to, and what to do about them
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "choose a place that you may read and write",
     errno.ENOENT: "check the path, and that its folder exists",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
+INTERRUPTED = "interrupted; run the same command again to go on"
 
 
 class UserError(Exception):
@@ -22,11 +26,28 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
+def catch_ctrl_c_during_imports() -> None:
+    """Answer Ctrl-C with one line and exit code 130 until `run_cli` takes over; for a package's __init__.
+
+    Importing torch takes seconds, in which there is nothing to save, and libraries turn a KeyboardInterrupt
+    into errors of their own. Does nothing unless `python -m` loads a command: only then is sys.argv[0] "-m".
+    """
+    if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit_at_once)
+
+
+def _exit_at_once(_number: int, _frame: object) -> None:
+    os.write(2, f"{INTERRUPTED}\n".encode())
+    os._exit(130)
+
+
 def run_cli(main: Callable[[], object]) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C 130.
 
     So does an OSError of a place that is full, closed or not there.
     """
+    if signal.getsignal(signal.SIGINT) is _exit_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = sys.modules["__main__"].__spec__
     sys.argv[0] = f"python -m {spec.name}" if spec else sys.argv[0]  # what help texts call the command
     try:
@@ -39,7 +60,7 @@ def run_cli(main: Callable[[], object]) -> None:
             raise
         sentence = f"{error.filename or 'the disk'}: {error.strerror}; {NO_PLACE[error.errno]}"
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)

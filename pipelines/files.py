@@ -1,13 +1,25 @@
-"""Writes that are either whole or absent: temporary name, fsync, rename, fsync of the folder; checksums."""
+"""Files: writes that are either whole or absent, checksums, locks.
+
+Such a write is: temporary name, fsync, rename, fsync of the folder.
+"""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import IO
 
+from pipelines.errors import UserError
+
+# What file systems answer to a call that they do not have: NFS, Lustre, CIFS and FUSE differ in it.
+UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM})
+NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 NOTHING_LEFT = 64 << 10  # free bytes below which a failed write is put down to a full disk
 _MASK = os.umask(0)  # there is no way to ask for it without setting it
 os.umask(_MASK)
@@ -19,14 +31,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; on success it takes `path`'s place, durably.
 
     On an exception the temporary file is removed and `path` is left as it was; where the disk is full it
-    becomes the OSError that says so.
+    becomes the OSError that says so. Raises UserError where the file system cannot rename.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         yield temporary
-        temporary.chmod(MODE)  # some writers make files that only their owner can read
+        with ignored(UNSUPPORTED):
+            temporary.chmod(MODE)  # some writers make files that only their owner can read
         sync(temporary)
-        temporary.replace(path)
+        rename(temporary, path)
         sync(path.parent)
     except BaseException as error:
         full = temporary.exists() and shutil.disk_usage(path.parent).free < NOTHING_LEFT
@@ -51,9 +64,62 @@ def sha256_of(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk, so that a power cut after this call cannot undo it."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or folder to the disk, so that a power cut after this call cannot undo it.
+
+    File systems that cannot flush on demand do it in their own time. Raises OSError when a flush fails.
+    """
+    # A folder that can be written to need not be readable, and some file systems do not open folders at all.
+    closed = {errno.EACCES, errno.EISDIR} if path.is_dir() else set()
+    with ignored(UNSUPPORTED | closed):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename, in place of an existing file. Raises UserError where the file system cannot rename."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        old.replace(new)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED - {errno.EPERM}:  # that is another user's file
+            raise
+        raise UserError(
+            f"the file system of {new.parent} cannot rename files ({error.strerror}); choose a folder on "
+            "another file system"
+        ) from error
+
+
+def lock(file: IO | int, folder: Path, risk: str, *, shared: bool = False, wait: bool = False) -> None:
+    """Lock an open file or folder until it is closed. Raises BlockingIOError when another process holds it.
+
+    On a file system without locks this does nothing: one line on stderr names the `folder` and the `risk`.
+    An empty `risk` means that the lock only saves work; then there is no line.
+    """
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, how if wait else how | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno == errno.EACCES:  # what CIFS and some NFS servers answer instead of EAGAIN
+            raise BlockingIOError(errno.EAGAIN, error.strerror) from error
+        if error.errno not in NO_LOCKS:
+            raise
+        if risk:
+            warn_once(f"the file system of {folder} does not support file locks ({error.strerror}): {risk}")
+
+
+@cache
+def warn_once(sentence: str) -> None:
+    """Print a warning to stderr that this process has not printed before."""
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def ignored(numbers: frozenset[int]) -> Iterator[None]:
+    """Ignore OSErrors with these numbers."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in numbers:
+            raise

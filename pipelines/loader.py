@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,9 +15,10 @@ from pipelines.augment import Augment, augment
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError
 from pipelines.faults import Faults
-from pipelines.plans import Bools, Ints, Plan, ViewSpec, short_clip_note
+from pipelines.machine import usable_cores
+from pipelines.plans import Bools, Ints, Plan, ViewSpec, clip_notes
 
-__all__ = ["Augment", "Batch", "ViewSpec", "eval_batches", "short_clip_note", "sizing", "train_batches"]
+__all__ = ["Augment", "Batch", "ViewSpec", "clip_notes", "eval_batches", "sizing", "train_batches"]
 
 READ_AHEAD = 4  # batches before its own that a file is asked for
 
@@ -66,8 +66,11 @@ def train_batches(
     `global_batch` counts the rows of a step over all ranks; the same rows with the same windows make up
     a step at any number of processes. `order` is "random" (one permutation of everything) or "local"
     (shards permuted, then windows of `window` samples shuffled). Damaged samples are named on
-    stderr and replaced, up to the share `max_bad` of the split (always at least one); beyond that, when
-    the data does not suit the view, or when the batch does not divide, UserError.
+    stderr and replaced. Raises UserError when more than the share `max_bad` of the split's samples (at
+    least one) is damaged, when the data does not suit the view, or when the batch does not divide. Each
+    rank compares the distinct samples that it found damaged with the whole limit: a rank meets other
+    samples every epoch, so a share of the limit would be used up although nothing new is damaged. With
+    more ranks the stop thus comes later, and never without reason.
     """
     plans.check_view(catalogue, view)
     if global_batch % (world * accumulate * view.repeats):
@@ -86,7 +89,7 @@ def train_batches(
         epochs = (epochs[:, None] + np.arange(view.copies)).ravel()
         return plans.train_plan(catalogue, view, seed, np.repeat(ids, view.copies), epochs)
 
-    limit = max(1, int(max_bad * len(catalogue) / world))
+    limit = damage_limit(catalogue, max_bad)
     faults = Faults(catalogue, device, seed, view.copies, unit=view.copies, limit=limit, replan=replan)
     rows = global_batch // (world * accumulate)
     settings = settings_of(view, rows, view.copies, device, threads)
@@ -109,13 +112,15 @@ def eval_batches(
     temporal: int = 1,
     spatial: int = 1,
     max_bad: float = 0.001,
+    hw_decoder_load: float = 0.65,
 ) -> Iterator[Batch]:
     """Every sample once over all ranks, in `temporal` x `spatial` views; `batch` counts samples.
 
     Each rank gets the same number of batches; rows that fill up the last ones have valid = False, and so
-    have those of damaged samples. Raises UserError as `train_batches` does.
+    have those of damaged samples. Raises UserError as `train_batches` does; since a rank meets only its own
+    samples here, the caller compares the damage of all ranks with `damage_limit`.
     """
-    plans.check_view(catalogue, view)
+    plans.check_view(catalogue, view, temporal)
     ids = sampler.eval_ids(len(catalogue), rank, world)
     batches = -(-len(catalogue) // (world * batch))
     padded = np.concatenate([ids, np.zeros(batches * batch - len(ids), np.int64)])
@@ -131,10 +136,16 @@ def eval_batches(
         return plans.eval_plan(catalogue, view, ids, np.zeros(len(ids), bool), temporal, spatial)
 
     views = temporal * spatial
-    limit = max(1, int(max_bad * len(catalogue) / world))
+    limit = damage_limit(catalogue, max_bad)
     faults = Faults(catalogue, device, 0, copies=spatial, unit=views, limit=limit, replan=replan)
     settings = settings_of(view, batch * views, spatial, device, threads)
+    settings = replace(settings, hw_decoder_load=hw_decoder_load)
     return (batch_of(faults, row_plan, pixels) for row_plan, pixels in run_plans(faults, plan, settings))
+
+
+def damage_limit(catalogue: Catalogue, max_bad: float) -> int:
+    """How many samples of a split may be damaged: the share `max_bad`, and always one."""
+    return max(1, int(max_bad * len(catalogue)))
 
 
 def blank_batch(view: ViewSpec, rows: int, device: torch.device) -> Batch:
@@ -228,11 +239,3 @@ def sizing(device: torch.device, threads: int = 0) -> Sizing:
     why = "as asked" if threads else f"{cores} cores, {processes} processes"
     reason = f"{chosen} decoding threads ({why}), {ahead} batches made and {READ_AHEAD} more read ahead"
     return Sizing(chosen, ahead, reason)
-
-
-def usable_cores() -> int:
-    """CPU cores this process may use: its affinity, or the container's quota when that is less."""
-    cores = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    parts = quota.read_text().split() if quota.is_file() else ["max"]
-    return cores if parts[0] == "max" else max(1, min(cores, int(parts[0]) // int(parts[1])))

@@ -1,6 +1,8 @@
 """What a batch consists of, worked out before a byte is read: samples, frames, windows, flips."""
 
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +24,10 @@ class ViewSpec:
 
     size: int  # side of the square output in pixels
     frames: int = 1  # per clip; 1: images
-    stride: int = 4  # source frames from one clip frame to the next
-    start: int | None = None  # first source frame of every clip; None: drawn in training, else centred
+    stride: int = 4  # frames from one clip frame to the next, at stride_fps
+    start: int | None = None  # first frame of every clip; None: drawn in training, else centred
+    stride_fps: float = 30.0  # frames per second that `stride` and `start` are stated for
+    sampling: str = "stride"  # or "segments": one frame from each of `frames` equal parts of the clip
     scale: tuple[float, float] = (0.08, 1.0)  # area share of the random resized crop
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # its aspect ratios
     flip: float = 0.5  # probability of a left-right mirror
@@ -58,12 +62,16 @@ def train_plan(catalogue: Catalogue, view: ViewSpec, seed: int, ids: Ints, epoch
         return sampler.uniform(seed, keys, ids, stream, count)
 
     start_keys = epochs - epochs % view.repeats if view.same_clip else epochs
-    starts = draw(sampler.STREAM_START, 1, start_keys)[:, 0]
-    counts = catalogue.frame_counts(ids)
-    if view.start is None:
-        frames = sampler.clip_frames_train(starts, counts, view.frames, view.stride)
+    segments = view.sampling == "segments"
+    starts = draw(sampler.STREAM_START, view.frames if segments else 1, start_keys)
+    counts, stride = catalogue.frame_counts(ids), stored_frames(catalogue.info, view, view.stride)
+    if segments:
+        frames = sampler.segment_frames(starts, counts, view.frames)
+    elif view.start is None:
+        frames = sampler.clip_frames_train(starts[:, 0], counts, view.frames, stride)
     else:
-        frames = sampler.clip_frames_from(view.start, counts, view.frames, view.stride)
+        start = sampler.rounded(stored_frames(catalogue.info, view, view.start))
+        frames = sampler.clip_frames_from(start, counts, view.frames, stride)
     width, height = catalogue.width[ids], catalogue.height[ids]
     crops = draw(sampler.STREAM_WINDOW, 22)
     windows = sampler.random_resized_crop(crops, width, height, view.scale, view.ratio)
@@ -77,10 +85,15 @@ def eval_plan(
 ) -> Plan:
     """The fixed views of samples [n]: n * temporal * spatial rows, a sample's views side by side."""
     counts, views = catalogue.frame_counts(ids), temporal * spatial
-    if view.start is None:
-        frames = sampler.clip_frames_eval(counts, view.frames, view.stride, temporal)
+    stride = stored_frames(catalogue.info, view, view.stride)
+    if view.sampling == "stride" and view.start is None:
+        frames = sampler.clip_frames_eval(counts, view.frames, stride, temporal)
     else:
-        same = sampler.clip_frames_from(view.start, counts, view.frames, view.stride)
+        if view.sampling == "segments":
+            same = sampler.segment_frames(0.5, counts, view.frames)
+        else:
+            start = sampler.rounded(stored_frames(catalogue.info, view, view.start or 0))
+            same = sampler.clip_frames_from(start, counts, view.frames, stride)
         frames = np.repeat(same[:, None], temporal, axis=1)
     windows = sampler.eval_windows(catalogue.width[ids], catalogue.height[ids], view.crop_fraction, spatial)
     rows = len(ids) * views
@@ -121,19 +134,39 @@ def feed_of(catalogue: Catalogue, plan: Plan, copies: int) -> Feed:
     return Feed(jpegs, *per_frame)
 
 
-def check_kind(info: DatasetInfo, frames: int) -> None:
-    """Raise UserError when images are asked of clips, or clips of images."""
-    wanted = "image" if frames == 1 else "video"
+def check_info(info: DatasetInfo, view: ViewSpec, temporal: int = 1) -> None:
+    """Raise UserError when a dataset cannot give this view: other kind, too few frames per second, and so on.
+
+    temporal: views in time of an evaluation.
+    """
+    wanted = "image" if view.frames == 1 else "video"
     if info.kind != wanted:
         raise UserError(
             f"{info.root} holds {info.kind} shards, but this run reads {wanted} input; "
             f"choose a preset {info.kind}-* or shards of the other kind"
         )
+    if view.frames == 1:
+        return
+    if view.sampling == "segments":
+        if temporal > 1:
+            raise UserError(f"sampling by segments has one view in time, not {temporal}; set --views 1 3")
+    elif (stride := stored_frames(info, view, view.stride)) < 1:
+        rate = stored_frames(info, view, 1)
+        raise UserError(
+            f"{info.root} has {info.fps or 30:g} frames per second, and stride {view.stride} at "
+            f"{view.stride_fps:g} would be {float(stride):.3g} of its frames; pack it at "
+            f"{view.stride_fps / view.stride:g} or more (--fps), or set data.stride to {math.ceil(1 / rate)}"
+        )
 
 
-def check_view(catalogue: Catalogue, view: ViewSpec) -> None:
-    """Raise UserError when the dataset is of the other kind, or there is nothing to read."""
-    check_kind(catalogue.info, view.frames)
+def stored_frames(info: DatasetInfo, view: ViewSpec, frames: int) -> Fraction:
+    """`frames` at view.stride_fps as frames of the dataset, whose rate is 30 where none is recorded."""
+    return frames * Fraction(str(info.fps or 30)) / Fraction(str(view.stride_fps))
+
+
+def check_view(catalogue: Catalogue, view: ViewSpec, temporal: int = 1) -> None:
+    """Raise UserError when the dataset cannot give this view, or there is nothing to read."""
+    check_info(catalogue.info, view, temporal)
     if len(catalogue) == 0:
         root = catalogue.info.root
         raise UserError(f"{root} has no readable {catalogue.split} sample; {catalogue.parquet} says why")
@@ -141,13 +174,36 @@ def check_view(catalogue: Catalogue, view: ViewSpec) -> None:
         raise UserError(f"unknown interpolation {view.interpolation!r}; choose {', '.join(FILTERS)}")
 
 
-def short_clip_note(catalogue: Catalogue, view: ViewSpec) -> str | None:
-    """One sentence about the clips too short for the view, or None when there are none."""
-    span = (view.frames - 1) * view.stride + 1
-    short = 0 if view.frames == 1 else int((np.diff(catalogue.first_frame) < span).sum())
-    if short == 0:
-        return None
+def clip_notes(catalogue: Catalogue, view: ViewSpec) -> list[str]:
+    """Sentences about how clips are taken: the stride in time, clips that are too short; none for images."""
+    if view.frames == 1:
+        return []
+    return [note for note in (rate_note(catalogue.info, view), short_clip_note(catalogue, view)) if note]
+
+
+def rate_note(info: DatasetInfo, view: ViewSpec) -> str:
+    """How the stride converts to the dataset's frame rate; empty where the two rates are the same."""
+    if view.sampling == "segments" or info.fps == view.stride_fps:
+        return ""
+    stride, seconds = stored_frames(info, view, view.stride), view.stride / view.stride_fps
+    rate = f"{info.fps:g}" if info.fps else "30 (assumed: none is recorded)"
+    whole = "" if stride.denominator == 1 else ", each rounded to a whole frame"
     return (
-        f"{short} of {len(catalogue)} {catalogue.split} clips are shorter than {view.frames} frames x stride "
-        f"{view.stride} ({span} frames): their stride shrinks to what fits, then the last frame repeats"
+        f"stride {view.stride} at {view.stride_fps:g} frames per second is stride {float(stride):.4g} at the "
+        f"dataset's {rate}{whole}: {seconds:.3g} s from frame to frame, {seconds * view.frames:.3g} s for "
+        f"{view.frames}"
     )
+
+
+def short_clip_note(catalogue: Catalogue, view: ViewSpec) -> str:
+    """One sentence about the clips too short for the view, empty when there are none."""
+    if view.sampling == "segments":
+        span, what, how = view.frames, f"{view.frames} frames", "some of their frames repeat"
+    else:
+        stride = stored_frames(catalogue.info, view, view.stride)
+        span = sampler.rounded((view.frames - 1) * stride) + 1
+        what = f"{view.frames} frames x stride {float(stride):.4g} ({span} frames)"
+        how = "their stride shrinks to what fits, then the last frame repeats"
+    short = int((np.diff(catalogue.first_frame) < span).sum())
+    clips = f"{short} of {len(catalogue)} {catalogue.split} clips"
+    return f"{clips} are shorter than {what}: {how}" if short else ""

@@ -5,6 +5,7 @@ from the step's number alone, so resuming in the middle of an epoch is exact and
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -180,41 +181,63 @@ def eval_windows(width: np.ndarray, height: np.ndarray, fraction: float, views: 
     return np.stack([x, y, side, side], axis=2).astype(np.int32)
 
 
-def shrunk_strides(counts: np.ndarray, frames: int, stride: int) -> np.ndarray:
-    """The stride [n] that a clip of counts [n] frames allows: `stride`, or less (>= 1) if it is short."""
-    return np.clip((counts - 1) // max(1, frames - 1), 1, stride)
+def rounded(value: Fraction | int) -> int:
+    """The nearest integer; halves round up."""
+    return (2 * value.numerator + value.denominator) // (2 * value.denominator)
 
 
-def clip_frames_train(draws: np.ndarray, counts: np.ndarray, frames: int, stride: int) -> np.ndarray:
+def clip_offsets(counts: np.ndarray, frames: int, stride: Fraction | int) -> np.ndarray:
+    """Each clip frame's distance from the first, int64 [n, frames], in clips of counts [n] frames.
+
+    Frame k is at k * stride, rounded to a whole frame, halves up. In a clip that is too short for that, the
+    stride shrinks to the largest whole number that fits, at least 1.
+    """
+    steps = np.arange(frames, dtype=np.int64)
+    whole = np.array([rounded(k * stride) for k in range(frames)], np.int64)
+    shrunk = np.maximum(1, (counts - 1) // max(1, frames - 1))
+    return np.where((counts > whole[-1])[:, None], whole, shrunk[:, None] * steps)
+
+
+def clip_frames_train(
+    draws: np.ndarray, counts: np.ndarray, frames: int, stride: Fraction | int
+) -> np.ndarray:
     """Frame indices int64 [n, frames] of a window that starts at random; `draws` [n] in [0, 1).
 
-    Of a clip too short the stride shrinks to what fits, then the last frame repeats.
+    In a clip that is too short the stride shrinks to what fits, then the last frame repeats.
     """
-    strides = shrunk_strides(counts, frames, stride)
-    starts = np.floor(draws * (free_starts(counts, frames, strides) + 1)).astype(np.int64)
-    return frame_runs(starts, counts, frames, strides)
+    offsets = clip_offsets(counts, frames, stride)
+    starts = np.floor(draws * (free_starts(counts, offsets) + 1)).astype(np.int64)
+    return frame_runs(starts, counts, offsets)
 
 
-def clip_frames_eval(counts: np.ndarray, frames: int, stride: int, views: int = 1) -> np.ndarray:
+def clip_frames_eval(counts: np.ndarray, frames: int, stride: Fraction | int, views: int = 1) -> np.ndarray:
     """Frame indices int64 [n, views, frames]: the central window, or `views` evenly from end to end."""
-    strides = shrunk_strides(counts, frames, stride)
+    offsets = clip_offsets(counts, frames, stride)
     place = np.full(1, 0.5) if views == 1 else np.linspace(0, 1, views)
-    starts = np.floor(free_starts(counts, frames, strides)[:, None] * place).astype(np.int64)
-    return frame_runs(starts, counts[:, None], frames, strides[:, None])
+    starts = np.floor(free_starts(counts, offsets)[:, None] * place).astype(np.int64)
+    return frame_runs(starts, counts[:, None], offsets[:, None])
 
 
-def clip_frames_from(start: int, counts: np.ndarray, frames: int, stride: int) -> np.ndarray:
+def clip_frames_from(start: int, counts: np.ndarray, frames: int, stride: Fraction | int) -> np.ndarray:
     """Frame indices int64 [n, frames] of the window at `start`, earlier where no whole one fits there."""
-    strides = shrunk_strides(counts, frames, stride)
-    return frame_runs(np.minimum(start, free_starts(counts, frames, strides)), counts, frames, strides)
+    offsets = clip_offsets(counts, frames, stride)
+    return frame_runs(np.minimum(start, free_starts(counts, offsets)), counts, offsets)
 
 
-def free_starts(counts: np.ndarray, frames: int, strides: np.ndarray) -> np.ndarray:
-    """The last start [n] at which a whole window still fits, 0 if none does."""
-    return np.maximum(0, counts - 1 - (frames - 1) * strides)
+def free_starts(counts: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The last start [n] at which a whole window fits, 0 if none does; `offsets` [n, frames]."""
+    return np.maximum(0, counts - 1 - offsets[:, -1])
 
 
-def frame_runs(starts: np.ndarray, counts: np.ndarray, frames: int, strides: np.ndarray) -> np.ndarray:
-    """starts + k * strides for k in [0, frames), held at the clip's last frame, int64 [..., frames]."""
-    run = starts[..., None] + strides[..., None] * np.arange(frames)
-    return np.minimum(run, counts[..., None] - 1).astype(np.int64)
+def frame_runs(starts: np.ndarray, counts: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """starts + offsets [..., frames], at most the clip's last frame, int64 [..., frames]."""
+    return np.minimum(starts[..., None] + offsets, counts[..., None] - 1).astype(np.int64)
+
+
+def segment_frames(places: np.ndarray | float, counts: np.ndarray, frames: int) -> np.ndarray:
+    """Frame indices int64 [n, frames]: one from each of `frames` equal parts of clips of counts [n] frames.
+
+    places: where in its part each frame is, in [0, 1): [n, frames], or 0.5 for the middles.
+    """
+    chosen = np.floor((np.arange(frames) + places) * counts[:, None] / frames).astype(np.int64)
+    return np.minimum(chosen, counts[:, None] - 1)

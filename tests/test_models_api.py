@@ -223,10 +223,10 @@ def test_weights_that_do_not_fit(tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"not a zip")
     (tmp_path / "broken.safetensors").write_bytes(b"not one")
     for name in ("broken.pth", "broken.safetensors"):
-        with pytest.raises(models.ModelError, match="is no weights file of tensors"):
+        with pytest.raises(models.ModelError, match="is no weights file, or it is damaged"):
             models.load_weights(model, tmp_path / name)
     torch.save({"model_state": [print]}, tmp_path / "code.pth")
-    with pytest.raises(models.ModelError, match="is no weights file of tensors"):
+    with pytest.raises(models.ModelError, match=r"contains more than tensors \(\S*print\)"):
         models.load_weights(model, tmp_path / "code.pth")
     with pytest.raises(models.ModelError, match="cannot be loaded"):
         models.load_weights(model, models.create("hiera_pico_96", width=96).state_dict())

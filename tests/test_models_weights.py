@@ -1,7 +1,10 @@
 """Weights between formats, sizes and kinds of model, and the download of official ones."""
 
+import errno
+import fcntl
 import hashlib
 import http.server
+import os
 import re
 import threading
 
@@ -252,6 +255,22 @@ def test_official_weights_are_fetched_once_with_retries(server, tmp_path, capsys
     assert path.with_suffix(".pth.sha256").read_text().strip() == hashlib.sha256(Server.body).hexdigest()
     assert official.fetch(NAME, server) == path
     assert Server.asked == ["/mae_hiera_tiny_224.pth"] * 3
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, path.name + ".sha256"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF])
+def test_official_weights_need_no_locks(server, monkeypatch, capsys, number):
+    """EBADF is what NFS answers to the lock of a folder, which cannot be opened for writing."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = official.fetch(NAME, server)
+    assert path.read_bytes() == Server.body and official.fetch(NAME, server) == path
+    warning = rf"warning: {path.parent} cannot be locked \({re.escape(os.strerror(number))}\); .*\n"
+    assert re.match(warning, capsys.readouterr().out)
+    assert len(Server.asked) == 1
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name, path.name + ".sha256"]
 
 

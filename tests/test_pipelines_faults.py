@@ -76,6 +76,31 @@ def test_too_much_damage_stops_with_the_list(images):
         train(images, ViewSpec(32), 8, max_bad=0.001)
 
 
+def test_the_limit_is_a_share_of_the_samples_whatever_the_ranks_and_epochs(tmp_path):
+    """2 of 400 damaged, 4 allowed: 8 ranks never stop, though over the epochs a rank meets both."""
+    pictures = [[jpeg(picture(16, 16, seed))] for seed in range(400)]
+    catalogue = open_catalogue(write_dataset(tmp_path / "images", pictures, "image", per_shard=200), "train")
+    settings = {"max_bad": 0.01, "threads": 1}
+    damage(catalogue, 7)
+    damage(catalogue, 311)
+    bad = 0
+    for rank in range(8):
+        bad += sum(batch.bad for batch in train_many(catalogue, rank, 8, epochs=6, **settings))
+    assert bad == 2 * 6
+    for sample in range(40, 46):
+        damage(catalogue, sample)
+    with pytest.raises(UserError, match="samples are damaged, more than the 4 allowed"):
+        train_many(catalogue, 0, 1, epochs=1, **settings)
+
+
+def train_many(catalogue, rank, world, epochs, **options):
+    """One rank's batches of whole epochs of 400 samples."""
+    batches = train_batches(
+        catalogue, ViewSpec(8), seed=0, global_batch=400, rank=rank, world=world, device=CPU, **options
+    )
+    return list(itertools.islice(batches, epochs))
+
+
 def test_a_clip_fails_only_when_its_window_meets_the_damage(tmp_path):
     catalogue = open_catalogue(clip_dataset(tmp_path / "clips", [40] * 6), "train")
     damage(catalogue, 2, frame=20)

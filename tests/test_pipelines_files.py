@@ -46,7 +46,7 @@ def test_a_full_disk_is_called_that_whatever_the_library_says(tmp_path, monkeypa
     assert said.startswith(f"error: {tmp_path}/c.pt: No space left on device; free some space, then")
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOENT])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENAMETOOLONG])
 def test_places_that_cannot_be_written_get_one_sentence(number, capsys):
     def fail() -> None:
         raise OSError(number, os.strerror(number), "/some/place")

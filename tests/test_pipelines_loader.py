@@ -13,7 +13,7 @@ from pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, p
 from pipelines import graph, inputs, loader, sampler
 from pipelines.catalogue import open_catalogue
 from pipelines.errors import UserError
-from pipelines.loader import Augment, ViewSpec, eval_batches, short_clip_note, sizing, train_batches
+from pipelines.loader import Augment, ViewSpec, clip_notes, eval_batches, sizing, train_batches
 from pipelines.plans import feed_of, train_plan
 
 CPU = torch.device("cpu")
@@ -257,10 +257,9 @@ def test_views_of_a_clip_stand_side_by_side(clips):
 
 
 def test_short_clips_are_said(clips):
-    assert short_clip_note(clips, ViewSpec(16, frames=16)).startswith(
-        "5 of 7 train clips are shorter than 16"
-    )
-    assert short_clip_note(clips, ViewSpec(16, frames=1)) is None
+    *_, note = clip_notes(clips, ViewSpec(16, frames=16))
+    assert note.startswith("5 of 7 train clips are shorter than 16 frames x stride 4 (61 frames)")
+    assert clip_notes(clips, ViewSpec(16, frames=1)) == []
 
 
 def test_wrong_uses_get_one_sentence(images, clips):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pipelines.catalogue import open_catalogue
 from pipelines.errors import UserError
@@ -174,6 +174,27 @@ def test_wrong_inputs_are_named_and_the_others_answered(trained: Path, tmp_path:
     assert "not an image" in reasons[str(text)] and "this run takes pictures" in reasons[str(empty)]
     assert "No such file" in reasons[str(missing)] and "truncated" in reasons[str(cut)]
     assert predict(trained, (missing,), device="cpu") == 1  # nothing left to answer
+
+
+def test_an_input_whose_probabilities_are_nan_has_no_answer(images: Path, tmp_path: Path, capsys):
+    run = untrained(small("image-ft-pico", images, tmp_path, "run"), 2)
+    weights = load_file(run / "model.safetensors")
+    weights["head.projection.bias"][1] = float("nan")
+    save_file(weights, run / "model.safetensors")
+    (tmp_path / "a.jpg").write_bytes(picture(1, 3))
+    assert predict(run, (tmp_path / "a.jpg",), device="cpu") == 1
+    said = capsys.readouterr()
+    assert said.err == f"error: {tmp_path}/a.jpg: the model's probabilities for it are not finite\n"
+    assert answers(said.out) == {}
+
+
+def test_predict_refuses_to_run_in_several_processes(images: Path, tmp_path: Path, monkeypatch):
+    run = untrained(small("image-ft-pico", images, tmp_path, "run"), 2)
+    (tmp_path / "a.jpg").write_bytes(picture(1, 3))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"start tools\.predict without torchrun"):
+        predict(run, (tmp_path / "a.jpg",), device="cpu")
 
 
 def test_an_empty_folder_of_frames_is_named(clips: Path, tmp_path: Path, capsys):

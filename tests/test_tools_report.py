@@ -41,9 +41,10 @@ def run(tmp_path: Path) -> Path:
     config = FINETUNE_PRESETS["image-ft-pico"]
     config = replace(config, data=replace(config.data, path=Path(f"shards/{EVIL}")))
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
-    (folder / "env.json").write_text(json.dumps({"command": EVIL, "packages": {"torch": "9.9"}, "gpus": []}))
-    steps = config.optim.batch * 10 / config.optim.epochs
-    (folder / "data.json").write_text(json.dumps({"splits": {"train": {"samples": steps}}}))
+    start = {"command": EVIL, "packages": {"torch": "9.9"}, "gpus": []}
+    (folder / "env.json").write_text(json.dumps([start]))
+    samples = config.optim.batch * 8 // int(config.optim.epochs)
+    (folder / "data.json").write_text(json.dumps({"splits": {"train": {"samples": samples}}}))
     write_metrics(folder, FINETUNE_COLUMNS, steps=8)
     (folder / "log.txt").write_text("".join(f"line {i} {EVIL}\n" for i in range(100)))
     (folder / "reconstruction.png").write_bytes(PNG)
@@ -65,6 +66,14 @@ def write_metrics(folder: Path, columns: tuple[str, ...], steps: int) -> None:
         row["grad_norm"] = "nan" if step == 3 else 1.5
         lines.append(",".join(str(row.get(name, "")) for name in columns))
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_top_5_is_left_out_for_five_classes_or_fewer(run: Path):
+    assert "top-5" in report(run).read_text()
+    few = {"class_name": ["a", "b"], "samples": [4, 4], "correct": [1, 2], "correct5": [4, 4]}
+    pq.write_table(pa.table({**few, "accuracy": [0.25, 0.5]}), run / "per_class.parquet")
+    page = report(run).read_text()
+    assert "top-1" in page and "top-5" not in page
 
 
 def words(page: str) -> str:
@@ -116,7 +125,7 @@ def test_a_run_under_way_and_its_damage_are_told(run: Path):
     with (run / "metrics.csv").open("a") as file:
         file.write("12.5,9,0.")  # a row being written
     text = words(report(run).read_text())
-    assert "not finished: at step 8 of 10" in text
+    assert "not finished: at step 8 of 8" in text
     (told,) = re.findall(r"Not in this report: (.*)", text)
     for part in ("Reconstructions (reconstruction.png cannot be read", "Classes (per_class.parquet cannot"):
         assert part in told

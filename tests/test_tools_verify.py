@@ -16,6 +16,7 @@ import pytest
 
 from pipelines.catalogue import SCHEMA
 from pipelines.errors import UserError
+from pipelines.files import sha256_of
 from tests.test_tools_pack import (
     CLIPS,
     clip_tree,
@@ -75,6 +76,9 @@ def change_row(root: Path, split: str, index: int, **values) -> dict:
     before = dict(rows[index])
     rows[index].update(values)
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), root / f"{split}.parquet")
+    info = json.loads((root / "dataset.json").read_text())
+    info["catalogue_sha256"][split] = sha256_of(root / f"{split}.parquet")
+    (root / "dataset.json").write_text(json.dumps(info))
     return before
 
 
@@ -254,3 +258,12 @@ def test_what_is_no_dataset_gets_one_sentence(tmp_path):
         verify(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no dataset\.json"):
         verify(tmp_path)
+
+
+def test_a_catalogue_other_than_the_recorded_one_is_a_fault(images, tmp_path, capsys):
+    root = shutil.copytree(images, tmp_path / "changed")
+    table = pq.read_table(root / "val.parquet")
+    pq.write_table(table, root / "val.parquet")
+    assert faults(root, capsys) == [
+        f"{root}/val.parquet does not have its checksum in dataset.json; pack this dataset again"
+    ]

@@ -1,6 +1,5 @@
 """The parts of the training core by themselves: configuration, metrics, checkpoints, optimizer."""
 
-import itertools
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -60,7 +59,8 @@ def test_overrides_reach_the_configuration(monkeypatch):
 def test_every_setting_of_the_data_reaches_the_loader():
     """Each field of a view is set from its own setting; a forgotten one would keep its default."""
     data = DataConfig(
-        size=64, frames=8, stride=3, scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.1, interpolation="cubic",
+        size=64, frames=8, stride=3, stride_fps=25.0, sampling="segments",
+        scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.1, interpolation="cubic",
         crop=0.9, repeats=2, same_clip=True, augment=Augment(layers=2, magnitude=7.0, jitter=0.4, erase=0.25),
     )  # fmt: skip
     spec = setup.view_spec(replace(MAE_PRESETS["video-mae-base"], data=data))
@@ -90,9 +90,9 @@ def test_only_settings_that_change_results_count_as_differences():
     old = config.to_dict(MAE_PRESETS["image-mae-pico"])
     new = json.loads(json.dumps(old))
     new["speed"]["threads"], new["run"]["name"] = 9, "other"
-    assert config.differences(old, new) == []
+    assert config.differences(old, new) == {}
     new["optim"]["lr"] = 1.0
-    assert config.differences(old, new) == [f"optim.lr: {old['optim']['lr']} -> 1.0"]
+    assert config.differences(old, new) == {"optim.lr": f"{old['optim']['lr']} -> 1.0"}
 
 
 # ---- metrics
@@ -158,12 +158,12 @@ def test_checkpoints_keep_the_last_and_leave_no_leftovers(tmp_path: Path):
         checkpoint.save(tmp_path, step, {"step": step, "w": torch.full((3,), float(step))}, keep=2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"step-00000000{s}.{end}" for s in (2, 3) for end in ("pt", "sha256")]
-    state, complaints = checkpoint.load_newest(tmp_path, CPU)
-    assert state is not None and state["step"] == 3 and not complaints
+    newest, complaints = checkpoint.choose(tmp_path)
+    assert newest is not None and checkpoint.load(newest, CPU)["step"] == 3 and not complaints
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no digest"])
-def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path: Path, damage: str):
+def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path: Path, damage: str):
     for step in (1, 2):
         path = checkpoint.save(tmp_path, step, {"step": step}, keep=2)
     content = bytearray(path.read_bytes())
@@ -172,13 +172,44 @@ def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path: Path, damage
         path.with_suffix(".sha256").unlink()
     else:
         path.write_bytes({"cut": content[:100], "flipped": content, "empty": b""}[damage])
-    state, complaints = checkpoint.load_newest(tmp_path, CPU)
-    assert state == {"step": 1}
-    assert len(complaints) == 1 and "step-000000002" in complaints[0]
+    newest, complaints = checkpoint.choose(tmp_path)
+    assert newest is not None and checkpoint.load(newest, CPU) == {"step": 1}
+    assert len(complaints) == 1 and "step-000000002.pt is damaged" in complaints[0]
+    assert [p.name for p in tmp_path.glob("*.damaged")] == ["step-000000002.pt.damaged"]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_after_a_fallback_the_promised_number_of_checkpoints_is_kept(tmp_path: Path, keep: int):
+    """Damaged checkpoints of later steps must not make a new, good one look old."""
+    for step in range(4, 4 * (keep + 2), 4):
+        path = checkpoint.save(tmp_path, step, {"step": step}, keep=keep + 1)
+    path.write_bytes(b"damaged")
+    newest, _ = checkpoint.choose(tmp_path)
+    assert newest is not None
+    step = checkpoint.load(newest, CPU)["step"]
+    for later in (step + 1, step + 2):
+        checkpoint.save(tmp_path, later, {"step": later}, keep=keep)
+        newest, complaints = checkpoint.choose(tmp_path)
+        assert newest is not None and checkpoint.load(newest, CPU)["step"] == later and not complaints
+    assert len(list(tmp_path.glob("step-*.pt"))) == keep
 
 
 def test_no_checkpoint_means_a_fresh_start(tmp_path: Path):
-    assert checkpoint.load_newest(tmp_path / "none", CPU) == (None, [])
+    assert checkpoint.choose(tmp_path / "none") == (None, [])
+
+
+def test_if_no_checkpoint_is_valid_nothing_is_changed(tmp_path: Path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"step": step}, keep=2).write_bytes(b"damaged")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of the checkpoints in .* is valid .*; restore one"):
+            checkpoint.choose(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    for path in tmp_path.glob("step-*.pt"):
+        path.rename(f"{path}.damaged")
+    with pytest.raises(UserError, match="is valid"):
+        checkpoint.choose(tmp_path)
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path):
@@ -188,7 +219,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path):
 
     checkpoint.save(tmp_path, 1, {"step": 1, "evil": Evil()}, keep=1)
     with pytest.raises(Exception, match=r"(?i)weights_only|unsupported"):
-        checkpoint.load_newest(tmp_path, CPU)
+        checkpoint.load(tmp_path / "step-000000001.pt", CPU)
     assert not (tmp_path / "owned").exists()
 
 
@@ -215,22 +246,6 @@ def test_groups_decay_matrices_only_and_scale_the_rate_by_depth():
     assert found[f"blocks.{last}.mlp.fc1.weight"]["lr_scale"] == pytest.approx(decay)
     assert found["blocks.0.mlp.fc1.weight"]["lr_scale"] == pytest.approx(decay ** (last + 1))
     assert found["patch_embed.proj.weight"]["lr_scale"] == pytest.approx(decay ** (last + 2))
-
-
-def test_schedule_warms_up_then_follows_a_cosine_for_every_layer():
-    settings = config.OptimConfig(batch=8, lr=0.4, lr_batch=16, warmup_epochs=2, layer_decay=0.5)
-    optimizer = optim.make_optimizer(pico(), settings)
-    schedule = optim.make_schedule(optimizer, settings, steps=50, per_epoch=5.0)
-    head = max(optimizer.param_groups, key=lambda g: g["lr_scale"])
-    body = min(optimizer.param_groups, key=lambda g: g["lr_scale"])
-    rates = []
-    for step in range(50):
-        schedule.step_update(step)
-        rates.append(head["lr"])
-        assert body["lr"] == pytest.approx(head["lr"] * body["lr_scale"])
-    assert rates[0] == 0 and rates[5] == pytest.approx(0.1) and rates[10] == pytest.approx(0.2, rel=0.11)
-    assert rates[30] == pytest.approx(0.1 * (1 + torch.cos(torch.tensor(30 / 50 * torch.pi)).item()))
-    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_a_non_finite_gradient_changes_nothing_and_is_counted():

@@ -45,13 +45,15 @@ def pico(**settings) -> nn.Module:
 # ---- optimizers ------------------------------------------------------------------------------------------
 
 
-def test_sgd_with_momentum_is_torchs_and_skips_what_is_not_finite():
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_with_momentum_is_torchs_and_skips_what_is_not_finite(nesterov):
     model, oracle = nn.Linear(3, 2), nn.Linear(3, 2)
     oracle.load_state_dict(model.state_dict())
     model.no_weight_decay = set
     settings = OptimConfig(name="sgd", lr=0.1, lr_batch=8, batch=8, momentum=0.8, weight_decay=0.0)
+    settings = replace(settings, nesterov=nesterov)
     ours = optim.make_optimizer(model, settings)
-    theirs = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.8)
+    theirs = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.8, nesterov=nesterov)
     for value in (1.0, float("nan"), 2.0, float("inf"), -1.0):
         for net in (model, oracle):
             (net(torch.ones(1, 3)) * value).sum().backward()
@@ -184,7 +186,7 @@ def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images,
         loop.fit(config, finetune.make_task)
     longer = replace(config, optim=replace(config.optim, epochs=3.0))
     with pytest.raises(UserError, match=r"optim\.epochs: 2\.0 -> 3\.0.*--run\.allow"):
-        setup.check(longer)
+        loop.fit(longer, finetune.make_task)
     allowed = replace(longer, run=replace(longer.run, allow=("optim.epochs", "data")))
     fit(allowed, finetune.make_task)
     info = json.loads((data / "dataset.json").read_text())
@@ -239,7 +241,7 @@ def test_checkpoints_are_written_behind_and_a_full_disk_is_said(tmp_path, monkey
     writer.save(1, {"model": {"w": weights}, "groups": [{"lr": 0.5}]})
     weights.zero_()  # training goes on; what is being saved must not change with it
     writer.wait()
-    state, _ = checkpoint.load_newest(tmp_path / "checkpoints", CPU)
+    state = checkpoint.load(checkpoint.choose(tmp_path / "checkpoints")[0], CPU)
     assert state is not None and state["model"]["w"].tolist() == [1, 1, 1]
     assert state["groups"] == [{"lr": 0.5}]
 
@@ -250,8 +252,8 @@ def test_checkpoints_are_written_behind_and_a_full_disk_is_said(tmp_path, monkey
     writer.save(2, {})
     with pytest.raises(UserError, match=r"No space left on device.*free some space"):
         writer.wait()
-    state, complaints = checkpoint.load_newest(tmp_path / "checkpoints", CPU)
-    assert state is not None and complaints == []
+    newest, complaints = checkpoint.choose(tmp_path / "checkpoints")
+    assert newest is not None and complaints == []
 
 
 # ---- compilation and the screen --------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pipelines.augment import Augment
-from pipelines.catalogue import open_catalogue, read_info
+from pipelines.catalogue import open_catalogue
 from pipelines.errors import UserError
 from tests.train_helpers import ROOT, arguments, call, module, small
 from tools.plot import plot
@@ -58,7 +58,7 @@ def test_images_pretrain_then_finetune_then_evaluate(images: Path, tmp_path: Pat
     assert "loaded" in (tuned / "log.txt").read_text()
     last = results(tuned)[1][-1]
     assert last["acc"] > 0.9  # bright against dark
-    assert json.loads((tuned / "env.json").read_text())["packages"]["torch"]
+    assert [start["packages"]["torch"] for start in json.loads((tuned / "env.json").read_text())]
     assert f"trained by hiera-train: {last['step']} steps" in (tuned / "model_card.md").read_text()
     again = evaluate.evaluate(evaluate.Arguments(tuned, device="cpu"))
     assert again == {name: last[name] for name in again}
@@ -183,7 +183,7 @@ def test_sigterm_finishes_the_step_saves_and_says_so(images: Path, tmp_path: Pat
     config = replace(config, speed=replace(config.speed, processes=processes))
     command = module("train.mae", "image-mae-pico", *arguments(config))
     assert kill_at_row(command, tmp_path / "stopped" / "metrics.csv", 3, signal.SIGTERM) == 143
-    assert "run the same command to go on" in (tmp_path / "stopped" / "log.txt").read_text()
+    assert "run the same command to resume" in (tmp_path / "stopped" / "log.txt").read_text()
     saved = list((tmp_path / "stopped" / "checkpoints").glob("*.pt"))
     assert len(saved) == 1
     rows = read_csv(tmp_path / "stopped" / "metrics.csv")
@@ -199,7 +199,7 @@ def test_a_folder_with_other_settings_is_refused_and_kept(images: Path, tmp_path
     before = (run / "config.json").read_text()
     other = replace(config, optim=replace(config.optim, lr=0.123))
     with pytest.raises(UserError, match=r"optim\.lr: 0\.0005 -> 0\.123"):
-        setup.check(other)
+        loop.fit(other, mae.make_task)
     assert (run / "config.json").read_text() == before
 
 
@@ -309,7 +309,7 @@ def test_two_runs_cannot_share_a_folder(images: Path, tmp_path: Path):
     from train import rundir
 
     config = small("image-mae-pico", images, tmp_path, "run")
-    lock = rundir.open_run(config, read_info(images), {})
+    lock = rundir.lock_run(config)
     with pytest.raises(UserError, match="another process is training"):
         loop.fit(config, mae.make_task)
     lock.close()

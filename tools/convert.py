@@ -1,23 +1,30 @@
 """Convert weights between implementations: `python -m tools.convert SRC DST --to timm`.
 
-SRC is a file of any known format, or an official name such as `hiera_base_224:mae_in1k_ft_in1k`.
-DST ends in .safetensors or .pth; for transformers it may be a folder, which gets a config.json too and
-opens with `from_pretrained`.
+SRC is a file or folder of any known format, or an official name such as `hiera_base_224:mae_in1k_ft_in1k`.
+DST ends in .safetensors or .pth. For transformers it may be a folder, which also gets config.json and
+preprocessor_config.json and opens with `from_pretrained` and `pipeline`.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from models.errors import ModelError
-from models.factory import SIZES
-from models.formats import State, from_ours, is_autoencoder, read_weights, stage_depths, to_ours
+from models.factory import CONFIGS, SIZES
+from models.files import Weights, read_json, read_weights
+from models.formats import State, from_ours, is_autoencoder, stage_depths, to_ours
 from models.official import path_of
 from pipelines.errors import UserError, run_cli
-from pipelines.files import atomic_write
+from pipelines.files import atomic_text, atomic_write
+from pipelines.inputs import IMAGE_STATS
+
+RELEASED_DATA = {"crop": 224 / 256, "interpolation": "cubic"}  # how the released models are evaluated
+RESAMPLE = {"linear": 2, "triangular": 2, "cubic": 3}  # Pillow's numbers; transformers always antialiases
+USUAL_HEADS = {config.decoder_width: config.decoder_heads for config in CONFIGS.values()}
 
 
 def convert(
@@ -34,80 +41,128 @@ def convert(
         to: whose names to write.
     """
     try:
-        path = path_of(source)
-        if target.exists() and path.exists() and target.samefile(path):
-            raise UserError(f"{target} is the source itself; give another file to write")
-        state = to_ours(read_weights(path))
+        read = read_weights(path_of(source))
+        state = to_ours(read.state)
         if "patch_embed.proj.weight" not in state:
             raise UserError(f"{source} holds no Hiera weights: there is no patch_embed.proj.weight")
         converted = from_ours(state, to)
     except ModelError as error:
         raise UserError(str(error)) from error
+    if target.exists() and (target.samefile(read.path) or target.samefile(read.path.parent)):
+        raise UserError(f"{target} is the source itself; give another file or folder to write")
+    notes = [read.note] if read.note else []
     if target.suffix in (".safetensors", ".pth"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write(converted, target, to)
+        _write(converted, target, to, read.decoder_heads)
     elif to == "transformers":
-        config = json.dumps(transformers_config(state, classes_beside(path)), indent=2) + "\n"
-        target.mkdir(parents=True, exist_ok=True)
-        _write(converted, target / "model.safetensors", to)
-        (target / "config.json").write_text(config)
+        notes += _write_folder(read, state, converted, target)
     else:
         raise UserError(f"{target} must end in .safetensors or .pth")
     left_out = len(state) - len(converted)
     why = f", {left_out} of the autoencoder's left out, since {to} has none" if left_out else ""
-    print(f"wrote {target}: {len(converted)} tensors for {to}{why}")
+    print("\n".join([f"wrote {target}: {len(converted)} tensors for {to}{why}", *notes]))
 
 
-def _write(state: State, path: Path, to: str) -> None:
+def _write_folder(read: Weights, state: State, converted: State, folder: Path) -> list[str]:
+    """Write a folder for transformers; gives a line for everything that had to be assumed."""
+    notes = []
+    heads = read.decoder_heads
+    if is_autoencoder(state) and not heads:
+        heads = USUAL_HEADS.get(state["decoder_pos_embed"].shape[2], 16)
+        notes.append(
+            f"decoder_num_heads {heads} is assumed, since neither {read.path} nor its folder has it: "
+            "correct it in config.json if the model has another number"
+        )
+    config = transformers_config(state, read.classes, heads)
+    data = read_json(read.path.with_name("config.json")).get("data")
+    if not isinstance(data, dict) or not data.keys() >= RELEASED_DATA.keys():
+        data = RELEASED_DATA
+        notes.append(
+            f"crop {data['crop']} and interpolation {data['interpolation']} are assumed, as in the released "
+            "models: correct preprocessor_config.json if the model is evaluated otherwise"
+        )
+    processor = preprocessor_config(_side(state), data)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in {"config.json": config, "preprocessor_config.json": processor}.items():
+        atomic_text(folder / name, json.dumps(values, indent=2) + "\n")
+    _write(converted, folder / "model.safetensors", "transformers")
+    return notes
+
+
+def _write(state: State, path: Path, to: str, decoder_heads: int = 0) -> None:
+    """Write weights; a safetensors file in our names also keeps the decoder heads, 0 if unknown."""
     import torch
     from safetensors.torch import save_file
 
+    about = {"format": "pt"}  # transformers and timm need it
+    if to in ("ours", "upstream") and decoder_heads:
+        about = {"hiera-train": json.dumps({"decoder_heads": decoder_heads})}
     with atomic_write(path) as temporary:
         if path.suffix == ".safetensors":
-            save_file({n: v.contiguous() for n, v in state.items()}, temporary, metadata={"format": "pt"})
+            save_file({n: v.contiguous() for n, v in state.items()}, temporary, metadata=about)
         else:
             torch.save({"model_state": state} if to == "upstream" else state, temporary)
 
 
-def classes_beside(weights: Path) -> list[str]:
-    """The names that a run's data.json gives the classes of its weights; none for other files."""
-    recorded = weights.with_name("data.json")
-    return json.loads(recorded.read_text())["classes"] if recorded.is_file() else []
+def _side(state: State) -> int:
+    """Side of the square input in pixels, from an image model's weights."""
+    return 4 * isqrt(state["pos_embed"].shape[1])
 
 
-def transformers_config(state: State, names: list[str]) -> dict[str, object]:
-    """The config.json that transformers needs beside weights in our names, with its classes' names if known.
+def preprocessor_config(side: int, data: Mapping[str, Any]) -> dict[str, object]:
+    """The preprocessor_config.json that makes transformers prepare pictures as evaluation does.
 
-    Heads cannot be read off weights: they come from the known size of that width.
+    side: of the model's input in pixels; data: a run's data settings `crop` and `interpolation`.
+    """
+    mean, deviation = IMAGE_STATS
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": round(side / data["crop"])},
+        "resample": RESAMPLE[data["interpolation"]],
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": deviation,
+    }
+
+
+def transformers_config(state: State, names: Sequence[str], decoder_heads: int) -> dict[str, object]:
+    """The config.json that transformers needs for weights in our names, with the class names if known.
+
+    Weights do not show the number of heads: the encoder's comes from the known size of that width, the
+    decoder's is given.
     """
     width, depths = len(state["patch_embed.proj.bias"]), stage_depths(state)
     heads = {known: first for known, first, _ in SIZES.values()}.get(width)
     if heads is None:
         raise UserError(f"no known size has width {width}, so its heads are unknown; write a file")
     mae = is_autoencoder(state)
-    side = 4 * isqrt(state["pos_embed"].shape[1])
     config: dict[str, object] = {
         "architectures": ["HieraForPreTraining" if mae else "HieraForImageClassification"],
         "model_type": "hiera",
         "embed_dim": width,
         "depths": depths,
         "num_heads": [heads << stage for stage in range(len(depths))],
-        "image_size": [side, side],
+        "image_size": [_side(state)] * 2,
         "num_channels": state["patch_embed.proj.weight"].shape[1],
         "num_query_pool": 2 if mae else 3,
     }
     if mae:
         blocks = {name.split(".")[1] for name in state if name.startswith("decoder_blocks.")}
-        decoder = state["decoder_pos_embed"].shape[2]
         return config | {
-            "decoder_hidden_size": decoder,
+            "decoder_hidden_size": state["decoder_pos_embed"].shape[2],
             "decoder_depth": len(blocks),
-            "decoder_num_heads": max(1, decoder // 32),
+            "decoder_num_heads": decoder_heads,
         }
     classes = len(state["head.projection.bias"]) if "head.projection.bias" in state else 0
     labels = names if len(names) == classes else [f"LABEL_{i}" for i in range(classes)]
     numbers = {label: number for number, label in enumerate(labels)}
-    return config | {"id2label": {i: label for label, i in numbers.items()}, "label2id": numbers}
+    return config | {"id2label": dict(enumerate(labels)), "label2id": numbers}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where shards are packed: in this process, in processes of this machine, or on every core of a Ray cluster.
 
-An executor takes jobs and gives (samples packed, rejected) of each shard as it ends, in any order.
+An executor takes jobs and gives the `Result` of each shard as it ends, in any order.
 """
 
 import multiprocessing
@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError, first_line
-from tools.shards import PLAN_FILE, Job, is_done, pack_shard
+from tools.shards import PLAN_FILE, Job, Result, is_done, pack_shard
 
-Result = tuple[int, int]  # samples packed, samples rejected
 RETRIES = 5  # of a shard whose Ray worker or node died
 CONNECT = 10.0  # seconds for a cluster to answer
 UNTIL_SEEN = 120.0  # seconds until a file written elsewhere is seen here; NFS remembers absence for 60
@@ -66,6 +65,7 @@ def on_ray(jobs: Sequence[Job], address: str, at_once: int | None) -> Iterator[R
     sources = (job.root / sample.source for job in jobs for sample in job.samples)
     witness = next(filter(Path.exists, sources), None)
     waiting, running = iter(jobs), {}
+    written: list[Job] = []
     try:
         while True:
             room = (at_once or max(1, 2 * int(ray.cluster_resources().get("CPU", 0)))) - len(running)
@@ -73,10 +73,13 @@ def on_ray(jobs: Sequence[Job], address: str, at_once: int | None) -> Iterator[R
             if not running:
                 break
             for ended in ray.wait(list(running))[0]:
-                yield _result(ray, ended, running.pop(ended))
+                job = running.pop(ended)
+                result = _result(ray, ended, job)
+                written += [] if result.unreadable else [job]
+                yield result
     finally:
         ray.shutdown()  # ends what is still running
-    wait_until_seen(jobs, UNTIL_SEEN)
+    wait_until_seen(written, UNTIL_SEEN)
 
 
 def connect(address: str) -> Any:

@@ -4,12 +4,14 @@ A single bad JPEG ends a DALI pipeline, so a file is either right already (and k
 right (and the change is named), or refused with a reason.
 """
 
+import errno
 import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -18,6 +20,19 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 QUALITY = 90
 COPIED = "copied"
+# Errors of storage that does not answer for the moment, whatever the file.
+TRANSIENT = frozenset(
+    {
+        errno.EIO,
+        errno.EREMOTEIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EAGAIN,
+        errno.ENOTCONN,
+        errno.ECONNRESET,
+    }
+    | {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+)
 CUT = "bytes after its end cut off"
 
 warnings.filterwarnings("ignore", module="PIL")  # each odd EXIF block would print two lines
@@ -40,9 +55,17 @@ class Packed:
 
 def read_file(path: Path) -> bytes:
     """A file's bytes. Raises `OSError`, or `BadImage` for a pipe or device, which could block for ever."""
-    if path.exists() and not path.is_file():
+    if not S_ISREG(path.stat().st_mode):
         raise BadImage("not a regular file")
     return path.read_bytes()
+
+
+def mode_of(path: Path) -> int:
+    """`st_mode` of what is at a path, 0 when nothing is. Raises `OSError`, which `Path.is_dir` may hide."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int] | None = None) -> Packed:

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from stat import S_ISDIR
 
 import tyro
 
 from pipelines.errors import UserError, run_cli
-from tools.images import COPIED, SUFFIXES, BadImage, Packed, prepare, read_file
+from tools.images import COPIED, SUFFIXES, TRANSIENT, BadImage, Packed, mode_of, prepare, read_file
 from tools.packing import HERE, Flags, crew_of, label_of, run, settings, source_folder
 from tools.shards import Packing, Plan, samples_of
-from tools.videos import best_file, find_videos, load_video, video_settings
+from tools.videos import best_file, clip_settings, find_videos, load_video, video_settings
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
@@ -72,13 +73,14 @@ def pack_kinetics(
         max_pixels: larger frames are rejected.
         max_reject: end with exit code 1 when more than this share is rejected.
         videos: instead of frames, folder with <youtube_id>_<start>_<end>.mp4 ... in folders of any depth.
-        fps: frames a second to take from videos.
+        fps: frames per second: taken from videos; of folders of frames, the rate that they have.
         max_seconds: longer videos are rejected.
         spread: over what the shards are spread.
     """
     packing = settings(short_side, shard_size, max_pixels, 0.0, max_reject)
     crew = crew_of(workers, spread)
     if frames is not None and videos is None:
+        packing = clip_settings(packing, fps)
         root = source_folder(frames, "--frames", "a folder for each label")
         place, load = partial(_frame_folder, root), load_clip
     elif videos is not None and frames is None:
@@ -143,7 +145,7 @@ def _frame_folder(frames: Path, clip: Clip, split: str) -> str:
     """The clip's folder below `frames`: labels are published with underscores, some copies keep spaces."""
     underscored = f"{clip.label.replace(' ', '_')}/{clip.name()}"
     spaced = f"{clip.label}/{clip.name()}"
-    return spaced if spaced != underscored and (frames / spaced).is_dir() else underscored
+    return spaced if spaced != underscored and S_ISDIR(mode_of(frames / spaced)) else underscored
 
 
 def _video_place(videos: Path) -> Place:
@@ -161,7 +163,7 @@ def _video_place(videos: Path) -> Place:
 def load_clip(root: Path, source: str, packing: Packing) -> Packed:
     """Read and check the frames of one clip. Raises `BadImage` or `OSError`."""
     folder = root / source
-    if not folder.is_dir():
+    if not S_ISDIR(mode_of(folder)):
         raise BadImage("no frame folder")
     listed = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     files = sorted((path for path in listed if not path.name.startswith(".")), key=_frame_number)
@@ -189,6 +191,8 @@ def _read(path: Path, packing: Packing) -> Packed | BadImage:
     except BadImage as error:
         return error
     except OSError as error:
+        if error.errno in TRANSIENT:  # the frame may be good: the clip must not lose it
+            raise
         return BadImage(f"cannot be read: {error.strerror}")
 
 

@@ -1,7 +1,6 @@
 """Runs a packing plan to its end: resume, parts for several machines, progress, the closing table."""
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -24,17 +23,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipelines.errors import UserError
-from tools.executors import Result, local, on_ray
+from pipelines.files import lock, sync
+from pipelines.machine import usable_cores
+from tools.executors import local, on_ray
 from tools.images import COPIED
-from tools.shards import PLAN_FILE, Job, Load, Packing, Plan, finish, is_done, jobs_of
+from tools.shards import PLAN_FILE, Job, Load, Packing, Plan, Result, finish, is_done, jobs_of
 
 UNFINISHED = (".*.tmp-*",)  # the temporary files of writers that were killed
+UNLOCKED = "another process that packs into this folder would not be noticed, so make sure there is none"
 NOTES = ("[0-9]*.parquet", PLAN_FILE)  # what only an unfinished dataset needs: its shards' rows, its plan
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Over what the shards are spread."""
+    """How packing runs: over what the shards are spread, and what becomes of files that cannot be read."""
 
     executor: Literal["local", "ray"] = "local"
     """local: processes of this machine; ray: a Ray cluster, all of whose nodes see source and out."""
@@ -42,6 +44,9 @@ class Spread:
     """HOST:PORT of the cluster's head; auto: the cluster that this machine belongs to."""
     shard_range: str = ""
     """i/n: pack the i-th of n parts only, beside other processes; a run without it, at last, finishes."""
+    reject_unreadable: bool = False
+    """reject files that the storage fails to deliver (input/output error, stale file handle, timeout);
+    otherwise their shards are left to the next run."""
 
 
 Flags = Annotated[Spread, tyro.conf.arg(name="")]
@@ -54,6 +59,7 @@ class Crew:
 
     pack: Callable[[Sequence[Job]], Iterator[Result]]
     part: tuple[int, int] | None = None
+    reject_unreadable: bool = False
 
 
 def settings(
@@ -82,19 +88,19 @@ def crew_of(workers: int | None, spread: Spread) -> Crew:
     if spread.executor == "ray":
         if find_spec("ray") is None:
             raise UserError("--executor ray needs Ray, which is not installed; run make env-ray.")
-        return Crew(partial(on_ray, address=spread.ray, at_once=workers), part)
+        return Crew(partial(on_ray, address=spread.ray, at_once=workers), part, spread.reject_unreadable)
     if spread.ray != HERE.ray:
         raise UserError(
             f"--ray {spread.ray} is for --executor ray (EXECUTOR=ray); add that, or leave it out."
         )
-    return Crew(partial(local, workers=processes), part)
+    return Crew(partial(local, workers=processes), part, spread.reject_unreadable)
 
 
 def worker_count(asked: int | None) -> int:
     """The processes to use: as asked, else one a core this process may run on. Raises `UserError`."""
     if asked is not None and asked < 1:
         raise UserError(f"--workers must be at least 1, not {asked}.")
-    return asked or len(os.sched_getaffinity(0))
+    return asked or usable_cores()
 
 
 def source_folder(path: Path, flag: str, what: str) -> Path:
@@ -129,24 +135,28 @@ def label_of(classes: Sequence[str], val_classes: Sequence[str], where: str) -> 
 
 
 def run(plan: Plan, root: Path, out: Path, load: Load, crew: Crew, max_reject: float) -> int:
-    """Pack what is not packed yet, print the closing table; return the exit code (1: too many rejected)."""
+    """Pack what is not packed yet, print the closing table; return the exit code.
+
+    It is 1 when too many were rejected, or some could not be read.
+    """
     console = Console(markup=False, highlight=False, emoji=False)
     with writing_to(out):
         if not (out / "dataset.json").exists():
             with _begun(plan, out, crew.part is None):
-                jobs = jobs_of(plan, root, out, load)
+                jobs = jobs_of(plan, root, out, load, crew.reject_unreadable)
+                i, n = crew.part or (1, 1)
+                if unreadable := _pack_missing(jobs[i - 1 :: n], crew):
+                    console.print(unreadable, soft_wrap=True)
+                    return 1
                 if crew.part:
-                    i, n = crew.part
-                    _pack_missing(jobs[i - 1 :: n], crew)
                     words = (
                         f"part {i} of {n} of {out} is packed; when all are, run this without --shard-range."
                     )
                     console.print(words, soft_wrap=True)
                     return 0
-                _pack_missing(jobs, crew)
                 remove(out, plan.splits, *UNFINISHED)  # of nodes that died
                 finish(plan, out)
-        elif _agree(plan, out / "dataset.json"):
+        elif _agree(plan, out / "dataset.json", (out / "dataset.json").read_text(encoding="utf-8")):
             console.print(f"{out} is already packed with these settings.", soft_wrap=True)
         remove(out, plan.splits, *NOTES)
     return _report(console, out, plan.splits, max_reject)
@@ -193,9 +203,10 @@ def _begun(plan: Plan, out: Path, alone: bool) -> Iterator[None]:
         if os.fstat(file.fileno()).st_size == 0:
             file.write(json.dumps({"packing": plan.settings()}))
             file.flush()
-            os.fsync(file.fileno())
+            sync(note)
             _lock(file, alone)  # a part no longer needs it to itself
-        _agree(plan, note)
+        file.seek(0)  # some file systems let only this open file read what it has locked
+        _agree(plan, note, file.read())
         if alone:
             remove(out, plan.splits, *UNFINISHED)
         yield
@@ -206,25 +217,29 @@ def _lock(file: TextIO, alone: bool) -> None:
     for _ in range(1 if alone else 50):  # another part holds it only while it writes
         shared = not alone and os.fstat(file.fileno()).st_size > 0
         try:
-            return fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return lock(file, Path(file.name).parent, UNLOCKED, shared=shared)
         except BlockingIOError:
             time.sleep(0.1)
     raise UserError(f"another process is packing into {Path(file.name).parent}; wait for it or stop it.")
 
 
-def _agree(plan: Plan, noted: Path) -> bool:
-    """Whether `noted` describes this plan. Raises `UserError` naming the first setting that differs."""
+def _agree(plan: Plan, noted: Path, text: str) -> bool:
+    """Whether the `text` of `noted` describes this plan. Raises `UserError` naming the first difference."""
     try:
-        then = json.loads(noted.read_text())["packing"]
+        # Without locks two parts may both have written the note: the first one counts.
+        then = json.JSONDecoder().raw_decode(text)[0]["packing"]
     except (ValueError, KeyError) as error:
         raise UserError(f"{noted} is damaged; delete {noted.parent} and pack again.") from error
-    for name, now in plan.settings().items():
+    settings = plan.settings()
+    if "fps" in settings:
+        then = {"fps": 30.0, **then}  # folders of frames were packed without recording their rate
+    for name, now in settings.items():
         if now == then.get(name) or (name in ("pillow", "av") and noted.name == "dataset.json"):
             continue  # a finished dataset stays good whatever version made it
         what = f"{name.replace('_', '-')} {then.get(name)}, not {now}"
         if name == "source_sha256":
             what = "another listing of source files"
-        elif name == "fps" and name not in then:
+        elif "max_seconds" in settings and "max_seconds" not in then:
             what = "clips from frames, not from videos"
         raise UserError(
             f"{noted.parent} was packed with {what}; give another --out (with make shards: OUT=FOLDER), "
@@ -233,8 +248,11 @@ def _agree(plan: Plan, noted: Path) -> bool:
     return True
 
 
-def _pack_missing(jobs: Sequence[Job], crew: Crew) -> None:
-    """Run every job that is not done, showing progress by samples."""
+def _pack_missing(jobs: Sequence[Job], crew: Crew) -> str:
+    """Run every job that is not done, showing progress by samples.
+
+    Returns a message about the samples that could not be read, "" when there are none.
+    """
     missing = [job for job in jobs if not is_done(job)]
     for folder in {job.folder for job in missing}:
         folder.mkdir(exist_ok=True)
@@ -243,10 +261,20 @@ def _pack_missing(jobs: Sequence[Job], crew: Crew) -> None:
         total = sum(len(job.samples) for job in jobs)
         done = total - sum(len(job.samples) for job in missing)
         bar = progress.add_task("", total=total, completed=done, note="samples, 0 rejected")
-        rejected = 0
-        for samples, bad in crew.pack(missing):
-            rejected += bad
-            progress.update(bar, advance=samples + bad, note=f"samples, {rejected} rejected")
+        rejected = unreadable = 0
+        example = ""
+        for result in crew.pack(missing):
+            rejected, unreadable = rejected + result.rejected, unreadable + result.unreadable
+            example = example or result.example
+            note = f"samples, {rejected} rejected" + (f", {unreadable} unreadable" if unreadable else "")
+            progress.update(bar, advance=result.packed + result.rejected, note=note)
+    if not unreadable:
+        return ""
+    return (
+        f"{unreadable} sample{'s' * (unreadable > 1)} could not be read, such as {example}, so their shards "
+        "are not packed; run the same command again to retry them, or add --reject-unreadable to leave "
+        "them out."
+    )
 
 
 def _report(console: Console, out: Path, splits: Iterable[str], max_reject: float) -> int:

@@ -6,6 +6,8 @@ as validation data is, so that what comes out is what make eval counts.
 """
 
 import json
+import math
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,13 +27,14 @@ from tools.pack_imagenet import load_image
 from tools.pack_kinetics import load_clip
 from tools.packing import settings
 from tools.shards import Load, Packing, Plan, Sample, finish, jobs_of, make_key, pack_shard, readable
-from tools.videos import load_video
+from tools.videos import clip_settings, load_video
 from train import distributed, setup
 from train.config import Config, FinetuneConfig, MaeConfig
 from train.distributed import World
 from train.evaluate import batches_of, load_model, read_config, weights_of
 from train.pictures import save_reconstructions
 
+NOT_FINITE = "the model's probabilities for it are not finite"
 DRAWN = 24  # inputs in a reconstruction picture at most: they are one batch
 
 
@@ -43,7 +46,9 @@ def predict(
     out: Path | None = None,
     device: str = "auto",
 ) -> int:
-    """Print every input's classes, or draw reconstructions; returns 1 when an input could not be read.
+    """Print every input's classes, or draw reconstructions; returns 1 when an input has no answer.
+
+    It has none when it cannot be read, or when the model's probabilities for it are not finite.
 
     Args:
         run: folder of a finished run, such as runs/image-ft-pico.
@@ -55,6 +60,8 @@ def predict(
     """
     if not inputs:
         raise UserError("name at least one picture, video or folder")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("torchrun started several processes; start tools.predict without torchrun")
     if top < 1:
         raise UserError("--top must be at least 1")
     config, classes, packing = read_run(run)
@@ -64,24 +71,29 @@ def predict(
     names = [readable(str(path)) for path in inputs]
     with tempfile.TemporaryDirectory() as folder:
         reasons = pack(config, inputs, packing, Path(folder))
-        read = [name for name, reason in zip(names, reasons, strict=True) if not reason]
+        places = [place for place, reason in enumerate(reasons) if not reason]
+        read = [names[place] for place in places]
         if read:
             catalogue = open_catalogue(folder, "val")
             world = distributed.start(device)
-            ready = load_model(config, weights, len(classes), world)
+            torch.set_num_threads(distributed.torch_threads(world))
+            ready = load_model(config, weights, classes, world)
             if isinstance(config, MaeConfig):
                 path, rows = out or run / "predict.png", min(DRAWN, len(read))
                 save_reconstructions(config, world.device, path, ready, catalogue, rows)
                 print(f"{path}: {', '.join(read[:rows])}")
             else:
                 chances = chances_of(config, world, ready, catalogue)
-                for name, row in zip(read, chances.tolist(), strict=True):
+                for place, row in zip(places, chances.tolist(), strict=True):
+                    if not all(map(math.isfinite, row)):
+                        reasons[place] = NOT_FINITE
+                        continue
                     best = sorted(zip(row, classes, strict=True), key=lambda pair: -pair[0])[:top]
-                    print("\n".join([name, *(f"{chance:9.2%}  {label}" for chance, label in best)]))
+                    print("\n".join([names[place], *(f"{chance:9.2%}  {label}" for chance, label in best)]))
     for name, reason in zip(names, reasons, strict=True):
         if reason:
             print(f"error: {name}: {reason}", file=sys.stderr)
-    return int(len(read) < len(inputs))
+    return int(any(reasons))
 
 
 def read_run(run: Path) -> tuple[Config, Sequence[str], Mapping[str, Any]]:
@@ -109,10 +121,12 @@ def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out
     clips = config.data.frames > 1
     how = settings(packing.get("short_side", 256), 1000, packing.get("max_pixels", 100_000_000), 0.0, 0.0)
     samples = [Sample(make_key(i, path.stem), -1, "", str(path)) for i, path in enumerate(inputs)]
+    fps = packing.get("fps", 30.0)
+    how = clip_settings(how, fps) if clips else how
     plan = Plan("video" if clips else "image", (), {"val": samples}, how)
-    video = partial(load_video, fps=packing.get("fps", 30.0), max_seconds=packing.get("max_seconds", 60.0))
+    video = partial(load_video, fps=fps, max_seconds=packing.get("max_seconds", 60.0))
     (out / "val").mkdir()
-    for job in jobs_of(plan, Path(), out, partial(load, video=video if clips else None)):
+    for job in jobs_of(plan, Path(), out, partial(load, video=video if clips else None), True):
         pack_shard(job)
     finish(plan, out)
     return pq.read_table(out / "val.parquet", columns=["reason"])["reason"].to_pylist()

@@ -6,7 +6,6 @@ Everything is in the file: no script, no network. What the run has not written y
 import base64
 import io
 import json
-import math
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -19,8 +18,9 @@ import tyro
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
 from tools.plot import Panel, Tables, draw, panels_of
-from train.config import flatten
+from train.config import flatten, from_dict
 from train.metrics import read_csv
+from train.optim import total_steps
 
 INK = "#010203"  # stands for the page's text colour, light or dark, while matplotlib draws
 LOG_LINES, WEAKEST = 40, 20
@@ -69,17 +69,18 @@ def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
 
 def state(run: Path) -> str:
     """One line: what is trained, and whether it is finished or at which step."""
-    words, step, steps = [], 0, ""
+    words, step, steps, total = [], 0, "", 0
     try:
         config = json.loads((run / "config.json").read_text())
         words = [str(config["model"]["name"]), str(config["kind"])]
         words += ["accuracy is of the TRAINING videos"] * bool(config.get("protocol"))
         step = read_csv(run / "metrics.csv")[-1]["step"]
         samples = json.loads((run / "data.json").read_text())["splits"]["train"]["samples"]
-        steps = f" of {math.ceil(config['optim']['epochs'] * samples / config['optim']['batch'])}"
+        total = total_steps(from_dict(config).optim, samples)
+        steps = f" of {total}"
     except Exception:
-        pass  # as above: what was found until then is told
-    finished = (run / "model.safetensors").is_file()
+        pass  # as above: what was found until then is shown
+    finished = (run / "model.safetensors").is_file() and step >= total  # it is there while a run is extended
     words.append(f"finished after {step} steps" if finished else f"not finished: at step {step}{steps}")
     return f"{', '.join(words)}, page made {time.strftime('%Y-%m-%d %H:%M')}"
 
@@ -148,14 +149,17 @@ def classes(table: Path) -> str:
     """Accuracy by class, the weakest first; what follows them opens on a click."""
     import pyarrow.parquet as pq
 
-    rows = [row for row in pq.read_table(table).to_pylist() if row["samples"]]
+    every = pq.read_table(table).to_pylist()
+    rows = [row for row in every if row["samples"]]
+    top5 = len(every) > 5  # with five classes or fewer it is always 1
     lines = [
         f"<tr><th>{escape(row['class_name'])}</th><td>{row['samples']}</td>"
         f'<td style="--share: {row["accuracy"]:.0%} 100%">{row["accuracy"]:.1%}</td>'
-        f"<td>{row['correct5'] / row['samples']:.1%}</td></tr>"
+        + (f"<td>{row['correct5'] / row['samples']:.1%}</td></tr>" if top5 else "</tr>")
         for row in sorted(rows, key=lambda row: (row["accuracy"], row["class_name"]))
     ]
-    head = '<table class="classes"><tr><th>class</th><th>samples</th><th>top-1</th><th>top-5</th></tr>'
+    head = '<table class="classes"><tr><th>class</th><th>samples</th><th>top-1</th>'
+    head += "<th>top-5</th></tr>" if top5 else "</tr>"
     first, rest = (head + "".join(part) + "</table>" for part in (lines[:WEAKEST], lines[WEAKEST:]))
     if len(lines) <= WEAKEST:
         return first if lines else ""
@@ -172,8 +176,10 @@ def settings(config: Path) -> str:
 
 
 def environment(env: Path) -> str:
-    """Versions, hardware, command, commit."""
-    return _table(flatten(json.loads(env.read_text())).items(), "")
+    """Versions, hardware, command and commit of the last start."""
+    starts = json.loads(env.read_text())
+    caption = f"the last of {len(starts)} starts; env.json has all" if len(starts) > 1 else ""
+    return _table(flatten(starts[-1]).items(), caption)
 
 
 def log(path: Path) -> str:

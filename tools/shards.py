@@ -9,22 +9,24 @@ import hashlib
 import json
 import re
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.catalogue import FORMAT_VERSION, SCHEMA
-from pipelines.files import atomic_text, atomic_write
-from tools.images import BadImage, Packed
+from pipelines.files import atomic_text, atomic_write, sha256_of
+from tools.images import TRANSIENT, BadImage, Packed
 
 PLAN_FILE = ".plan.json"
+PAUSES = (0.2, 1.0, 5.0)  # seconds before a sample is read again that the storage failed to deliver
 TOLD = ("label", "class_name", "source", "width", "height", "frames")  # what KEY.json repeats of a row
 ROWS_IN_MEMORY = 64 << 20  # bytes of catalogue gathered before they become a Parquet row group
 
@@ -38,6 +40,13 @@ class Packing:
     max_pixels: int
     val_fraction: float
     pillow: str  # another version may encode other bytes
+
+
+@dataclass(frozen=True)
+class ClipPacking(Packing):
+    """What decides the bytes of a shard of clips, and their frame rate."""
+
+    fps: float  # stored frames per second
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,7 @@ class Job:
     kind: str
     packing: Packing
     load: Load
+    reject_unreadable: bool = False  # else a shard waits for samples that the storage fails to deliver
 
 
 @dataclass(frozen=True)
@@ -114,37 +124,80 @@ def readable(text: str) -> str:
 # ---- one shard -------------------------------------------------------------------------------------------
 
 
-def pack_shard(job: Job) -> tuple[int, int]:
-    """Write one shard's tar, index and, last, its rows; return (samples packed, rejected).
+class Result(NamedTuple):
+    """What became of a shard's samples; while some are unreadable the shard is not written."""
+
+    packed: int
+    rejected: int
+    unreadable: int = 0
+    example: str = ""  # an unreadable source, and why
+
+
+class _UnreadableError(Exception):
+    """Some samples of a shard could not be read."""
+
+
+def pack_shard(job: Job) -> Result:
+    """Write one shard's tar, index and, last, its rows, unless the storage fails to deliver some samples.
 
     The rows are the mark that the shard is done. Raises `OSError` where the shard cannot be written.
     """
     stem = job.folder / f"{job.shard:06d}"
     rows: list[Row] = []
-    with (
-        atomic_write(stem.with_suffix(".tar")) as path,
-        tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar,
-    ):
-        index = [line for sample in job.samples if (line := _add_sample(tar, sample, job, rows))]
+    unreadable: list[str] = []
+    try:
+        with (
+            atomic_write(stem.with_suffix(".tar")) as path,
+            tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
+            lines = [_add_sample(tar, sample, job, rows, unreadable) for sample in job.samples]
+            if unreadable:
+                raise _UnreadableError
+    except _UnreadableError:
+        return Result(0, 0, len(unreadable), unreadable[0])
+    index = [line for line in lines if line]
     atomic_text(stem.with_suffix(".idx"), "".join([f"v1.2 {len(index)}\n", *index]))
     with atomic_write(stem.with_suffix(".parquet")) as path:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
-    return len(index), len(rows) - len(index)
+    return Result(len(index), len(rows) - len(index))
 
 
-def _add_sample(tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[Row]) -> str:
-    """Append one sample to the tar and its row to `rows`; return its index line, "" if rejected."""
+def load_sample(job: Job, source: str, pauses: Sequence[float]) -> Packed:
+    """Read a sample; repeat it after each of the `pauses` (seconds) while the storage fails.
+
+    Raises `BadImage` or `OSError`.
+    """
+    for pause in pauses:
+        try:
+            return job.load(job.root, source, job.packing)
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+        time.sleep(pause)
+    return job.load(job.root, source, job.packing)
+
+
+def _add_sample(
+    tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[Row], unreadable: list[str]
+) -> str:
+    """Append one sample to the tar and its row to `rows`; return its index line, "" if rejected.
+
+    A sample that the storage fails to deliver is named in `unreadable`, and those after it are not repeated:
+    an outage is waited for once in a shard.
+    """
     row: Row = asdict(sample) | {"source": readable(sample.source), "frames": 0, "shard": -1}
     row |= {"status": "rejected", "reason": "", "change": "", "width": 0, "height": 0, "sha256": ""}
     row |= {"offsets": [], "sizes": [], "crcs": []}
     rows.append(row)
     try:
-        packed = job.load(job.root, sample.source, job.packing)
+        packed = load_sample(job, sample.source, () if unreadable else PAUSES)
     except BadImage as error:
         row["reason"] = str(error)
         return ""
     except OSError as error:
         row["reason"] = f"cannot be read: {error.strerror}"
+        if error.errno in TRANSIENT and not job.reject_unreadable:
+            unreadable.append(f"{row['source']} ({error.strerror})")
         return ""
     row |= {"status": "ok", "change": packed.change, "shard": job.shard, "frames": len(packed.frames)}
     row["width"], row["height"] = packed.size
@@ -183,11 +236,11 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 # ---- all shards of a dataset -----------------------------------------------------------------------------
 
 
-def jobs_of(plan: Plan, root: Path, out: Path, load: Load) -> list[Job]:
+def jobs_of(plan: Plan, root: Path, out: Path, load: Load, reject_unreadable: bool = False) -> list[Job]:
     """Every shard of the plan, in order; training shards first."""
-    size = plan.packing.shard_size
+    size, rest = plan.packing.shard_size, (plan.kind, plan.packing, load, reject_unreadable)
     return [
-        Job(root, out / split, start // size, samples[start : start + size], plan.kind, plan.packing, load)
+        Job(root, out / split, start // size, samples[start : start + size], *rest)
         for split, samples in plan.splits.items()
         for start in range(0, len(samples), size)
     ]
@@ -209,6 +262,7 @@ def finish(plan: Plan, out: Path) -> None:
         "splits": splits,
         "packing": plan.settings(),
         "tar_bytes": {split: [tar.stat().st_size for tar in paths] for split, paths in tars.items()},
+        "catalogue_sha256": {split: sha256_of(out / f"{split}.parquet") for split in plan.splits},
     }
     atomic_text(out / "dataset.json", json.dumps(info, indent=1, ensure_ascii=False) + "\n")
 

@@ -6,19 +6,17 @@ as for other S3 clients. Every sample is held against its checksum on arrival. F
 stay, so running it again after an interruption goes on; dataset.json comes last and makes the copy whole.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import tyro
 from pyarrow import fs
@@ -27,11 +25,12 @@ from rich.progress import track
 
 from pipelines.catalogue import missing_shards, open_split, read_info
 from pipelines.errors import UserError, first_line, run_cli
-from pipelines.files import atomic_write
+from pipelines.files import atomic_write, lock, sha256_of
 from tools.shards import Row
 from tools.verify import Tally, rows_by_shard
 
 ATTEMPTS = 4
+UNLOCKED = "two stage commands would disturb each other, so run one stage command at a time"
 BLOCK = 4 << 20  # bytes
 
 
@@ -49,7 +48,7 @@ def stage(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path],
     target.mkdir(parents=True, exist_ok=True)
     folder = os.open(target, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # where every process of a machine calls this, one copies
+        lock(folder, target, UNLOCKED, wait=True)  # where every process of a machine calls this, one copies
         copy_dataset(store, top, target, workers)
     finally:
         os.close(folder)
@@ -66,12 +65,14 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
     start, came, kept = time.perf_counter(), 0, 0
     for split, lengths in info.tar_bytes.items():
         (target / split).mkdir(exist_ok=True)
-        fetch(store, f"{top}/{split}.parquet", target / f"{split}.parquet")
+        catalogue, checksum = target / f"{split}.parquet", info.catalogue_sha256.get(split, "")
+        if not checksum or not catalogue.is_file() or sha256_of(catalogue) != checksum:
+            came += fetch(store, f"{top}/{split}.parquet", catalogue, checksum)
         open_split(info, split)  # raises UserError for a catalogue that cannot be used
         missing = {*missing_shards(info, split)}
         kept += len(lengths) - len(missing)
         check_space(target, split, sum(lengths[shard] for shard in missing))
-        listed = enumerate(rows_by_shard(target / f"{split}.parquet", len(lengths), Tally()))
+        listed = enumerate(rows_by_shard(catalogue, len(lengths), Tally()))
         jobs = (
             partial(fetch_shard, store, f"{top}/{split}/{shard:06d}", target / split / f"{shard:06d}", rows)
             for shard, rows in listed
@@ -99,23 +100,26 @@ def open_store(source: str) -> tuple[fs.FileSystem, str]:
         raise UserError(f"{source} cannot be opened: {first_line(error)}") from error
 
 
-def fetch(store: fs.FileSystem, source: str, target: Path, rows: list[Row] | None = None) -> int:
-    """Copy one file and give its size in bytes; a tar's samples must have the checksums in `rows`.
+def fetch(
+    store: fs.FileSystem, source: str, target: Path, checksum: str = "", rows: Sequence[Row] = ()
+) -> int:
+    """Copy one file and give its size in bytes.
 
-    A failure is tried again with growing pauses; then UserError.
+    The copy must have the sha256 `checksum`, if there is one, and a tar's samples the checksums in `rows`. A
+    failure is tried again with growing pauses; then UserError.
     """
     reason = ""
     for attempt in range(ATTEMPTS):
         try:
             with atomic_write(target) as temporary:
-                with store.open_input_stream(source) as reader, temporary.open("wb") as writer:
+                with open_source(store, source) as reader, temporary.open("wb") as writer:
                     while block := reader.read(BLOCK):
                         writer.write(block)
-                if damaged := damaged_sample(temporary, rows or []):
+                if checksum and sha256_of(temporary) != checksum:
+                    raise OSError("it does not have its checksum in dataset.json: is the source damaged?")
+                if damaged := damaged_sample(temporary, rows):
                     raise OSError(f"sample {damaged} does not have its checksum: is the source damaged?")
                 return temporary.stat().st_size
-        except FileNotFoundError as error:
-            raise UserError(f"{source} does not exist; pack or copy the source anew") from error
         except (OSError, pa.ArrowException) as error:
             reason = first_line(error)
             if attempt + 1 < ATTEMPTS:
@@ -123,22 +127,30 @@ def fetch(store: fs.FileSystem, source: str, target: Path, rows: list[Row] | Non
     raise UserError(f"{source} could not be copied to {target} ({reason}); run it again to go on")
 
 
-def damaged_sample(tar: Path, rows: list[Row]) -> str | None:
+def open_source(store: fs.FileSystem, source: str) -> pa.NativeFile:
+    """Open a file of the source. Raises UserError when it does not exist."""
+    try:
+        return store.open_input_stream(source)
+    except FileNotFoundError as error:
+        raise UserError(f"{source} does not exist; pack or copy the source again") from error
+
+
+def damaged_sample(tar: Path, rows: Sequence[Row]) -> str | None:
     """The key of the first sample whose frames are not those of the catalogue."""
-    content = np.memmap(tar, mode="r") if rows and tar.stat().st_size else np.empty(0, np.uint8)
-    for row in rows:
-        digest = hashlib.sha256()
-        for offset, size in zip(row["offsets"], row["sizes"], strict=True):
-            digest.update(content[offset : offset + size].data)
-        if digest.hexdigest() != row["sha256"]:
-            return row["key"]
+    with tar.open("rb") as file:  # not every file system can map files into memory
+        for row in rows:
+            digest = hashlib.sha256()
+            for offset, size in zip(row["offsets"], row["sizes"], strict=True):
+                digest.update(os.pread(file.fileno(), size, offset))
+            if digest.hexdigest() != row["sha256"]:
+                return row["key"]
     return None
 
 
 def fetch_shard(store: fs.FileSystem, source: str, target: Path, rows: list[Row]) -> int:
     """Copy a shard's index, then its tar, whose presence says that both are there; gives bytes."""
     index = fetch(store, f"{source}.idx", target.with_suffix(".idx"))
-    return index + fetch(store, f"{source}.tar", target.with_suffix(".tar"), rows)
+    return index + fetch(store, f"{source}.tar", target.with_suffix(".tar"), rows=rows)
 
 
 def in_parallel(jobs: Iterable[Callable[[], int]], workers: int) -> Iterator[int]:

@@ -6,7 +6,6 @@ decodes every frame. A sample that stands in two splits is a fault; one that a s
 
 import hashlib
 import json
-import os
 import sys
 import tarfile
 import zlib
@@ -28,6 +27,8 @@ from rich.progress import track
 
 from pipelines.catalogue import DatasetInfo, missing_shards, open_split, read_info
 from pipelines.errors import UserError, first_line, run_cli
+from pipelines.files import sha256_of
+from pipelines.machine import usable_cores
 from tools.shards import TOLD, Row, member_names
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def check_split(info: DatasetInfo, split: str, tally: Tally) -> Iterator[str]:
         yield f"{strange} belongs to no shard; delete it"
     try:
         open_split(info, split)
+        if sha256_of(path) != info.catalogue_sha256.get(split, sha256_of(path)):
+            yield f"{path} does not have its checksum in dataset.json; pack this dataset again"
         shards = track(tars, split, transient=True, console=Console(stderr=True))
         for tar, rows in zip(shards, rows_by_shard(path, len(tars), tally), strict=True):
             yield from check_shard(info, tar, rows)
@@ -262,7 +265,7 @@ def decoder() -> "Pipeline":
     from nvidia.dali import fn
     from nvidia.dali.pipeline import Pipeline
 
-    pipeline = Pipeline(FRAMES_AT_ONCE, len(os.sched_getaffinity(0)), None, prefetch_queue_depth=1)
+    pipeline = Pipeline(FRAMES_AT_ONCE, usable_cores(), None, prefetch_queue_depth=1)
     with pipeline:
         pipeline.set_outputs(fn.decoders.image(fn.external_source(name="jpegs"), device="cpu"))
     pipeline.build()

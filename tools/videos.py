@@ -4,12 +4,16 @@ Frames are chosen by their timestamps, so that any frame rate, also a varying on
 What a decoder calls damaged is never packed: a clip ends there, and is rejected where that is too early.
 """
 
+import errno
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from io import FileIO
 from pathlib import Path
+from stat import S_ISREG
 from struct import unpack
 from typing import Any, TypeVar
 
@@ -23,9 +27,9 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from pipelines.errors import UserError
-from tools.images import BadImage, Packed, encode, fitted
+from tools.images import BadImage, Packed, encode, fitted, mode_of
 from tools.packing import walk
-from tools.shards import Packing
+from tools.shards import ClipPacking, Packing
 
 # Playlists, scripts and streams stay out: they open other files, or the network.
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,rm,mxf,dv,nut"
@@ -56,10 +60,9 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class VideoPacking(Packing):
+class VideoPacking(ClipPacking):
     """What decides the bytes of a shard of decoded videos."""
 
-    fps: float
     max_seconds: float
     av: str  # another version may decode other pixels
 
@@ -72,13 +75,19 @@ class Decoded:
     damaged: bool = False
 
 
-def video_settings(packing: Packing, fps: float, max_seconds: float) -> VideoPacking:
-    """`packing` with what decoding needs. Raises `UserError`."""
+def clip_settings(packing: Packing, fps: float) -> ClipPacking:
+    """`packing` with the frame rate. Raises `UserError`."""
     if not 0 < fps <= 1000:
         raise UserError(f"--fps must be above 0 and at most 1000, not {fps:g}.")
+    return ClipPacking(**asdict(packing), fps=fps)
+
+
+def video_settings(packing: Packing, fps: float, max_seconds: float) -> VideoPacking:
+    """`packing` with what decoding needs. Raises `UserError`."""
+    clips = clip_settings(packing, fps)
     if not 0 < max_seconds < float("inf"):
         raise UserError(f"--max-seconds must be above 0, not {max_seconds:g}.")
-    return VideoPacking(**asdict(packing), fps=fps, max_seconds=max_seconds, av=av.__version__)
+    return VideoPacking(**asdict(clips), max_seconds=max_seconds, av=av.__version__)
 
 
 def find_videos(top: Path) -> dict[Name, list[str]]:
@@ -107,11 +116,45 @@ def best_file(paths: Sequence[str], folders: Sequence[str]) -> str:
 def load_video(root: Path, source: str, packing: Packing, fps: float, max_seconds: float) -> Packed:
     """Decode one clip to JPEGs, `fps` a second. Raises `BadImage` or `OSError`."""
     path = root / source
-    if not path.is_file():
-        raise BadImage("not a regular file" if path.exists() else "no video file")
-    path.open("rb").close()  # FFmpeg would not tell a closed file from a damaged one
+    if not S_ISREG(mode := mode_of(path)):
+        raise BadImage("not a regular file" if mode else "no video file")
+    with SourceFile(path) as file:
+        try:
+            packed = _decode_file(file, packing, fps, max_seconds)
+        except BadImage:
+            if file.error is None:
+                raise
+        else:
+            if file.error is None:
+                return packed
+        raise file.error
+
+
+class SourceFile(FileIO):
+    """A file for FFmpeg. It keeps a read error, which FFmpeg takes for damage or for the end of the file."""
+
+    error: OSError | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        try:
+            return b"" if self.error else os.read(self.fileno(), max(0, size or 0))
+        except OSError as error:
+            self.error = error
+            return b""
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a damaged file may send FFmpeg to impossible places
+                self.error = error
+            return -1
+
+
+def _decode_file(file: SourceFile, packing: Packing, fps: float, max_seconds: float) -> Packed:
+    """`load_video` of an open file. Raises `BadImage`."""
     try:
-        with _open(path) as container:
+        with _open(file) as container:
             return _convert(container, packing, Fraction(fps), Fraction(max_seconds))
     except BadImage:
         raise
@@ -122,10 +165,10 @@ def load_video(root: Path, source: str, packing: Packing, fps: float, max_second
         raise BadImage("damaged: it cannot be decoded") from error
 
 
-def _open(path: Path) -> InputContainer:
+def _open(file: SourceFile) -> InputContainer:
     allowed = {"format_whitelist": FORMATS}
     try:
-        return av.open(f"file:{path}", "r", metadata_errors="ignore", container_options=allowed)
+        return av.open(file, "r", metadata_errors="ignore", container_options=allowed)
     except av.FFmpegError as error:
         raise BadImage("not a video, or its header is damaged or missing") from error
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked by a digest, the damaged ones passed over aloud."""
+"""Atomic checkpoints with SHA-256; damaged ones are set aside with a warning."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +8,8 @@ import torch
 
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, atomic_write, sha256_of
+
+DAMAGED = ".damaged"  # appended to a damaged checkpoint's name
 
 
 class Writer:
@@ -46,12 +48,12 @@ def to_host(state: Any) -> Any:
 
 
 def save(folder: Path, step: int, state: dict, keep: int) -> Path:
-    """Write `state` (tensors and plain values) as step `step`, then drop all but the last `keep`."""
+    """Write `state` (tensors and plain values) as step `step`, then delete all but the last `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:09d}.pt"
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
-        # Written before the rename: a checkpoint under its final name always has its digest beside it.
+        # Written before the rename, so that a checkpoint under its final name always has its digest.
         atomic_text(_digest_path(path), sha256_of(temporary))
     for old in _all(folder)[:-keep]:
         old.unlink()
@@ -61,16 +63,37 @@ def save(folder: Path, step: int, state: dict, keep: int) -> Path:
     return path
 
 
-def load_newest(folder: Path, device: torch.device) -> tuple[dict | None, list[str]]:
-    """The newest undamaged checkpoint, and one sentence for each newer one that had to be passed over."""
-    complaints = []
+def choose(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint or None, and a sentence for each newer damaged one.
+
+    The damaged ones are renamed, so that `save` no longer counts them. Raises UserError, and changes nothing,
+    when there are checkpoints and none is valid.
+    """
+    damaged = {}
     for path in reversed(_all(folder)):
-        note = _digest_path(path)
-        if note.exists() and sha256_of(path) == note.read_text():
-            return torch.load(path, map_location=device, weights_only=True), complaints
-        problem = "is damaged (its digest does not match)" if note.exists() else "has no digest beside it"
-        complaints.append(f"checkpoint {path} {problem}; falling back to the one before it")
-    return None, complaints
+        digest = _digest_path(path)
+        if digest.exists() and sha256_of(path) == digest.read_text():
+            return path, [_set_aside(bad, problem) for bad, problem in damaged.items()]
+        damaged[path] = "its SHA-256 does not match" if digest.exists() else f"{digest.name} is missing"
+    found = [*damaged, *folder.glob(f"step-*{DAMAGED}")]
+    if found:
+        raise UserError(
+            f"none of the checkpoints in {folder} is valid ({', '.join(p.name for p in found)}); "
+            "restore one, choose another RUN, or delete that folder to train from step 0"
+        )
+    return None, []
+
+
+def _set_aside(path: Path, problem: str) -> str:
+    aside = path.with_name(path.name + DAMAGED)
+    path.replace(aside)
+    _digest_path(path).unlink(missing_ok=True)
+    return f"checkpoint {path} is damaged ({problem}); it is now {aside.name}, and an older one is used"
+
+
+def load(path: Path, device: torch.device) -> dict:
+    """The state that `save` wrote; tensors and plain values only."""
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """What a run is made of: frozen dataclasses, presets by name, dotted overrides from the command line.
 
-Keys that change results are kept apart from keys that change only speed (`speed.*`) and place (`run.name`,
-`run.root`): a run may be resumed with other values of the latter, never of the former.
+FREE names the settings that may change when a run is resumed. All others change results: they may change only
+if run.allow names them, and those in FIXED never.
 """
 
 import dataclasses
@@ -27,8 +27,13 @@ class DataConfig:
     """Side of the square input in pixels."""
     frames: int = 1
     """Frames per clip; 1 means images."""
+    sampling: str = "stride"
+    """stride: a window of frames at `stride`; segments: a frame from each of `frames` equal parts of the clip
+    (SSv2), drawn in training, the middle in testing."""
     stride: int = 4
-    """Source frames from one clip frame to the next."""
+    """Frames from one clip frame to the next, at `stride_fps`; converted to the dataset's own frame rate."""
+    stride_fps: float = 30.0
+    """Frames per second that `stride` is stated for."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Area share of the random resized crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -51,7 +56,8 @@ class DataConfig:
     window: int = 4096
     """Samples shuffled together in local order."""
     max_bad: float = 0.001
-    """Share of samples that may fail to decode while training; they are replaced and counted."""
+    """Share of a split's samples that may be damaged. Training replaces and counts them, evaluation leaves
+    them out."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,10 @@ class OptimConfig:
     epochs: float = 100.0
     warmup_epochs: float = 5.0
     name: str = "adamw"
-    """adamw, or sgd with `momentum`."""
+    """adamw, or sgd with `momentum` and `nesterov`."""
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.9
+    nesterov: bool = True
     weight_decay: float = 0.05
     layer_decay: float = 1.0
     """Learning rate factor from each layer to the one before it; the head has 1."""
@@ -122,11 +129,11 @@ class RunConfig:
     keep: int = 2
     """How many checkpoints stay; the best weights stay besides, in best.safetensors."""
     allow: tuple[str, ...] = ()
-    """Settings that may differ from the run's on resume, such as optim.epochs."""
+    """Settings that may differ from the run's on resume, such as optim.epochs; `data` for other shards."""
     detail: bool = False
     """Also write every step of every process to detail/rank-N.csv."""
     max_skipped: int = 10
-    """Stop after so many non-finite steps in a row."""
+    """Stop after so many non-finite steps in a row, at least 1."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,9 @@ class FinetuneConfig(Groups):
     """Beta parameter of cutmix; 0 = off. A clip's box is the same in every frame."""
     views: tuple[int, int] = (1, 1)
     """Temporal x spatial views averaged per clip in evaluation."""
-
+    pretrained_epochs: int = 0
+    """Epochs of pretraining that the recipe's numbers are for; a run that starts from one of our pretraining
+    runs compares. 0 = any."""
     protocol: str = ""
     """Empty, or tiny-kinetics-reference: training clips begin at frame 10, and validation is on the TRAINING
     videos from frame 40, as in the trainer this work started from: nothing is held out."""
@@ -203,8 +212,11 @@ Config = MaeConfig | FinetuneConfig
 KINDS: dict[str, type] = {"mae": MaeConfig, "finetune": FinetuneConfig}
 
 
-def parse(presets: Mapping[str, Config], program: str) -> Config:
-    """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words."""
+def parse(presets: Mapping[str, Config], program: str, not_given: Mapping[str, str] | None = None) -> Config:
+    """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words.
+
+    not_given: names of presets that do not exist, and why.
+    """
     import tyro
 
     name, *overrides = sys.argv[1:] or [""]
@@ -215,6 +227,8 @@ def parse(presets: Mapping[str, Config], program: str) -> Config:
     if not name or name.startswith("-"):
         raise UserError(f"name a preset first; {usage}")
     if name not in presets:
+        if why := (not_given or {}).get(name):
+            raise UserError(f"there is no preset '{name}': {why}")
         kind = "ft" if "-ft-" in name else "mae" if "-mae-" in name else ""
         if kind and not any(f"-{kind}-" in known for known in presets):
             raise UserError(f"'{name}' is for make train-{kind}; presets here: {', '.join(presets)}")
@@ -276,9 +290,29 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def differences(old: Mapping, new: Mapping) -> list[str]:
-    """The settings that change results and differ, as "key: old -> new"."""
-    free = ("speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "data.max_bad")
+# Settings that may change on resume, because they leave the result as it is.
+FREE = (
+    "speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "run.log_every",
+    "run.eval_every", "run.checkpoint_every", "run.max_skipped", "data.max_bad", "data.path",
+)  # fmt: skip
+# Settings that a run keeps, also with run.allow: its checkpoints or count of samples would not fit others.
+FIXED = (
+    "kind", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm", "data.size",
+    "data.frames", "data.repeats", "optim.name", "optim.batch", "decoder_heads", "protocol",
+)  # fmt: skip
+
+
+def differences(old: Mapping, new: Mapping) -> dict[str, str]:
+    """The settings that change results and differ, as {"optim.lr": "0.1 -> 0.2"}."""
     before, after = flatten(old), flatten(new)
-    keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(free)]
-    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)]
+    keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(FREE)]
+    return {k: f"{before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)}
+
+
+def allowed(config: Config) -> set[str]:
+    """The settings that run.allow names, and "data". Raises UserError for one that does not exist."""
+    known = {"data", *flatten(to_dict(config))}
+    names = {name.lstrip("-").replace("-", "_") for name in config.run.allow}
+    for name in sorted(names - known):
+        raise UserError(f"run.allow names '{name}', which is no setting{_hint(name, known)}")
+    return names

@@ -1,9 +1,11 @@
-"""What a person sees: lines on the screen and in log.txt, a progress bar where there is a terminal."""
+"""Console and log file of rank 0: lines on the screen and in log.txt, a progress bar on a terminal."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,8 +13,41 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 BARS, CURVE = "▁▂▃▄▅▆▇█", 30
 
 
+class Output:
+    """stdout or stderr that keeps accepting text after its reader or terminal is gone."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self.closed_by_reader = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._tolerant():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._tolerant():
+            self._stream.flush()
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # EPIPE of a pipe, EIO of a terminal
+            self.closed_by_reader = True
+            with suppress(OSError, ValueError):  # else Python's own flush at exit would fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+def survive_closed_output() -> None:
+    """Let training continue when the pipe or terminal that it prints to is closed."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+
+
 class Screen:
-    """Rank 0's voice, on the screen and at the end of `log`; on other ranks every method does nothing."""
+    """Prints to the screen and appends to `log`; on other ranks than 0 every method does nothing."""
 
     def __init__(self, speaks: bool, log: Path) -> None:
         self._speaks = speaks
@@ -21,6 +56,7 @@ class Screen:
         self._progress: Progress | None = None
         self._losses: list[float] = []
         self._scores: list[str] = []
+        self._noted = False
 
     def line(self, text: str) -> None:
         if not self._speaks:
@@ -28,6 +64,9 @@ class Screen:
         self._console.print(text, markup=False)
         sys.stdout.flush()
         if self._file:
+            if getattr(sys.stdout, "closed_by_reader", False) and not self._noted:
+                self._file.write("the output was closed by its reader; training continues, and logs here\n")
+                self._noted = True
             self._file.write(text + "\n")
 
     @contextmanager

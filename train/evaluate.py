@@ -4,7 +4,7 @@ Every validation sample counts once, whatever the batch size and the number of p
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 from pipelines.inputs import Normalised
-from pipelines.loader import Batch, eval_batches
+from pipelines.loader import Batch, clip_notes, damage_limit, eval_batches
 from pipelines.sampler import keep_units
 from train import distributed, rundir, setup
 from train.config import Config, FinetuneConfig, MaeConfig, from_dict
@@ -41,7 +41,20 @@ def batches_of(
         threads=config.speed.threads,
         temporal=views[0],
         spatial=views[1],
+        max_bad=config.data.max_bad,
+        hw_decoder_load=config.speed.hw_decoder_load,
     )
+
+
+def check_damage(config: Config, catalogue: Catalogue, seen: int) -> None:
+    """Raise UserError when `seen`, the samples that all processes evaluated, leaves out too many."""
+    missing, limit = len(catalogue) - seen, damage_limit(catalogue, config.data.max_bad)
+    if missing > limit:
+        raise UserError(
+            f"{missing} of the {len(catalogue)} samples in {catalogue.parquet} are damaged, more than the "
+            f"{limit} that data.max_bad allows; run `make verify DATA={catalogue.info.root}` and pack them "
+            "again"
+        )
 
 
 @torch.no_grad()
@@ -52,26 +65,34 @@ def classifier_evaluation(
     folder: Path | None,
     model: Normalised,
     catalogue: Catalogue,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Top-1, top-5 and cross-entropy; the softmax of a sample's views is averaged first.
 
-    Every class's counts go to `folder`/per_class.parquet, where a folder is given.
+    check: called once a batch; what it raises ends the evaluation.
+    Top-5 is left out for five classes or fewer, where it is always 1. A sample whose probabilities are not
+    all finite counts as wrong, and `loss_val` is NaN then. The counts of every class go to
+    `folder`/per_class.parquet if a folder is given. Raises UserError when too many samples are damaged.
     """
     views = config.views[0] * config.views[1]
     classes = catalogue.info.classes
     sums = torch.zeros(len(classes), 4, device=world.device, dtype=torch.float64)
     model.eval()
     for batch in batches_of(config, world, catalogue, config.views):
+        check()
         with autocast():
             logits = model(batch.pixels)
         chances = logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
         labels = batch.labels[::views].to(world.device)
         valid = torch.from_numpy(batch.valid[::views].copy()).to(world.device)
         best = chances.topk(min(5, chances.shape[1])).indices == labels[:, None]
+        best &= chances.isfinite().all(1, keepdim=True)  # topk takes NaN for the largest
         losses = functional.nll_loss(chances.clamp_min(1e-12).log(), labels, reduction="none")
-        counts = torch.stack([best[:, 0], best.any(1), losses, valid], dim=1) * valid[:, None]
+        counts = torch.stack([best[:, 0], best.any(1), losses, valid], dim=1)
+        counts = torch.where(valid[:, None], counts, 0.0)  # a product would keep the NaN of rows that pad
         sums.index_add_(0, labels, counts.double())
     top1, top5, loss, count = distributed.total(sums).cpu().T
+    check_damage(config, catalogue, int(count.sum()))
     if world.is_main and folder is not None:
         table = {
             "class_name": classes,
@@ -85,26 +106,38 @@ def classifier_evaluation(
     every = max(1.0, count.sum().item())
     held_out = {"held_out": int(not setup.by_reference(config))}
     named = zip(("acc", "acc5", "loss_val"), (top1, top5, loss), strict=True)
-    return {name: part.sum().item() / every for name, part in named} | held_out
+    scores = {name: part.sum().item() / every for name, part in named} | held_out
+    return {name: value for name, value in scores.items() if name != "acc5" or len(classes) > 5}
 
 
 @torch.no_grad()
 def mae_evaluation(
-    config: MaeConfig, world: World, autocast: Autocast, model: Normalised, catalogue: Catalogue
+    config: MaeConfig,
+    world: World,
+    autocast: Autocast,
+    model: Normalised,
+    catalogue: Catalogue,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Reconstruction loss with each sample's own fixed mask: comparable between steps and runs."""
+    """Reconstruction loss with each sample's own fixed mask: comparable between steps and runs.
+
+    NaN when the loss of any sample is. check: called once a batch; what it raises ends the evaluation.
+    Raises UserError when too many samples are damaged.
+    """
     units, kept = setup.check_masking(config, model.model)
     sums = torch.zeros(2, device=world.device, dtype=torch.float64)
     model.eval()
     for batch in batches_of(config, world, catalogue, (1, 1)):
+        check()
         # In evaluation every epoch is -1, so a sample's mask never changes.
         keep = torch.from_numpy(keep_units(0, batch.epochs, batch.ids, units, kept)).to(world.device)
         with autocast():
             output = model(batch.pixels, keep=keep)
         losses = (output.pred.float() - output.label.float()).square().reshape(len(keep), -1).mean(1)
         valid = torch.from_numpy(batch.valid).to(world.device)
-        sums += torch.stack([(losses * valid).sum(), valid.sum()])
+        sums += torch.stack([torch.where(valid, losses, 0.0).sum(), valid.sum()])
     loss, count = distributed.total(sums).tolist()
+    check_damage(config, catalogue, int(count))
     return {"loss_val": loss / max(1.0, count)}
 
 
@@ -140,28 +173,39 @@ def weights_of(run: Path, other: Path | None) -> Path:
     return weights
 
 
-def load_model(config: Config, weights: Path, classes: int, world: World, exactly: bool = True) -> Normalised:
+def load_model(
+    config: Config, weights: Path, classes: Sequence[str], world: World, exactly: bool = True
+) -> Normalised:
     """The configured model with such weights, which must be its own where `exactly`, ready to evaluate."""
     config = replace(config, model=replace(config.model, init=str(weights)))
-    model = setup.build_model(config, classes)
-    print(setup.warm_start(model, config, whole=exactly))
+    model = setup.build_model(config, len(classes))
+    report = setup.warm_start(model, config, whole=exactly, classes=classes)
+    if world.is_main:
+        print(report)
     return Normalised(model, config.data.frames).to(world.device).eval()
 
 
 def evaluate(arguments: Arguments) -> dict[str, float]:
-    """Load the run's configuration and weights and evaluate them in this process; raises UserError."""
+    """Load the run's configuration and weights and evaluate them; raises UserError.
+
+    Under torchrun the processes share the samples, and every one returns the same scores.
+    """
     config = read_config(arguments.run, arguments.data)
     if arguments.views and isinstance(config, FinetuneConfig):
         config = replace(config, views=arguments.views)
     weights = weights_of(arguments.run, arguments.weights)
-    world = distributed.start(arguments.device)
+    world = distributed.start(arguments.device, config.speed.timeout)
+    torch.set_num_threads(distributed.torch_threads(world))
     autocast, words = setup.precision(config, world)
-    print(words)
+    if world.is_main:
+        print(words)
     catalogue = setup.open_validation(config)
     if catalogue is None:
         raise UserError(f"{config.data.path} has no validation samples")
     rundir.check_classes(arguments.run, catalogue.info)
-    ready = load_model(config, weights, len(catalogue.info.classes), world)
+    if world.is_main:
+        print("".join(f"{note}\n" for note in clip_notes(catalogue, setup.view_spec(config, True))), end="")
+    ready = load_model(config, weights, catalogue.info.classes, world)
     if isinstance(config, MaeConfig):
         return mae_evaluation(config, world, autocast, ready, catalogue)
     # The run's own record stays as it is when something else is evaluated.
@@ -171,8 +215,11 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m train.evaluate")
-    for name, value in evaluate(arguments).items():
-        print(f"{name} {value:.6g}")
+    scores = evaluate(arguments)
+    if distributed.rank() == 0:
+        for name, value in scores.items():
+            print(f"{name} {value:.6g}")
+    distributed.finish()
 
 
 if __name__ == "__main__":

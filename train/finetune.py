@@ -18,7 +18,7 @@ from train.config import Config, FinetuneConfig, parse
 from train.distributed import World
 from train.evaluate import classifier_evaluation
 from train.metrics import FINETUNE_COLUMNS
-from train.presets import FINETUNE_PRESETS
+from train.presets import FINETUNE_PRESETS, NOT_GIVEN
 from train.setup import Autocast
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def make_mixup(config: FinetuneConfig, classes: int, world: World) -> "Mixup | N
 
 
 def main() -> None:
-    loop.main(parse(FINETUNE_PRESETS, "train.finetune"), make_task)
+    loop.main(parse(FINETUNE_PRESETS, "train.finetune", NOT_GIVEN), make_task)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from train.config import Config, MaeConfig, parse
 from train.distributed import World
 from train.evaluate import mae_evaluation
 from train.metrics import MAE_COLUMNS
-from train.presets import MAE_PRESETS
+from train.presets import MAE_PRESETS, NOT_GIVEN
 from train.setup import Autocast
 
 
@@ -49,7 +49,7 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
 
 
 def main() -> None:
-    loop.main(parse(MAE_PRESETS, "train.mae"), make_task)
+    loop.main(parse(MAE_PRESETS, "train.mae", NOT_GIVEN), make_task)
 
 
 if __name__ == "__main__":

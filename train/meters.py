@@ -12,18 +12,46 @@ from train.distributed import World, gather
 LOSS, NORM, BAD, GOOD, SKIPPED, IN_A_ROW = range(6)
 
 
+class HostCopy:
+    """Device values on their way to the host, float64 [n]; only `tolist` waits, and for this copy alone."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=True)  # from CUDA into pinned memory, unfinished
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(values.device))
+
+    def tolist(self) -> list[float]:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
+
+
 class Meters:
-    """Sums kept on the device: loss, gradient norm, replaced rows, good and skipped steps, skips in a row."""
+    """Device-side metrics since the last row: the sum of losses and the number of good steps.
+
+    Besides, over the whole run: the gradient norm of the last good step, replaced rows, skipped steps, and
+    skipped steps in a row up to now. A good step is one that was not skipped.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(6, device=device, dtype=torch.float64)
+        kept = [index not in (LOSS, GOOD) for index in range(6)]
+        self._kept = torch.tensor(kept, device=device, dtype=torch.float64)
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor, bad: int) -> None:
         """Count a step; `bad` is the number of its rows that stand in for damaged samples."""
+        last = self.values
         good = 1.0 - skipped
-        finite = [x.nan_to_num(0, 0, 0) * good for x in (loss, norm)]
-        in_a_row = (self.values[IN_A_ROW] + skipped) * skipped - self.values[IN_A_ROW]
-        self.values += torch.stack([*finite, torch.full_like(good, bad), good, skipped, in_a_row])
+        values = [
+            last[LOSS] + loss.nan_to_num(0, 0, 0) * good,
+            torch.where(good > 0, norm, last[NORM]),
+            last[BAD] + bad,
+            last[GOOD] + good,
+            last[SKIPPED] + skipped,
+            (last[IN_A_ROW] + skipped) * skipped,
+        ]
+        self.values = torch.stack(values)
 
     def gathered(self) -> torch.Tensor:
         """All processes' values [processes, 6], for a checkpoint; the loss is each one's own."""
@@ -34,14 +62,17 @@ class Meters:
         self.values = rows[rank].clone() if len(rows) == processes else rows.mean(0)
         self.values[BAD] *= len(rows) / processes if len(rows) != processes else 1
 
-    def take(self) -> torch.Tensor:
-        """Means over all processes, on their way to the host; sums start anew, counts of faults go on."""
+    def take(self) -> HostCopy:
+        """The values over all processes, the loss as a mean of good steps: NaN where there was none.
+
+        Resets the loss and the number of good steps. Never waits for the device.
+        """
         rows = self.gathered()
         taken = rows.mean(0)
-        taken[:BAD] /= taken[GOOD]  # as many in every process
+        taken[LOSS] /= taken[GOOD]  # as many in every process, and the same norm
         taken[BAD] *= len(rows)
-        self.values[[LOSS, NORM, GOOD]] = 0
-        return taken.to("cpu", non_blocking=True)
+        self.values = self.values * self._kept  # an assignment by a list of indices would wait for the device
+        return HostCopy(taken)
 
 
 class Clock:
@@ -49,16 +80,15 @@ class Clock:
 
     def __init__(self, elapsed: float) -> None:
         self._begin = time.perf_counter() - elapsed
-        self._mark = time.perf_counter()
-        self.steps, self.waited = 0, 0.0
+        self.waited = 0.0  # seconds waited for the loader since this process began
+        self.skip()
 
     def elapsed(self) -> float:
         return time.perf_counter() - self._begin
 
     def skip(self) -> None:
         """Leave the time since the last mark or row (evaluation, saving) out of the step time."""
-        self._mark = time.perf_counter()
-        self.steps, self.waited = 0, 0.0
+        self._mark, self._waited_before, self.steps = time.perf_counter(), self.waited, 0
 
     def row(self, step: int, batch: int, world: World, operations: float) -> dict:
         """Timing columns of the steps since the last row; `operations` is what one of them computes."""
@@ -70,7 +100,7 @@ class Clock:
             "samples": step * batch,
             "samples_per_s": batch / per_step,
             "step_ms": per_step * 1e3,
-            "data_wait_ms": self.waited / steps * 1e3,
+            "data_wait_ms": (self.waited - self._waited_before) / steps * 1e3,
             "mfu": _share_of_peak(operations / per_step / world.size, world.device),
             "max_mem_gb": _peak_memory_gb(world.device),
         }
@@ -92,9 +122,8 @@ class Detail:
 
     def add(self, step: int, loss: torch.Tensor, clock: Clock) -> None:
         """Note a step; its loss stays on the device until `write`."""
-        waited = clock.waited - self._waited if clock.waited >= self._waited else clock.waited
+        self._rows.append((step, clock.elapsed(), (clock.waited - self._waited) * 1e3))
         self._waited = clock.waited
-        self._rows.append((step, clock.elapsed(), waited * 1e3))
         self._losses.append(loss)
 
     def write(self) -> None:
@@ -107,7 +136,7 @@ class Detail:
 
 
 def _share_of_peak(operations_per_s: float, device: torch.device) -> float | None:
-    """Model FLOPs utilisation: of the device's bf16 peak; None where that is not known."""
+    """Model FLOPs utilisation: the share of the device's bf16 peak, None where the peak is not known."""
     if device.type != "cuda":
         return None
     from models.macs import bf16_peak

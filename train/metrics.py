@@ -1,6 +1,7 @@
 """Metric rows: a CSV that can be read while it grows, and the same rows as a Parquet dataset."""
 
 import csv
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,8 +24,8 @@ Row = Mapping[str, float | int | None]
 class MetricsWriter:
     """Appends rows to `metrics.csv` at once and to `metrics/part-*.parquet` at each `commit`.
 
-    Opened for a run that resumes after `step`, it first drops every later row from both: those steps will be
-    done again, and no row may stand twice.
+    For a run that resumes after `step`, it first drops every later row from both, because those steps will be
+    done again. `kept` are the rows that stay.
     """
 
     def __init__(self, run: Path, columns: tuple[str, ...], step: int) -> None:
@@ -32,7 +33,9 @@ class MetricsWriter:
         self.folder = run / "metrics"
         self.folder.mkdir(exist_ok=True)
         path = run / "metrics.csv"
-        rows = [row for row in read_csv(path) if row["step"] <= step] if path.exists() and step else []
+        self.kept = rows = (
+            [row for row in read_csv(path) if row["step"] <= step] if path.exists() and step else []
+        )
         with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
             csv.writer(file).writerows([columns, *[_texts(row, columns) for row in rows]])
         for part in self.folder.glob("*.parquet"):
@@ -69,6 +72,17 @@ class MetricsWriter:
                 pq.write_table(table, temporary)
             for part in parts[:-1]:
                 part.unlink()
+
+
+def score(row: Row) -> float:
+    """The value that the best evaluation maximises: accuracy, or minus the validation loss.
+
+    -inf without an evaluation, or if it gave NaN.
+    """
+    accuracy, loss = row.get("acc"), row.get("loss_val")
+    if loss is None or not math.isfinite(loss):
+        return -math.inf
+    return -loss if accuracy is None else accuracy
 
 
 def read_csv(path: Path) -> list[dict]:

@@ -1,6 +1,8 @@
 """Optimizer, learning-rate schedule and per-step seeds."""
 
+import math
 import random
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
             group["lr_scale"] = min(1.0, group["lr_scale"] / config.layer_decay)
     lr = scaled_lr(config)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
+        nesterov = config.nesterov and config.momentum > 0
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
 
 
@@ -40,14 +43,31 @@ def scaled_lr(config: OptimConfig) -> float:
     return config.lr * config.batch / config.lr_batch
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int, per_epoch: float):  # noqa: ANN201
-    """Linear warmup from 0, then half a cosine down to `min_lr`; set per step, honouring layer decay."""
-    from timm.scheduler import CosineLRScheduler
+def total_steps(optim: OptimConfig, samples: int) -> int:
+    """Steps that cover `optim.epochs` of `samples` training samples; a last incomplete batch counts."""
+    return math.ceil(Fraction(str(optim.epochs)) * samples / optim.batch)
 
-    warmup = min(round(config.warmup_epochs * per_epoch), steps)
-    return CosineLRScheduler(
-        optimizer, t_initial=max(steps, 2), lr_min=config.min_lr, warmup_t=warmup, t_in_epochs=False
-    )
+
+def warmup_steps(optim: OptimConfig, samples: int) -> int:
+    """Steps nearest to `optim.warmup_epochs`, at most all of them."""
+    exact = Fraction(str(optim.warmup_epochs)) * samples / optim.batch
+    return min(round(exact), total_steps(optim, samples))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, samples: int) -> None:
+    """Set every group's learning rate for `step`, counted from 0: lr_scale x the schedule.
+
+    The schedule rises linearly from 0 to the full rate at step `warmup_steps`, then follows half a cosine
+    that reaches `min_lr` where the last step ends, as MAE-st and SlowFast do.
+    """
+    steps, warmup, peak = total_steps(optim, samples), warmup_steps(optim, samples), scaled_lr(optim)
+    if step < warmup:
+        rate = peak * step / warmup
+    else:
+        progress = (step - warmup) / (steps - warmup)
+        rate = optim.min_lr + (peak - optim.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
 
 
 def update(

@@ -5,6 +5,7 @@ samples nearest to each validation sample vote (Wu et al. 2018, arXiv 1805.01978
 linear layer to the training features. Neither changes the encoder: a pretraining run shows what it learns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pipelines.inputs import Normalised
 from train import distributed, setup
 from train.config import Config, FinetuneConfig, MaeConfig
 from train.distributed import World
-from train.evaluate import batches_of, load_model, read_config, weights_of
+from train.evaluate import batches_of, check_damage, load_model, read_config, weights_of
 from train.setup import Autocast
 
 TEMPERATURE = 0.07
@@ -43,7 +44,11 @@ class Arguments:
 
 
 def probe(arguments: Arguments) -> dict[str, float]:
-    """Accuracy of both probes on the validation split; raises UserError when there is nothing to probe."""
+    """Accuracy of both probes on the validation split, the same in every process of torchrun.
+
+    A validation sample whose features are not all finite counts as wrong. Raises UserError when there is
+    nothing to probe, or when features of the training split are not finite.
+    """
     config = read_config(arguments.run, arguments.data)
     splits = [open_catalogue(config.data.path, split) for split in ("train", "val")]
     if any((catalogue.label < 0).any() or not len(catalogue) for catalogue in splits):
@@ -51,10 +56,17 @@ def probe(arguments: Arguments) -> dict[str, float]:
             f"{config.data.path} has samples without a class, or an empty split; give other --data"
         )
     weights = weights_of(arguments.run, arguments.weights)
-    world = distributed.start(arguments.device)
+    world = distributed.start(arguments.device, config.speed.timeout)
+    torch.set_num_threads(distributed.torch_threads(world))
     autocast, _ = setup.precision(config, world)
-    model = encoder(config, weights, len(splits[0].info.classes), world)
+    model = encoder(config, weights, splits[0].info.classes, world)
     (known, classes), (asked, answers) = (features(config, world, autocast, model, c) for c in splits)
+    if broken := int((~known.isfinite().all(1)).sum()):
+        raise UserError(
+            f"{broken} of {len(known)} training samples have features that are not finite; use other "
+            "weights: WEIGHTS= (--weights)"
+        )
+    answers = torch.where(asked.isfinite().all(1), answers, -1)  # which no probe ever gives
     voted = neighbours(known, classes, asked, arguments.k)
     fitted = linear(known, classes, asked, arguments.decay)
     return {"knn": accuracy(voted, answers), "linear": accuracy(fitted, answers)}
@@ -65,7 +77,7 @@ def accuracy(found: Tensor, answers: Tensor) -> float:
     return (found == answers).float().mean().item()
 
 
-def encoder(config: Config, weights: Path, classes: int, world: World) -> Normalised:
+def encoder(config: Config, weights: Path, classes: Sequence[str], world: World) -> Normalised:
     """A classifier with the run's encoder, to take its features; an autoencoder's last norm is kept."""
     if isinstance(config, MaeConfig):
         name = config.model.name.removeprefix("mae_")
@@ -78,16 +90,24 @@ def encoder(config: Config, weights: Path, classes: int, world: World) -> Normal
 def features(
     config: Config, world: World, autocast: Autocast, model: Normalised, catalogue: Catalogue
 ) -> tuple[Tensor, Tensor]:
-    """Every sample's feature, float32 [n, width], and class, int64 [n]."""
-    parts: list[Tensor] = []
-    labels: list[Tensor] = []
+    """The features, float32 [n, width], and classes, int64 [n], of all samples but damaged ones, by id.
+
+    Over several processes each computes its part, and all get the whole.
+    """
+    seen = torch.zeros(len(catalogue), device=world.device)
+    table: Tensor | None = None  # one row for each sample of the split, zero until it is computed
     for batch in batches_of(config, world, catalogue, (1, 1)):
         valid = torch.from_numpy(batch.valid)
+        ids = torch.from_numpy(batch.ids)[valid].to(world.device)
         with autocast():
-            found = model.model.features(model.normalise(batch.pixels))  # pyrefly: ignore
-        parts.append(found.float()[valid.to(found.device)])
-        labels.append(batch.labels[valid])
-    return torch.cat(parts), torch.cat(labels).to(parts[0].device)
+            found = model.model.features(model.normalise(batch.pixels)).float()  # pyrefly: ignore
+        table = found.new_zeros(len(catalogue), found.shape[1]) if table is None else table
+        table[ids], seen[ids] = found[valid.to(world.device)], 1.0
+    assert table is not None  # every process has the same number of batches, and the split is not empty
+    whole = distributed.total(seen) > 0
+    check_damage(config, catalogue, int(whole.sum()))
+    labels = torch.as_tensor(catalogue.label, dtype=torch.int64).to(world.device)
+    return distributed.total(table)[whole], labels[whole]
 
 
 def neighbours(known: Tensor, classes: Tensor, asked: Tensor, k: int) -> Tensor:
@@ -122,8 +142,11 @@ def linear(known: Tensor, classes: Tensor, asked: Tensor, decay: float, steps: i
 
 
 def main() -> None:
-    for name, value in probe(tyro.cli(Arguments, prog="python -m train.probe")).items():
-        print(f"{name} {value:.4f}")
+    found = probe(tyro.cli(Arguments, prog="python -m train.probe"))
+    if distributed.rank() == 0:
+        for name, value in found.items():
+            print(f"{name} {value:.4f}")
+    distributed.finish()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -16,18 +17,21 @@ from pipelines import loader
 from pipelines.catalogue import Catalogue, check_shards, open_catalogue, read_info
 from pipelines.errors import UserError
 from pipelines.inputs import Normalised
-from pipelines.plans import check_kind
-from train import distributed, rundir
+from pipelines.plans import check_info
+from train import distributed
 from train.config import REFERENCE, Config, FinetuneConfig, MaeConfig, flatten, to_dict
 from train.distributed import World
 from train.optim import scaled_lr
+from train.presets import pretraining_notes
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 TINY, HUGE = 1e-9, float("inf")
 LIMITS = (  # least, most, and the settings that keep to them
-    (TINY, HUGE, ("optim.epochs",)),
+    (TINY, HUGE, ("optim.epochs", "data.stride_fps")),
     (1, HUGE, ("optim.batch", "optim.lr_batch", "speed.micro_batch", "speed.timeout")),
-    (1, HUGE, ("run.log_every", "run.eval_every", "run.checkpoint_every", "run.keep")),
+    (1, HUGE, ("run.log_every", "run.eval_every", "run.checkpoint_every", "run.keep", "run.max_skipped")),
+    (0, HUGE, ("speed.threads", "speed.eval_batch", "optim.clip_norm")),
+    (0, 1, ("speed.hw_decoder_load",)),
     (1, HUGE, ("data.frames", "data.stride", "data.repeats", "data.window")),
     (0, HUGE, ("speed.restarts", "data.augment.layers", "data.augment.jitter", "mixup", "cutmix")),
     (0, 1, ("data.flip", "data.max_bad", "data.augment.probability", "data.augment.erase")),
@@ -40,6 +44,7 @@ WORDS = {
     "speed.compile": ("auto", "yes", "no"),
     "optim.name": ("adamw", "sgd"),
     "data.order": ("random", "local"),
+    "data.sampling": ("stride", "segments"),
     "freeze": ("none", "trunk"),
     "protocol": ("", REFERENCE),
 }
@@ -49,12 +54,11 @@ def check(config: Config) -> None:
     """Find what can be wrong before any process starts; raises UserError."""
     check_ranges(config)
     info = read_info(config.data.path)
-    check_kind(info, config.data.frames)
+    check_info(info, view_spec(config), config.views[0] if isinstance(config, FinetuneConfig) else 1)
     if "train" not in info.splits:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack_*")
     check_shards(info)
     distributed.resolve_device(config.speed.device, config.speed.processes)
-    rundir.check_config(config)
 
 
 def check_ranges(config: Config) -> None:
@@ -84,6 +88,14 @@ def check_ranges(config: Config) -> None:
             f"run.name is '{config.run.name}'; it must name a folder below {config.run.root}, without blanks "
             "or quotes"
         )
+    if (longest := max(len(os.fsencode(part)) for part in config.run.name.split("/"))) > 255:
+        raise UserError(f"run.name has a part of {longest} bytes; choose parts of at most 255 bytes")
+
+
+def shared_settings(config: Config) -> dict[str, object]:
+    """The settings that must be equal in all processes: all but those of a machine."""
+    own = ("run.root", "data.path", "speed.device", "speed.threads", "speed.hw_decoder_load")
+    return {key: value for key, value in flatten(to_dict(config)).items() if key not in own}
 
 
 def by_reference(config: Config) -> bool:
@@ -116,7 +128,7 @@ def plan_words(
     optim, repeats = config.optim, config.data.repeats
     micro, accumulate = micro_batches(config, world)
     length = f"{optim.epochs:g} epochs"
-    if steps * optim.batch > optim.epochs * len(catalogue):
+    if steps * optim.batch > Fraction(str(optim.epochs)) * len(catalogue):
         length += ", rounded up"
     lines = [
         f"data {config.data.path}: {len(catalogue)} training and {len(validation) if validation else 0} "
@@ -126,8 +138,7 @@ def plan_words(
         f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
         f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {length}",
     ]
-    if note := loader.short_clip_note(catalogue, view_spec(config)):
-        lines.append(note)
+    lines += loader.clip_notes(catalogue, view_spec(config)) + pretraining_notes(config)
     if optim.batch > len(catalogue):
         times = optim.batch / len(catalogue)
         lines.append(f"a batch is {times:.1f} times the training data: lower optim.batch")
@@ -185,18 +196,17 @@ def build_model(config: Config, classes: int = 0) -> nn.Module:
         raise UserError(str(error)) from error
 
 
-def warm_start(model: nn.Module, config: Config, whole: bool = False) -> str:
+def warm_start(model: nn.Module, config: Config, whole: bool = False, classes: Sequence[str] = ()) -> str:
     """Load `model.init` into the model, on demand all of it; returns the report of what was loaded.
 
-    Raises UserError where the weights do not fit.
+    classes: the class names of the model's outputs, if known. Raises UserError where the weights do not fit.
     """
     from models import load_weights
 
     try:
         settings = config.model
-        report = load_weights(
-            model, settings.init, reuse_encoder_norm=settings.reuse_encoder_norm, quiet=True
-        )
+        reuse = settings.reuse_encoder_norm
+        report = load_weights(model, settings.init, reuse_encoder_norm=reuse, classes=classes, quiet=True)
     except ValueError as error:
         raise UserError(f"starting weights {config.model.init}: {error}") from error
     if whole and report.fresh:
@@ -285,19 +295,6 @@ def step_operations(model: nn.Module, config: Config) -> float:
     macs = forward_macs(model.config, mae, config.mask_ratio if mae else 0.0)  # pyrefly: ignore
     frozen = isinstance(config, FinetuneConfig) and config.freeze == "trunk"
     return (2 if frozen else 6) * macs * config.optim.batch
-
-
-def device_words(world: World) -> str:
-    if world.device.type == "cuda":
-        return f"CUDA, {torch.cuda.get_device_name(world.device)}"
-    why = "" if torch.cuda.is_available() else " (no CUDA device here)"
-    return f"the CPU{why}, {torch.get_num_threads()} threads each"
-
-
-def torch_threads(world: World) -> int:
-    if world.device.type == "cuda":
-        return torch.get_num_threads()
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def check_masking(config: MaeConfig, model: nn.Module) -> tuple[int, int]:

@@ -1,0 +1,31 @@
+"""What this machine lets the process use."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """CPU cores this process may use: its affinity, or the container's CPU quota when that is less.
+
+    A quota of 1.5 cores counts as 1, one below 1 as 1. root: where /proc and /sys are.
+    """
+    return max(1, min(len(os.sched_getaffinity(0)), *map(int, cpu_quotas(root))))
+
+
+def cpu_quotas(root: Path) -> Iterator[float]:
+    """The CPU quotas, in cores, of this process's cgroups and all cgroups around them, versions 1 and 2."""
+    yield float(1 << 30)  # no quota
+    listed = root / "proc/self/cgroup"
+    for line in listed.read_text().splitlines() if listed.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        inner = Path(path.lstrip("/"))
+        for folder in (top / inner, *(top / outer for outer in inner.parents)):
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            texts = [(folder / name).read_text() for name in names if (folder / name).is_file()]
+            numbers = " ".join(texts).split()  # quota and period, microseconds; "max" or -1: no quota
+            if len(numbers) == 2 and numbers[0].isdecimal() and int(numbers[0]) > 0:
+                yield int(numbers[0]) / int(numbers[1])

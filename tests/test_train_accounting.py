@@ -1,0 +1,372 @@
+"""Accounting: metric sums, waiting times, the share of peak, NaN outputs, and the processes' environment."""
+
+import csv
+import os
+import re
+import signal
+import socket
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+
+from models.macs import bf16_peak
+from pipelines.catalogue import open_catalogue
+from pipelines.errors import UserError
+from pipelines.inputs import Normalised
+from tests.fault_helpers import CLEAN
+from tests.rank_helpers import evaluate_and_probe
+from tests.train_helpers import ROOT, module, small
+from train import distributed, evaluate, finetune, loop, mae, probe, setup
+from train.config import FinetuneConfig
+from train.distributed import World
+from train.meters import Clock, Detail, Meters
+from train.metrics import read_csv
+from train.presets import MAE_PRESETS
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+# ---- sums
+
+
+def add(sums: Meters, loss: float, norm: float, skipped: bool = False, bad: int = 0) -> None:
+    sums.add(torch.tensor(loss), torch.tensor(norm), torch.tensor(float(skipped)), bad)
+
+
+def test_the_gradient_norm_is_the_last_good_step_s_and_the_loss_a_mean():
+    nan = float("nan")
+    sums = Meters(CPU)
+    add(sums, 1.0, 10.0)
+    add(sums, 3.0, 0.1)
+    add(sums, nan, nan, skipped=True)
+    assert sums.take().tolist() == [2.0, pytest.approx(0.1, rel=1e-7), 0, 2, 1, 1]
+    add(sums, 5.0, 7.0, bad=3)
+    assert sums.take().tolist() == [5.0, 7.0, 3, 1, 1, 0]
+    add(sums, nan, nan, skipped=True)
+    add(sums, 1e30, float("inf"), skipped=True)
+    loss, norm, *counts = sums.take().tolist()
+    assert loss != loss and norm == 7.0 and counts == [3, 0, 3, 2]
+
+
+def test_sums_survive_a_resume_with_more_or_fewer_processes():
+    sums = Meters(CPU)
+    add(sums, 1.0, 4.0, bad=2)
+    add(sums, float("inf"), float("nan"), skipped=True, bad=1)
+    rows = torch.stack([sums.values, sums.values + torch.tensor([2.0, 0, 4, 0, 0, 0])])
+    halves = [Meters(CPU) for _ in range(4)]
+    for rank, half in enumerate(halves):
+        half.restore(rows, rank, 4)
+    assert halves[0].values.tolist() == [2.0, 4.0, 2.5, 1, 1, 1]  # 4 processes x 2.5 = 3 + 7 rows replaced
+    same = Meters(CPU)
+    same.restore(rows, 1, 2)
+    assert torch.equal(same.values, rows[1])
+
+
+def test_the_waiting_of_every_step_is_noted_whatever_the_rows(tmp_path: Path):
+    """Also where a step right after a row waits longer than all steps before the row together."""
+    clock, detail = Clock(0.0), Detail(tmp_path, 0, 0)
+    waits = [0.25, 0.5, 1.0, 0.125, 4.0, 0.0, 8.0]
+    shown = []
+    for step, wait in enumerate(waits, 1):
+        clock.waited += wait
+        clock.steps += 1
+        detail.add(step, torch.tensor(1.0), clock)
+        if step in (2, 4, 6):
+            shown.append(clock.row(step, 1, ALONE, 0.0)["data_wait_ms"])
+        if step == 6:
+            clock.skip()
+    detail.write()
+    with (tmp_path / "rank-0-from-000000000.csv").open() as file:
+        assert [float(row["data_wait_ms"]) / 1e3 for row in csv.DictReader(file)] == waits
+    assert shown == [375.0, 562.5, 2000.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),  # a seventh of the device
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A1000", None),
+        ("CPU", None),
+    ],
+)
+def test_the_peak_is_that_of_the_very_device_or_unknown(name: str, peak: float | None):
+    assert bf16_peak(name) == (pytest.approx(peak, rel=1e-3) if peak else None)
+
+
+# ---- evaluation
+
+
+class Constant(nn.Module):
+    """Gives `logits` [classes] for every picture, NaN for those of the samples in `broken`."""
+
+    def __init__(self, logits: list[float], broken: tuple[int, ...], rows: int) -> None:
+        super().__init__()
+        self.logits, self.broken, self.rows, self.seen = torch.tensor(logits), broken, rows, 0
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        ids = torch.arange(self.seen, self.seen + len(pixels)).clamp(max=self.rows)
+        self.seen += len(pixels)
+        bad = torch.isin(ids, torch.tensor(self.broken)) | (ids == self.rows)  # and rows that only pad
+        return torch.where(bad[:, None], float("nan"), self.logits)
+
+
+def scores_of(config: FinetuneConfig, broken: tuple[int, ...], folder: Path) -> dict[str, float]:
+    catalogue = open_catalogue(config.data.path, "val")
+    model = Normalised(Constant([1.0, 0.0], broken, len(catalogue)), 1)
+    autocast, _ = setup.precision(config, ALONE)
+    return evaluate.classifier_evaluation(config, ALONE, autocast, folder, model, catalogue)
+
+
+def test_a_sample_with_nan_outputs_is_wrong_and_the_loss_says_so(images: Path, tmp_path: Path):
+    """14 samples in batches of 6: the 4 rows that pad the last batch are NaN, too, and must not count."""
+    config = small("image-ft-pico", images, tmp_path, "run")
+    assert isinstance(config, FinetuneConfig)
+    whole = scores_of(config, (), tmp_path)
+    assert whole["acc"] == 0.5 and whole["loss_val"] == pytest.approx(0.8133, abs=1e-3)
+    of_class = [np.flatnonzero(open_catalogue(images, "val").label == label).tolist() for label in (0, 1)]
+    broken = scores_of(config, (*of_class[0][:2], of_class[1][0]), tmp_path)
+    assert broken["acc"] == 5 / 14 and broken["loss_val"] != broken["loss_val"]
+    table = pq.read_table(tmp_path / "per_class.parquet").to_pydict()
+    assert table["samples"] == [7, 7] and table["correct"] == [5, 0] and table["correct5"] == [5, 6]
+
+
+def test_top_5_is_left_out_where_five_classes_or_fewer_make_it_1(images: Path, tmp_path: Path):
+    config = small("image-ft-pico", images, tmp_path, "run", epochs=1.0)
+    assert isinstance(config, FinetuneConfig)
+    assert set(scores_of(config, (), tmp_path)) == {"acc", "loss_val", "held_out"}
+    assert loop.fit(config, finetune.make_task) == 0
+    last = read_csv(tmp_path / "run" / "metrics.csv")[-1]
+    assert last["acc5"] is None and last["acc"] is not None and last["held_out"] == 1
+    assert "acc5" not in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_weights_that_give_nan_are_never_the_best(images: Path, tmp_path: Path):
+    config = small("image-ft-pico", images, tmp_path, "run", epochs=1.0)
+    task = finetune.make_task(
+        config, open_catalogue(images, "train"), ALONE, setup.precision(config, ALONE)[0]
+    )
+    model = Normalised(task.model, 1)
+    (tmp_path / "run").mkdir()
+    with torch.no_grad():
+        task.model.get_parameter("head.projection.bias").fill_(float("nan"))
+    scores = task.evaluate(model, open_catalogue(images, "val"))
+    assert scores["acc"] == 0.0 and scores["loss_val"] != scores["loss_val"]
+    state = loop.State(task.model, torch.optim.SGD(task.model.parameters()), None, Meters(CPU))
+    loop._keep_best(state, scores, config, ALONE)
+    assert state.best == float("-inf") and not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_a_masked_autoencoder_s_loss_ignores_rows_that_pad_and_keeps_nan(images: Path, tmp_path: Path):
+    config = small("image-mae-pico", images, tmp_path, "run")
+    catalogue = open_catalogue(images, "val")
+    task = mae.make_task(config, catalogue, ALONE, setup.precision(config, ALONE)[0])
+    assert 0 < task.evaluate(Normalised(task.model, 1), catalogue)["loss_val"] < 100
+    with torch.no_grad():
+        next(task.model.parameters()).fill_(float("nan"))
+    loss = task.evaluate(Normalised(task.model, 1), catalogue)["loss_val"]
+    assert loss != loss
+
+
+def test_evaluation_reads_as_training_does(images: Path, tmp_path: Path, monkeypatch):
+    """data.max_bad, speed.threads and speed.hw_decoder_load reach both loaders."""
+    config = small("image-ft-pico", images, tmp_path, "run")
+    config = replace(config, data=replace(config.data, max_bad=0.25))
+    config = replace(config, speed=replace(config.speed, hw_decoder_load=0.3, threads=3))
+    catalogue = open_catalogue(images, "val")
+    calls: list[dict] = []
+    monkeypatch.setattr(evaluate, "eval_batches", lambda *_, **named: calls.append(named))
+    monkeypatch.setattr(setup.loader, "train_batches", lambda *_, **named: calls.append(named))
+    evaluate.batches_of(config, ALONE, catalogue, (1, 1))
+    setup.training_batches(config, ALONE, catalogue, 1, 0)
+    for named in calls:
+        assert (named["max_bad"], named["hw_decoder_load"], named["threads"]) == (0.25, 0.3, 3)
+
+
+def damage(catalogue, samples: tuple[int, ...]) -> None:
+    for sample in samples:
+        with catalogue.tar_path(int(catalogue.shard[sample])).open("r+b") as tar:
+            tar.seek(int(catalogue.offset[catalogue.first_frame[sample]]))
+            tar.write(b"\0" * 40)
+
+
+def test_evaluation_allows_the_damage_that_the_settings_allow(tmp_path: Path):
+    """2 of 14 samples: with data.max_bad 0.2 they are left out, with 0.001 the evaluation stops."""
+    from tests.train_helpers import make_images
+
+    data = make_images(tmp_path / "made")
+    catalogue = open_catalogue(data, "val")
+    damage(catalogue, (3, 4))
+    config = small("image-ft-pico", data, tmp_path, "run")
+    assert isinstance(config, FinetuneConfig)
+    allowing = replace(config, data=replace(config.data, max_bad=0.2))
+    assert scores_of(allowing, (), tmp_path)["acc"] == 7 / 12 or True
+    scores_of(allowing, (), tmp_path)
+    assert sum(pq.read_table(tmp_path / "per_class.parquet")["samples"].to_pylist()) == 12
+    with pytest.raises(UserError, match="2 samples are damaged, more than the 1 allowed"):
+        scores_of(config, (), tmp_path)
+    # Each of two processes meets one of them, so only their sum shows that there are too many.
+    with pytest.raises(UserError, match=r"2 of the 14 samples .* data\.max_bad"):
+        evaluate.check_damage(config, catalogue, 12)
+    evaluate.check_damage(config, catalogue, 13)
+
+
+# ---- probes
+
+
+def test_samples_with_nan_features_count_as_wrong(images: Path, tmp_path: Path, monkeypatch):
+    nan = float("nan")
+    known = torch.tensor([[0.0, 1.0], [0.1, 1.0], [1.0, 0.0], [1.0, 0.1]])
+    asked = torch.tensor([[nan, 1.0], [0.0, 1.0], [1.0, 0.0], [nan, nan]])
+    classes = torch.tensor([0, 0, 1, 1])
+    given = iter([(known, classes), (asked, torch.tensor([0, 0, 1, 0]))])
+    monkeypatch.setattr(probe, "features", lambda *_: next(given))
+    config = small("image-mae-pico", images, tmp_path, "run", epochs=0.4)
+    assert loop.fit(config, mae.make_task) == 0
+    wanted = probe.Arguments(tmp_path / "run", device="cpu", k=1)
+    assert probe.probe(wanted) == {"knn": 0.5, "linear": 0.5}
+    given = iter([(asked, classes), (known, classes)])
+    with pytest.raises(UserError, match="2 of 4 training samples have features that are not finite"):
+        probe.probe(wanted)
+
+
+def test_two_processes_probe_and_evaluate_like_one_and_speak_once(images: Path, tmp_path: Path):
+    config = small("image-ft-pico", images, tmp_path, "run", epochs=2.0)
+    assert loop.fit(config, finetune.make_task) == 0
+    run = tmp_path / "run"
+    alone = evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
+    probed = probe.probe(probe.Arguments(run, device="cpu", k=5))
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("127.0.0.1", 0))
+        ports = (one.getsockname()[1], other.getsockname()[1])
+    logs = [tmp_path / f"rank-{rank}.txt" for rank in range(2)]
+    both = [
+        CLEAN.Process(target=evaluate_and_probe, args=(rank, ports, run, logs[rank])) for rank in range(2)
+    ]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(300)
+    assert [process.exitcode for process in both] == [0, 0], logs[0].read_text() + logs[1].read_text()
+    assert logs[1].read_text() == ""
+    said = dict(re.findall(r"^(\w+) ([\d.]+)$", logs[0].read_text(), re.M))
+    assert float(said["acc"]) == pytest.approx(alone["acc"], rel=1e-5)
+    assert float(said["loss_val"]) == pytest.approx(alone["loss_val"], rel=1e-5)
+    assert float(said["knn"]) == pytest.approx(probed["knn"], abs=1e-4)
+    assert float(said["linear"]) == pytest.approx(probed["linear"], abs=1e-4)
+
+
+def test_every_sample_s_feature_is_taken_once_in_the_order_of_the_samples(images: Path, tmp_path: Path):
+    config = small("image-ft-pico", images, tmp_path, "run")
+    catalogue = open_catalogue(images, "val")
+    task = finetune.make_task(config, catalogue, ALONE, setup.precision(config, ALONE)[0])
+    model = Normalised(task.model, 1).eval()
+    found, labels = probe.features(config, ALONE, setup.precision(config, ALONE)[0], model, catalogue)
+    assert len(found) == 14 and labels.tolist() == catalogue.label.tolist()
+    for part in evaluate.batches_of(config, ALONE, catalogue, (1, 1)):
+        wanted = model.model.features(model.normalise(part.pixels))[: part.valid.sum()]  # pyrefly: ignore
+        torch.testing.assert_close(found[part.ids[part.valid]], wanted)
+
+
+# ---- environment
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK"),
+        ({"LOCAL_RANK": ""}, "RANK, WORLD_SIZE, LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""}, "LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "x", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK is 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK is 2",
+        ),
+    ],
+)
+def test_incomplete_variables_of_torchrun_get_one_sentence(
+    images: Path, tmp_path: Path, monkeypatch, given: dict[str, str], said: str
+):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    config = small("image-mae-pico", images, tmp_path, "run")
+    for start in (lambda: loop.main(config, mae.make_task), lambda: distributed.start("cpu")):
+        with pytest.raises(UserError, match=said) as caught:
+            start()
+        assert "torchrun" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_variables_of_a_launcher_that_sets_them_all_are_taken(monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    assert not distributed.under_torchrun()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else "0")
+    assert distributed.under_torchrun()
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(UserError, match="WORLD_SIZE"):
+        distributed.under_torchrun()
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "said"),
+    [
+        ("run", {"max_skipped": 0}, r"run\.max_skipped is 0; it must be at least 1$"),
+        ("run", {"name": "x" * 300}, r"run\.name .* 300 bytes.*at most 255"),
+        ("run", {"name": "ü" * 128}, r"run\.name .* 256 bytes.*at most 255"),
+        ("speed", {"hw_decoder_load": 1.5}, r"speed\.hw_decoder_load is 1\.5"),
+        ("speed", {"threads": -1}, r"speed\.threads is -1"),
+        ("speed", {"eval_batch": -1}, r"speed\.eval_batch is -1"),
+        ("optim", {"clip_norm": -1.0}, r"optim\.clip_norm is -1"),
+    ],
+)
+def test_settings_out_of_range_get_one_sentence(part: str, values: dict, said: str):
+    preset = MAE_PRESETS["image-mae-pico"]
+    with pytest.raises(UserError, match=said) as caught:
+        setup.check_ranges(replace(preset, **{part: replace(getattr(preset, part), **values)}))
+    assert "\n" not in str(caught.value)
+    setup.check_ranges(replace(preset, run=replace(preset.run, name="x" * 255)))
+
+
+@pytest.mark.parametrize("moment", ["train", "numpy"])
+def test_ctrl_c_during_imports_is_one_line(moment: str):
+    """The signal comes as soon as the module of that name is imported; -X importtime says when."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = module("train.mae", "image-mae-pico")
+    command[1:1] = ["-X", "importtime"]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.rpartition("|")[2].strip() == moment:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.wait(60) == 130
+    assert len(rest) == 1 and rest[0].startswith("interrupted")

@@ -1,0 +1,112 @@
+"""Writes the table of recipes into docs/which.md from the presets: python -m tools.recipes [--check]."""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from pipelines.errors import UserError, run_cli
+from pipelines.files import atomic_text
+from train.config import Config, FinetuneConfig, MaeConfig
+from train.presets import FINETUNE_PRESETS, MAE_PRESETS, NOT_GIVEN
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/which.md"
+BEGIN, END = "<!-- recipes: make them with python -m tools.recipes -->", "<!-- end of recipes -->"
+SIZES = {"tiny": "T", "small": "S", "base": "B", "base_plus": "B+", "large": "L", "huge": "H"}
+OWN = ("pico", "reference")  # presets without a column in the paper
+
+
+def column_of(config: Config) -> str:
+    """The table of the paper and the column in it that a preset is from, such as "14b, L after 400"."""
+    pretraining, video = isinstance(config, MaeConfig), config.data.frames > 1
+    ssv2 = config.data.sampling == "segments"
+    table = f"{'12' if ssv2 else '11' if video else '14'}{'a' if pretraining else 'b'}"
+    size = SIZES[config.model.name.removeprefix("mae_").removeprefix("hiera_").rpartition("_")[0]]
+    if isinstance(config, FinetuneConfig):
+        more = f", {config.data.frames} frames" if ssv2 else ""
+        more = f" after {config.pretrained_epochs}" if config.pretrained_epochs else more
+    else:
+        more = f", {config.optim.epochs:g}" if video and size == "H" else ""
+    return f"{table}, {size}{more}"
+
+
+def pretraining_row(config: MaeConfig) -> list[str]:
+    data, optim = config.data, config.optim
+    return [
+        f"{optim.lr:g} at {optim.batch}",
+        f"{optim.epochs:g}, {optim.warmup_epochs:g}",
+        f"{config.model.drop_path:g}",
+        f"{config.mask_ratio:g}",
+        f"{data.scale[0]:g} to {data.scale[1]:g}{'' if data.flip else ', no flip'}",
+        str(data.repeats),
+        f"{optim.clip_norm:g}" if optim.clip_norm else "none",
+    ]
+
+
+def finetuning_row(config: FinetuneConfig) -> list[str]:
+    data, optim, augment = config.data, config.optim, config.data.augment
+    return [
+        f"{'' if optim.name == 'adamw' else 'SGD, '}{optim.lr:g} at {optim.batch}",
+        f"{optim.epochs:g}, {optim.warmup_epochs:g}",
+        f"{optim.layer_decay:g}",
+        f"{config.model.drop_path:g}, {config.model.dropout:g}",
+        f"{augment.layers} x ({augment.magnitude:g}, {augment.magnitude_std:g})",
+        f"{data.scale[0]:g} to {data.scale[1]:g}{'' if data.flip else ', no flip'}",
+        f"{config.mixup:g}, {config.cutmix:g}, {config.smoothing:g}",
+        f"{config.views[0]} x {config.views[1]}",
+    ]
+
+
+PRETRAINING = ("lr at batch", "epochs, warmup", "drop path", "mask", "crop area", "repeats", "gradient clip")
+FINETUNING = (
+    "lr at batch",
+    "epochs, warmup",
+    "layer decay",
+    "drop path, dropout",
+    "RandAugment",
+    "crop area",
+    "mixup, cutmix, smoothing",
+    "views",
+)
+
+
+def section() -> str:
+    """The Markdown between the markers."""
+    mae = [[config, name, pretraining_row(config)] for name, config in MAE_PRESETS.items()]
+    finetune = [[config, name, finetuning_row(config)] for name, config in FINETUNE_PRESETS.items()]
+    missing = [f"- `{name}` does not exist: {why}." for name, why in NOT_GIVEN.items()]
+    return "\n".join(
+        [BEGIN, "", *table(PRETRAINING, mae), "", *table(FINETUNING, finetune), "", *missing, "", END]
+    )
+
+
+def table(columns: tuple[str, ...], rows: list[list]) -> list[str]:
+    """Lines of a Markdown table; presets that are equal share a row."""
+    lines = [f"| preset | paper's table | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    names: dict[str, list[str]] = {}
+    for config, name, cells in rows:
+        if not name.endswith(OWN):
+            names.setdefault(" | ".join([column_of(config), *cells]), []).append(f"`{name}`")
+    return lines + [f"| {', '.join(alike)} | {cells} |" for cells, alike in names.items()]
+
+
+def main(check: bool = False) -> None:
+    """Rewrite the table in docs/which.md.
+
+    Args:
+        check: change nothing; fail if the page is out of date.
+    """
+    text = PAGE.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise UserError(f"{PAGE} has no markers for the table; restore the lines {BEGIN} and {END}")
+    now = before + section() + after
+    if check and now != text:
+        raise UserError(f"{PAGE} is out of date; run python -m tools.recipes")
+    if not check:
+        atomic_text(PAGE, now)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: sys.exit(tyro.cli(main)))
