@@ -5,17 +5,15 @@ Only the model is smaller. Several processes are started as torchrun does it. A 
 signal at a chosen moment: at a forward pass, or when it touches a file of its run folder.
 """
 
-import hashlib
 import importlib
-import itertools
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -23,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pipelines.catalogue import open_catalogue
 from pipelines.errors import run_cli
 from tests.fault_helpers import CLEAN, PRELOADED
-from train.metrics import read_csv
 
 # What a run imports late: in the server it costs nothing.
 LATE = ("tyro", "tyro._backends._tyro_backend", "typeguard", "dateutil.relativedelta", "pyarrow.dataset")
@@ -35,8 +32,8 @@ LATE += ("timm.scheduler", "models.macs", "torch.utils.flop_counter", "nvidia.da
 OURS = ("tests.run_machine", "train.card", "train.evaluate", "train.finetune", "train.mae", "train.pictures")
 CLEAN.set_forkserver_preload([*PRELOADED, *LATE, *OURS])
 
-PATIENCE = 60.0  # seconds that a start may take
-GRACE = 20.0  # seconds that the other processes have to end once one has failed
+PATIENCE = 120.0  # seconds that a start may take
+GRACE = 60.0  # seconds that the other processes have to end once one has failed
 FILE_EVENTS = ("open", "os.rename", "os.remove")
 Settings = dict[str, Any]
 
@@ -76,6 +73,8 @@ class Ended:
     struck: bool
     train: int
     evaluate: int
+    groups: list[list[dict]]
+    """The hyperparameters of the optimizer's groups at each optimizer step, up to the signal."""
     seconds: float
 
     @property
@@ -99,14 +98,21 @@ class Watch:
         self.moment = job.moment if job.moment and rank in job.moment.ranks else None
         self.run, self.note = str(job.run), job.out / f"note-{rank}.json"
         self.seen, self.struck = Counter(), False
+        self.groups: list[list[dict]] = []
+        register_optimizer_step_pre_hook(self._step)
         nn.modules.module.register_module_forward_pre_hook(self._forward)
         sys.addaudithook(self._audit)
 
     def write(self) -> None:
         """Leave the counts; those of the moment stay."""
         counts = {"struck": self.struck, "train": self.seen["train"], "evaluate": self.seen["evaluate"]}
+        counts["groups"] = self.groups
         if not self.note.exists():
             self.note.write_text(json.dumps(counts))
+
+    def _step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        groups = optimizer.param_groups
+        self.groups.append([{k: v for k, v in group.items() if k != "params"} for group in groups])
 
     def _forward(self, module: nn.Module, _: object) -> None:
         if type(module).__name__ == "Normalised":
@@ -129,7 +135,23 @@ class Watch:
             if self.seen["aim"] == moment.count:
                 self.struck = True
                 self.write()
+                if moment.event == "evaluate":
+                    _let_the_writer_finish()
                 os.kill(os.getpid(), signal.Signals[moment.signal])
+
+
+def _let_the_writer_finish() -> None:
+    """Wait until the thread that writes checkpoints is idle: what it was given is then on the disk."""
+    time.sleep(0.2)
+    for thread in threading.enumerate():
+        while thread.name.startswith("checkpoint") and _function_of(thread) != "_worker":
+            time.sleep(0.001)
+
+
+def _function_of(thread: threading.Thread) -> str:
+    """The innermost function that a thread is in."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return frame.f_code.co_name if frame else "_worker"
 
 
 def work(job: Job, rank: int) -> None:
@@ -237,204 +259,5 @@ def _ended(job: Job, codes: list[int], seconds: float) -> Ended:
         for name in ("stdout", "stderr")
     )
     train, evaluate = (max((n[key] for n in counted), default=0) for key in ("train", "evaluate"))
-    return Ended(codes, stdout, stderr, struck, train, evaluate, seconds)
-
-
-def words_of(preset: str, settings: Mapping[str, object]) -> tuple[str, ...]:
-    """A preset and settings by dotted name, as the words of a command."""
-    words = [preset]
-    for key, value in settings.items():
-        values = value if isinstance(value, tuple) else (value,)
-        words += [f"--{key.replace('_', '-')}", *map(str, values)]
-    return tuple(words)
-
-
-def valid_checkpoints(run: Path) -> list[int]:
-    """The steps of the checkpoints that their digests confirm."""
-    steps = []
-    for path in sorted(run.glob("checkpoints/step-*.pt")):
-        note = path.with_suffix(".sha256")
-        if note.exists() and note.read_text().split()[:1] == [hashlib.sha256(path.read_bytes()).hexdigest()]:
-            steps.append(int(path.stem.partition("-")[2]))
-    return steps
-
-
-def load_checkpoint(run: Path, step: int) -> dict:
-    return torch.load(run / f"checkpoints/step-{step:09d}.pt", map_location="cpu", weights_only=True)
-
-
-def snapshot(run: Path) -> dict[str, str]:
-    """The digest of every file of a run that a refused start must leave as it was."""
-    kept = (path for path in sorted(run.rglob("*")) if path.is_file())
-    kept = (path for path in kept if path.name not in (".lock", "log.txt", "env.json"))
-    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
-
-
-def equal(a: object, b: object) -> bool:
-    """Whether nested values and tensors are equal to the bit."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
-def close(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Assert that weights are equal to rounding; softmax ignores the key's bias, whose gradient is noise."""
-    for name, value in expected.items():
-        mine = weights[name]
-        if name.endswith("attn.qkv.bias"):
-            mine, value = (x.view(3, -1)[[0, 2]] for x in (mine, value))
-        torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
-
-
-# ---- data and undisturbed runs -----------------------------------------------------------------------------
-
-
-def damage_frame(data: Path, sample: int) -> None:
-    """Overwrite the bytes of a training sample."""
-    catalogue = open_catalogue(data, "train")
-    with catalogue.tar_path(int(catalogue.shard[sample])).open("r+b") as tar:
-        tar.seek(int(catalogue.offset[sample]))
-        tar.write(bytes(int(catalogue.size[sample])))
-
-
-@dataclass(frozen=True)
-class Leg:
-    """The steps after `start`, up to the next leg: what decides their result."""
-
-    start: int
-    settings: tuple[tuple[str, object], ...]
-    damaged: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Kind:
-    program: str
-    preset: str
-    loss: str
-    """The column of the training loss."""
-    base: tuple[tuple[str, object], ...]
-
-
-SHARED = {"optim.batch": 4, "optim.lr_batch": 4, "optim.epochs": 2.0, "optim.warmup_epochs": 1.0}
-SPEED = {"speed.device": "cpu", "speed.threads": 1, "speed.timeout": 30, "speed.eval_batch": 4}
-EVERY_STEP = {
-    "data.max_bad": 0.5,
-    "run.log_every": 1,
-    "run.eval_every": 1,
-    "run.checkpoint_every": 1,
-    "run.keep": 99,
-}
-KINDS = {
-    "finetune": Kind(
-        "train.finetune", "image-ft-pico", "loss", tuple(sorted({**SHARED, "data.size": 32}.items()))
-    ),
-    "mae": Kind(
-        "train.mae", "image-mae-pico", "loss_train", tuple(sorted({**SHARED, "data.size": 64}.items()))
-    ),
-}
-SAMPLES = 20  # to train on: 5 steps an epoch
-MOST_TRACES = 40
-
-
-def steps_of(settings: Mapping[str, Any]) -> int:
-    """Steps of a run; SAMPLES / batch is a whole number here, and epochs count fifths."""
-    return round(settings["optim.epochs"] * SAMPLES / settings["optim.batch"])
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a global batch is divided."""
-
-    processes: int = 1
-    micro: int = 4
-
-    @property
-    def accumulate(self) -> int:
-        return max(1, 4 // self.processes // self.micro)
-
-    @property
-    def same(self) -> tuple[int, int]:
-        """Equal for layouts that compute the same to the bit."""
-        return self.processes, self.accumulate
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A run that nothing disturbed, with a row, an evaluation and a checkpoint at every step."""
-
-    run: Path
-    rows: dict[int, dict]
-
-    def checkpoint(self, step: int) -> dict:
-        return load_checkpoint(self.run, step)
-
-
-class Bench:
-    """A place for runs, their data, and the undisturbed runs that they are compared with."""
-
-    def __init__(self, root: Path, data: Path) -> None:
-        self.root, self.clean = root, data
-        self.counts: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
-        self._numbers = itertools.count()
-        self._data: dict[tuple[int, ...], Path] = {(): data}
-        self._traces: dict[tuple, Trace] = {}
-
-    def folder(self, name: str) -> Path:
-        return self.root / f"{name}-{next(self._numbers)}"
-
-    def start(
-        self, kind: Kind, settings: Mapping, run: Path, layout: Layout, moment: Moment | None = None
-    ) -> Ended:
-        """Run the command with these settings in the folder `run`."""
-        place = {"run.root": run.parent, "run.name": run.name, "speed.micro_batch": layout.micro}
-        words = words_of(kind.preset, {**SPEED, **settings, **place})
-        out = run.with_name(f"{run.name}.out")
-        ended = launch(Job(kind.program, words, run, out, layout.processes, moment))
-        what = f"{layout.processes} processes"
-        self.counts[what] += 1
-        self.seconds[what] += ended.seconds
-        return ended
-
-    def damaged_data(self, samples: Iterable[int]) -> Path:
-        """A copy of the data with these samples damaged."""
-        key = tuple(sorted(samples))
-        if key not in self._data:
-            self._data[key] = self.folder("data")
-            shutil.copytree(self.clean, self._data[key])
-            for sample in key:
-                damage_frame(self._data[key], sample)
-        return self._data[key]
-
-    def trace(self, kind: Kind, layout: Layout, legs: tuple[Leg, ...]) -> Trace:
-        """The undisturbed run whose settings and data changed at the starts of these legs."""
-        key = (kind.program, layout.same, legs)
-        if key in self._traces:
-            self._traces[key] = self._traces.pop(key)  # used last, dropped last
-            return self._traces[key]
-        run, (leg, before) = self.folder("whole"), (legs[-1], legs[:-1])
-        settings = {**dict(leg.settings), **EVERY_STEP, "data.path": self.damaged_data(leg.damaged)}
-        if before:
-            _copy_up_to(self.trace(kind, layout, before).run, run, leg.start)
-            changed = [k for k, v in leg.settings if dict(before[-1].settings).get(k) != v]
-            settings |= {"run.allow": tuple(changed)} if changed else {}
-        ended = self.start(kind, settings, run, layout)
-        assert ended.code == 0, f"the undisturbed run failed: {ended}"
-        self._traces[key] = Trace(run, {row["step"]: row for row in read_csv(run / "metrics.csv")})
-        while len(self._traces) > MOST_TRACES:
-            shutil.rmtree(self._traces.pop(next(iter(self._traces))).run)
-        return self._traces[key]
-
-
-def _copy_up_to(source: Path, run: Path, step: int) -> None:
-    """A copy of a run as it was at a step."""
-    (run / "checkpoints").mkdir(parents=True)
-    for name in ("config.json", "data.json", "env.json", "metrics.csv"):
-        shutil.copy(source / name, run / name)
-    for suffix in ("pt", "sha256"):
-        name = f"checkpoints/step-{step:09d}.{suffix}"
-        shutil.copy(source / name, run / name)
+    groups = max((note["groups"] for note in counted), key=len, default=[])
+    return Ended(codes, stdout, stderr, struck, train, evaluate, groups, seconds)
