@@ -3,6 +3,9 @@
 import json
 import math
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -37,12 +40,28 @@ def exported_step(run: Path) -> int | None:
         return json.loads(file.metadata()["hiera-train"])["step"]
 
 
+@dataclass(frozen=True)
+class Before:
+    """What was true before a start."""
+
+    asked: dict[str, object]
+    digests: dict[str, str]
+    valid: list[int]
+    finished: bool
+    files: list[Path]  # of checkpoints
+    starts: list  # in env.json
+    rows: dict[int, dict]
+
+
 class Checks:
     """A run folder and what it must hold: the checks of the state machine, each for one promise."""
 
     bench: Bench
     kind: Kind
     run: Path
+    story: list[str]
+    sound: bool
+    data: Path
     settings: dict
     free: dict
     recorded: dict | None
@@ -64,6 +83,56 @@ class Checks:
     @property
     def finished(self) -> bool:
         return exported_step(self.run) == steps_of(self.settings)
+
+    def wanted(self) -> dict[str, object]:
+        return {**self.settings, **self.free, "data.path": self.data}
+
+    def changed(self) -> list[str]:
+        """The settings that need leave to change."""
+        recorded = self.recorded or {}
+        keys = [
+            key for key in self.settings if key in recorded and not alike(recorded[key], self.settings[key])
+        ]
+        return [key if len(self.story) % 2 else key.replace("_", "-") for key in keys]
+
+    @contextmanager
+    def telling(self, what: str) -> Iterator[None]:
+        """Add the story so far to what goes wrong."""
+        self.sound = False
+        self.story.append(what)
+        try:
+            yield
+        except BaseException as error:
+            error.add_note("what happened:\n" + "\n".join(self.story))
+            raise
+        self.sound = True
+
+    def look(self, asked: dict[str, object]) -> Before:
+        """What is true before a start with these settings."""
+        files = list(self.run.glob("checkpoints/step-*.pt*"))
+        return Before(asked, snapshot(self.run), self.valid, self.finished, files, self.starts(), self.rows())
+
+    def check(self, before: Before, ended: Ended, moment: Moment | None, layout: Layout) -> None:
+        """Check everything after a start."""
+        assert "Traceback" not in ended.stderr, str(ended)
+        self.check_environment(ended, before.starts)
+        early = early_codes(moment) if moment and ended.struck else set()
+        if before.finished:
+            assert snapshot(self.run) == before.digests, f"a finished run was changed: {ended}"
+            assert ended.code in early or (ended.code == 0 and "is finished" in ended.stdout), str(ended)
+        elif before.files and not before.valid:
+            assert ended.code not in early or snapshot(self.run) == before.digests, str(ended)
+            if ended.code not in early:
+                self.check_refused(ended, before.digests)
+        else:
+            resumed = before.valid[-1] if before.valid else 0
+            self.note_legs(resumed, layout, before.rows)
+            self.check_end(ended, moment, resumed, layout)
+            self.check_checkpoints(ended, moment, resumed, before)
+            self.check_config(ended, before.asked)
+            self.check_rows(ended)
+            self.check_weights(resumed)
+            self.check_settings(resumed, ended)
 
     def starts(self) -> list:
         """What env.json notes of every start."""
@@ -159,18 +228,16 @@ class Checks:
                 f"step {reached} was under way, {valid}: {ended}"
             )
 
-    def check_checkpoints(
-        self, ended: Ended, moment: Moment | None, resumed: int, before: list[int], files: list[Path]
-    ) -> None:
+    def check_checkpoints(self, ended: Ended, moment: Moment | None, resumed: int, before: Before) -> None:
         """As many valid checkpoints as were promised; damaged ones are set aside."""
         valid, keep, every = self.valid, self.free["run.keep"], self.free["run.checkpoint_every"]
         newest = valid[-1] if valid else 0
         written = {step for step in range(resumed + 1, newest + 1) if step % every == 0 or step == newest}
-        expected = min(keep, len(before) + len(written))
+        expected = min(keep, len(before.valid) + len(written))
         assert len(valid) >= expected, f"{len(valid)} valid checkpoints, {expected} were promised: {ended}"
         if written and not (moment and moment.signal == "SIGKILL"):
             assert len(valid) <= keep, f"{len(valid)} checkpoints where {keep} are kept: {ended}"
-        for path in files if ended.train else []:
+        for path in before.files if ended.train else []:
             if path.suffix == ".pt" and int(path.stem.partition("-")[2]) > resumed:
                 assert path.with_name(f"{path.name}.damaged").exists(), (
                     f"{path.name} was not set aside: {ended}"

@@ -5,8 +5,7 @@ and the rows with those of a run that nothing disturbed. tests/run_machine.py ma
 """
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.machine_checks import Checks, alike, early_codes
+from tests.machine_checks import Checks
 from tests.run_bench import KINDS, Bench, Layout, Leg, damage_frame, snapshot
 from tests.run_machine import Moment, warm_up
 from tests.train_helpers import make_images
@@ -230,29 +229,6 @@ class Machine(Checks, RuleBasedStateMachine):
 
     # ---- one start and what must be true after it
 
-    def wanted(self) -> dict[str, object]:
-        return {**self.settings, **self.free, "data.path": self.data}
-
-    def changed(self) -> list[str]:
-        """The settings that need leave to change."""
-        recorded = self.recorded or {}
-        keys = [
-            key for key in self.settings if key in recorded and not alike(recorded[key], self.settings[key])
-        ]
-        return [key if len(self.story) % 2 else key.replace("_", "-") for key in keys]
-
-    @contextmanager
-    def telling(self, what: str) -> Iterator[None]:
-        """Add the story so far to what goes wrong."""
-        self.sound = False
-        self.story.append(what)
-        try:
-            yield
-        except BaseException as error:
-            error.add_note("what happened:\n" + "\n".join(self.story))
-            raise
-        self.sound = True
-
     def start(self, layout: Layout, moment: Moment | None = None) -> None:
         """Start the command, strike it, and check everything."""
         if moment is not None:
@@ -260,42 +236,17 @@ class Machine(Checks, RuleBasedStateMachine):
             moment = Moment(moment.signal, moment.event, moment.count, ranks)
         asked, allow, self.prepared = self.wanted(), self.changed(), 0
         with self.telling(f"start {layout} {moment} allow {allow}"):
-            before, valid, finished = snapshot(self.run), self.valid, self.finished
-            files = list(self.run.glob("checkpoints/step-*.pt*"))
-            starts, rows = self.starts(), self.rows()
-            ended = self.bench.start(
-                self.kind,
-                {**asked, **({"run.allow": tuple(allow)} if allow else {})},
-                self.run,
-                layout,
-                moment,
-            )
-            self.story[-1] += (
-                f" -> codes {ended.codes} struck {ended.struck} train {ended.train}; {self.valid}"
-            )
-            self.bench.counts[f"{moment.signal if moment and ended.struck else 'undisturbed'}"] += 1
-            assert "Traceback" not in ended.stderr, str(ended)
-            self.check_environment(ended, starts)
-            struck = early_codes(moment) if moment and ended.struck else set()
-            if finished:
-                assert snapshot(self.run) == before, "a finished run was changed"
-                assert ended.code in struck or (ended.code == 0 and "is finished" in ended.stdout), str(ended)
-            elif files and not valid:
-                assert ended.code not in struck or snapshot(self.run) == before
-                if ended.code not in struck:
-                    self.check_refused(ended, before)
+            before = self.look(asked)
+            words = {**asked, **({"run.allow": tuple(allow)} if allow else {})}
+            ended = self.bench.start(self.kind, words, self.run, layout, moment)
+            struck = f"struck {ended.struck} train {ended.train} evaluate {ended.evaluate}"
+            self.story[-1] += f" -> codes {ended.codes} {struck}; checkpoints {self.valid}"
+            self.bench.counts[moment.signal if moment and ended.struck else "undisturbed"] += 1
+            self.check(before, ended, moment, layout)
+            if before.files and not before.valid and not before.finished:
                 assert self.backup is not None
                 shutil.rmtree(self.run / "checkpoints")
                 shutil.copytree(self.backup, self.run / "checkpoints")
-            else:
-                resumed = valid[-1] if valid else 0
-                self.note_legs(resumed, layout, rows)
-                self.check_end(ended, moment, resumed, layout)
-                self.check_checkpoints(ended, moment, resumed, valid, files)
-                self.check_config(ended, asked)
-                self.check_rows(ended)
-                self.check_weights(resumed)
-                self.check_settings(resumed, ended)
 
     def teardown(self) -> None:
         """Let the run finish: every sequence ends with a comparison of the results."""
