@@ -3,8 +3,6 @@
 import json
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +15,12 @@ from tests.run_bench import (
     Kind,
     Layout,
     Leg,
+    alike,
     close,
+    early_codes,
     equal,
+    exported_step,
+    first_difference,
     load_checkpoint,
     snapshot,
     steps_of,
@@ -29,15 +31,6 @@ from train.config import flatten
 from train.metrics import read_csv
 
 EVALUATION_BATCHES = 2  # in one process
-
-
-def exported_step(run: Path) -> int | None:
-    """The step of a run's final weights; None where there are none."""
-    path = run / "model.safetensors"
-    if not path.exists():
-        return None
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["hiera-train"])["step"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,6 @@ class Checks:
     kind: Kind
     run: Path
     story: list[str]
-    sound: bool
     data: Path
     settings: dict
     free: dict
@@ -94,18 +86,6 @@ class Checks:
             key for key in self.settings if key in recorded and not alike(recorded[key], self.settings[key])
         ]
         return [key if len(self.story) % 2 else key.replace("_", "-") for key in keys]
-
-    @contextmanager
-    def telling(self, what: str) -> Iterator[None]:
-        """Add the story so far to what goes wrong."""
-        self.sound = False
-        self.story.append(what)
-        try:
-            yield
-        except BaseException as error:
-            error.add_note("what happened:\n" + "\n".join(self.story))
-            raise
-        self.sound = True
 
     def look(self, asked: dict[str, object]) -> Before:
         """What is true before a start with these settings."""
@@ -339,21 +319,3 @@ class Checks:
             expected = self.bench.trace(self.kind, Layout(), (leg,)).groups[resumed:]
             for step, (mine, theirs) in enumerate(zip(ended.groups, expected, strict=False), resumed + 1):
                 assert mine == theirs, f"step {step}: {first_difference(mine, theirs)} {ended}"
-
-
-def alike(a: object, b: object) -> bool:
-    """Whether a setting read from JSON equals one that was asked for."""
-    b = list(b) if isinstance(b, tuple) else str(b) if isinstance(b, Path) else b
-    return a == b
-
-
-def early_codes(moment: Moment) -> set[int]:
-    """How a process may end that a signal strikes before it listens."""
-    number = signal.Signals[moment.signal]
-    return {-number, 128 + number}
-
-
-def first_difference(mine: list[dict], expected: list[dict]) -> dict:
-    pairs = ((a, b) for a, b in zip(mine, expected, strict=True) if a != b)
-    a, b = next(pairs)
-    return {key: (a.get(key), b.get(key)) for key in a.keys() | b.keys() if a.get(key) != b.get(key)}

@@ -2,7 +2,9 @@
 
 import hashlib
 import itertools
+import json
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from pipelines.catalogue import open_catalogue
 from tests.run_machine import Ended, Job, Moment, launch
@@ -46,6 +49,33 @@ def snapshot(run: Path) -> dict[str, str]:
     kept = (path for path in sorted(run.rglob("*")) if path.is_file())
     kept = (path for path in kept if path.name not in (".lock", "log.txt", "env.json"))
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def exported_step(run: Path) -> int | None:
+    """The step of a run's final weights; None where there are none."""
+    path = run / "model.safetensors"
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["hiera-train"])["step"]
+
+
+def alike(a: object, b: object) -> bool:
+    """Whether a setting read from JSON equals one that was asked for."""
+    b = list(b) if isinstance(b, tuple) else str(b) if isinstance(b, Path) else b
+    return a == b
+
+
+def early_codes(moment: Moment) -> set[int]:
+    """How a process may end that a signal strikes before it listens."""
+    number = signal.Signals[moment.signal]
+    return {-number, 128 + number}
+
+
+def first_difference(mine: list[dict], expected: list[dict]) -> dict:
+    pairs = ((a, b) for a, b in zip(mine, expected, strict=True) if a != b)
+    a, b = next(pairs)
+    return {key: (a.get(key), b.get(key)) for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
 
 
 def equal(a: object, b: object) -> bool:

@@ -5,7 +5,8 @@ and the rows with those of a run that nothing disturbed. tests/run_machine.py ma
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,18 @@ class Machine(Checks, RuleBasedStateMachine):
             self.check_refused(ended, before)
 
     # ---- one start and what must be true after it
+
+    @contextmanager
+    def telling(self, what: str) -> Iterator[None]:
+        """Add the story so far to what goes wrong."""
+        self.sound = False
+        self.story.append(what)
+        try:
+            yield
+        except BaseException as error:
+            error.add_note("what happened:\n" + "\n".join(self.story))
+            raise
+        self.sound = True
 
     def start(self, layout: Layout, moment: Moment | None = None) -> None:
         """Start the command, strike it, and check everything."""
