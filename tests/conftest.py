@@ -30,6 +30,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=4, help="kills of each test that kills at random moments")
+    parser.addoption("--sequences", type=int, default=150, help="sequences of the state machine over runs")
+    parser.addoption("--seed", type=int, default=0, help="which sequences those are")
 
 
 def pytest_configure(config: pytest.Config) -> None:
