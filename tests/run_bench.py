@@ -127,7 +127,14 @@ class Kind:
     base: tuple[tuple[str, object], ...]
 
 
-SHARED = {"optim.batch": 4, "optim.lr_batch": 4, "optim.epochs": 2.0, "optim.warmup_epochs": 1.0}
+SHARED = {
+    "model.drop_path": 0.2,
+    "optim.batch": 4,
+    "optim.lr_batch": 4,
+    "optim.epochs": 2.0,
+    "optim.warmup_epochs": 1.0,
+}
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "model.dropout": 0.1}
 SPEED = {"speed.device": "cpu", "speed.threads": 1, "speed.timeout": 60, "speed.eval_batch": 4}
 EVERY_STEP = {
     "data.max_bad": 0.5,
@@ -138,7 +145,7 @@ EVERY_STEP = {
 }
 KINDS = {
     "finetune": Kind(
-        "train.finetune", "image-ft-pico", "loss", tuple(sorted({**SHARED, "data.size": 32}.items()))
+        "train.finetune", "image-ft-pico", "loss", tuple(sorted({**SHARED, **MIXED, "data.size": 32}.items()))
     ),
     "mae": Kind(
         "train.mae", "image-mae-pico", "loss_train", tuple(sorted({**SHARED, "data.size": 64}.items()))

@@ -12,7 +12,7 @@ from pipelines import machine
 from pipelines.loader import sizing
 from pipelines.machine import usable_cores
 from tools import packing, verify
-from train import distributed, rundir, setup
+from train import distributed, rundir
 
 CPU = torch.device("cpu")
 V1 = "5:memory:/job\n4:cpuset,cpu:/job/part\n"
@@ -64,7 +64,6 @@ def test_every_count_of_cores_follows_the_quota(tmp_path, monkeypatch):
         sys.modules["pipelines.loader"],
         packing,
         verify,
-        setup,
         distributed,
         rundir,
         learning,
