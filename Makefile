@@ -7,6 +7,7 @@ IMAGES ?= data/imagenet
 FRAMES ?= data/tiny-kinetics-400
 BENCH ?= all
 NODE_RANK ?= 0
+WORKERS ?= 2
 MASTER ?= localhost:29500
 
 # What a training command takes from the variables; those left empty keep the preset's value.
@@ -65,8 +66,8 @@ predict: env  ## what RUN=NAME makes of INPUT="FILE [FOLDER ...]": pictures, vid
 bench: env  ## measure speed side by side: BENCH=all|loader|model|training|packing IMAGES=DIR
 	$(PY) -m tools.bench $(BENCH) $(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)') $(ARGS)
 
-test: check  ## all tests, after check
-	$(PY) -m pytest $(ARGS)
+test: check  ## all tests, after check; WORKERS=2 tests at a time
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 faults: env  ## what a hostile week does to a run, as a table; KILLS=50 per test at random moments
 	$(PY) -m pytest -m fault --kills $(or $(KILLS),50) $(ARGS)
