@@ -20,7 +20,7 @@ PACKING = $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(OUT),--out '$(OUT)') \
 # Not SIGHUP: torchrun would handle it under nohup too, where it is ignored.
 HANDLED := SIGTERM,SIGINT,SIGQUIT
 # One machine: the command starts GPUS processes itself. Several: torchrun's rendezvous joins them.
-START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 .venv/bin/torchrun --signals-to-handle $(HANDLED) --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
+START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 .venv/bin/torchrun --signals-to-handle $(HANDLED) --shutdown-timeout 240 --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 

@@ -180,7 +180,9 @@ def descendants(parent: int) -> list[int]:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_finishes_the_step_saves_and_says_so(images: Path, tmp_path: Path, processes: int):
     config = small("image-mae-pico", images, tmp_path, "stopped", epochs=60.0)
-    config = replace(config, run=replace(config.run, checkpoint_every=100_000, log_every=1))
+    config = replace(
+        config, run=replace(config.run, checkpoint_every=100_000, eval_every=100_000, log_every=1)
+    )
     config = replace(config, speed=replace(config.speed, processes=processes))
     command = module("train.mae", "image-mae-pico", *arguments(config))
     assert kill_at_row(command, tmp_path / "stopped" / "metrics.csv", 3, signal.SIGTERM) == 143
