@@ -276,7 +276,12 @@ class StopSignal:
         return previous
 
     def restore(self) -> None:
-        """Give the signals back to whoever handled them before."""
+        """Give the signals back to whoever handled them before.
+
+        Not among several processes: torchrun may repeat a signal until the last of them has ended.
+        """
+        if self._group is not None:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
