@@ -17,7 +17,10 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
+from pipelines.machine import load_own_nvjpeg
 from pipelines.resample import Resample, start_resample
+
+load_own_nvjpeg()  # here, because torchvision is imported later
 
 # name -> (filter, antialias); "triangular" is what torchvision and Pillow call bilinear.
 FILTERS = {

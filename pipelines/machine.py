@@ -1,5 +1,6 @@
 """What this machine lets the process use."""
 
+import ctypes
 import os
 import re
 import sysconfig
@@ -13,6 +14,15 @@ def usable_cores(root: Path = Path("/")) -> int:
     A quota of 1.5 cores counts as 1, one below 1 as 1. root: where /proc and /sys are.
     """
     return max(1, min(len(os.sched_getaffinity(0)), *map(int, cpu_quotas(root))))
+
+
+def load_own_nvjpeg(site: Path | None = None) -> None:
+    """Load the nvJPEG of the environment's site-packages, `site`: DALI decodes with the first one loaded.
+
+    torchvision brings an older one of the same name, and LD_LIBRARY_PATH may lead to another.
+    """
+    for path in (site or Path(sysconfig.get_paths()["purelib"])).glob("nvidia/cu*/lib/libnvjpeg.so.*"):
+        ctypes.CDLL(str(path))
 
 
 def libraries(name: str, maps: str | None = None) -> list[Path]:

@@ -3,9 +3,12 @@
 import io
 import itertools
 import re
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -267,7 +270,12 @@ MACHINE_ERRORS = [
 def test_errors_of_the_machine_are_raised_at_once(images, monkeypatch, text):
     """No picture is decoded again: the second pipeline would fail like the first."""
     built = []
-    monkeypatch.setattr(graph, "build_pipeline", lambda source, settings: built.append(settings))
+
+    def build(source: Callable[[int], graph.Feed], settings: graph.Settings) -> None:
+        built.append(settings)
+        source(0)
+
+    monkeypatch.setattr(graph, "build_pipeline", build)
 
     def failing(*_: object) -> torch.Tensor:
         raise RuntimeError(DALI_ERROR.format(text))
@@ -323,6 +331,17 @@ def test_the_loaded_files_of_a_library_are_found(tmp_path):
     own, other = tmp_path / "nvidia/cu13/lib/libnvjpeg.so.13", Path("/opt/cuda 12/lib64/libnvjpeg.so.12.3")
     found = machine.libraries("libnvjpeg.so", MAPS.format(site=tmp_path))
     assert found == [own, other] and machine.outside(found, tmp_path) == [other]
+
+
+def test_the_environments_nvjpeg_is_loaded_before_torchvisions():
+    """DALI decodes with the library of that name that was loaded first."""
+    code = (
+        "import ctypes, os; from pipelines import graph; import torchvision; "
+        "own = ctypes.CDLL('libnvjpeg.so.13', os.RTLD_NOLOAD | os.RTLD_NOW); value = ctypes.c_int(); "
+        "print([own.nvjpegGetProperty(n, ctypes.byref(value)) or value.value for n in range(3)])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == str([int(part) for part in version("nvidia-nvjpeg").split(".")[:3]])
 
 
 def test_a_gpu_run_prints_its_nvjpeg_and_warns_of_a_foreign_one(monkeypatch):
