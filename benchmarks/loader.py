@@ -105,8 +105,8 @@ def ours(root: Path, frames: int, centre: bool, batch: int, threads: int) -> Bat
     if not centre:
         options = {"rank": 0, "world": 1, "device": CPU, "threads": threads}
         return train_batches(catalogue, view, seed=0, global_batch=batch, **options)
-    faults = Faults(catalogue, CPU, 0, 1, 1, 1, lambda ids, epochs: plan(0))
     settings = loader.settings_of(view, batch, 1, CPU, threads)
+    faults = Faults(catalogue, settings, 0, 1, 1, 1, lambda ids, epochs: plan(0))
 
     def plan(step: int) -> plans.Plan:
         ids = np.arange(step * batch, (step + 1) * batch) % len(catalogue)

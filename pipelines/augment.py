@@ -1,8 +1,9 @@
 """Augmentation of uint8 batches where they lie, CPU or GPU: RandAugment, colour jitter, random erasing.
 
 Parameters are drawn on the host from (seed, epoch, sample), one set per row, so a clip's frames all get
-the same treatment and nothing waits for the device. Statistics that an operation needs (the mean gray of
-`contrast`, the range of `autocontrast`, the histogram of `equalize`) are taken frame by frame.
+the same treatment. Nothing waits for the device: constants are made on it, because an upload from pageable
+memory waits until the device has done all work before it. Statistics that an operation needs (the mean gray
+of `contrast`, the range of `autocontrast`, the histogram of `equalize`) are taken frame by frame.
 """
 
 import math
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import sampler
+from pipelines.inputs import to_device
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,12 @@ def rand_layer(rows: Tensor, spec: Augment, draws: NDArray[np.float64]) -> None:
 
 def on(rows: Tensor, values: NDArray) -> Tensor:
     """A host array on the device of `rows`, floats as float32, without waiting for it."""
-    values = values.astype(np.float32) if values.dtype.kind == "f" else values
-    return torch.from_numpy(values).to(rows.device, non_blocking=True)
+    return to_device(values.astype(np.float32) if values.dtype.kind == "f" else values, rows.device)
+
+
+def constants(pixels: Tensor, *values: float) -> Tensor:
+    """float32 [n] made on the device of `pixels`, without an upload."""
+    return torch.stack([torch.full((), float(value), device=pixels.device) for value in values])
 
 
 def blend(other: Tensor, pixels: Tensor, factor: Tensor) -> Tensor:
@@ -70,8 +76,7 @@ def blend(other: Tensor, pixels: Tensor, factor: Tensor) -> Tensor:
 
 def gray(pixels: Tensor) -> Tensor:
     """Luma (ITU-R 601) in whole levels, float32 [..., 1]."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=pixels.device)
-    return (pixels.float() @ weights).add_(0.5).floor_().unsqueeze(-1)
+    return (pixels.float() @ constants(pixels, 0.299, 0.587, 0.114)).add_(0.5).floor_().unsqueeze(-1)
 
 
 def brightness(pixels: Tensor, factor: Tensor) -> Tensor:
@@ -135,7 +140,7 @@ def affine(pixels: Tensor, matrices: Tensor) -> Tensor:
     y = torch.arange(height, device=pixels.device) + 0.5
     points = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
     points = torch.einsum("hwk,gck->ghwc", F.pad(points, (0, 1), value=1.0), matrices)
-    grid = 2 * points / torch.tensor([width, height], device=pixels.device) - 1
+    grid = 2 * points / constants(pixels, width, height) - 1
     planes = pixels.permute(0, 1, 4, 2, 3).reshape(group, frames * 3, height, width).float() - 128
     moved = F.grid_sample(planes, grid, align_corners=False).add_(128.5).clamp_(0, 255).to(torch.uint8)
     return moved.unflatten(1, (frames, 3)).permute(0, 1, 3, 4, 2)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -14,6 +15,14 @@ NO_PLACE = {  # errors of the place written to, and what to do about them
     errno.ENOENT: "check the path, and that its folder exists",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
+MEMORY = re.compile(  # what torch, CUDA, DALI, nvJPEG and nvImageCodec call an allocation that failed
+    r"out of memory|can't allocate|failed to allocate|allocation failed|bad_alloc|ALLOCATOR_FAILURE|"
+    r"cudaErrorMemoryAllocation|nvImageCodec failure: '#5'",
+    re.IGNORECASE,
+)
+DEVICE = re.compile(  # what CUDA, DALI and nvJPEG say when the driver or the GPU failed
+    r"CUDA (runtime|driver) API error|CUDA error|cudaError[A-Z]|driver version|nvJPEG error", re.IGNORECASE
+)
 INTERRUPTED = "interrupted; run the same command again to go on"
 
 
@@ -24,6 +33,29 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """An error's text without what libraries append to it."""
     return str(error).partition("\n")[0]
+
+
+def cause(error: BaseException) -> str:
+    """What an error says, in one line, without what DALI puts around it."""
+    text = str(error).rpartition("encountered:")[2]
+    for appended in ("Stacktrace (", "Current pipeline object"):
+        text = text.partition(appended)[0]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def in_loader(error: BaseException) -> bool:
+    """Whether DALI raised it."""
+    return "Critical error in pipeline" in str(error) or "nvidia.dali" in str(error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the device or the host, did not hold something."""
+    return isinstance(error, MemoryError) or MEMORY.search(cause(error)) is not None
+
+
+def of_machine(error: BaseException) -> bool:
+    """Whether memory, the driver or the GPU failed, as no picture can cause it."""
+    return out_of_memory(error) or DEVICE.search(cause(error)) is not None
 
 
 def catch_ctrl_c_during_imports() -> None:

@@ -3,12 +3,13 @@
 Most fail their checksum when read and never get further. One that is as packed and yet does not decode kills
 a DALI pipeline for good: the loader then decodes the batches under way frame by frame, replaces what fails by
 other samples and goes on with a new pipeline. Whether a row is replaced, and by which sample, depends on its
-own bytes, window and epoch alone: not on rank, order or earlier failures.
+own bytes, window and epoch alone: not on rank, order or earlier failures. The CPU decides what is damaged: a
+picture that only the GPU's decoder fails on is the decoder's error, and stops the run.
 """
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from pipelines import graph, sampler
 from pipelines.catalogue import Catalogue
-from pipelines.errors import UserError
+from pipelines.errors import UserError, cause, of_machine
 from pipelines.plans import Ints, Plan, feed_of
 
 # New rows for sample ids [n] in epochs [n]: a plan of n * unit rows.
@@ -28,7 +29,7 @@ class Faults:
     """What one process knows of samples that fail; it grows while a run goes on."""
 
     catalogue: Catalogue
-    device: torch.device
+    settings: graph.Settings  # of the graph that the samples go through
     seed: int
     copies: int  # rows that share their decoded frames
     unit: int  # rows that are replaced together: a sample's views, or its copies
@@ -68,24 +69,51 @@ class Faults:
     def examine(self, plans: list[Plan], error: RuntimeError) -> None:
         """After a pipeline died with `error`: find the samples at fault and name each once.
 
-        Raises UserError with the list when there are too many, and `error` when none is at fault.
+        Raises UserError with the list when there are too many, or when a GPU's decoder fails on what the CPU
+        decodes, and `error` when memory, the driver or the GPU failed or nothing explains it.
         """
+        if of_machine(error):
+            raise error
         known = len(self.suspects)
         for plan in plans:
             self.note(plan, failing(self, plan), "does not decode")
-        if len(self.suspects) == known:
+        if len(self.suspects) > known:
+            return
+        if self.settings.device.type != "cuda":
             raise error
+        raise UserError(
+            f"the GPU's decoder failed on {self.culprit(plans)}, which the CPU decodes: "
+            f"{cause(error)}; set speed.decode to whole and speed.hw_decoder_load to 0, or use the CPU "
+            "(DEVICE=cpu, --speed.device cpu)"
+        ) from error
+
+    def culprit(self, plans: list[Plan]) -> str:
+        """The first frame on which the device's decoder fails, in words; else the batch's first frame."""
+        for plan in plans:
+            feed = feed_of(self.catalogue, plan, self.copies)
+            try:
+                place = first_failing(feed, 0, self.settings)
+            except RuntimeError:  # the device is beyond use
+                break
+            if place < len(feed.jpegs):
+                return self.words_of(plan, place)[1]
+        return f"a batch with {self.words_of(plans[0], 0)[1]}" if plans else "an unknown batch"
+
+    def words_of(self, plan: Plan, place: int) -> tuple[int, str]:
+        """The sample of frame `place` of `feed_of(plan)`, and where that frame is: tar, member, byte."""
+        catalogue, per_group = self.catalogue, plan.frames.shape[1]
+        row = place // per_group * self.copies
+        sample, frame = int(plan.ids[row]), int(plan.frames[row, place % per_group])
+        tar = catalogue.tar_path(int(catalogue.shard[sample]))
+        offset = int(catalogue.offset[catalogue.first_frame[sample] + frame])
+        return sample, f"{tar}: {catalogue.member_name(sample, frame)} at byte {offset}"
 
     def note(self, plan: Plan, frames: Sequence[int], reason: str) -> None:
         """Name samples by failing frames of `feed_of(plan)`, each once; UserError when there are too many."""
-        catalogue, per_group = self.catalogue, plan.frames.shape[1]
         for place in frames:
-            row = place // per_group * self.copies
-            sample, frame = int(plan.ids[row]), int(plan.frames[row, place % per_group])
+            sample, where = self.words_of(plan, place)
             if sample not in self.suspects:
-                tar = catalogue.tar_path(int(catalogue.shard[sample]))
-                offset = int(catalogue.offset[catalogue.first_frame[sample] + frame])
-                said = f"{tar}: {catalogue.member_name(sample, frame)} at byte {offset} {reason}"
+                said = f"{where} {reason}"
                 self.suspects[sample] = said
                 say_once(f"{said}; another sample takes its place")
         if frames and len(self.suspects) > self.limit:
@@ -120,20 +148,25 @@ def empty(feed: graph.Feed) -> list[int]:
 
 
 def failing(faults: Faults, plan: Plan) -> list[int]:
-    """Indices of the damaged frames of `feed_of(plan)`: by their checksums, or else each tried alone."""
+    """Indices of the damaged frames of `feed_of(plan)`: by their checksums, or else each tried on the CPU."""
     feed = feed_of(faults.catalogue, plan, faults.copies)
     bad = empty(feed)
+    # Decoded like the graph's, whole or windows, but on the CPU.
+    on_cpu = replace(faults.settings, device=torch.device("cpu"), resize_on_cpu=faults.settings.resizes)
     start = len(feed.jpegs) if bad else 0
     while start < len(feed.jpegs):
-        start = first_failing(feed, start, faults.device)
+        start = first_failing(feed, start, on_cpu)
         if start < len(feed.jpegs):
             bad.append(start)
         start += 1
     return bad
 
 
-def first_failing(feed: graph.Feed, start: int, device: torch.device) -> int:
-    """Index of the first frame from `start` on that does not decode, or the number of frames."""
+def first_failing(feed: graph.Feed, start: int, settings: graph.Settings) -> int:
+    """Index of the first frame from `start` on that does not decode alone, or the number of frames.
+
+    Raises RuntimeError for what no picture can cause.
+    """
 
     def source(iteration: int) -> graph.Feed:
         index = start + iteration
@@ -143,11 +176,13 @@ def first_failing(feed: graph.Feed, start: int, device: torch.device) -> int:
         whole = np.concatenate([np.zeros_like(box[:, :2]), box[:, 2:]], axis=1)[:, None]
         return graph.Feed(feed.jpegs[index : index + 1], box, whole, np.zeros((1, 1), bool))
 
-    settings = graph.Settings(1, 1, 1, 8, "linear", device, threads=1, prefetch=1)
-    pipeline = graph.build_pipeline(source, settings)
+    alone = replace(settings, samples=1, clip=1, copies=1, size=8, threads=1, prefetch=1)
+    pipeline = graph.build_pipeline(source, alone)
     for index in range(start, len(feed.jpegs)):
         try:
             pipeline.run()
-        except RuntimeError:
+        except RuntimeError as error:
+            if of_machine(error):
+                raise
             return index
     return len(feed.jpegs)

@@ -4,8 +4,9 @@ A clip goes through flat, as its frames: the batch of a graph is samples x frame
 window and flip from outside, and the frames of a clip are fed the same ones, so that no operator needs to
 know of clips and nothing random happens inside.
 
-On a GPU the graph decodes and resamples. On a CPU it decodes, and torch resamples (`resample.py`), because
-DALI's CPU resize is five times slower than torch's and would be the bottleneck.
+On a GPU the graph decodes whole pictures, cuts and resamples. On a CPU it decodes the windows alone, which
+costs less and gives the same pixels, and torch resamples (`resample.py`), because DALI's CPU resize is five
+times slower than torch's and would be the bottleneck.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,10 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
+from pipelines.machine import load_own_nvjpeg
 from pipelines.resample import Resample, start_resample
+
+load_own_nvjpeg()  # here, because torchvision is imported later
 
 # name -> (filter, antialias); "triangular" is what torchvision and Pillow call bilinear.
 FILTERS = {
@@ -26,19 +30,22 @@ FILTERS = {
 }
 
 
+PADDING = 2 << 20  # bytes of each decoder buffer: holds a picture of 0.7 megapixels, larger ones make it grow
+
+
 @dataclass(frozen=True)
 class Feed:
     """What the graph is fed for n frames, each to come out `copies` times."""
 
     jpegs: list[np.ndarray]  # n x uint8 [bytes]
-    boxes: np.ndarray  # [n, 4] int32: x, y, width, height of what is decoded, in pixels
+    boxes: np.ndarray  # [n, 4] int32: x, y, width, height of what the copies need, in pixels
     windows: np.ndarray  # [n, copies, 4] int32: x, y, width, height of each copy within its box
     flips: np.ndarray  # [n, copies] bool: mirror left to right
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a graph is built; `hw_decoder_load` and what follows change its speed, not its output."""
+    """How a graph is built; `prefetch` and what follows change its speed, not its output."""
 
     samples: int
     clip: int  # frames per sample
@@ -50,6 +57,7 @@ class Settings:
     prefetch: int = 2
     hw_decoder_load: float = 0.65  # share of the JPEGs for the GPU's decoding engines
     resize_on_cpu: bool = False  # resample inside the graph without a GPU too: for tests and comparisons
+    decode: str = "whole"  # where the graph resamples: "whole" pictures, or only each "window"
 
     @property
     def frames(self) -> int:
@@ -60,38 +68,48 @@ class Settings:
         """Whether the graph itself resamples."""
         return self.device.type == "cuda" or self.resize_on_cpu
 
+    @property
+    def decodes_whole(self) -> bool:
+        """Whether the graph decodes whole pictures, and then cuts the windows."""
+        return self.resizes and self.decode == "whole"
+
 
 def build_pipeline(source: Callable[[int], Feed], settings: Settings) -> Pipeline:
     """A pipeline whose i-th run works on `source(i)`, until that raises StopIteration.
 
     It gives uint8 frames: per copy [frames, size, size, 3], or where torch resamples the decoded boxes.
     """
-    copies = settings.copies if settings.resizes else 0
-    # Inputs per copy: a size, of which a negative width mirrors, and a window unless it takes its whole box.
-    step = 3 if copies > 1 else 1
+    copies, whole = settings.copies if settings.resizes else 0, settings.decodes_whole
+    # Inputs per copy: a size, of which a negative width mirrors, and a window unless it takes all decoded.
+    step = 3 if copies > 1 or whole else 1
 
     def feed(info: types.BatchInfo) -> tuple[list[np.ndarray] | np.ndarray, ...]:
         parts = source(info.iteration)
-        inputs = [parts.jpegs, *corners(parts.boxes)]
+        inputs = [parts.jpegs, *(() if whole else corners(parts.boxes))]
         for copy in range(copies):
-            sizes = np.full((settings.frames, 2), settings.size, np.float32)
+            window, sizes = parts.windows[:, copy], np.full((settings.frames, 2), settings.size, np.float32)
             sizes[parts.flips[:, copy], 1] *= -1
-            inputs += [*(corners(parts.windows[:, copy]) if copies > 1 else ()), sizes]
+            window = window + parts.boxes * (1, 1, 0, 0) if whole else window
+            inputs += [*(corners(window.astype(np.int32)) if step == 3 else ()), sizes]
         return tuple(inputs)
 
-    gpu = settings.device.type == "cuda"
-    # Fancy upsampling makes the GPU's chroma equal the CPU's.
-    decoding = {"jpeg_fancy_upsampling": True, "hw_decoder_load": settings.hw_decoder_load}
     kind, antialias = FILTERS[settings.interpolation]
     pipeline = Pipeline(
         settings.frames, settings.threads, gpu_index(settings.device), prefetch_queue_depth=settings.prefetch
     )
     with pipeline:
-        jpegs, anchors, shapes, *rest = fn.external_source(
-            source=feed, num_outputs=3 + step * copies, batch=True, batch_info=True
+        count = 1 if whole else 3
+        fed = fn.external_source(source=feed, num_outputs=count + step * copies, batch=True, batch_info=True)
+        rest = fed[count:]
+        # The paddings are of every thread; fancy upsampling makes the GPU's chroma equal the CPU's.
+        pixels = (fn.decoders.image if whole else fn.decoders.image_slice)(
+            *fed[:count],
+            device="mixed" if settings.device.type == "cuda" else "cpu",
+            jpeg_fancy_upsampling=True,
+            hw_decoder_load=settings.hw_decoder_load,
+            device_memory_padding=PADDING,
+            host_memory_padding=PADDING,
         )
-        place = "mixed" if gpu else "cpu"
-        pixels = fn.decoders.image_slice(jpegs, anchors, shapes, device=place, **decoding)
         outputs: list[object] = [] if copies else [pixels]
         for first in range(0, len(rest), step):
             *window, size = rest[first : first + step]

@@ -1,11 +1,18 @@
 """Pixels as the data path delivers them -> what a model takes."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 # Per channel, of values in [0, 1]: ImageNet's, and the ones video models have used since SlowFast.
 IMAGE_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 VIDEO_STATS = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
+
+
+def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """Copy small host data to the device without waiting for it: from pinned memory on CUDA."""
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Normalised(nn.Module):

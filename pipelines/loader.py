@@ -15,12 +15,13 @@ from pipelines.augment import Augment, augment
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError
 from pipelines.faults import Faults
-from pipelines.machine import usable_cores
+from pipelines.machine import libraries, outside, usable_cores
 from pipelines.plans import Bools, Ints, Plan, ViewSpec, clip_notes
 
 __all__ = ["Augment", "Batch", "ViewSpec", "clip_notes", "eval_batches", "sizing", "train_batches"]
 
 READ_AHEAD = 4  # batches before its own that a file is asked for
+MOST_THREADS = 12  # for a GPU, unless more are asked for; it decodes the greater part itself
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Batch:
     positions: Ints  # [b] -1 in evaluation; else consecutive: step * global batch + row of the global batch
     valid: Bools  # [b] False in evaluation: padding of a last batch, or a damaged sample
     bad: int = 0  # rows in which another sample stands in for a damaged one
+    decoded: torch.cuda.Event | None = None  # on CUDA: when the pixels were there, not yet augmented
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def train_batches(
     window: int = 4096,
     max_bad: float = 0.001,
     hw_decoder_load: float = 0.65,
+    decode: str = "whole",
 ) -> Iterator[Batch]:
     """Endless micro batches of this rank, `accumulate` of them per step, from `start_step` on.
 
@@ -93,15 +96,18 @@ def train_batches(
         epochs = (epochs[:, None] + np.arange(view.copies)).ravel()
         return plans.train_plan(catalogue, view, seed, np.repeat(ids, view.copies), epochs)
 
-    limit = damage_limit(catalogue, max_bad)
-    faults = Faults(catalogue, device, seed, view.copies, unit=view.copies, limit=limit, replan=replan)
     count = global_batch // (world * accumulate)
     settings = settings_of(view, count, view.copies, device, threads)
-    settings = replace(settings, hw_decoder_load=hw_decoder_load)
-    return (
-        batch_of(faults, rows, positions(i), augment(pixels, view.augment, seed, rows.epochs, rows.ids))
-        for i, (rows, pixels) in enumerate(run_plans(faults, plan, settings))
-    )
+    settings = replace(settings, hw_decoder_load=hw_decoder_load, decode=decode)
+    limit = damage_limit(catalogue, max_bad)
+    faults = Faults(catalogue, settings, seed, view.copies, unit=view.copies, limit=limit, replan=replan)
+
+    def batch(iteration: int, rows: Plan, pixels: torch.Tensor) -> Batch:
+        decoded = mark(device)  # before the augmentation, which is computing and not waiting
+        augment(pixels, view.augment, seed, rows.epochs, rows.ids)
+        return replace(batch_of(faults, rows, positions(iteration), pixels), decoded=decoded)
+
+    return (batch(i, rows, pixels) for i, (rows, pixels) in enumerate(run_plans(faults, plan, settings)))
 
 
 def eval_batches(
@@ -117,6 +123,7 @@ def eval_batches(
     spatial: int = 1,
     max_bad: float = 0.001,
     hw_decoder_load: float = 0.65,
+    decode: str = "whole",
 ) -> Iterator[Batch]:
     """Every sample once over all ranks, in `temporal` x `spatial` views; `batch` counts samples.
 
@@ -140,10 +147,10 @@ def eval_batches(
         return plans.eval_plan(catalogue, view, ids, np.zeros(len(ids), bool), temporal, spatial)
 
     views = temporal * spatial
-    limit = damage_limit(catalogue, max_bad)
-    faults = Faults(catalogue, device, 0, copies=spatial, unit=views, limit=limit, replan=replan)
     settings = settings_of(view, batch * views, spatial, device, threads)
-    settings = replace(settings, hw_decoder_load=hw_decoder_load)
+    settings = replace(settings, hw_decoder_load=hw_decoder_load, decode=decode)
+    limit = damage_limit(catalogue, max_bad)
+    faults = Faults(catalogue, settings, 0, copies=spatial, unit=views, limit=limit, replan=replan)
     none = np.full(batch * views, -1)
     return (
         batch_of(faults, row_plan, none, pixels) for row_plan, pixels in run_plans(faults, plan, settings)
@@ -222,6 +229,15 @@ def batch_of(faults: Faults, plan: Plan, positions: Ints, pixels: torch.Tensor) 
     return Batch(pixels, labels, plan.ids, plan.epochs, positions, plan.valid, int(plan.replaced.sum()))
 
 
+def mark(device: torch.device | None) -> torch.cuda.Event | None:
+    """An event of now on the device's stream, None without CUDA; two of them give the time between."""
+    if device is None or device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 def make_order(catalogue: Catalogue, name: str, window: int, seed: int) -> sampler.Order:
     """The order of training samples that `name` stands for. Raises UserError for an unknown one."""
     if name == "local":
@@ -243,7 +259,27 @@ def sizing(device: torch.device, threads: int = 0) -> Sizing:
     share = max(1, cores // processes)
     if device.type == "cuda" and share > 2:
         share -= 1  # for the thread that feeds the GPU
+    why = f"{cores} cores, {processes} processes"
+    if device.type == "cuda" and share > MOST_THREADS:
+        share, why = MOST_THREADS, f"{why}, at most {MOST_THREADS} for a GPU: each one takes GPU memory"
     chosen, ahead = threads or share, 2 if device.type == "cuda" else 4
-    why = "as asked" if threads else f"{cores} cores, {processes} processes"
+    why = "as asked" if threads else why
     reason = f"{chosen} decoding threads ({why}), {ahead} batches made and {READ_AHEAD} more read ahead"
     return Sizing(chosen, ahead, reason)
+
+
+def words(device: torch.device, threads: int = 0) -> list[str]:
+    """What this process's loader works with, in lines to print; for a GPU also the library that decodes.
+
+    An older nvJPEG in LD_LIBRARY_PATH comes before the environment's, and then the CPU may decode instead.
+    """
+    line = f"loader: {sizing(device, threads).reason}"
+    if device.type != "cuda":
+        return [line]
+    smallest = graph.Settings(1, 1, 1, 8, "linear", torch.device("cpu"), threads=1)
+    graph.build_pipeline(lambda _: next(iter(())), smallest)  # one with any decoder loads the library
+    found = libraries("libnvjpeg.so")
+    if not found:
+        return [line, "nvJPEG is not loaded: the CPU decodes every picture; install the environment again"]
+    fix = "is not the environment's nvJPEG; take its folder out of LD_LIBRARY_PATH"
+    return [f"{line}, decoded by {', '.join(map(str, found))}", *(f"{p} {fix}" for p in outside(found))]

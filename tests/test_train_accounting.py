@@ -186,10 +186,10 @@ def test_a_masked_autoencoder_s_loss_ignores_rows_that_pad_and_keeps_nan(images:
 
 
 def test_evaluation_reads_as_training_does(images: Path, tmp_path: Path, monkeypatch):
-    """data.max_bad, speed.threads and speed.hw_decoder_load reach both loaders."""
+    """data.max_bad, speed.threads, speed.hw_decoder_load and speed.decode reach both loaders."""
     config = small("image-ft-pico", images, tmp_path, "run")
     config = replace(config, data=replace(config.data, max_bad=0.25))
-    config = replace(config, speed=replace(config.speed, hw_decoder_load=0.3, threads=3))
+    config = replace(config, speed=replace(config.speed, hw_decoder_load=0.3, threads=3, decode="window"))
     catalogue = open_catalogue(images, "val")
     calls: list[dict] = []
     monkeypatch.setattr(evaluate, "eval_batches", lambda *_, **named: calls.append(named))
@@ -198,6 +198,7 @@ def test_evaluation_reads_as_training_does(images: Path, tmp_path: Path, monkeyp
     setup.training_batches(config, ALONE, catalogue, 1, 0)
     for named in calls:
         assert (named["max_bad"], named["hw_decoder_load"], named["threads"]) == (0.25, 0.3, 3)
+        assert named["decode"] == "window"
 
 
 def damage(catalogue, samples: tuple[int, ...]) -> None:
@@ -341,6 +342,7 @@ def test_the_variables_of_a_launcher_that_sets_them_all_are_taken(monkeypatch):
         ("run", {"name": "x" * 300}, r"run\.name .* 300 bytes.*at most 255"),
         ("run", {"name": "ü" * 128}, r"run\.name .* 256 bytes.*at most 255"),
         ("speed", {"hw_decoder_load": 1.5}, r"speed\.hw_decoder_load is 1\.5"),
+        ("speed", {"decode": "roi"}, r"speed\.decode is 'roi'; it can be whole, window"),
         ("speed", {"threads": -1}, r"speed\.threads is -1"),
         ("speed", {"eval_batch": -1}, r"speed\.eval_batch is -1"),
         ("optim", {"clip_norm": -1.0}, r"optim\.clip_norm is -1"),

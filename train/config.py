@@ -160,6 +160,8 @@ class SpeedConfig:
     """DALI threads per process; 0 = chosen from the machine."""
     hw_decoder_load: float = 0.65
     """Share of the JPEGs that the GPU's decoding engines take, where it has them."""
+    decode: str = "whole"
+    """What a GPU decodes: whole pictures, or each window alone (window); the CPU always decodes windows."""
 
 
 @dataclass(frozen=True)

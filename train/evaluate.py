@@ -43,6 +43,7 @@ def batches_of(
         spatial=views[1],
         max_bad=config.data.max_bad,
         hw_decoder_load=config.speed.hw_decoder_load,
+        decode=config.speed.decode,
     )
 
 

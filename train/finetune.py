@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError, run_cli
+from pipelines.inputs import to_device
 from pipelines.loader import Batch
 from pipelines.sampler import row_keys
 from train import loop, rundir, setup
@@ -35,7 +36,7 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
     mixing = make_mixing(config, classes)
 
     def loss(wrapped: nn.Module, batch: Batch) -> torch.Tensor:
-        keys = loop.to_device(row_keys(config.run.seed, batch.epochs, batch.ids), world.device)
+        keys = to_device(row_keys(config.run.seed, batch.epochs, batch.ids), world.device)
         return mixed_loss(wrapped, batch, keys, mixing, config.smoothing)
 
     return loop.Task(
@@ -54,7 +55,7 @@ def mixed_loss(
 
     keys: int64 [b] on the device, from which the model draws drop path and dropout.
     """
-    pixels, labels = batch.pixels, loop.to_device(batch.labels, keys.device)
+    pixels, labels = batch.pixels, to_device(batch.labels, keys.device)
     if mixing is not None:
         pixels, labels = mix(mixing, pixels, labels, batch.positions)
         smoothing = 0.0  # the soft labels have it already

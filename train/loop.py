@@ -4,18 +4,16 @@ import contextlib
 import dataclasses
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines import loader
 from pipelines.catalogue import Catalogue, open_catalogue
-from pipelines.errors import UserError
+from pipelines.errors import UserError, cause, in_loader, out_of_memory
 from pipelines.inputs import Normalised
 from train import checkpoint, distributed, rundir, setup
 from train.config import Config
@@ -62,7 +60,7 @@ def main(config: Config, make_task: MakeTask) -> None:
     survive_closed_output()
     try:
         stopped = fit(config, make_task)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if sentence := explained(error, config):
             raise UserError(sentence) from error
         raise
@@ -72,13 +70,14 @@ def main(config: Config, make_task: MakeTask) -> None:
         sys.exit(128 + stopped)
 
 
-def explained(error: RuntimeError, config: Config) -> str:
+def explained(error: RuntimeError | MemoryError, config: Config) -> str:
     """What to do about an error that lies in the machine and not in the code; empty for any other."""
     speed = config.speed
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         return (
-            f"memory does not hold a step ({str(error).partition('.')[0]}); lower speed.micro_batch "
-            f"({speed.micro_batch}), which leaves the result as it is, or set model.checkpoint_stages"
+            f"memory does not hold a step ({cause(error).partition('. ')[0].rstrip('.')}); lower "
+            f"speed.micro_batch ({speed.micro_batch}), which leaves the result as it is, or set "
+            f"model.checkpoint_stages{', or lower speed.threads' if in_loader(error) else ''}"
         )
     if distributed.lost_another(error):
         return (
@@ -169,7 +168,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     operations = setup.step_operations(model, config)
     stop = distributed.StopSignal(world, config.speed.timeout)
     batches = setup.training_batches(config, world, catalogue, accumulate, state.step)
-    clock = Clock(state.elapsed)
+    clock = Clock(state.elapsed, world.device)
     recorder = Recorder(config, world, task.loss_column, metrics, screen, steps)
     recorder.saved = state.step
     signal_number = 0
@@ -266,19 +265,10 @@ def fit(config: Config, make_task: MakeTask) -> int:
     return 0
 
 
-def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy small host data to the device without waiting for it."""
-    tensor = torch.as_tensor(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 def _timed(batches: Iterator[loader.Batch], count: int, clock: Clock) -> Iterator[loader.Batch]:
     """The next `count` micro batches, noting how long each was waited for."""
     for _ in range(count):
-        begin = time.perf_counter()
-        batch = next(batches)
-        clock.waited += time.perf_counter() - begin
-        yield batch
+        yield clock.wait(batches)
     clock.steps += 1
 
 

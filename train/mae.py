@@ -10,6 +10,7 @@ from torch import nn
 
 from pipelines.catalogue import Catalogue
 from pipelines.errors import run_cli
+from pipelines.inputs import to_device
 from pipelines.loader import Batch
 from pipelines.sampler import keep_units, row_keys
 from train import loop, pictures, rundir, setup
@@ -30,8 +31,8 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
 
     def loss(wrapped: nn.Module, batch: Batch) -> torch.Tensor:
         # Which units a sample keeps depends on (seed, epoch, sample) alone, so any process may draw it.
-        keep = loop.to_device(keep_units(seed, batch.epochs, batch.ids, units, kept), world.device)
-        keys = loop.to_device(row_keys(seed, batch.epochs, batch.ids), world.device)
+        keep = to_device(keep_units(seed, batch.epochs, batch.ids, units, kept), world.device)
+        keys = to_device(row_keys(seed, batch.epochs, batch.ids), world.device)
         return wrapped(batch.pixels, keep=keep, row_keys=keys).loss
 
     return loop.Task(

@@ -3,10 +3,13 @@
 import csv
 import resource
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from pipelines.loader import Batch, mark
 from train.distributed import World, gather
 
 LOSS, NORM, BAD, GOOD, SKIPPED, IN_A_ROW = range(6)
@@ -76,22 +79,49 @@ class Meters:
 
 
 class Clock:
-    """Elapsed training time over all resumes, and the time and data wait of the current interval."""
+    """Elapsed training time over all resumes, and the time and data wait of the current interval.
 
-    def __init__(self, elapsed: float) -> None:
+    On a CPU the data wait is the time until the loader has given a batch. On CUDA the host runs ahead of the
+    device, and its waiting costs nothing while the device has work. There the data wait is how long the
+    device had nothing left to do until the batch was decoded: the time between two events on its stream.
+    A wait counts once the device has been through it, which may be a few steps later.
+    """
+
+    def __init__(self, elapsed: float, device: torch.device | None = None) -> None:
         self._begin = time.perf_counter() - elapsed
+        self._device = device
+        self._coming: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet counted
         self.waited = 0.0  # seconds waited for the loader since this process began
         self.skip()
+
+    def wait(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; the time that it took counts as data wait, on CUDA once the device got there."""
+        begin, asked = time.perf_counter(), mark(self._device)
+        batch = next(batches)
+        if asked is None or batch.decoded is None:
+            self.waited += time.perf_counter() - begin
+        else:
+            self._coming.append((asked, batch.decoded))
+        self._count()
+        return batch
+
+    def _count(self) -> None:
+        """Add the waits that the device has been through; this waits for none."""
+        while self._coming and self._coming[0][1].query():
+            asked, decoded = self._coming.popleft()
+            self.waited += asked.elapsed_time(decoded) / 1e3
 
     def elapsed(self) -> float:
         return time.perf_counter() - self._begin
 
     def skip(self) -> None:
         """Leave the time since the last mark or row (evaluation, saving) out of the step time."""
+        self._count()
         self._mark, self._waited_before, self.steps = time.perf_counter(), self.waited, 0
 
     def row(self, step: int, batch: int, world: World, operations: float) -> dict:
         """Timing columns of the steps since the last row; `operations` is what one of them computes."""
+        self._count()
         now, steps = time.perf_counter(), max(self.steps, 1)
         per_step = (now - self._mark) / steps
         row = {

@@ -42,6 +42,7 @@ LIMITS = (  # least, most, and the settings that keep to them
 WORDS = {
     "speed.precision": ("auto", "bf16", "fp32", "tf32"),
     "speed.compile": ("auto", "yes", "no"),
+    "speed.decode": ("whole", "window"),
     "optim.name": ("adamw", "sgd"),
     "data.order": ("random", "local"),
     "data.sampling": ("stride", "segments"),
@@ -94,7 +95,7 @@ def check_ranges(config: Config) -> None:
 
 def shared_settings(config: Config) -> dict[str, object]:
     """The settings that must be equal in all processes: all but those of a machine."""
-    own = ("run.root", "data.path", "speed.device", "speed.threads", "speed.hw_decoder_load")
+    own = ("run.root", "data.path", "speed.device", "speed.threads", "speed.hw_decoder_load", "speed.decode")
     return {key: value for key, value in flatten(to_dict(config)).items() if key not in own}
 
 
@@ -133,7 +134,7 @@ def plan_words(
     lines = [
         f"data {config.data.path}: {len(catalogue)} training and {len(validation) if validation else 0} "
         f"validation {catalogue.info.kind}s, {len(catalogue.info.classes)} classes",
-        f"loader: {loader.sizing(world.device, config.speed.threads).reason}",
+        *loader.words(world.device, config.speed.threads),
         f"global batch {optim.batch} = {world.size} processes x {micro} micro x {accumulate} accumulated"
         f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
         f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {length}",
@@ -168,6 +169,7 @@ def training_batches(
         window=config.data.window,
         max_bad=config.data.max_bad,
         hw_decoder_load=config.speed.hw_decoder_load,
+        decode=config.speed.decode,
     )
 
 

@@ -1,0 +1,355 @@
+"""What a GPU's data path does, as far as it can be shown without one: graphs, waits, errors, threads."""
+
+import io
+import itertools
+import re
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali.pipeline import Pipeline
+from PIL import Image
+from pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, picture, write_dataset
+
+from pipelines import augment, errors, graph, loader, machine, sampler
+from pipelines.catalogue import Catalogue, open_catalogue
+from pipelines.errors import UserError
+from pipelines.loader import ViewSpec, train_batches
+from pipelines.plans import feed_of, train_plan
+from train import loop
+from train.meters import Clock
+from train.presets import MAE_PRESETS
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+BROKEN = "nvImageCodec failure: '#8'"
+DALI_ERROR = (
+    "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`,\n"
+    "which was used in the pipeline definition with the following traceback:\n\n"
+    '  File "graph.py", line 94, in build_pipeline\n\n'
+    "encountered:\n\n{}\nStacktrace (2 entries):\n[frame 0]: libdali.so\n"
+    "Current pipeline object is no longer valid."
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Catalogue:
+    return open_catalogue(image_dataset(tmp_path_factory.mktemp("data") / "images"), "train")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Catalogue:
+    root = clip_dataset(tmp_path_factory.mktemp("data") / "clips", [5, 9, 20, 12, 40, 8])
+    return open_catalogue(root, "train")
+
+
+# ---- the graph
+
+
+def pixels_of(catalogue: Catalogue, view: ViewSpec, settings: graph.Settings) -> torch.Tensor:
+    """A batch of this view through the graph of these settings."""
+    repeats = view.copies
+    _, ids = sampler.sample_at(np.arange(settings.samples), len(catalogue), seed=0)
+    plan = train_plan(catalogue, view, 0, np.repeat(ids, repeats), np.arange(settings.samples * repeats))
+    feed = feed_of(catalogue, plan, repeats)
+    resampling = graph.start_resampling(settings)
+    return graph.run(graph.build_pipeline(lambda _: feed, settings), settings, [(plan, feed)], resampling)
+
+
+@pytest.mark.parametrize("kind", ["triangular", "linear", "cubic"])
+@pytest.mark.parametrize(("repeats", "clip"), [(1, 1), (3, 1), (1, 4), (2, 4)])
+def test_windows_cut_from_whole_pictures_are_those_decoded_alone(images, clips, kind, repeats, clip):
+    view = ViewSpec(40, frames=clip, repeats=repeats, same_clip=True, scale=(0.1, 1.0), interpolation=kind)
+    settings = graph.Settings(6, clip, repeats, 40, kind, CPU, threads=2, resize_on_cpu=True)
+    catalogue = images if clip == 1 else clips
+    whole, window = (
+        pixels_of(catalogue, view, replace(settings, decode=decode)) for decode in ("whole", "window")
+    )
+    assert whole.shape == (6 * repeats, clip, 40, 40, 3) and torch.equal(whole, window)
+
+
+def test_turned_and_gray_pictures_are_cut_alike(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn to the right
+    pictures = []
+    for number in range(4):
+        buffer = io.BytesIO()
+        shown = Image.fromarray(picture(64, 64, number)).convert("L" if number % 2 else "RGB")
+        shown.save(buffer, "JPEG", exif=turned)
+        pictures.append([buffer.getvalue()])
+    catalogue = open_catalogue(write_dataset(tmp_path / "d", pictures, "image"), "train")
+    settings = graph.Settings(4, 1, 1, 24, "cubic", CPU, threads=1, resize_on_cpu=True)
+    view = ViewSpec(24, interpolation="cubic")
+    parts = [pixels_of(catalogue, view, replace(settings, decode=decode)) for decode in ("whole", "window")]
+    assert torch.equal(*parts)
+
+
+def defined(monkeypatch, settings: graph.Settings) -> str:
+    """The graph of these settings as DALI serialises it; neither a driver nor a GPU is asked."""
+    made: list[Pipeline] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "build", lambda pipeline: made.append(pipeline))
+        patch.setattr(graph, "gpu_index", lambda device: None)
+        graph.build_pipeline(lambda _: next(iter(())), settings)
+    return made[0].serialize().decode("latin-1")
+
+
+@pytest.mark.parametrize("kind", ["triangular", "linear", "cubic"])
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_a_gpu_decodes_whole_pictures_unless_windows_are_asked_for(monkeypatch, kind, copies):
+    settings = graph.Settings(4, 2, copies, 224, kind, GPU, threads=2)
+    whole, window = (defined(monkeypatch, replace(settings, decode=decode)) for decode in ("whole", "window"))
+    assert "decoders__ImageSlice" not in whole and "decoders__ImageSlice" in window
+    assert all("mixed" in text and "device_memory_padding" in text for text in (whole, window))
+    assert graph.Settings(1, 1, 1, 8, kind, GPU, 1).decodes_whole
+    assert not graph.Settings(1, 1, 1, 8, kind, CPU, 1).decodes_whole
+
+
+# ---- waits
+
+
+@pytest.mark.parametrize("name", augment.OPERATIONS)
+def test_no_operation_makes_a_constant_on_the_host(name, monkeypatch):
+    """Its upload would wait until the device has done all work before it."""
+    rows = torch.randint(0, 256, (2, 3, 16, 24, 3), dtype=torch.uint8)
+    values = torch.tensor([0.5, 1.0]).view(-1, 1, 1, 1, 1)
+
+    def refuse(*values: object, **_: object) -> torch.Tensor:
+        raise AssertionError(f"{name} makes {values} on the host")
+
+    for function in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, function, refuse)
+    augment.OPERATIONS[name][0](rows, values)
+
+
+class Stream:
+    """A device that works through what it was given, on a clock that the test advances."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.busy_until = 0.0
+
+    def event(self, **_: bool) -> "Event":
+        return Event(self)
+
+    def work(self, seconds: float) -> None:
+        self.busy_until = max(self.now, self.busy_until) + seconds
+
+
+class Event:
+    """An event on such a stream."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.due = stream, 0.0
+
+    def record(self, _: object) -> None:
+        self.due = max(self.stream.now, self.stream.busy_until)
+
+    def query(self) -> bool:
+        return self.stream.now >= self.due
+
+    def elapsed_time(self, other: "Event") -> float:
+        return 1e3 * (other.due - self.due)
+
+
+def test_the_data_wait_is_what_the_device_had_nothing_to_do(monkeypatch):
+    """The loader takes 100 ms a batch; the device is busy with the batch before for 70 ms of them."""
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr("train.meters.time.perf_counter", lambda: stream.now)
+    blank = loader.blank_batch(ViewSpec(8), 1, CPU)
+
+    def batches():
+        while True:
+            stream.now += 0.100
+            decoded = loader.mark(GPU)
+            stream.work(0.010)  # augmentation
+            yield replace(blank, decoded=decoded)
+
+    endless, clock = batches(), Clock(0.0, GPU)
+    for _ in range(20):
+        next(loop._timed(endless, 1, clock))
+        stream.work(0.060)
+    stream.now += 1
+    clock.skip()
+    assert clock.waited == pytest.approx(0.1 + 19 * 0.030)
+
+
+# ---- errors
+
+
+class OnCpu:
+    """A GPU's pipeline that runs on the CPU, and fails like a broken decoder where `fails` says so."""
+
+    def __init__(self, build: Callable, source: Callable, settings: graph.Settings, fails: Callable) -> None:
+        self.fed: deque[graph.Feed] = deque()
+        self.fails = fails
+
+        def noting(iteration: int) -> graph.Feed:
+            self.fed.append(source(iteration))
+            return self.fed[-1]
+
+        self.pipeline = build(noting, replace(settings, device=CPU, resize_on_cpu=True))
+
+    def run(self, _: object = None):
+        outputs = self.pipeline.run()
+        if any(map(self.fails, self.fed.popleft().jpegs)):
+            raise RuntimeError(DALI_ERROR.format(BROKEN))
+        return outputs
+
+
+def on_an_imitated_gpu(monkeypatch, fails: Callable[[np.ndarray], bool]) -> None:
+    """Run the graphs of a GPU on the CPU, with a decoder that fails on some JPEGs."""
+    build, run = graph.build_pipeline, graph.run
+
+    def built(source, settings):
+        gpu = settings.device.type == "cuda"
+        return OnCpu(build, source, settings, fails) if gpu else build(source, settings)
+
+    def ran(pipeline, settings, fed, resampling):
+        return run(pipeline, replace(settings, device=CPU, resize_on_cpu=True), fed, resampling)
+
+    monkeypatch.setattr(graph, "build_pipeline", built)
+    monkeypatch.setattr(graph, "run", ran)
+    monkeypatch.setattr(loader, "mark", lambda device: None)
+
+
+def train(catalogue: Catalogue, steps: int) -> list[loader.Batch]:
+    batches = train_batches(
+        catalogue, ViewSpec(32), seed=0, global_batch=10, rank=0, world=1, device=GPU, threads=1, max_bad=0.5
+    )
+    return list(itertools.islice(batches, steps))
+
+
+def test_a_decoder_that_always_fails_is_not_blamed_on_the_data(images, monkeypatch, capfd):
+    on_an_imitated_gpu(monkeypatch, lambda jpeg: True)
+    with pytest.raises(UserError) as raised:
+        train(images, 1)
+    said = str(raised.value)
+    assert re.search(
+        r"^the GPU's decoder failed on .*\.tar: .*\.jpg at byte \d+, which the CPU decodes", said
+    )
+    assert f": {BROKEN}; set speed.decode to whole" in said and "\n" not in said
+    assert "does not decode" not in capfd.readouterr().err
+
+
+def test_the_frame_that_a_decoder_fails_on_is_named(images, monkeypatch):
+    culprit = frame_bytes(images, 17, 0)
+    on_an_imitated_gpu(monkeypatch, lambda jpeg: np.array_equal(jpeg, culprit))
+    with pytest.raises(UserError, match=r"failed on .*000002\.tar: 00000017-x\.jpg at byte"):
+        train(images, 3)
+
+
+def test_what_the_cpu_cannot_decode_either_is_replaced(tmp_path, monkeypatch, capfd):
+    pictures = [[jpeg(picture(64, 48, seed))] for seed in range(20)]
+    pictures[3] = [pictures[3][0][:-300]]
+    on_an_imitated_gpu(monkeypatch, lambda jpeg: False)
+    batches = train(open_catalogue(write_dataset(tmp_path / "d", pictures, "image"), "train"), 2)
+    assert sum(batch.bad for batch in batches) == 1
+    assert "00000003-x.jpg" in capfd.readouterr().err
+
+
+MACHINE_ERRORS = [
+    "Can't allocate 1073741824 bytes on device 0.",
+    "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory",
+    "CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access was encountered",
+    "CUDA driver API error CUDA_ERROR_NO_DEVICE (100):\nno CUDA-capable device is detected",
+    "CUDA driver version is insufficient for CUDA runtime version",
+    "nvJPEG error (6): NVJPEG_STATUS_EXECUTION_FAILED",
+]
+
+
+@pytest.mark.parametrize("text", MACHINE_ERRORS)
+def test_errors_of_the_machine_are_raised_at_once(images, monkeypatch, text):
+    """No picture is decoded again: the second pipeline would fail like the first."""
+    built = []
+
+    def build(source: Callable[[int], graph.Feed], settings: graph.Settings) -> None:
+        built.append(settings)
+        source(0)
+
+    monkeypatch.setattr(graph, "build_pipeline", build)
+
+    def failing(*_: object) -> torch.Tensor:
+        raise RuntimeError(DALI_ERROR.format(text))
+
+    monkeypatch.setattr(graph, "run", failing)
+    with pytest.raises(RuntimeError, match="Critical error in pipeline"):
+        train(images, 1)
+    assert len(built) == 1
+
+
+def test_data_that_fails_is_not_an_error_of_the_machine():
+    for text in ("nvImageCodec failure: '#3'", "Failed to decode sample #0 : cuda/driver.jpg", BROKEN):
+        assert not errors.of_machine(RuntimeError(DALI_ERROR.format(text)))
+
+
+def test_memory_that_the_loader_lacks_is_answered_with_what_to_lower():
+    for error in (
+        *(RuntimeError(DALI_ERROR.format(text)) for text in MACHINE_ERRORS[:2]),
+        RuntimeError(DALI_ERROR.format("std::bad_alloc")),
+    ):
+        sentence = loop.explained(error, MAE_PRESETS["image-mae-pico"])
+        assert sentence.startswith("memory does not hold a step (") and "\n" not in sentence, sentence
+        assert "lower speed.micro_batch" in sentence and "lower speed.threads" in sentence
+    assert "Can't allocate 1073741824 bytes on device 0)" in loop.explained(
+        RuntimeError(DALI_ERROR.format(MACHINE_ERRORS[0])), MAE_PRESETS["image-mae-pico"]
+    )
+    assert not loop.explained(RuntimeError(DALI_ERROR.format(BROKEN)), MAE_PRESETS["image-mae-pico"])
+
+
+# ---- the machine
+
+
+def test_a_gpu_gets_at_most_twelve_decoder_threads(monkeypatch):
+    monkeypatch.setattr(loader, "usable_cores", lambda: 52)
+    gpu, cpu = loader.sizing(GPU), loader.sizing(CPU)
+    assert gpu.threads == 12 and "at most 12 for a GPU" in gpu.reason
+    assert cpu.threads == 52 and "at most" not in cpu.reason
+    assert loader.sizing(GPU, 20).threads == 20 and loader.sizing(GPU, 20).reason.startswith("20 decoding")
+
+
+MAPS = """\
+55d0-55d1 r--p 00000000 08:01 12   /usr/bin/python3
+7f00-7f01 r-xp 00000000 08:01 13   {site}/nvidia/cu13/lib/libnvjpeg.so.13
+7f01-7f02 r--p 00001000 08:01 13   {site}/nvidia/cu13/lib/libnvjpeg.so.13
+7f02-7f03 r-xp 00000000 08:01 14   {site}/nvidia/nvimgcodec/extensions/libnvjpeg_ext.so.0.9.0
+7f03-7f04 r-xp 00000000 08:01 15   /opt/cuda 12/lib64/libnvjpeg.so.12.3
+7f04-7f05 rw-p 00000000 00:00 0
+7f05-7f06 rw-p 00000000 00:00 0    [heap]
+"""
+
+
+def test_the_loaded_files_of_a_library_are_found(tmp_path):
+    own, other = tmp_path / "nvidia/cu13/lib/libnvjpeg.so.13", Path("/opt/cuda 12/lib64/libnvjpeg.so.12.3")
+    found = machine.libraries("libnvjpeg.so", MAPS.format(site=tmp_path))
+    assert found == [own, other] and machine.outside(found, tmp_path) == [other]
+
+
+def test_the_environments_nvjpeg_is_loaded_before_torchvisions():
+    """DALI decodes with the library of that name that was loaded first."""
+    code = (
+        "import ctypes, os; from pipelines import graph; import torchvision; "
+        "own = ctypes.CDLL('libnvjpeg.so.13', os.RTLD_NOLOAD | os.RTLD_NOW); value = ctypes.c_int(); "
+        "print([own.nvjpegGetProperty(n, ctypes.byref(value)) or value.value for n in range(3)])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == str([int(part) for part in version("nvidia-nvjpeg").split(".")[:3]])
+
+
+def test_a_gpu_run_prints_its_nvjpeg_and_warns_of_a_foreign_one(monkeypatch):
+    (line,) = loader.words(GPU, 3)  # loads DALI's decoder here
+    assert re.fullmatch(r"loader: 3 decoding threads .*, decoded by /\S+/libnvjpeg\.so\.\d+", line)
+    assert "nvjpeg" not in "".join(loader.words(CPU, 3))
+    other = Path("/opt/cuda/lib64/libnvjpeg.so.12")
+    monkeypatch.setattr(loader, "libraries", lambda name: [other])
+    assert loader.words(GPU)[1].startswith(f"{other} is not the environment's nvJPEG; take its folder out of")
+    monkeypatch.setattr(loader, "libraries", lambda name: [])
+    assert "the CPU decodes every picture" in loader.words(GPU)[1]
