@@ -15,6 +15,7 @@ from pipelines.loader import Batch
 from pipelines.sampler import row_keys
 from train import loop, rundir, setup
 from train.config import Config, FinetuneConfig, parse
+from train.device import to_device
 from train.distributed import World
 from train.evaluate import classifier_evaluation
 from train.metrics import FINETUNE_COLUMNS
@@ -35,7 +36,7 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
     mixing = make_mixing(config, classes)
 
     def loss(wrapped: nn.Module, batch: Batch) -> torch.Tensor:
-        keys = loop.to_device(row_keys(config.run.seed, batch.epochs, batch.ids), world.device)
+        keys = to_device(row_keys(config.run.seed, batch.epochs, batch.ids), world.device)
         return mixed_loss(wrapped, batch, keys, mixing, config.smoothing)
 
     return loop.Task(
@@ -54,7 +55,7 @@ def mixed_loss(
 
     keys: int64 [b] on the device, from which the model draws drop path and dropout.
     """
-    pixels, labels = batch.pixels, loop.to_device(batch.labels, keys.device)
+    pixels, labels = batch.pixels, to_device(batch.labels, keys.device)
     if mixing is not None:
         pixels, labels = mix(mixing, pixels, labels, batch.positions)
         smoothing = 0.0  # the soft labels have it already

@@ -14,6 +14,7 @@ from pipelines.loader import Batch
 from pipelines.sampler import keep_units, row_keys
 from train import loop, pictures, rundir, setup
 from train.config import Config, MaeConfig, parse
+from train.device import to_device
 from train.distributed import World
 from train.evaluate import mae_evaluation
 from train.metrics import MAE_COLUMNS
@@ -30,8 +31,8 @@ def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Auto
 
     def loss(wrapped: nn.Module, batch: Batch) -> torch.Tensor:
         # Which units a sample keeps depends on (seed, epoch, sample) alone, so any process may draw it.
-        keep = loop.to_device(keep_units(seed, batch.epochs, batch.ids, units, kept), world.device)
-        keys = loop.to_device(row_keys(seed, batch.epochs, batch.ids), world.device)
+        keep = to_device(keep_units(seed, batch.epochs, batch.ids, units, kept), world.device)
+        keys = to_device(row_keys(seed, batch.epochs, batch.ids), world.device)
         return wrapped(batch.pixels, keep=keep, row_keys=keys).loss
 
     return loop.Task(

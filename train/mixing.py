@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import sampler
-from train import loop
 from train.config import FinetuneConfig
+from train.device import to_device
 
 # Columns of `draw_pairs`: the partner's share of the label, of the pixels outside the box, and the box.
 LABEL, OUTSIDE, TOP, BOTTOM, LEFT, RIGHT = range(6)
@@ -53,7 +53,7 @@ def mix(
     step, first = divmod(int(positions[0]), mixing.batch)
     rows = first + np.arange(len(positions))
     drawn = draw_pairs(mixing, step, height, width)[pairs_of(rows, mixing.repeats)]
-    columns = loop.to_device(drawn, pixels.device)
+    columns = to_device(drawn, pixels.device)
     share = pixel_shares(columns, height, width)
     share = share.view(len(share), *[1] * (pixels.dim() - 4), height, width, 1)
     mixed = pixels.to(torch.float32, copy=True).lerp_(partners(pixels, mixing.repeats).float(), share)
