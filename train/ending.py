@@ -38,7 +38,13 @@ class Watch:
     def report(self) -> None:
         """Let the other processes know that this one failed."""
         self.stop()
-        with suppress(RuntimeError):  # the store may be gone
+        # The store may be gone, or its network: no reason to stay.
+        thread = threading.Thread(target=self._report, daemon=True)
+        thread.start()
+        thread.join(GRACE)
+
+    def _report(self) -> None:
+        with suppress(RuntimeError):
             self._store.set(FAILED, str(self._rank))
 
     def _run(self) -> None:
