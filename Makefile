@@ -17,10 +17,10 @@ NAMED = $(or $(RUN),$(error name a run below runs/ with RUN=))
 OTHER = $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DEVICE),--device $(DEVICE))
 PACKING = $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(OUT),--out '$(OUT)') \
 	$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray '$(RAY)')
-# Not SIGHUP: torchrun would handle it under nohup too, where it is ignored.
-HANDLED := SIGTERM,SIGINT,SIGQUIT
+# Not SIGHUP: torchrun would handle it under nohup too, where it is ignored. 240 s to save; its own 30 are too few.
+TORCHRUN := .venv/bin/torchrun --signals-to-handle SIGTERM,SIGINT,SIGQUIT --shutdown-timeout 240
 # One machine: the command starts GPUS processes itself. Several: torchrun's rendezvous joins them.
-START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 .venv/bin/torchrun --signals-to-handle $(HANDLED) --shutdown-timeout 240 --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
+START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 $(TORCHRUN) --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 

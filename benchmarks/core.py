@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from benchmarks.results import Results, show
 from models.hiera import HieraConfig
 from pipelines.errors import run_cli
+from pipelines.inputs import Normalised
 from pipelines.loader import Batch, blank_batch
 from tools.pack_imagenet import pack_imagenet
 from train import loop, setup
@@ -66,7 +67,7 @@ def bare(config: Config, batch: Batch, steps: int) -> float:
     """Seconds a step of a plain loop."""
     model = Nothing()
     optimizer = make_optimizer(model, config.optim)
-    ready = setup.Normalised(model, 1)
+    ready = Normalised(model, 1)
     start = time.perf_counter()
     for step in range(steps):
         set_learning_rate(optimizer, config.optim, step, SAMPLES)

@@ -58,7 +58,9 @@ class Block(nn.Module):
         """
         y = self.norm1(x)
         if self.proj is not None:
-            x = max_pool(self.proj(y)) if self.attn.pool else self.proj(y)
+            widened = self.proj(y)
+            # Autocast gives bf16 here, and the sums of all later blocks would have no more bits than that.
+            x = (max_pool(widened) if self.attn.pool else widened).to(x.dtype)
         x = x + _scaled(self.attn(y), scales, 0)
         return x + _scaled(self.mlp(self.norm2(x)), scales, 1)
 

@@ -84,15 +84,22 @@ def run_cli(main: Callable[[], object]) -> None:
     sys.argv[0] = f"python -m {spec.name}" if spec else sys.argv[0]  # what help texts call the command
     try:
         main()
-        return
-    except UserError as error:
-        sentence = str(error)
-    except OSError as error:
-        if error.errno not in NO_PLACE:
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        code = answer(error)
+        if code is None:
             raise
-        sentence = f"{error.filename or 'the disk'}: {error.strerror}; {NO_PLACE[error.errno]}"
-    except KeyboardInterrupt:
+        sys.exit(code)
+
+
+def answer(error: BaseException) -> int | None:
+    """Print the line that `run_cli` gives for an error, and return its exit code; None for other errors."""
+    if isinstance(error, KeyboardInterrupt):
         print(INTERRUPTED, file=sys.stderr)
-        sys.exit(130)
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+        return 130
+    if isinstance(error, OSError) and error.errno in NO_PLACE:
+        place = f"{error.filename or 'the disk'}: {error.strerror}"
+        error = UserError(f"{place}; {NO_PLACE[error.errno]}")
+    if not isinstance(error, UserError):
+        return None
+    print(f"error: {error}", file=sys.stderr)
+    return 2

@@ -19,7 +19,7 @@ from pipelines.errors import UserError
 from pipelines.inputs import Normalised
 from pipelines.plans import eval_plan, train_plan
 from tests.train_helpers import make_images, small
-from train import checkpoint, evaluate, finetune, loop, mae, optim, rundir, setup
+from train import checkpoint, compute, evaluate, finetune, loop, mae, optim, rundir, setup
 from train.config import OptimConfig
 from train.console import curve
 from train.distributed import World
@@ -238,7 +238,7 @@ def test_a_model_that_does_not_compile_is_trained_without_and_that_is_said():
     model = Normalised(Breaks(), frames=1)
     pixels = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
     autocast, _ = setup.precision(config, ALONE)
-    words = setup.compile_model(model, config, ALONE, lambda: model(pixels).sum(), autocast)
+    words = compute.compile_model(model, config, ALONE, lambda: model(pixels).sum(), autocast)
     assert words.startswith("torch.compile: FAILED") and "going on without it" in words
     assert model(pixels).shape == (2, 4, 4, 1)
     assert all(parameter.grad is None for parameter in model.parameters())

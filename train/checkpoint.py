@@ -39,12 +39,22 @@ class Writer:
 
 
 def to_host(state: Any) -> Any:
-    """A copy of nested dicts and lists of tensors and values, on the CPU and out of training's reach."""
+    """A copy of nested dicts and lists of tensors and values, on the CPU and out of training's reach.
+
+    From a GPU all tensors are copied at once, into pinned memory, and waited for at the end.
+    """
+    copied = _copy(state)
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return copied
+
+
+def _copy(state: Any) -> Any:
     if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
+        return state.detach().to("cpu", non_blocking=True, copy=True)
     if isinstance(state, dict):
-        return {key: to_host(value) for key, value in state.items()}
-    return [to_host(value) for value in state] if isinstance(state, list) else state
+        return {key: _copy(value) for key, value in state.items()}
+    return [_copy(value) for value in state] if isinstance(state, list) else state
 
 
 def save(folder: Path, step: int, state: dict, keep: int) -> Path:
@@ -92,8 +102,12 @@ def _set_aside(path: Path, problem: str) -> str:
 
 
 def load(path: Path, device: torch.device) -> dict:
-    """The state that `save` wrote; tensors and plain values only."""
-    return torch.load(path, map_location=device, weights_only=True)
+    """The state that `save` wrote, tensors and plain values only, on the CPU: a GPU would hold it twice.
+
+    device: where its values will be copied. For a GPU the file is mapped, so that the processes of a machine
+    share one copy of it.
+    """
+    return torch.load(path, map_location="cpu", mmap=device.type == "cuda", weights_only=True)
 
 
 def _all(folder: Path) -> list[Path]:

@@ -51,13 +51,11 @@ class DataConfig:
     same_clip: bool = False
     """The repeats of a clip share its frames, and one decode; else each is a clip of its own."""
     order: str = "random"
-    """random (a permutation of all samples), or local (of shards, then of windows of samples: reads nearly
-    in sequence, for disks and network file systems)."""
+    """random (all samples permuted), or local (shards, then windows: for disks and network file systems)."""
     window: int = 4096
     """Samples shuffled together in local order."""
     max_bad: float = 0.001
-    """Share of a split's samples that may be damaged. Training replaces and counts them, evaluation leaves
-    them out."""
+    """Share of a split's samples that may be damaged: training replaces them, evaluation leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +154,10 @@ class SpeedConfig:
     """auto (bf16 autocast on CUDA, fp32 on the CPU), bf16, fp32 or tf32."""
     compile: str = "auto"
     """torch.compile: auto (on CUDA), yes or no."""
+    attention: str = "auto"
+    """Attention on CUDA: auto (flash, or efficient where flash cannot), flash, efficient, cudnn or math."""
+    deterministic: bool = False
+    """Kernels without atomic adds on CUDA, slower: the same inputs then give the same step."""
     threads: int = 0
     """DALI threads per process; 0 = chosen from the machine."""
     hw_decoder_load: float = 0.65

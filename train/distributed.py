@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from pipelines.errors import UserError
 from pipelines.machine import usable_cores
+from train import ending
+from train.device import index, old_driver, resolve_device
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -72,28 +74,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def resolve_device(name: str, processes: int) -> str:
-    """ "cuda" or "cpu" for `processes` on this machine; raises UserError when the GPUs do not suffice."""
-    if name not in ("auto", "cuda", "cpu"):
-        raise UserError(f"speed.device is '{name}'; it can be auto, cuda or cpu")
-    if processes < 1:
-        raise UserError(f"speed.processes (GPUS) is {processes}; it must be at least 1")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cpu" or (name == "auto" and gpus == 0 and processes == 1):
-        return "cpu"
-    if processes > gpus:
-        raise UserError(
-            f"{processes} GPUs were asked for and this machine has {gpus}; ask for fewer, or add DEVICE=cpu "
-            f"(--speed.device cpu) to run the same {processes} processes on the CPU"
-        )
-    return "cuda"
-
-
 def device_words(world: World) -> str:
     """The device in words, with the reason if it is the CPU."""
     if world.device.type == "cuda":
         return f"CUDA, {torch.cuda.get_device_name(world.device)}"
-    why = "" if torch.cuda.is_available() else " (no CUDA device here)"
+    why = "" if torch.cuda.is_available() else f" ({old_driver() or 'no CUDA device here'})"
     return f"the CPU{why}, {torch.get_num_threads()} threads each"
 
 
@@ -120,7 +105,8 @@ def launch(processes: int, restarts: int) -> None:
     # Under nohup SIGHUP is ignored; torchrun would handle it all the same.
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     handled = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"] if ignored else []
-    arguments = ["--standalone", *counts, *handled, "-m", name, *sys.argv[1:]]
+    saving = "--shutdown-timeout=240"  # seconds to save; torchrun's own 30 are too few for a large model
+    arguments = ["--standalone", *counts, *handled, saving, "-m", name, *sys.argv[1:]]
     # One thread pool per process that together fill the machine; torchrun would otherwise force one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     # A store that outlives a restart gives gloo the addresses of processes that are gone: one a start.
@@ -143,21 +129,17 @@ def start(device: str, timeout: float = 600.0) -> World:
     """
     joins = under_torchrun()
     size = int(os.environ["WORLD_SIZE"]) if joins else 1
-    local = local_rank()
     kind = resolve_device(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    place = torch.device(kind, index(local_rank())) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(place)
     if joins:
         # A launcher that is killed outright must not leave its processes training on: they save and stop.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-    return World(rank(), size, torch.device(kind, local) if kind == "cuda" else torch.device("cpu"))
-
-
-def finish() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        ending.watch(rank(), timeout)
+    return World(rank(), size, place)
 
 
 def lost_another(error: Exception) -> bool:

@@ -17,10 +17,10 @@ from torch.nn import functional
 from pipelines.catalogue import Catalogue
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
-from pipelines.inputs import Normalised
+from pipelines.inputs import Normalised, to_device
 from pipelines.loader import Batch, clip_notes, damage_limit, eval_batches
 from pipelines.sampler import keep_units
-from train import distributed, rundir, setup
+from train import distributed, ending, rundir, setup
 from train.config import Config, FinetuneConfig, MaeConfig, from_dict
 from train.distributed import World
 from train.setup import Autocast
@@ -84,8 +84,8 @@ def classifier_evaluation(
         with autocast():
             logits = model(batch.pixels)
         chances = logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
-        labels = batch.labels[::views].to(world.device)
-        valid = torch.from_numpy(batch.valid[::views].copy()).to(world.device)
+        labels = to_device(batch.labels[::views], world.device)
+        valid = to_device(batch.valid[::views].copy(), world.device)
         best = chances.topk(min(5, chances.shape[1])).indices == labels[:, None]
         best &= chances.isfinite().all(1, keepdim=True)  # topk takes NaN for the largest
         losses = functional.nll_loss(chances.clamp_min(1e-12).log(), labels, reduction="none")
@@ -131,11 +131,11 @@ def mae_evaluation(
     for batch in batches_of(config, world, catalogue, (1, 1)):
         check()
         # In evaluation every epoch is -1, so a sample's mask never changes.
-        keep = torch.from_numpy(keep_units(0, batch.epochs, batch.ids, units, kept)).to(world.device)
+        keep = to_device(keep_units(0, batch.epochs, batch.ids, units, kept), world.device)
         with autocast():
             output = model(batch.pixels, keep=keep)
         losses = (output.pred.float() - output.label.float()).square().reshape(len(keep), -1).mean(1)
-        valid = torch.from_numpy(batch.valid).to(world.device)
+        valid = to_device(batch.valid, world.device)
         sums += torch.stack([torch.where(valid, losses, 0.0).sum(), valid.sum()])
     loss, count = distributed.total(sums).tolist()
     check_damage(config, catalogue, int(count))
@@ -216,11 +216,10 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m train.evaluate")
-    scores = evaluate(arguments)
+    scores = ending.end_together(lambda: evaluate(arguments))
     if distributed.rank() == 0:
         for name, value in scores.items():
             print(f"{name} {value:.6g}")
-    distributed.finish()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from pipelines import loader
 from pipelines.catalogue import Catalogue, open_catalogue
 from pipelines.errors import UserError, cause, in_loader, out_of_memory
 from pipelines.inputs import Normalised
-from train import checkpoint, distributed, rundir, setup
+from train import checkpoint, compute, distributed, ending, rundir, setup
+from train.compute import Autocast
 from train.config import Config
 from train.console import Screen, survive_closed_output
 from train.distributed import World
@@ -24,7 +25,6 @@ from train.metrics import MetricsWriter, score
 from train.optim import make_ema, make_optimizer, seed_weights, set_learning_rate, total_steps, update
 from train.recorder import Recorder
 from train.results import export, write_card
-from train.setup import Autocast
 from train.state import State
 
 
@@ -58,16 +58,18 @@ def main(config: Config, make_task: MakeTask) -> None:
         if not rundir.is_finished(config):
             distributed.launch(config.speed.processes, config.speed.restarts)
     survive_closed_output()
+    if stopped := ending.end_together(lambda: _fit_explained(config, make_task)):
+        sys.exit(128 + stopped)
+
+
+def _fit_explained(config: Config, make_task: MakeTask) -> int:
+    """`fit`, whose errors become UserErrors where `explained` has a sentence for them."""
     try:
-        stopped = fit(config, make_task)
+        return fit(config, make_task)
     except (RuntimeError, MemoryError) as error:
         if sentence := explained(error, config):
             raise UserError(sentence) from error
         raise
-    finally:
-        distributed.finish()
-    if stopped:
-        sys.exit(128 + stopped)
 
 
 def explained(error: RuntimeError | MemoryError, config: Config) -> str:
@@ -160,9 +162,10 @@ def fit(config: Config, make_task: MakeTask) -> int:
     best = max((score(row) for row in metrics.kept), default=-math.inf) if metrics else math.inf
     detail = Detail(run / "detail", world.rank, state.step) if config.run.detail else None
     writer = checkpoint.Writer(run / "checkpoints", config.run.keep)
+    ending.finish_first(writer.wait)
     blank = loader.blank_batch(setup.view_spec(config), micro, world.device)
-    screen.line(setup.compile_model(ready, config, world, lambda: task.loss(ready, blank), autocast))
-    joined = setup.join(ready, world)
+    screen.line(compute.compile_model(ready, config, world, lambda: task.loss(ready, blank), autocast))
+    joined = compute.join(ready, world)
     evaluated = ready if state.ema is None else Normalised(state.ema.module, config.data.frames)
     evaluated = evaluated.to(world.device)
     operations = setup.step_operations(model, config)

@@ -62,7 +62,8 @@ class Meters:
 
     def restore(self, rows: torch.Tensor, rank: int, processes: int) -> None:
         """Take up this process's values again, or their mean where the number of processes changed."""
-        self.values = rows[rank].clone() if len(rows) == processes else rows.mean(0)
+        values = rows[rank].clone() if len(rows) == processes else rows.mean(0)
+        self.values = values.to(self.values.device)
         self.values[BAD] *= len(rows) / processes if len(rows) != processes else 1
 
     def take(self) -> HostCopy:
@@ -91,6 +92,7 @@ class Clock:
         self._begin = time.perf_counter() - elapsed
         self._device = device
         self._coming: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet counted
+        self._memory = 0.0  # GB, the most of all rows
         self.waited = 0.0  # seconds waited for the loader since this process began
         self.skip()
 
@@ -124,6 +126,7 @@ class Clock:
         self._count()
         now, steps = time.perf_counter(), max(self.steps, 1)
         per_step = (now - self._mark) / steps
+        self._memory = max(self._memory, _memory_gb(world.device))
         row = {
             "time": self.elapsed(),
             "step": step,
@@ -132,7 +135,7 @@ class Clock:
             "step_ms": per_step * 1e3,
             "data_wait_ms": (self.waited - self._waited_before) / steps * 1e3,
             "mfu": _share_of_peak(operations / per_step / world.size, world.device),
-            "max_mem_gb": _peak_memory_gb(world.device),
+            "max_mem_gb": self._memory,
         }
         self.skip()
         return row
@@ -175,7 +178,9 @@ def _share_of_peak(operations_per_s: float, device: torch.device) -> float | Non
     return operations_per_s / peak if peak else None
 
 
-def _peak_memory_gb(device: torch.device) -> float:
+def _memory_gb(device: torch.device) -> float:
+    """All that a GPU has in use now, DALI's and NCCL's memory included; on a CPU the process's peak."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        free, every = torch.cuda.mem_get_info(device)
+        return (every - free) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from pipelines.catalogue import Catalogue, open_catalogue
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import Normalised
+from pipelines.inputs import Normalised, to_device
 from pipelines.loader import clip_notes
-from train import distributed, setup
+from train import distributed, ending, setup
 from train.config import Config, FinetuneConfig, MaeConfig
 from train.distributed import World
 from train.evaluate import batches_of, check_damage, load_model, read_config, weights_of
@@ -99,16 +99,16 @@ def features(
     seen = torch.zeros(len(catalogue), device=world.device)
     table: Tensor | None = None  # one row for each sample of the split, zero until it is computed
     for batch in batches_of(config, world, catalogue, (1, 1)):
-        valid = torch.from_numpy(batch.valid)
-        ids = torch.from_numpy(batch.ids)[valid].to(world.device)
+        rows = to_device(batch.valid.nonzero()[0], world.device)
+        ids = to_device(batch.ids[batch.valid], world.device)
         with autocast():
             found = model.model.features(model.normalise(batch.pixels)).float()  # pyrefly: ignore
         table = found.new_zeros(len(catalogue), found.shape[1]) if table is None else table
-        table[ids], seen[ids] = found[valid.to(world.device)], 1.0
+        table[ids], seen[ids] = found[rows], 1.0
     assert table is not None  # every process has the same number of batches, and the split is not empty
     whole = distributed.total(seen) > 0
     check_damage(config, catalogue, int(whole.sum()))
-    labels = torch.as_tensor(catalogue.label, dtype=torch.int64).to(world.device)
+    labels = to_device(torch.as_tensor(catalogue.label, dtype=torch.int64), world.device)
     return distributed.total(table)[whole], labels[whole]
 
 
@@ -144,11 +144,11 @@ def linear(known: Tensor, classes: Tensor, asked: Tensor, decay: float, steps: i
 
 
 def main() -> None:
-    found = probe(tyro.cli(Arguments, prog="python -m train.probe"))
+    arguments = tyro.cli(Arguments, prog="python -m train.probe")
+    found = ending.end_together(lambda: probe(arguments))
     if distributed.rank() == 0:
         for name, value in found.items():
             print(f"{name} {value:.4f}")
-    distributed.finish()
 
 
 if __name__ == "__main__":

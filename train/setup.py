@@ -3,28 +3,25 @@
 import contextlib
 import os
 import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from pipelines import loader
 from pipelines.catalogue import Catalogue, check_shards, open_catalogue, read_info
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
 from pipelines.plans import check_info
-from train import distributed
+from train.compute import ATTENTION, Autocast, choose_kernels
 from train.config import REFERENCE, Config, FinetuneConfig, MaeConfig, flatten, to_dict
+from train.device import resolve_device
 from train.distributed import World
 from train.optim import scaled_lr
 from train.presets import pretraining_notes
 
-Autocast = Callable[[], contextlib.AbstractContextManager]
 TINY, HUGE = 1e-9, float("inf")
 LIMITS = (  # least, most, and the settings that keep to them
     (TINY, HUGE, ("optim.epochs", "data.stride_fps")),
@@ -43,6 +40,7 @@ WORDS = {
     "speed.precision": ("auto", "bf16", "fp32", "tf32"),
     "speed.compile": ("auto", "yes", "no"),
     "speed.decode": ("whole", "window"),
+    "speed.attention": tuple(ATTENTION),
     "optim.name": ("adamw", "sgd"),
     "data.order": ("random", "local"),
     "data.sampling": ("stride", "segments"),
@@ -59,7 +57,7 @@ def check(config: Config) -> None:
     if "train" not in info.splits:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack_*")
     check_shards(info)
-    distributed.resolve_device(config.speed.device, config.speed.processes)
+    resolve_device(config.speed.device, config.speed.processes)
 
 
 def check_ranges(config: Config) -> None:
@@ -247,55 +245,19 @@ def freeze(model: nn.Module, config: Config) -> str:
     return f"frozen trunk: {learning:,} parameters learn, those of the last norm and the head"
 
 
-def compile_model(
-    model: Normalised, config: Config, world: World, trial: Callable[[], Tensor], autocast: Autocast
-) -> str:
-    """Compile in place where that is wanted; where it fails, go on without. Gives a line that says what.
-
-    trial: one forward pass on made-up data, giving the loss.
-    """
-    wanted = config.speed.compile == "yes" or (config.speed.compile == "auto" and world.device.type == "cuda")
-    if not wanted:
-        why = "as asked" if config.speed.compile == "no" else "the default on the CPU"
-        return f"torch.compile: off, {why}"
-    model.compile(fullgraph=True)
-    begin = time.perf_counter()
-    try:
-        with autocast():
-            loss = trial()
-        loss.backward()
-        return f"torch.compile: on, ready after {time.perf_counter() - begin:.0f} s"
-    except torch.OutOfMemoryError:
-        raise
-    except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
-        model._compiled_call_impl = None
-        reason = str(error).strip().partition("\n")[0]
-        return f"torch.compile: FAILED ({reason}); going on without it, slower"
-    finally:
-        model.zero_grad(set_to_none=True)
-
-
-def join(model: Normalised, world: World) -> nn.Module:
-    """The model as all processes train it together."""
-    if world.size == 1:
-        return model
-    devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
-
-
 def precision(config: Config, world: World) -> tuple[Autocast, str]:
-    """What forward passes run under, and a line that says why."""
+    """What forward passes run under, and lines that say why and with which kernels."""
+    kernels = "".join(f"\n{line}" for line in choose_kernels(config, world))
     asked, cuda = config.speed.precision, world.device.type == "cuda"
     if asked == "bf16" or (asked == "auto" and cuda):
         reason = "asked for" if asked == "bf16" else "the default on CUDA; no loss scaling needed"
-        return lambda: torch.autocast(world.device.type, torch.bfloat16), f"precision bf16 autocast: {reason}"
+        words = f"precision bf16 autocast: {reason}{kernels}"
+        return lambda: torch.autocast(world.device.type, torch.bfloat16), words
     # PyTorch lets convolutions use TF32 by default, matrix products not: here it is both or none.
     torch.set_float32_matmul_precision("high" if asked == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = asked == "tf32"
     reason = "the default on the CPU" if asked == "auto" else "asked for"
-    return contextlib.nullcontext, f"precision {'tf32' if asked == 'tf32' else 'fp32'}: {reason}"
+    return contextlib.nullcontext, f"precision {'tf32' if asked == 'tf32' else 'fp32'}: {reason}{kernels}"
 
 
 def step_operations(model: nn.Module, config: Config) -> float:

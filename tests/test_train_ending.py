@@ -1,0 +1,72 @@
+"""How processes that train together end when one of them fails."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipelines.errors import UserError, run_cli
+from tests.fault_helpers import CLEAN, speak_to
+from tests.test_train_resume import free_port, quick
+from train import finetune, loop
+from train.config import Config
+
+ERRORS = {"user": UserError("the disk is gone; find it"), "code": AssertionError("a mistake in the code")}
+
+
+def train_and_fail(rank: int, port: int, settings: Config, kind: str, log: Path) -> None:
+    """Rank 1 fails in its third step; rank 0 waits there for ever, as one does for a lost NCCL kernel."""
+    speak_to(log)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ |= dict(zip(names, map(str, (rank, rank, 2, 2, "127.0.0.1", port)), strict=True))
+    # What NCCL's group does while a kernel of it waits for another process.
+    dist.destroy_process_group = hang
+
+    def make(*given) -> loop.Task:
+        task, calls = finetune.make_task(*given), iter(range(1, 1000))
+
+        def loss(*batch) -> torch.Tensor:
+            if next(calls) == 3:
+                if rank == 1:
+                    raise ERRORS[kind]
+                hang()
+            return task.loss(*batch)
+
+        return replace(task, loss=loss)
+
+    run_cli(lambda: loop.main(settings, make))
+
+
+def hang() -> None:
+    while True:
+        time.sleep(600)
+
+
+def run_both(body: Callable, *given: object) -> tuple[list[int | None], float]:
+    """Exit codes of `body` as rank 0 and 1, None for one that lives for two minutes; and the seconds."""
+    port, begin = free_port(), time.monotonic()
+    processes = [CLEAN.Process(target=body, args=(rank, port, *given)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(0.0, begin + 120 - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes, time.monotonic() - begin
+
+
+@pytest.mark.parametrize(("kind", "code"), [("user", 2), ("code", 1)])
+def test_a_process_that_fails_says_so_and_ends_those_that_wait_for_it(images, tmp_path, kind, code):
+    settings = quick(images, tmp_path, "run")
+    settings = replace(settings, speed=replace(settings.speed, micro_batch=2))
+    codes, seconds = run_both(train_and_fail, settings, kind, tmp_path / "out")
+    said = (tmp_path / "out").read_text()
+    assert codes == [2, code], (seconds, said)
+    assert said.count(str(ERRORS[kind])) == 1 and said.count("process 0: another process failed") == 1
+    assert ("Traceback" in said) == (kind == "code")

@@ -1,0 +1,261 @@
+"""What training does on GPUs, as far as it shows without one."""
+
+import gc
+import os
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import models
+from pipelines.catalogue import open_catalogue
+from pipelines.errors import UserError
+from pipelines.inputs import Normalised
+from tests.test_project import call_make
+from tests.test_train_resume import CPU, changed, fit, quick, stopping_at, task_of
+from tests.train_helpers import small
+from train import checkpoint, compute, device, distributed, evaluate, finetune, loop, meters, probe, setup
+from train.distributed import World
+from train.presets import FINETUNE_PRESETS
+
+GPU = torch.device("cuda", 0)
+ALONE = World(0, 1, CPU)
+PICO = FINETUNE_PRESETS["image-ft-pico"]
+
+
+# ---- memory
+
+
+def test_a_checkpoint_is_loaded_to_the_cpu_and_freed(images, tmp_path, monkeypatch):
+    """Nothing but the optimizer keeps tensors of it, and only on the CPU, where they become its state."""
+    settings = quick(images, tmp_path, "run")
+    assert loop.fit(settings, stopping_at(15, 5)) == 15
+    loaded, load = [], checkpoint.load
+
+    def watched(*given) -> dict:
+        state = load(*given)
+        tensors = [*state["model"].values(), *state.get("ema", {}).values(), state["meters"]]
+        loaded.extend(weakref.ref(tensor) for tensor in tensors)
+        return state
+
+    def make(*given) -> loop.Task:
+        task = finetune.make_task(*given)
+
+        def loss(*batch) -> torch.Tensor:
+            gc.collect()
+            assert loaded and not any(reference() is not None for reference in loaded)
+            return task.loss(*batch)
+
+        return replace(task, loss=loss)
+
+    monkeypatch.setattr(checkpoint, "load", watched)
+    fit(settings, make)
+    newest, _ = checkpoint.choose(tmp_path / "run/checkpoints")
+    state = load(newest, GPU)
+    assert all(value.device == CPU for value in state["model"].values())
+    seen = meters.Meters(torch.device("meta"))
+    seen.restore(state["meters"], 0, 1)
+    assert seen.values.device.type == "meta"
+
+
+def test_memory_of_a_gpu_counts_dali_and_nccl_too(monkeypatch):
+    """It is what the device has in use, the most of all rows so far."""
+    free = iter((6, 3, 5))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (next(free) * 2**30, 8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
+    clock = meters.Clock(0.0)
+    rows = [clock.row(step, 4, World(0, 1, GPU), 1.0) for step in range(3)]
+    assert [row["max_mem_gb"] for row in rows] == [2.0, 5.0, 5.0]
+
+
+# ---- copies
+
+
+class Blocking(TorchFunctionMode):
+    """Counts copies between host and device for which the host waits."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        target = args[1] if len(args) > 1 else kwargs.get("device")
+        if function is torch.Tensor.to and not isinstance(target, torch.dtype):
+            self.count += not kwargs.get("non_blocking")
+        return function(*args, **kwargs)
+
+
+def test_a_checkpoint_is_copied_to_the_host_in_one_go():
+    state = {"model": {f"w{i}": torch.ones(3) * i for i in range(5)}, "row": None, "list": [torch.zeros(2)]}
+    with Blocking() as seen:
+        copied = checkpoint.to_host(state)
+    state["model"]["w3"].zero_()
+    assert seen.count == 0 and copied["model"]["w3"].tolist() == [3.0, 3.0, 3.0] and copied["row"] is None
+
+
+@pytest.mark.parametrize("kind", ["mae", "ft", "probe"])
+def test_evaluation_waits_for_no_copy_to_the_device(images, tmp_path, kind: str):
+    config = small("image-mae-pico" if kind == "mae" else "image-ft-pico", images, tmp_path, "run")
+    catalogue = open_catalogue(images, "val")
+    autocast, _ = setup.precision(config, ALONE)
+    task = task_of(config)(config, catalogue, ALONE, autocast)
+    model = Normalised(task.model, 1)
+    with Blocking() as seen:
+        if kind == "probe":
+            probe.features(config, ALONE, autocast, model, catalogue)
+        elif kind == "mae":
+            evaluate.mae_evaluation(config, ALONE, autocast, model, catalogue)
+        else:
+            evaluate.classifier_evaluation(config, ALONE, autocast, None, model, catalogue)
+    assert seen.count == 0
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("name", ["hiera_pico_96", "mae_hiera_pico_96", "hiera_pico_16x64"])
+def test_under_autocast_the_residual_stream_is_fp32_in_every_stage(name: str):
+    model = models.create(name).train()
+    x = torch.randn(2, 3, *model.input_size)
+    keep = torch.arange(3).expand(2, -1) if name.startswith("mae") else None
+    with torch.autocast("cpu", torch.bfloat16):
+        stages = model.encode(x, keep)
+    assert [stage.dtype for stage in stages] == [torch.float32] * 4
+
+
+# ---- the machine
+
+
+OLD = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n"
+NEW = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version: 13.3\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "version", "old"), [(OLD, "535.183.01", True), (NEW, "580.65.06", False)], ids=["old", "new"]
+)
+def test_an_old_driver_is_named_with_what_cuda_13_requires(tmp_path, monkeypatch, text, version, old):
+    """Without that, PyTorch counts 0 GPUs and training would go to the CPU without a word."""
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(device, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.driver_version() == version
+    problem = f"the NVIDIA driver {version} is too old"
+    assert (problem in device.old_driver() and "580 or newer" in device.old_driver()) == old
+    assert device.resolve_device("auto", 1) == "cpu"
+    assert (problem in distributed.device_words(ALONE)) == old
+    with pytest.raises(UserError, match=problem if old else "1 GPUs were asked for and this machine has 0"):
+        device.resolve_device("cuda", 1)
+
+
+def test_without_the_kernel_module_nvidia_smi_gives_the_driver(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 550.54.15\necho 550.54.15\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(device, "DRIVER", tmp_path / "none")
+    assert device.driver_version() == "550.54.15"
+    program.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\n")
+    assert device.old_driver() == ""
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "local", "found"), [("3", 1, 3, 0), ("0,1,2,3", 4, 3, 3), (None, 4, 3, 3)]
+)
+def test_a_launcher_may_show_each_process_its_own_gpu_alone(monkeypatch, visible, gpus, local, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device.resolve_device("cuda", 4) == "cuda" and device.index(local) == found
+
+
+def test_one_gpu_is_not_shared_by_processes(monkeypatch):
+    """Two processes on a machine with one GPU is a mistake, under torchrun too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="2 GPUs were asked for and this machine has 1"):
+        device.resolve_device("cuda", 2)
+
+
+# ---- compilation, kernels
+
+
+def test_an_error_of_triton_or_of_a_compile_worker_leaves_training_uncompiled():
+    from torch._inductor.compile_worker.subproc_pool import SubprocException
+    from triton.runtime.errors import PTXASError
+
+    config = changed(PICO, speed={"compile": "yes"})
+    for error in (
+        PTXASError("ptxas: unknown sm_999"),
+        SubprocException("worker", "died"),
+        OSError("no compiler"),
+    ):
+        model = Normalised(torch.nn.Linear(1, 1), frames=1)
+
+        def trial(error: Exception = error) -> torch.Tensor:
+            raise error
+
+        words = compute.compile_model(model, config, ALONE, trial, lambda: torch.autocast("cpu"))
+        assert words.startswith("torch.compile: FAILED") and model._compiled_call_impl is None
+
+
+def test_processes_share_the_cores_for_compiling(monkeypatch):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor, "compile_threads", 7)
+    monkeypatch.setattr(compute, "usable_cores", lambda: 96)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
+    compute.share_compile_workers()
+    assert inductor.compile_threads == 7
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    compute.share_compile_workers()
+    assert inductor.compile_threads == 12
+
+
+def test_attention_is_flash_on_a_gpu_unless_another_is_asked_for():
+    config = PICO
+    cuda = torch.backends.cuda
+    (words,) = compute.choose_kernels(config, World(0, 1, GPU))
+    assert "flash" in words and cuda.flash_sdp_enabled() and not cuda.cudnn_sdp_enabled()
+    (words,) = compute.choose_kernels(changed(config, speed={"attention": "cudnn"}), World(0, 1, GPU))
+    assert "cudnn, as asked" in words and cuda.cudnn_sdp_enabled() and not cuda.flash_sdp_enabled()
+    assert compute.choose_kernels(config, ALONE) == [] and cuda.flash_sdp_enabled()
+    with pytest.raises(UserError, match=r"speed\.attention is 'fast'; it can be auto, flash"):
+        setup.check_ranges(changed(config, speed={"attention": "fast"}))
+
+
+def test_deterministic_kernels_are_switched_on_and_training_runs(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    settings = changed(quick(images, tmp_path, "run"), speed={"deterministic": True, "attention": "math"})
+    try:
+        fit(settings)
+        assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert "deterministic kernels: on" in capsys.readouterr().out
+    finally:
+        compute.choose_kernels(PICO, ALONE)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# ---- torchrun
+
+
+def test_torchrun_gives_its_processes_time_to_save():
+    """Its own 30 seconds are too few for a large model."""
+    assert "--shutdown-timeout 240" in call_make("-n", "train-mae", "NODES=2", "GPUS=8")
+    asked = []
+
+    def run(arguments) -> None:
+        asked.append(arguments.shutdown_timeout)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("torch.distributed.run.run", run)
+        distributed.launch(2, 0)
+    assert asked == [240]
