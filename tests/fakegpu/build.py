@@ -24,7 +24,9 @@ def build(folder: Path) -> dict[str, str]:
     runtime, driver = folder / "libfakegpu.so", folder / "libcuda.so.1"
     objects = folder / "runtime.o"
     headers = [f"-I{HERE / 'shim'}", "-idirafter", str(SITE / "nvidia/cu13/include")]
-    compile_(["g++", "-std=c++17", "-O1", "-fPIC", "-c", *headers, str(HERE / "runtime.cpp"), "-o", str(objects)])
+    compile_(
+        ["g++", "-std=c++17", "-O1", "-fPIC", "-c", *headers, str(HERE / "runtime.cpp"), "-o", str(objects)]
+    )
     stubs = folder / "stubs.c"
     stubs.write_text(runtime_stubs(called_by_torch() - defined(objects)))
     compile_(["gcc", "-O1", "-fPIC", "-c", str(stubs), "-o", str(folder / "stubs.o")])
@@ -35,7 +37,9 @@ def build(folder: Path) -> dict[str, str]:
     compile_(["gcc", "-O1", "-fPIC", "-c", header, str(HERE / "driver.c"), "-o", str(objects)])
     names = sorted(driver_functions() - defined(objects))
     stubs.write_text("".join(f"int {name}() {{ return 0; }}\n" for name in names))
-    compile_(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(objects), str(stubs), "-o", str(driver)])
+    compile_(
+        ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(objects), str(stubs), "-o", str(driver)]
+    )
     (folder / "libcuda.so").symlink_to(driver.name)
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH"))))
     return {"LD_PRELOAD": str(runtime), "LD_LIBRARY_PATH": path, "TRITON_LIBCUDA_PATH": str(folder)}

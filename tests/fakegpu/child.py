@@ -1,7 +1,7 @@
 """python -m tests.fakegpu.child REPORT IMAGES CLIPS RUNS SCENARIO...: trainings on the imitated CUDA runtime.
 
-Runs the scenarios one after the other in this process, because importing torch takes longer than most of them,
-and appends a line of JSON for each to REPORT: its name, what it found, and its error if it raised one.
+Runs the scenarios one after the other in this process, because importing torch takes longer than most of
+them, and appends a line of JSON for each to REPORT: its name, what it found, and its error if it raised one.
 The runtime imitates; it never measures. No figure from it may appear as a GPU figure.
 """
 
@@ -18,13 +18,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import train  # sets OpenMP's waiting before torch is imported  # noqa: F401, I001
 import torch
 import torch.distributed as dist
 import torch.nn.parallel.distributed as ddp
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import train  # sets OpenMP's waiting before torch is imported  # noqa: F401
 from pipelines import graph, loader
 from pipelines.errors import UserError, run_cli
 from tests.train_helpers import small
@@ -47,9 +47,10 @@ def imitate(lag_ms: int = 0, memory_mb: int = 80 << 10, hang_s: int = 0) -> None
 
 
 def replace_parts() -> None:
-    """Route around cuDNN, DALI's GPU operators, and checks of values that were computed or exchanged on a device.
+    """Route around cuDNN, DALI's GPU operators, and checks of values that a device computes or exchanges.
 
-    DALI decodes on the CPU and its batch is uploaded. Python objects are exchanged over gloo, tensors over nccl.
+    DALI decodes on the CPU and its batch is uploaded. Python objects are exchanged over gloo, tensors over
+    nccl.
     """
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -92,6 +93,7 @@ class Watch:
         def watched_accumulate(*arguments):
             self.memory.append(torch.cuda.memory_allocated())
             if len(self.memory) == self.fail_at:
+                write(sys.argv[1], {"scenario": "fails", "begins": True})
                 raise UserError("THE REASON; WHAT TO DO.")
             torch.cuda.set_sync_debug_mode("warn" if len(self.memory) > 2 else "default")
             return accumulate(*arguments)
@@ -108,7 +110,7 @@ class Watch:
             self.waits.append(f"{name.partition('site-packages/')[2] or name}:{line}")
 
     def start(self) -> None:
-        self.waits, self.memory, self.fail_at = [], [], 0
+        self.waits, self.memory = [], []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +135,11 @@ class Setup:
         self.watch.start()
         loop.main(config, mae.make_task if isinstance(config, MaeConfig) else finetune.make_task)
         torch.cuda.set_sync_debug_mode("default")
-        return {"waits": sorted(set(self.watch.waits)), "memory": self.watch.memory, "steps": len(self.watch.memory)}
+        return {
+            "waits": sorted(set(self.watch.waits)),
+            "memory": self.watch.memory,
+            "steps": len(self.watch.memory),
+        }
 
 
 # ---- scenarios of one process
@@ -155,7 +161,7 @@ def controls(_: Setup) -> dict:
     q = torch.empty(70_000, 1, 16, 32, device="cuda", dtype=torch.bfloat16)
     refusal = ""
     try:
-        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             nn.functional.scaled_dot_product_attention(q, q, q)
     except RuntimeError as error:
         refusal = str(error)
@@ -170,7 +176,13 @@ def mae_rows(setup: Setup) -> dict:
 def finetune_all(setup: Setup) -> dict:
     augment = {"layers": 2, "jitter": 0.3, "erase": 0.5}
     augment = dataclasses.asdict(FINETUNE_PRESETS["image-ft-pico"].data.augment) | augment
-    changes = {"data__augment": augment, "mixup": 0.8, "cutmix": 1.0, "optim__ema": 0.9, "optim__clip_norm": 1.0}
+    changes = {
+        "data__augment": augment,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "optim__ema": 0.9,
+        "optim__clip_norm": 1.0,
+    }
     return setup.train(setup.config("image-ft-pico", "all", **changes))
 
 
@@ -189,7 +201,7 @@ def clips_many_views(setup: Setup) -> dict:
 
 
 def resume(setup: Setup) -> dict:
-    """Memory of the last step before and after a resume, in bytes beyond what was there before."""
+    """(steady, peak) memory of a run and of its resume, in bytes beyond what was there before."""
     found = {}
     for name, epochs in (("before", 1.5), ("after", 3.0)):
         gc.collect()
@@ -198,7 +210,8 @@ def resume(setup: Setup) -> dict:
         there = torch.cuda.memory_allocated()
         allow = {"run__allow": ["optim.epochs"]} if name == "after" else {}
         config = setup.config("image-mae-pico", "resumed", optim__epochs=epochs, optim__ema=0.9, **allow)
-        found[name] = setup.train(config)["memory"][-1] - there
+        steady = setup.train(config)["memory"][-1]
+        found[name] = (steady - there, torch.cuda.max_memory_allocated() - there)
     return found
 
 
@@ -259,9 +272,7 @@ def rank_fails(setup: Setup) -> dict:
     """Rank 1 fails in its third step, while ending NCCL hangs."""
     imitate(hang_s=HANG_S)
     config = setup.config("image-mae-pico", "fails", optim__epochs=100.0)
-    setup.watch.start = lambda: setattr(setup.watch, "fail_at", len(setup.watch.memory) + 3)
-    if os.environ["RANK"] != "1":
-        setup.watch.start = lambda: None
+    setup.watch.fail_at = 3 if os.environ["RANK"] == "1" else 0
     run_cli(lambda: setup.train(config))
     return {}
 
@@ -280,8 +291,13 @@ def compile_recipes(_: Setup) -> dict:
         counters.clear()
         begin = time.monotonic()
         config = {**MAE_PRESETS, **FINETUNE_PRESETS}[name]
-        forward_backward(dataclasses.replace(config, speed=dataclasses.replace(config.speed, micro_batch=4)), True)
-        found[name] = {"graphs": counters["stats"]["unique_graphs"], "seconds": round(time.monotonic() - begin)}
+        forward_backward(
+            dataclasses.replace(config, speed=dataclasses.replace(config.speed, micro_batch=4)), True
+        )
+        found[name] = {
+            "graphs": counters["stats"]["unique_graphs"],
+            "seconds": round(time.monotonic() - begin),
+        }
     return found
 
 
@@ -306,7 +322,10 @@ def main() -> None:
             with contextlib.suppress(RuntimeError):
                 torch.cuda.set_sync_debug_mode("default")
             traceback.print_exc()
-        found |= {"refused": RUNTIME.fakegpu_refused() - refused, "cpu_s": round(time.process_time() - begin, 1)}
+        found |= {
+            "refused": RUNTIME.fakegpu_refused() - refused,
+            "cpu_s": round(time.process_time() - begin, 1),
+        }
         write(report, found)
 
 
