@@ -36,6 +36,7 @@ from tools.gpu_checks import Place
 from train.rundir import environment
 
 RESULT = "RESULT "
+CPU_FACTOR = 5  # how much more time a check gets on the CPU
 FAILED, NEEDS_GPU, NEEDS_GPUS = "FAILED", "needs a GPU", "needs two GPUs"
 
 
@@ -179,7 +180,7 @@ def gpu_check(
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         work = Path(folder)
         place = Place(torch.device(device), work / "shards/images", work / "shards/clips", work)
-        rows = [tell(console, run("data", place, 180))]
+        rows = [tell(console, run("data", place, 180 * (1 if gpus else CPU_FACTOR)))]
         chosen = CHECKS | (RATES if rates else {})
         for name, check in chosen.items():
             if not only or any(word in name for word in only):
@@ -197,7 +198,7 @@ def gpu_check(
 def row_of(name: str, check: Check, place: Place, gpus: int) -> Row:
     if gpus < check.gpus:
         return Row(name, NEEDS_GPUS if check.gpus > 1 else NEEDS_GPU, "", required=check.required)
-    row = run(name, place, check.seconds)
+    row = run(name, place, check.seconds * (1 if place.gpu else CPU_FACTOR))
     row.required = check.required
     return row
 
