@@ -125,6 +125,7 @@ def test_a_resumed_run_needs_no_more_memory(alone):
     lines, folder, _ = alone
     seen = found(lines, "resume", folder)
     assert seen["after"] == seen["before"]
+    assert seen["loading"] <= 1.1 * seen["before"]
 
 
 def test_too_little_device_memory_is_one_sentence(alone):

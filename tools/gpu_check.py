@@ -181,7 +181,7 @@ def gpu_check(
         work = Path(folder)
         place = Place(torch.device(device), work / "shards/images", work / "shards/clips", work)
         rows = [tell(console, run("data", place, 180 * (1 if gpus else CPU_FACTOR)))]
-        chosen = CHECKS | (RATES if rates else {})
+        chosen = CHECKS | (RATES if rates else {}) if rows[0].state == "ok" else {}
         for name, check in chosen.items():
             if not only or any(word in name for word in only):
                 rows.append(tell(console, row_of(name, check, place, gpus)))

@@ -45,7 +45,7 @@ finetune.main()
 
 
 def draw_data(work: Path) -> tuple[Path, Path]:
-    """Draw and pack 512 pictures and 64 clips of 40 frames; returns their shards."""
+    """Draw and pack 512 pictures and 64 clips of 40 frames, 4 for validation; returns their shards."""
     images, clips = work / "shards/images", work / "shards/clips"
     jobs = [
         (work / "images" / name / f"{i:03d}.JPEG", (label, i), 1)
@@ -59,13 +59,13 @@ def draw_data(work: Path) -> tuple[Path, Path]:
             jobs.append(
                 (work / "frames" / name / f"{video}_000000_000010" / "frame_{:05d}.jpg", (label, i), 40)
             )
-            rows.append((name, video, 0, 10, "train", 0))
+            rows.append((name, video, 0, 10, "val" if i < 2 else "train", 0))
     with ThreadPoolExecutor(usable_cores()) as pool:
         list(pool.map(lambda job: draw_frames(*job), jobs))
     for split in ("train", "val"):
         with (work / f"tiny_{split}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("label", "youtube_id", "time_start", "time_end", "split", "is_cc")])
-            csv.writer(file).writerows(rows if split == "train" else [])
+            csv.writer(file).writerows(row for row in rows if row[4] == split)
     run("tools.pack_imagenet", "--source", work / "images", "--out", images, "--val-fraction", 0)
     run("tools.pack_kinetics", "--frames", work / "frames", "--annotations", work, "--out", clips)
     return images, clips
@@ -297,7 +297,7 @@ def finish(place: Place) -> None:
 def training_rates(recipe: str, place: Place, flags: list[str]) -> Rates:
     """A real training of 40 steps, compiled, with the recommended settings: rate, MFU, data wait, memory."""
     micro = int(flags[flags.index("--speed.micro-batch") + 1])
-    samples = 64 if recipe.startswith("video") else 512
+    samples = 60 if recipe.startswith("video") else 512
     more = ("--optim.batch", micro, "--optim.epochs", 40 * micro / samples, "--run.log-every", 10)
     run(*train_words(place, recipe, recipe, *flags, *more, "--run.checkpoint-every", 10**6))
     row = rows_of(place, recipe)[-1]

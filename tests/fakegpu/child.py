@@ -21,8 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.parallel.distributed as ddp
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train  # sets OpenMP's waiting before torch is imported  # noqa: F401
 from pipelines import graph, loader
@@ -37,6 +35,12 @@ RUNTIME = ctypes.CDLL(None)
 HANG_S = 40
 SYNC = "called a synchronizing CUDA operation"
 RECIPES = ("image-mae-base", "image-ft-base", "video-mae-base", "video-ft-base")
+
+
+class Dim3(ctypes.Structure):
+    """A grid or a block of a launch."""
+
+    _fields_ = (("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint))
 
 
 def imitate(lag_ms: int = 0, memory_mb: int = 80 << 10, hang_s: int = 0) -> None:
@@ -86,11 +90,14 @@ class Watch:
         self.waits: list[str] = []
         self.memory: list[int] = []
         self.fail_at = 0
+        self.peak_before = 0  # bytes at most allocated before the first step
         accumulate, settle = loop._accumulate, Recorder.settle
         warnings.simplefilter("always")
         warnings.showwarning = self._note
 
         def watched_accumulate(*arguments):
+            if not self.memory:
+                self.peak_before = torch.cuda.max_memory_allocated()
             self.memory.append(torch.cuda.memory_allocated())
             if len(self.memory) == self.fail_at:
                 write(sys.argv[1], {"scenario": "fails", "begins": True})
@@ -158,11 +165,10 @@ def controls(_: Setup) -> dict:
     except RuntimeError as error:
         waited = str(error)
     torch.cuda.set_sync_debug_mode("default")
-    q = torch.empty(70_000, 1, 16, 32, device="cuda", dtype=torch.bfloat16)
-    refusal = ""
+    RUNTIME.cudaLaunchKernel(None, Dim3(1, 70_000, 1), Dim3(32, 1, 1), None, ctypes.c_size_t(0), None)
     try:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            nn.functional.scaled_dot_product_attention(q, q, q)
+        torch.ones(1, device="cuda")  # PyTorch asks for the last error after its own launch
+        refusal = ""
     except RuntimeError as error:
         refusal = str(error)
     return {"early": early, "late": copy.tolist(), "waited": waited, "refusal": refusal}
@@ -201,7 +207,7 @@ def clips_many_views(setup: Setup) -> dict:
 
 
 def resume(setup: Setup) -> dict:
-    """(steady, peak) memory of a run and of its resume, in bytes beyond what was there before."""
+    """Bytes allocated in the last step of a run and of its resume, and at most while the resume loaded."""
     found = {}
     for name, epochs in (("before", 1.5), ("after", 3.0)):
         gc.collect()
@@ -210,8 +216,8 @@ def resume(setup: Setup) -> dict:
         there = torch.cuda.memory_allocated()
         allow = {"run__allow": ["optim.epochs"]} if name == "after" else {}
         config = setup.config("image-mae-pico", "resumed", optim__epochs=epochs, optim__ema=0.9, **allow)
-        steady = setup.train(config)["memory"][-1]
-        found[name] = (steady - there, torch.cuda.max_memory_allocated() - there)
+        found[name] = setup.train(config)["memory"][-1] - there
+        found["loading"] = setup.watch.peak_before - there
     return found
 
 
