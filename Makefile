@@ -12,7 +12,8 @@ MASTER ?= localhost:29500
 
 # What a training command takes from the variables; those left empty keep the preset's value.
 SETTINGS = $(if $(RUN),--run.name '$(RUN)') $(if $(DATA),--data.path '$(DATA)') $(if $(MODEL),--model.name $(MODEL)) \
-	$(if $(INIT),--model.init '$(INIT)') $(if $(DEVICE),--speed.device $(DEVICE))
+	$(if $(INIT),--model.init '$(INIT)') $(if $(DEVICE),--speed.device $(DEVICE)) \
+	$(if $(TUNED),$(shell cat '$(TUNED)'))
 NAMED = $(or $(RUN),$(error name a run below runs/ with RUN=))
 OTHER = $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DEVICE),--device $(DEVICE))
 PACKING = $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(OUT),--out '$(OUT)') \
@@ -24,7 +25,7 @@ START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 $(TORCHRUN) --nnodes 
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 
-.PHONY: help demo shards verify stage train-mae train-ft eval probe plot report predict bench test faults check audit lock env env-ray clean
+.PHONY: help demo shards verify stage train-mae train-ft eval probe plot report predict bench gpu-check test faults check audit lock env env-ray clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]   (ARGS=\"...\" is passed on to the command)"
@@ -42,10 +43,10 @@ verify: env  ## check every byte, index and label of DATA=shards/imagenet
 stage: env  ## copy DATA=FOLDER or DATA=s3://... to this machine's disk TO=FOLDER, checked
 	$(PY) -m tools.stage '$(or $(DATA),$(error name the source with DATA=))' '$(or $(TO),$(error name a folder on this machine with TO=))' $(ARGS)
 
-train-mae: env  ## pretrain: RECIPE=image-mae-base GPUS NODES RUN MODEL DATA INIT DEVICE=cpu|cuda
+train-mae: env  ## pretrain: RECIPE=image-mae-base GPUS NODES RUN MODEL DATA INIT TUNED=FILE DEVICE=cpu|cuda
 	$(START) train.mae $(or $(RECIPE),image-mae-base) $(SETTINGS) $(COUNT) $(ARGS)
 
-train-ft: env  ## finetune: RECIPE=image-ft-base INIT=runs/NAME/model.safetensors GPUS NODES RUN MODEL DATA DEVICE
+train-ft: env  ## finetune: RECIPE=image-ft-base INIT=runs/NAME/model.safetensors GPUS NODES RUN MODEL DATA TUNED DEVICE
 	$(START) train.finetune $(or $(RECIPE),image-ft-base) $(SETTINGS) $(COUNT) $(ARGS)
 
 eval: env  ## evaluate RUN=NAME, or other WEIGHTS=FILE with its settings, or other DATA
@@ -68,6 +69,9 @@ bench: env  ## measure speed side by side: BENCH=all|loader|model|training|packi
 
 test: check  ## all tests, after check; WORKERS=2 tests at a time
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+gpu-check: env  ## check and time this machine's GPU, ten minutes; DEVICE=cpu runs what the CPU can
+	$(PY) -m tools.gpu_check $(if $(DEVICE),--device $(DEVICE)) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 faults: env  ## what a hostile week does to a run, as a table; KILLS=50 per test at random moments
 	$(PY) -m pytest -m fault --kills $(or $(KILLS),50) $(ARGS)

@@ -61,6 +61,7 @@ TARGETS = (
     "report",
     "predict",
     "bench",
+    "gpu-check",
     "test",
     "check",
     "env",

@@ -100,8 +100,7 @@ class OptimConfig:
     layer_decay: float = 1.0
     """Learning rate factor from each layer to the one before it; the head has 1."""
     decay_last_block: bool = True
-    """Whether the last block already has one factor (MAE, SlowFast) or the head's rate (the authors'
-    unfinished code)."""
+    """Whether the last block has one factor (MAE, SlowFast) or the head's rate (the authors' draft)."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, such as 0.9999; 0 = none. With one, its weights
     are what is evaluated and exported."""

@@ -1,0 +1,1 @@
+// Not needed by a host compiler.

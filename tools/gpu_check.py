@@ -1,0 +1,291 @@
+"""make gpu-check: does this machine's GPU do what the project promises? One table, one JSON file, settings.
+
+    python -m tools.gpu_check [--device cpu] [--out FOLDER] [--only NAME ...]
+
+Every check runs in a process of its own with a time limit, so that a crash or a hang becomes a row of the
+table. The order is such that a failure explains later ones.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import train  # sets OpenMP's waiting  # noqa: F401
+from pipelines.errors import UserError, run_cli
+from pipelines.files import atomic_text
+from tools import gpu_checks, gpu_models, gpu_runs
+from tools.gpu_checks import Place
+from train.rundir import environment
+
+RESULT = "RESULT "
+CPU_FACTOR = 5  # how much more time a check gets on the CPU
+FAILED, NEEDS_GPU, NEEDS_GPUS = "FAILED", "needs a GPU", "needs two GPUs"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table."""
+
+    run: Callable[[Place], str | dict[str, float]]
+    seconds: int
+    gpus: int = 0
+    """GPUs it needs; 0: it also runs on the CPU."""
+    required: bool = True
+    """Whether its failure is a failure of gpu-check; training does not need the others."""
+
+
+CHECKS: dict[str, Check] = {
+    "machine": Check(gpu_checks.machine, 60),
+    "whole decoding": Check(gpu_checks.whole_decoding, 60, gpus=1),
+    "windows by slicing": Check(gpu_checks.windows, 120),
+    "windows by region decoding": Check(gpu_checks.region_decoding, 60, gpus=1, required=False),
+    "order independence": Check(gpu_checks.order_independence, 90),
+    "buffer lifetime": Check(gpu_checks.buffer_lifetime, 60),
+    "hostile pictures": Check(gpu_checks.hostile_pictures, 60),
+    "augmentations": Check(gpu_models.augmentations, 60),
+    "models in fp32": Check(gpu_models.models_fp32, 60),
+    "models in bf16": Check(gpu_models.models_bf16, 60),
+    "flash attention": Check(gpu_models.attention_flash, 60, gpus=1),
+    "efficient attention": Check(gpu_models.attention_efficient, 60, gpus=1, required=False),
+    "cuDNN attention": Check(gpu_models.attention_cudnn, 60, gpus=1, required=False),
+    "models compiled": Check(gpu_models.models_compiled, 300),
+    "rows equal detail": Check(gpu_runs.rows_equal_detail, 120),
+    "no waits": Check(gpu_runs.no_waits, 120, gpus=1),
+    "resume and stop": Check(gpu_runs.resume_and_stop, 180),
+    "a non-finite step": Check(gpu_runs.nonfinite_steps, 90),
+    "out of memory": Check(gpu_runs.out_of_memory, 90, gpus=1),
+    "ranks end together": Check(gpu_runs.ranks_end_together, 240, gpus=2),
+}
+RATES: dict[str, Check] = {
+    "loading pictures (pictures/s)": Check(gpu_runs.loading_pictures, 90),
+    "loading clips (frames/s)": Check(gpu_runs.loading_clips, 90),
+    **{
+        f"steps of {recipe} (samples/s)": Check(functools.partial(gpu_runs.step_rates, recipe), 90, gpus=1)
+        for recipe in gpu_runs.RECIPES
+    },
+}
+
+
+@dataclass
+class Row:
+    """What a check gave: "ok", FAILED, NEEDS_GPU or NEEDS_GPUS, a text or rates, and the seconds it took."""
+
+    name: str
+    state: str
+    found: str | dict[str, float]
+    seconds: float = 0.0
+    required: bool = True
+
+
+# ---- one check
+
+
+def child(name: str, values: dict[str, str], flags: list[str]) -> None:
+    """The body of a check's process: prints its result as the last line."""
+    place = Place(torch.device(values["device"]), *(Path(values[key]) for key in ("images", "clips", "work")))
+    if place.gpu:
+        torch.cuda.set_device(place.device)
+    try:
+        if name == "data":
+            result: object = list(map(str, gpu_runs.draw_data(place.work)))
+        elif name in gpu_runs.RECIPES:
+            result = gpu_runs.training_rates(name, place, flags)
+        else:
+            result = (CHECKS | RATES)[name].run(place)
+    except gpu_checks.Problem as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(1)
+    print(f"{RESULT}{json.dumps(result)}", flush=True)
+    os._exit(0)  # decoding threads need not be waited for
+
+
+def run(name: str, place: Place, seconds: int, flags: list[str] | None = None) -> Row:
+    """Run a check in a process of its own, which is killed with all that it started after `seconds`."""
+    values = {
+        "device": str(place.device),
+        "images": str(place.images),
+        "clips": str(place.clips),
+        "work": str(place.work),
+    }
+    command = [sys.executable, "-m", "tools.gpu_check", "--child", json.dumps([name, values, flags or []])]
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        said, code = process.communicate(timeout=seconds)[0], process.returncode
+    except subprocess.TimeoutExpired:
+        said, code = "", None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if code is None:
+        said = process.communicate()[0]
+    results = [line for line in said.splitlines() if line.startswith(RESULT)]
+    took = time.monotonic() - begin
+    if code == 0 and results:
+        return Row(name, "ok", json.loads(results[-1].removeprefix(RESULT)), took)
+    how = f"no answer after {seconds} s: " if code is None else f"signal {-code}: " if code < 0 else ""
+    return Row(name, FAILED, how + gpu_runs.last_line(said), took)
+
+
+# ---- all of them
+
+
+def gpu_check(
+    device: Literal["cuda", "cpu"] = "cuda",
+    out: Path = Path("benchmarks/results"),
+    only: tuple[str, ...] = (),
+    rates: bool = True,
+) -> None:
+    """Check this machine and measure it.
+
+    Args:
+        device: cuda, or cpu to run the checks that can run there.
+        out: folder for the JSON file and the recommended settings.
+        only: the checks whose names contain one of these words; all without it.
+        rates: measure also, not only check.
+    """
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if device == "cuda" and not torch.cuda.is_available():
+        version = gpu_checks.driver()
+        why = (
+            f"its driver is {version}, and CUDA 13 needs {gpu_checks.LEAST_DRIVER}"
+            if version
+            else "no driver found"
+        )
+        raise UserError(
+            f"PyTorch sees no GPU ({why}); see docs/gpu.md, or add DEVICE=cpu for what runs on the CPU"
+        )
+    console = Console()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        work = Path(folder)
+        place = Place(torch.device(device), work / "shards/images", work / "shards/clips", work)
+        rows = [tell(console, run("data", place, 180 * (1 if gpus else CPU_FACTOR)))]
+        chosen = CHECKS | (RATES if rates else {}) if rows[0].state == "ok" else {}
+        for name, check in chosen.items():
+            if not only or any(word in name for word in only):
+                rows.append(tell(console, row_of(name, check, place, gpus)))
+        flags = recommended({row.name: row.found for row in rows if isinstance(row.found, dict)})
+        if rates and gpus and not only:
+            rows += [tell(console, run(recipe, place, 180, words)) for recipe, words in flags.items()]
+    console.print(table_of(rows, device))
+    write(rows, flags, device, out, console)
+    failures = [row.name for row in rows if row.state == FAILED and row.required]
+    console.print(f"{len(failures)} failed, {time.monotonic() - begin:.0f} s")
+    sys.exit(1 if failures else 0)
+
+
+def row_of(name: str, check: Check, place: Place, gpus: int) -> Row:
+    if gpus < check.gpus:
+        return Row(name, NEEDS_GPUS if check.gpus > 1 else NEEDS_GPU, "", required=check.required)
+    row = run(name, place, check.seconds * (1 if place.gpu else CPU_FACTOR))
+    row.required = check.required
+    return row
+
+
+def tell(console: Console, row: Row) -> Row:
+    """Show a row as soon as it is there."""
+    if row.state in ("ok", FAILED):
+        console.print(Text(f"{row.state:7}{row.name:32}{row.seconds:5.0f} s  {text_of(row.found)}"[:200]))
+    return row
+
+
+def text_of(found: str | dict[str, float] | list) -> str:
+    if isinstance(found, dict):
+        return "; ".join(
+            f"{name}: {value:,.4g}" if value < 1000 else f"{name}: {value:,.0f}"
+            for name, value in found.items()
+        )
+    return found if isinstance(found, str) else ""
+
+
+def recommended(rates: dict[str, dict[str, float]]) -> dict[str, list[str]]:
+    """The flags of each base recipe, from what was measured; empty without rates of steps."""
+    found = {}
+    for recipe in gpu_runs.RECIPES:
+        steps = {
+            k: v for k, v in rates.get(f"steps of {recipe} (samples/s)", {}).items() if "upstream" not in k
+        }
+        if not steps:
+            continue
+        loading = rates.get(
+            "loading clips (frames/s)" if "video" in recipe else "loading pictures (pictures/s)", {}
+        )
+        flags = ["--speed.micro-batch", smallest_near_best(steps, r"micro (\d+)")]
+        if loading:
+            best = max(loading, key=lambda name: loading[name])
+            threads, share = re.findall(r"[\d.]+", best)
+            flags += ["--speed.threads", threads, "--speed.hw-decoder-load", share]
+        found[recipe] = flags
+    return found
+
+
+def smallest_near_best(rates: dict[str, float], pattern: str) -> str:
+    """The smallest number in the names whose rate is within 3 % of the best: larger ones cost memory."""
+    best = max(rates.values())
+    near = [re.findall(pattern, name)[0] for name, rate in rates.items() if rate >= 0.97 * best]
+    return min(near, key=int)
+
+
+def table_of(rows: list[Row], device: str) -> Table:
+    where = torch.cuda.get_device_name(0) if device == "cuda" else "the CPU: no figure here is a GPU's"
+    table = Table("check", "", "s", "found", title=f"make gpu-check on {where}", show_lines=True)
+    for row in rows:
+        state = row.state if row.required or row.state != FAILED else "failed (not needed)"
+        seconds = f"{row.seconds:.0f}" if row.seconds else ""
+        table.add_row(*map(Text, (row.name, state, seconds, text_of(row.found))))
+    return table
+
+
+def write(rows: list[Row], flags: dict[str, list[str]], device: str, out: Path, console: Console) -> None:
+    """Write the JSON file, and a file of settings per recipe for TUNED=."""
+    name = torch.cuda.get_device_name(0) if device == "cuda" else "cpu"
+    hardware = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    path = out / f"{datetime.date.today()}-{hardware}-gpu-check.json"
+    out.mkdir(parents=True, exist_ok=True)
+    values = {
+        row.name: {"state": row.state, "seconds": round(row.seconds, 1), "found": row.found} for row in rows
+    }
+    content = {
+        "environment": environment(),
+        "driver": gpu_checks.driver(),
+        "device": name,
+        "checks": values,
+        "settings": flags,
+    }
+    atomic_text(path, json.dumps(content, indent=1) + "\n")
+    console.print(f"written: {path}")
+    for recipe, words in flags.items():
+        tuned = out / f"tuned-{recipe}.txt"
+        atomic_text(tuned, " ".join(words) + "\n")
+        console.print(f"recommended for {recipe}: {' '.join(words)} (TUNED={tuned})")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        child(*json.loads(sys.argv[2]))
+    tyro.cli(gpu_check)
+
+
+if __name__ == "__main__":
+    run_cli(main)

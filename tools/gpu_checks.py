@@ -1,0 +1,255 @@
+"""The checks of `make gpu-check` on the machine and on decoding.
+
+Each takes a Place and returns a line for the table; it raises Problem, or whatever the library raises.
+"""
+
+import dataclasses
+import importlib.metadata
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipelines import graph, plans
+from pipelines.catalogue import open_catalogue
+
+LIBRARIES = ("torch", "triton", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "timm")
+LEAST_DRIVER = 580  # CUDA 13
+
+
+class Problem(Exception):
+    """A check found something wrong; the text goes into the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What every check gets."""
+
+    device: torch.device
+    images: Path  # packed shards of pictures
+    clips: Path  # packed shards of clips
+    work: Path  # a folder for what a check writes
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def need(condition: object, text: str) -> None:
+    if not condition:
+        raise Problem(text)
+
+
+# ---- machine
+
+
+def machine(place: Place) -> str:
+    """Driver, device, compiler and library versions."""
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    parts = [f"{name.removeprefix('nvidia-')} {installed[name]}" for name in LIBRARIES if name in installed]
+    parts.append(f"Python {platform.python_version()}")
+    need(shutil.which("gcc") or shutil.which("cc"), "no C compiler found; torch.compile needs one")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    need(header.exists(), f"{header} is missing; torch.compile needs Python's headers")
+    if not place.gpu:
+        return f"{os.cpu_count()} cores; {', '.join(parts)}"
+    version = driver()
+    need(
+        version == "" or int(version.split(".")[0]) >= LEAST_DRIVER,
+        f"the driver is {version}; CUDA 13 needs {LEAST_DRIVER} or newer",
+    )
+    found = torch.cuda.get_device_properties(place.device)
+    need(found.major >= 8, f"{found.name} has compute capability {found.major}.{found.minor}; bf16 needs 8.0")
+    memory = f"{found.total_memory / 2**30:.0f} GB"
+    return (
+        f"{torch.cuda.device_count()} x {found.name}, {memory}, driver {version or '?'}; {', '.join(parts)}"
+    )
+
+
+def driver() -> str:
+    """The version that nvidia-smi gives, empty without it."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    words = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return words[0] if words and words[0][0].isdigit() else ""
+
+
+def loaded_library(word: str) -> str:
+    """The path of the first shared library in this process whose name contains `word`."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = sorted({line.split()[-1] for line in lines if word in line})
+    return paths[0] if paths else "not loaded"
+
+
+# ---- decoding
+
+
+def decode(
+    jpegs: list[NDArray[np.uint8]], device: torch.device, windows: NDArray | None = None
+) -> list[NDArray]:
+    """Decode JPEGs with DALI on `device`, whole or only the windows [n, 4] (x, y, width, height)."""
+    from nvidia.dali import fn
+    from nvidia.dali.pipeline import Pipeline
+
+    place = "mixed" if device.type == "cuda" else "cpu"
+    pipeline = Pipeline(len(jpegs), 4, graph.gpu_index(device), prefetch_queue_depth=1)
+    with pipeline:
+        encoded = fn.external_source(source=[jpegs], cycle=True, batch=True)
+        if windows is None:
+            pixels = fn.decoders.image(encoded, device=place, jpeg_fancy_upsampling=True)
+        else:
+            starts, shapes = (fn.external_source(source=[v], cycle=True) for v in graph.corners(windows))
+            pixels = fn.decoders.image_slice(
+                encoded, starts, shapes, device=place, jpeg_fancy_upsampling=True
+            )
+        pipeline.set_outputs(pixels)
+    pipeline.build()
+    (out,) = pipeline.run()
+    host = out.as_cpu() if place == "mixed" else out
+    return [np.array(host[index]) for index in range(len(jpegs))]
+
+
+def most_apart(ones: list[NDArray], others: list[NDArray]) -> float:
+    """The largest mean difference of two pictures, in levels; infinite where shapes differ."""
+    pairs = zip(ones, others, strict=True)
+    return max(np.abs(a.astype(int) - b).mean() if a.shape == b.shape else float("inf") for a, b in pairs)
+
+
+def feed_of(
+    path: Path, rows: int, frames: int = 1, copies: int = 1, kind: str = "triangular", size: int = 96
+) -> tuple[plans.ViewSpec, graph.Feed]:
+    """(view, feed) of the first `rows` samples of packed shards."""
+    catalogue = open_catalogue(path, "train")
+    view = plans.ViewSpec(size, frames=frames, interpolation=kind, repeats=copies, same_clip=copies > 1)
+    ids = np.repeat(np.arange(rows) % len(catalogue), copies)
+    plan = plans.train_plan(catalogue, view, 0, ids, np.tile(np.arange(copies), rows).astype(np.int64))
+    return view, plans.feed_of(catalogue, plan, view.copies)
+
+
+def batches(view, feed, device: torch.device, load: float = 0.65, threads: int = 4) -> Iterator[Tensor]:  # noqa: ANN001
+    """The same batch again and again from the training pipeline, resized inside DALI also on the CPU."""
+    settings = graph.Settings(
+        samples=len(feed.jpegs) // view.frames,
+        clip=view.frames,
+        copies=view.copies,
+        size=view.size,
+        interpolation=view.interpolation,
+        device=device,
+        threads=threads,
+        hw_decoder_load=load,
+        resize_on_cpu=True,
+    )
+    pipeline = graph.build_pipeline(lambda _: feed, settings)
+    while True:
+        yield graph.run(pipeline, settings, [(None, feed)], graph.start_resampling(settings))
+
+
+def whole_decoding(place: Place) -> str:
+    """Pictures decoded on the GPU are those of the CPU."""
+    _, feed = feed_of(place.images, 64)
+    apart = most_apart(decode(feed.jpegs, place.device), decode(feed.jpegs, torch.device("cpu")))
+    need(apart < 1.5, f"a picture differs by {apart:.2f} levels on average from the CPU's")
+    return f"at most {apart:.2f} levels on average; nvJPEG: {loaded_library('nvjpeg')}"
+
+
+def windows(place: Place) -> str:
+    """Crops from the training pipeline are those of the CPU, for every filter and number of copies."""
+    worst = 0.0
+    for kind in graph.FILTERS:
+        for path, frames, copies in ((place.images, 1, 1), (place.images, 1, 3), (place.clips, 4, 2)):
+            view, feed = feed_of(path, 32, frames, copies, kind)
+            ours = next(batches(view, feed, place.device)).cpu().float()
+            theirs = next(batches(view, feed, torch.device("cpu"))).float()
+            apart = (ours - theirs).abs()
+            worst = max(worst, apart.mean().item())
+            high = apart.flatten().kthvalue(int(apart.numel() * 0.999)).values.item()
+            need(
+                worst < 2 and high < 24,
+                f"{kind}, {frames} frames, {copies} copies: mean {worst:.2f} levels, 99.9 % below {high:.0f}",
+            )
+    return f"at most {worst:.2f} levels on average from the CPU's"
+
+
+def region_decoding(place: Place) -> str:
+    """Decoding only a window (nvImageCodec report 55: it crashes on some GPUs). Training does not need it."""
+    _, feed = feed_of(place.images, 64)
+    ours, theirs = (decode(feed.jpegs, d, feed.boxes) for d in (place.device, torch.device("cpu")))
+    apart = most_apart(ours, theirs)
+    need(apart < 1.5, f"a window differs by {apart:.2f} levels on average from the CPU's")
+    return f"at most {apart:.2f} levels on average from the CPU's"
+
+
+def order_independence(place: Place) -> str:
+    """A sample's pixels do not depend on its place in the batch."""
+    view, feed = feed_of(place.images, 64)
+    first = next(batches(view, feed, place.device, load=0.0))
+    order = np.arange(64)[::-1].copy()
+    turned = graph.Feed(
+        [feed.jpegs[i] for i in order], feed.boxes[order], feed.windows[order], feed.flips[order]
+    )
+    apart = {}
+    for load in (0.0, 0.65, 1.0) if place.gpu else (0.0,):
+        second = next(batches(view, turned, place.device, load)).flip(0)
+        apart[load] = (second.int() - first.int()).abs().max().item()
+    need(apart[0.0] == 0, f"without decoding engines a pixel differs by {apart[0.0]} levels")
+    return "largest difference by engine share: " + ", ".join(f"{k:g}: {v}" for k, v in apart.items())
+
+
+def buffer_lifetime(place: Place) -> str:
+    """A batch keeps its bytes while later ones are made, also behind a kernel that takes long."""
+    view, feed = feed_of(place.images, 64)
+    sums, kept = [], []
+    for number, pixels in zip(range(24), batches(view, feed, place.device), strict=False):
+        if place.gpu and number % 4 == 0:
+            torch.cuda._sleep(200_000_000)
+        sums.append(pixels.sum(dtype=torch.int64))
+        kept = [*kept[-5:], pixels]
+        pixels.add_(1)  # in place, as augmentation does
+    values = torch.stack(sums).tolist()
+    need(len(set(values)) == 1, f"{len(set(values))} different sums of 24 equal batches")
+    return "24 equal batches"
+
+
+def hostile_pictures(place: Place) -> str:
+    """Gray, progressive, 4:4:4 and one-pixel pictures decode, and so does a batch after a damaged one."""
+    draw = np.random.default_rng(0)
+    coarse = Image.fromarray(draw.integers(0, 256, (6, 8, 3), np.uint8))
+    picture = coarse.resize((160, 120), Image.Resampling.BICUBIC)
+    kinds = {
+        "gray": encoded(picture.convert("L")),
+        "progressive": encoded(picture, progressive=True),
+        "4:4:4": encoded(picture, subsampling=0),
+        "one pixel": encoded(picture.resize((1, 1))),
+    }
+    for name, data in kinds.items():
+        wanted = np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
+        apart = most_apart(decode([data], place.device), [wanted])
+        need(apart < 3, f"{name}: {apart:.2f} levels on average from Pillow's")
+    whole = encoded(picture)
+    try:
+        decode([whole[: len(whole) // 2]], place.device)
+        damaged = "decodes in part"
+    except RuntimeError:
+        damaged = "is refused"
+    need(
+        most_apart(decode([whole], place.device), [np.asarray(picture)]) < 6,
+        "nothing decodes after a damaged one",
+    )
+    return f"{', '.join(kinds)} decode; a damaged one {damaged}"
+
+
+def encoded(picture: Image.Image, **options: object) -> NDArray[np.uint8]:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=92, **options)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
