@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.augment import Augment
+from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN, kill_until_done, speak_to
 from tests.test_train_runs import assert_same, descendants, fit, results
 from tests.train_helpers import ROOT, arguments, call, module, small
@@ -306,7 +307,7 @@ def test_the_folder_cannot_be_written(images: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("damage", ["cut off", "a bit flipped", "empty", "all damaged"])
 def test_checkpoints_are_damaged(damage: str, images: Path, tmp_path: Path, happened: Happened):
-    """the newest whole one is used, and that is said; with none left the run starts anew and says so"""
+    """the newest valid one is used, with a warning; if none is valid the run ends and changes nothing"""
     config = pretraining(images, tmp_path, "run")
     fit(config, mae.make_task)
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
@@ -317,17 +318,21 @@ def test_checkpoints_are_damaged(damage: str, images: Path, tmp_path: Path, happ
         data[len(data) // 2] ^= 1
         whole = {"cut off": data[: len(data) // 2], "empty": b""}.get(damage, data)
         path.write_bytes(whole)
+    if damage == "all damaged":
+        with pytest.raises(UserError, match="none of the checkpoints"):
+            fit(config, mae.make_task)
+        happened("ended with one sentence")
+        return
     fit(config, mae.make_task)
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert f"{paths[-1]} is damaged" in log
-    assert ("resumed from step" in log) == (damage != "all damaged")
+    assert f"{paths[-1]} is damaged" in log and "resumed from step" in log
     assert_same(tmp_path / "run", tmp_path / "whole")
-    happened("said; bit-equal in the end")
+    happened("warned; bit-equal in the end")
 
 
 @pytest.mark.parametrize("damage", ["part cut off", "part gone", "row cut off", "row garbled", "CSV gone"])
 def test_metrics_are_damaged(damage: str, images: Path, tmp_path: Path):
-    """rows that can be read are kept; the run goes on, CSV and Parquet equal"""
+    """rows that can be read are kept; the last one is in the checkpoint; CSV and Parquet are equal"""
     config = pretraining(images, tmp_path, "run")
     fit(config, mae.make_task)
     run = tmp_path / "run"
@@ -347,8 +352,7 @@ def test_metrics_are_damaged(damage: str, images: Path, tmp_path: Path):
     fit(config, mae.make_task)
     found = read_csv(csv)
     assert found == pq.read_table(run / "metrics").to_pylist()
-    kept = [] if damage == "CSV gone" else rows[:-1] if damage == "row cut off" else rows
-    assert found == kept
+    assert found == (rows[-1:] if damage == "CSV gone" else rows)
 
 
 @long

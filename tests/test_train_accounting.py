@@ -362,7 +362,9 @@ def test_ctrl_c_during_imports_is_one_line(moment: str):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = module("train.mae", "image-mae-pico")
     command[1:1] = ["-X", "importtime"]
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     assert process.stderr is not None
     for line in process.stderr:
         if line.rpartition("|")[2].strip() == moment:

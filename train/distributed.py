@@ -230,8 +230,9 @@ class StopSignal:
                 backend="gloo", timeout=timedelta(seconds=timeout)
             )
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
-        before = {number: signal.getsignal(number) for number in STOPPING}
-        self._before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+        self._before = {number: signal.getsignal(number) for number in STOPPING}
+        if self._before[signal.SIGHUP] == signal.SIG_IGN:
+            del self._before[signal.SIGHUP]
         for number in self._before:
             signal.signal(number, self._note)
 
