@@ -53,10 +53,16 @@ def test_parts_side_by_side_and_a_last_run_give_the_bytes_of_one_run(tmp_path):
     pack_images(source, tmp_path / "one", shard_size=2)
     out = tmp_path / "parts"
     parts = [start(source, out, "--workers", 1, "--shard-range", f"{i}/3") for i in (1, 2, 3)]
-    # The first part is at work, which it is not while it still imports.
-    wait_for(lambda: any(int(path.stem) % 3 == 0 for path in out.glob("train/*.parquet")))
-    parts[0].send_signal(signal.SIGSTOP)  # so that it cannot be finished before it is looked for
-    parts[2].kill()  # leaves its temporary file
+
+    def at_work(part: int) -> bool:
+        return any(int(path.stem) % 3 == part for path in out.glob("train/*.parquet"))
+
+    wait_for(lambda: at_work(0) or at_work(2))
+    first, last = (0, 2) if at_work(0) else (2, 0)  # each is struck before it can finish
+    strikes = {0: signal.SIGSTOP, 2: signal.SIGKILL}  # SIGKILL leaves its temporary file
+    parts[first].send_signal(strikes[first])
+    wait_for(lambda: at_work(last))
+    parts[last].send_signal(strikes[last])
     with pytest.raises(UserError, match=r"another process is packing into .*parts; wait for it"):
         pack_images(source, out, shard_size=2)
     parts[0].send_signal(signal.SIGCONT)

@@ -256,6 +256,7 @@ def test_torchrun_gives_its_processes_time_to_save():
         asked.append(arguments.shutdown_timeout)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("sys.argv", ["train.mae", "image-mae-pico"])
         patch.setattr("torch.distributed.run.run", run)
         distributed.launch(2, 0)
     assert asked == [240]

@@ -160,7 +160,7 @@ class SpeedConfig:
     threads: int = 0
     """DALI threads per process; 0 = chosen from the machine."""
     hw_decoder_load: float = 0.65
-    """Share of the JPEGs that the GPU's decoding engines take, where it has them."""
+    """Share of the JPEGs for the GPU's decoding engines, if it has them."""
     decode: str = "whole"
     """What a GPU decodes: whole pictures, or each window alone (window); the CPU always decodes windows."""
 
@@ -300,8 +300,8 @@ FREE = (
 )  # fmt: skip
 # Settings that a run keeps, also with run.allow: its checkpoints or count of samples would not fit others.
 FIXED = (
-    "kind", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm", "data.size",
-    "data.frames", "data.repeats", "optim.name", "optim.batch", "decoder_heads", "protocol",
+    "kind", "protocol", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm",
+    "data.size", "data.frames", "data.repeats", "optim.name", "optim.batch", "decoder_heads",
 )  # fmt: skip
 
 

@@ -100,8 +100,7 @@ def launch(processes: int, restarts: int) -> None:
 
     module = sys.modules["__main__"].__spec__
     name = module.name if module else sys.argv[0]
-    # A large model takes longer to save than the 30 seconds that torchrun gives its processes to stop.
-    counts = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--shutdown-timeout=240"]
+    counts = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     # Under nohup SIGHUP is ignored; torchrun would handle it all the same.
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     handled = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"] if ignored else []
