@@ -1,7 +1,6 @@
 """What a run is made of: frozen dataclasses, presets by name, dotted overrides from the command line.
 
-FREE names the settings that may change when a run is resumed. All others change results: they may change only
-if run.allow names them, and those in FIXED never.
+On resume, settings in FREE may change, those in FIXED never, all others only if run.allow names them.
 """
 
 import dataclasses
@@ -298,7 +297,7 @@ FREE = (
     "speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "run.log_every",
     "run.eval_every", "run.checkpoint_every", "run.max_skipped", "data.max_bad", "data.path",
 )  # fmt: skip
-# Settings that a run keeps, also with run.allow: its checkpoints or count of samples would not fit others.
+# Settings that a run keeps, also with run.allow: its checkpoints would not fit others.
 FIXED = (
     "kind", "protocol", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm",
     "data.size", "data.frames", "data.repeats", "optim.name", "optim.batch", "decoder_heads",
