@@ -1,6 +1,6 @@
 """Whole runs in processes that begin with everything imported, and runs to compare them with.
 
-A start here is the real command: `main` with its words in sys.argv, DALI and the process group as they are.
+A start here is the real command: `main` with its words in sys.argv, real DALI, a real process group.
 Only the model is smaller. Several processes are started as torchrun does it. A start can be struck by a
 signal at a chosen moment: at a forward pass, or when it touches a file of its run folder.
 """

@@ -150,7 +150,7 @@ def no_waits(place: Place) -> str:
 
 
 def resume_and_stop(place: Place) -> str:
-    """SIGTERM saves and ends with exit code 143; the resumed run goes on and needs no more memory."""
+    """SIGTERM saves and ends with exit code 143; the resumed run finishes and needs no more memory."""
     words = train_words(place, "image-mae-pico", "stopped", *SHORT, "--optim.epochs", 3)
     process = subprocess.Popen(
         [sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
