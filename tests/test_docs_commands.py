@@ -1,4 +1,4 @@
-"""Every command in the README and docs/ exists, and what it starts understands its flags."""
+"""Every command in README, CONTRIBUTING and docs/ exists, and accepts the flags that are given there."""
 
 import re
 import shlex
@@ -12,7 +12,8 @@ from train import config
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = ("README.md", "README.zh-CN.md", "CONTRIBUTING.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 PRESETS = {"train.mae": MAE_PRESETS, "train.finetune": FINETUNE_PRESETS}
 
 
@@ -23,29 +24,37 @@ def blocks(page: Path) -> list[str]:
 
 
 def mentioned(page: Path) -> list[str]:
-    """Commands in running text, in backticks."""
+    """Words in backticks outside of code blocks."""
     return re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_make_commands_give_commands_that_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch):
+def test_make_prints_commands_that_accept_their_flags(page: Path, monkeypatch: pytest.MonkeyPatch):
     texts = [*blocks(page), *mentioned(page)]
     commands = [" ".join(text.split("#")[0].split()) for text in texts if text.startswith("make ")]
     for command in commands:
-        if len(command.split()) == 2:  # a target in a sentence, without its variables
+        if len(command.split()) == 2:  # only the target: some need variables
             assert f"\n  {command.split()[1]} " in call_make()
             continue
-        command = command.replace("NODE_RANK=i", "NODE_RANK=0")  # i stands for the reader's own
+        command = command.replace("NODE_RANK=i", "NODE_RANK=0")  # i is a placeholder
         printed = call_make("-n", *shlex.split(command)[1:]).replace("\\\n", " ")
         assert printed, command
-        for program, words in re.findall(r" -m (train\.\w+) (.*)", printed):
-            if program in PRESETS:
-                monkeypatch.setattr("sys.argv", [program, *shlex.split(words)])
-                config.parse(PRESETS[program], program)
+        parse_training(printed, monkeypatch)
+    for line in blocks(page):
+        if "--help" not in line and "python -m train." in line:
+            parse_training(line.split("#")[0], monkeypatch)
+
+
+def parse_training(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse the arguments of training commands; raises UserError or SystemExit."""
+    for program, words in re.findall(r" -m (train\.\w+) (.*)", command):
+        if program in PRESETS:
+            monkeypatch.setattr("sys.argv", [program, *shlex.split(words)])
+            config.parse(PRESETS[program], program)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_modules_and_files_that_are_named_exist(page: Path):
+def test_named_modules_and_files_exist(page: Path):
     text = page.read_text()
     modules = set(re.findall(r"python -m ((?:tools|train|models|benchmarks|tests)\.\w+)", text))
     assert [name for name in modules if find_spec(name) is None] == []
@@ -54,12 +63,14 @@ def test_modules_and_files_that_are_named_exist(page: Path):
     named = [
         name
         for name in mentioned(page)
-        if re.fullmatch(r"(?:pipelines|models|train|tools|tests|docs)/[\w./-]+", name)
+        if re.fullmatch(r"(?:pipelines|models|train|tools|benchmarks|tests|docs)/[\w./-]+", name)
     ]
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    for block in blocks(page):
+        named += re.findall(r"\btests/test_\w+\.py", block)
+    assert [name for name in named if not (ROOT / name).exists() and "results/DATE" not in name] == []
 
 
-def test_settings_that_are_named_exist():
+def test_named_settings_exist():
     known = {
         f"--{key.replace('_', '-')}"
         for preset in (*MAE_PRESETS.values(), *FINETUNE_PRESETS.values())
