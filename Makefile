@@ -70,7 +70,7 @@ bench: env  ## compare speed with other implementations: BENCH=all|loader|model|
 test: check  ## run check, then the tests, WORKERS=2 at a time, without the long ones of make faults
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-gpu-check: env  ## check and measure this machine's GPU, about ten minutes; DEVICE=cpu runs the checks that need none
+gpu-check: env  ## check and measure this machine's GPU; DEVICE=cpu runs the checks that need none
 	$(PY) -m tools.gpu_check $(if $(DEVICE),--device $(DEVICE)) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 faults: env  ## all reliability tests, half an hour: kill, pause, starve and corrupt runs; KILLS=50 random kills per test
