@@ -8,7 +8,6 @@ of `contrast`, the range of `autocontrast`, the histogram of `equalize`) are tak
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -18,19 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import sampler
+from pipelines.config import Augment
 from pipelines.inputs import to_device
-
-
-@dataclass(frozen=True)
-class Augment:
-    """What is done to a training row after its crop and flip; the default is nothing."""
-
-    layers: int = 0  # RandAugment (Cubuk et al. 2020) operations per row; 2 is usual
-    magnitude: float = 9.0  # of 10
-    magnitude_std: float = 0.5  # the magnitude is drawn from a normal distribution, clipped to [0, 10]
-    probability: float = 0.5  # of each operation to be applied
-    jitter: float = 0.0  # brightness, contrast and saturation factors are drawn from 1 +- jitter
-    erase: float = 0.0  # probability of random erasing (Zhong et al. 2020) by noise
 
 
 def augment(pixels: Tensor, spec: Augment, seed: int, epochs: NDArray, ids: NDArray) -> Tensor:

@@ -62,20 +62,20 @@ def test_a_run_folder_opens_without_locks(number, images, tmp_path, monkeypatch,
 
 def test_a_run_folder_in_use_has_another_error_than_one_that_cannot_be_written(images, tmp_path):
     config = small("image-mae-pico", images, tmp_path, "run")
-    held = rundir.lock_run(config)
+    held = rundir.lock_run(config.run.folder)
     with pytest.raises(UserError, match="another process is training in"):
-        rundir.lock_run(config)
+        rundir.lock_run(config.run.folder)
     held.close()
     (tmp_path / "file").write_text("")
     closed = small("image-mae-pico", images, tmp_path / "file", "run")
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
-        rundir.lock_run(closed)
+        rundir.lock_run(closed.run.folder)
 
 
 def test_a_lock_held_on_another_machine_may_come_as_permission_denied(images, tmp_path, monkeypatch):
     refuse(monkeypatch, errno.EACCES)
     with pytest.raises(UserError, match="another process is training in"):
-        rundir.lock_run(small("image-mae-pico", images, tmp_path, "run"))
+        rundir.lock_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", NO_LOCKS)

@@ -23,7 +23,7 @@ from pipelines.catalogue import Catalogue, open_catalogue
 from pipelines.errors import UserError
 from pipelines.loader import ViewSpec, train_batches
 from pipelines.plans import feed_of, train_plan
-from train import loop
+from train import ending, loop
 from train.meters import Clock
 from train.presets import MAE_PRESETS
 
@@ -296,13 +296,13 @@ def test_memory_that_the_loader_lacks_is_answered_with_what_to_lower():
         *(RuntimeError(DALI_ERROR.format(text)) for text in MACHINE_ERRORS[:2]),
         RuntimeError(DALI_ERROR.format("std::bad_alloc")),
     ):
-        sentence = loop.explained(error, MAE_PRESETS["image-mae-pico"])
+        sentence = ending.explained(error, MAE_PRESETS["image-mae-pico"].speed)
         assert sentence.startswith("memory does not hold a step (") and "\n" not in sentence, sentence
         assert "lower speed.micro_batch" in sentence and "lower speed.threads" in sentence
-    assert "Can't allocate 1073741824 bytes on device 0)" in loop.explained(
-        RuntimeError(DALI_ERROR.format(MACHINE_ERRORS[0])), MAE_PRESETS["image-mae-pico"]
+    assert "Can't allocate 1073741824 bytes on device 0)" in ending.explained(
+        RuntimeError(DALI_ERROR.format(MACHINE_ERRORS[0])), MAE_PRESETS["image-mae-pico"].speed
     )
-    assert not loop.explained(RuntimeError(DALI_ERROR.format(BROKEN)), MAE_PRESETS["image-mae-pico"])
+    assert not ending.explained(RuntimeError(DALI_ERROR.format(BROKEN)), MAE_PRESETS["image-mae-pico"].speed)
 
 
 # ---- the machine

@@ -19,8 +19,10 @@ from tests.pipelines_fixtures import clip_dataset
 from tests.train_helpers import make_clips, small
 from tools.pack_kinetics import pack_kinetics
 from tools.predict import pack as pack_inputs
-from train import evaluate, finetune, loop, setup
+from train import build, evaluate, finetune, loop
+from train import task as task_module
 from train.metrics import read_csv
+from train.task import open_validation
 
 CPU = torch.device("cpu")
 LENGTHS = [125, 120, 70, 61, 60, 40, 20, 16, 9, 3, 1]
@@ -137,7 +139,7 @@ def test_what_the_frame_rate_cannot_give_is_refused_before_anything_is_read(data
     info = json.loads((copy / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps(info | {"packing": {"fps": 7.0}}))
     with pytest.raises(UserError, match=r"7 frames per second, and stride 2 at 30 would be 0\.467 "):
-        setup.check(small("video-ft-pico", copy, tmp_path, "run"))
+        build.check(small("video-ft-pico", copy, tmp_path, "run"))
     for wrong in (0, -1, "30", True, [30], 1e9, float("nan")):
         (copy / "dataset.json").write_text(json.dumps(info | {"packing": {"fps": wrong}}))
         with pytest.raises(UserError, match="is damaged"):
@@ -154,7 +156,7 @@ def test_packing_records_the_rate_and_training_evaluation_and_prediction_use_it(
     with pytest.raises(UserError, match=r"packed with fps 15\.0, not 30\.0"):
         pack_kinetics(*folders, slow, workers=1, shard_size=8)
     config = small("video-ft-pico", slow, tmp_path, "run", epochs=1.0)
-    setup.check(config)
+    build.check(config)
     assert loop.fit(config, finetune.make_task) == 0
     note = "stride 2 at 30 frames per second is stride 1 at the dataset's 15: 0.0667 s from frame to frame"
     assert note in (tmp_path / "run" / "log.txt").read_text()
@@ -165,9 +167,9 @@ def test_packing_records_the_rate_and_training_evaluation_and_prediction_use_it(
     out = tmp_path / "inputs"
     out.mkdir()
     assert pack_inputs(config, inputs, read_info(slow).packing, out) == [""] * len(inputs)
-    given, known = open_catalogue(out, "val"), setup.open_validation(config)
+    given, known = open_catalogue(out, "val"), open_validation(config.data)
     assert given.info.fps == 15.0 and known is not None
-    view = setup.view_spec(config, evaluation=True)
+    view = task_module.view_spec(config.data, True)
     assert np.array_equal(evaluated(given, view), evaluated(known, view))
 
 
@@ -217,12 +219,12 @@ def test_segments_need_no_frame_rate_and_have_one_view_in_time(dataset, tmp_path
     config = small("video-ft-pico", dataset, tmp_path, "run")
     config = replace(config, data=replace(config.data, sampling="segments"), views=(5, 3))
     with pytest.raises(UserError, match="one view in time, not 5; set --views 1 3"):
-        setup.check(config)
+        build.check(config)
     with pytest.raises(UserError, match="one view in time, not 5"):
         eval_batches(at(dataset, 12.0), view, batch=2, rank=0, world=1, device=CPU, temporal=5)
     wrong = replace(config, data=replace(config.data, sampling="segment"), views=(1, 3))
     with pytest.raises(UserError, match=r"data\.sampling is 'segment'; it can be stride, segments"):
-        setup.check(wrong)
+        build.check(wrong)
 
 
 def test_repeats_of_one_clip_share_their_segments(dataset):
@@ -237,7 +239,7 @@ def test_a_run_by_segments_trains_with_sgd_and_is_tested_in_three_views(tmp_path
     config = small("video-ft-pico", clips, tmp_path, "run", epochs=2.0)
     config = replace(config, optim=replace(config.optim, name="sgd"), views=(1, 3))
     config = replace(config, data=replace(config.data, sampling="segments", flip=0.0))
-    setup.check(config)
+    build.check(config)
     assert loop.fit(config, finetune.make_task) == 0
     row = read_csv(tmp_path / "run" / "metrics.csv")[-1]
     assert row["step"] == 1 and row["skipped"] == 0 and np.isfinite(row["loss"])

@@ -20,7 +20,7 @@ from pipelines.errors import UserError
 from tests.train_helpers import small
 from tools.convert import convert
 from tools.predict import chances_of, pack
-from train import distributed, loop, mae, setup
+from train import loop, mae
 from train.config import FinetuneConfig, MaeConfig, to_dict
 from train.evaluate import load_model
 
@@ -102,7 +102,7 @@ def test_a_pipeline_answers_as_evaluation_does(tmp_path, interpolation):
     run, folder = tmp_path / "run", tmp_path / "hf"
     run.mkdir()
     torch.manual_seed(0)
-    model = setup.build_model(config, len(CLASSES))
+    model = create_classifier(config.data, config.model, len(CLASSES))
     with torch.no_grad():
         model.get_parameter("head.projection.weight").mul_(3000)  # so that pictures get different classes
     save_file(model.state_dict(), run / "model.safetensors")

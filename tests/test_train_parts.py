@@ -13,9 +13,9 @@ import models
 from pipelines.augment import Augment
 from pipelines.errors import UserError
 from pipelines.loader import ViewSpec
-from train import checkpoint, config, optim, setup
+from train import build, checkpoint, config, optim
+from train import task as task_module
 from train.config import DataConfig
-from train.distributed import World
 from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS, MetricsWriter, read_csv
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
@@ -63,7 +63,7 @@ def test_every_setting_of_the_data_reaches_the_loader():
         scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.1, interpolation="cubic",
         crop=0.9, repeats=2, same_clip=True, augment=Augment(layers=2, magnitude=7.0, jitter=0.4, erase=0.25),
     )  # fmt: skip
-    spec = setup.view_spec(replace(MAE_PRESETS["video-mae-base"], data=data))
+    spec = task_module.view_spec(data)
     default = ViewSpec(size=0)
     same = [f.name for f in fields(spec) if getattr(spec, f.name) == getattr(default, f.name)]
     assert same == ["start"]  # which only the reference protocol sets
@@ -77,7 +77,7 @@ def test_micro_batches_hold_whole_samples():
         preset = replace(preset, data=replace(preset.data, repeats=repeats))
         preset = replace(preset, optim=replace(preset.optim, batch=batch))
         preset = replace(preset, speed=replace(preset.speed, micro_batch=micro))
-        return setup.micro_batches(preset, World(0, processes, CPU))
+        return build.micro_batches(preset, processes)
 
     assert split(512, 32, 4, 2) == (32, 8)
     assert split(24, 7, 2, 2) == (6, 2)
@@ -158,12 +158,12 @@ def test_checkpoints_keep_the_last_and_leave_no_leftovers(tmp_path: Path):
         checkpoint.save(tmp_path, step, {"step": step, "w": torch.full((3,), float(step))}, keep=2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"step-00000000{s}.{end}" for s in (2, 3) for end in ("pt", "sha256")]
-    newest, complaints = checkpoint.choose(tmp_path)
-    assert newest is not None and checkpoint.load(newest, CPU)["step"] == 3 and not complaints
+    newest = checkpoint.choose(tmp_path)
+    assert newest is not None and checkpoint.load(newest, CPU)["step"] == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no digest"])
-def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path: Path, damage: str):
+def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path: Path, capsys, damage: str):
     for step in (1, 2):
         path = checkpoint.save(tmp_path, step, {"step": step}, keep=2)
     content = bytearray(path.read_bytes())
@@ -172,30 +172,33 @@ def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path: Path,
         path.with_suffix(".sha256").unlink()
     else:
         path.write_bytes({"cut": content[:100], "flipped": content, "empty": b""}[damage])
-    newest, complaints = checkpoint.choose(tmp_path)
+    newest = checkpoint.choose(tmp_path)
     assert newest is not None and checkpoint.load(newest, CPU) == {"step": 1}
-    assert len(complaints) == 1 and "step-000000002.pt is damaged" in complaints[0]
+    warnings = capsys.readouterr().out.splitlines()
+    assert len(warnings) == 1 and "step-000000002.pt is damaged" in warnings[0]
     assert [p.name for p in tmp_path.glob("*.damaged")] == ["step-000000002.pt.damaged"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_after_a_fallback_the_promised_number_of_checkpoints_is_kept(tmp_path: Path, keep: int):
+def test_after_a_fallback_the_promised_number_of_checkpoints_is_kept(tmp_path: Path, capsys, keep: int):
     """Damaged checkpoints of later steps must not make a new, good one look old."""
     for step in range(4, 4 * (keep + 2), 4):
         path = checkpoint.save(tmp_path, step, {"step": step}, keep=keep + 1)
     path.write_bytes(b"damaged")
-    newest, _ = checkpoint.choose(tmp_path)
+    newest = checkpoint.choose(tmp_path)
     assert newest is not None
+    capsys.readouterr()
     step = checkpoint.load(newest, CPU)["step"]
     for later in (step + 1, step + 2):
         checkpoint.save(tmp_path, later, {"step": later}, keep=keep)
-        newest, complaints = checkpoint.choose(tmp_path)
-        assert newest is not None and checkpoint.load(newest, CPU)["step"] == later and not complaints
+        newest = checkpoint.choose(tmp_path)
+        assert newest is not None and checkpoint.load(newest, CPU)["step"] == later
+        assert capsys.readouterr().out == ""
     assert len(list(tmp_path.glob("step-*.pt"))) == keep
 
 
 def test_no_checkpoint_means_a_fresh_start(tmp_path: Path):
-    assert checkpoint.choose(tmp_path / "none") == (None, [])
+    assert checkpoint.choose(tmp_path / "none") is None
 
 
 def test_if_no_checkpoint_is_valid_nothing_is_changed(tmp_path: Path):

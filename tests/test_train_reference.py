@@ -19,20 +19,22 @@ from pipelines.inputs import Normalised
 from pipelines.loader import Batch
 from tests.train_helpers import CLASSES, picture, small
 from tools.pack_imagenet import pack_imagenet
-from train import finetune, loop, mae, setup
+from train import build, finetune, loop, mae
+from train import task as task_module
 from train.config import Config
 from train.distributed import World
-from train.evaluate import batches_of
 from train.metrics import read_csv
 from train.optim import make_optimizer, update
+from train.rundir import Run
+from train.task import Task, batches_of, create_classifier
 
 ALONE = World(0, 1, torch.device("cpu"))
 
 
 def training(config: Config, catalogue: Catalogue, steps: int) -> Iterator[Batch]:
     """The first `steps` batches that a run with this configuration would see."""
-    _, accumulate = setup.micro_batches(config, ALONE)
-    batches = setup.training_batches(config, ALONE, catalogue, accumulate, 0)
+    _, accumulate = build.micro_batches(config, 1)
+    batches = task_module.training_batches(config, ALONE, catalogue, accumulate, 0)
     return (next(batches) for _ in range(steps * accumulate))
 
 
@@ -75,7 +77,7 @@ def test_accumulated_gradients_are_averaged(images: Path, tmp_path: Path):
         config = replace(config, speed=replace(config.speed, micro_batch=micro))
         torch.manual_seed(0)
         catalogue = open_catalogue(images, "train")
-        task = finetune.make_task(config, catalogue, ALONE, torch.no_grad)
+        task = finetune.make_task(config, Run(ALONE))
         batches = training(config, catalogue, steps=1)
         model = Normalised(task.model, 1)
         loop._accumulate(model, task, batches, 12 // micro, torch.enable_grad)
@@ -87,7 +89,7 @@ def test_accumulated_gradients_are_averaged(images: Path, tmp_path: Path):
 def test_weight_decay_spares_norms_biases_and_positions(images: Path, tmp_path: Path):
     """A step on zero gradients moves a weight by its decay alone."""
     config = small("image-ft-pico", images, tmp_path, "decay", weight_decay=0.1)
-    model = setup.build_model(config, 2)
+    model = create_classifier(config.data, config.model, 2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -148,7 +150,7 @@ def test_one_bad_batch_does_not_spoil_a_pretraining(images: Path, tmp_path: Path
     """Its author found MAE training unstable: a step that is not finite is left out, and that is said."""
     config = small("image-mae-pico", images, tmp_path, "unstable", epochs=3.0)
 
-    def make_task(*arguments) -> loop.Task:
+    def make_task(*arguments) -> Task:
         task, calls = mae.make_task(*arguments), iter(range(1000))
 
         def loss(model: nn.Module, batch: Batch) -> torch.Tensor:

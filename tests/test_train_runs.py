@@ -22,13 +22,13 @@ from pipelines.catalogue import open_catalogue
 from pipelines.errors import UserError
 from tests.train_helpers import ROOT, arguments, call, module, small
 from tools.plot import plot
-from train import evaluate, finetune, loop, mae, setup
+from train import build, evaluate, finetune, loop, mae
 from train.config import FinetuneConfig
 from train.metrics import TIMING_COLUMNS, read_csv
 
 
 def fit(config, task) -> Path:
-    setup.check(config)
+    build.check(config)
     assert loop.fit(config, task) == 0
     return config.run.root / config.run.name
 
@@ -268,7 +268,7 @@ def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Pa
         cases["DEVICE=cpu"] = changed("speed", processes=2, device="auto")
     for expected, config in cases.items():
         with pytest.raises(UserError, match=expected) as caught:
-            setup.check(config)
+            build.check(config)
         assert "\n" not in str(caught.value)
     for expected, config in {
         "wants a mae_hiera_\\*": changed("model", name="hiera_pico_96"),
@@ -312,7 +312,7 @@ def test_two_runs_cannot_share_a_folder(images: Path, tmp_path: Path):
     from train import rundir
 
     config = small("image-mae-pico", images, tmp_path, "run")
-    lock = rundir.lock_run(config)
+    lock = rundir.lock_run(config.run.folder)
     with pytest.raises(UserError, match="another process is training"):
         loop.fit(config, mae.make_task)
     lock.close()

@@ -26,10 +26,10 @@ import train  # sets OpenMP's waiting before torch is imported  # noqa: F401
 from pipelines import graph, loader
 from pipelines.errors import UserError, run_cli
 from tests.train_helpers import small
-from train import evaluate, finetune, loop, mae
+from train import finetune, loop, mae
 from train.config import Config, MaeConfig, from_dict, to_dict
+from train.meters import Recorder
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
-from train.recorder import Recorder
 
 RUNTIME = ctypes.CDLL(None)
 HANG_S = 40
@@ -72,7 +72,7 @@ def replace_parts() -> None:
     graph.run = run_and_upload
     init = dist.init_process_group
     dist.init_process_group = lambda backend, **rest: init(f"cpu:gloo,cuda:{backend}", **rest)
-    evaluate.check_damage = lambda *_: None
+    mae.check_damage = finetune.check_damage = lambda *_: None
     ddp._verify_param_shape_across_processes = lambda *_, **__: None
 
 
@@ -235,25 +235,21 @@ def launches(_: Setup) -> dict:
 def forward_backward(config: Config, compiled: bool) -> None:
     """One training step's forward and backward of a recipe's model, on black pictures."""
     from pipelines.inputs import Normalised
-    from train import setup
+    from train.build import autocast_for, set_precision
     from train.distributed import World
+    from train.evaluate import TASKS
+    from train.rundir import Run
 
     device = torch.device("cuda", 0)
-    model = setup.build_model(config, 400).to(device)
-    ready = Normalised(model, config.data.frames).to(device).train()
+    set_precision(config.speed, device)
+    task = TASKS[type(config)](config, Run(World(0, 1, device)), ["a"] * 400)
+    ready = Normalised(task.model, config.data.frames).to(device).train()
     if compiled:
         ready.compile(fullgraph=True)
     rows = config.speed.micro_batch
     batch = loader.blank_batch(setup.view_spec(config), rows, device)
-    keys = torch.arange(rows, device=device)
-    autocast, _ = setup.precision(config, World(0, 1, device))
-    with autocast():
-        if isinstance(config, MaeConfig):
-            _, kept = setup.check_masking(config, model)
-            keep = torch.arange(kept, device=device).expand(rows, kept).contiguous()
-            loss = ready(batch.pixels, keep=keep, row_keys=keys).loss
-        else:
-            loss = ready(batch.pixels, row_keys=keys).float().logsumexp(1).mean()
+    with autocast_for(config.speed, device)():
+        loss = task.loss(ready, batch)
     loss.backward()
 
 
