@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks.results import Results, show
 from models.hiera import HieraConfig
+from models.inputs import NormalizedInput
 from pipelines.errors import run_cli
-from pipelines.inputs import Normalised
 from pipelines.loader import Batch, blank_batch
 from tools.pack_imagenet import pack_imagenet
 from train import loop, setup
@@ -67,7 +67,7 @@ def bare(config: Config, batch: Batch, steps: int) -> float:
     """Seconds a step of a plain loop."""
     model = Nothing()
     optimizer = make_optimizer(model, config.optim)
-    ready = Normalised(model, 1)
+    ready = NormalizedInput(model, 1)
     start = time.perf_counter()
     for step in range(steps):
         set_learning_rate(optimizer, config.optim, step, SAMPLES)
@@ -112,7 +112,7 @@ def run(steps: int = 2000, rounds: int = 5) -> Results:
         config = replace(config, data=replace(config.data, path=work / "shards", size=32))
         config = replace(config, speed=replace(config.speed, device="cpu", micro_batch=64))
         optim = replace(config.optim, epochs=steps * config.optim.batch / SAMPLES, warmup_epochs=0)
-        batch = blank_batch(setup.view_spec(config), 64, torch.device("cpu"))
+        batch = blank_batch(config.data, 64, torch.device("cpu"))
         for number in range(rounds):
             run = replace(config.run, root=work, name=str(number), log_every=50, checkpoint_every=10**9)
             now = replace(config, run=run, optim=optim)

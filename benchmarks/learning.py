@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from models.inputs import NormalizedInput
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
-from pipelines.inputs import Normalised
 from pipelines.machine import usable_cores
 from train import distributed, setup
 from train.config import FinetuneConfig
@@ -178,7 +178,7 @@ def accuracy(run: Path, views: tuple[int, int] = (1, 1), order: str = "in order"
     assert catalogue is not None
     model = setup.build_model(config, len(catalogue.info.classes))
     setup.warm_start(model, config, whole=True)
-    ready: nn.Module = Normalised(model, config.data.frames)
+    ready: nn.Module = NormalizedInput(model, config.data.frames)
     if order != "in order":
         ready = Reordered(ready, ORDERS[order])
     return classifier_evaluation(config, world, autocast, None, ready, catalogue)["acc"]  # pyrefly: ignore

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipelines.catalogue import Catalogue
+from pipelines.dataset import Dataset
 from pipelines.errors import run_cli
 from pipelines.loader import Batch
 from train import checkpoint, finetune, loop, mae, rundir
@@ -98,7 +98,7 @@ def kill_until_done(config: Config, kills: int, seed: int) -> Counter[str]:
     return hits
 
 
-def make_faulty_task(config: Config, catalogue: Catalogue, world: World, autocast: Autocast) -> loop.Task:
+def make_faulty_task(config: Config, catalogue: Dataset, world: World, autocast: Autocast) -> loop.Task:
     """Pretraining whose last process goes wrong at steps 5 and 6, or from then on with $FAULT ending in +."""
     task = mae.make_task(config, catalogue, world, autocast)
     fault, calls = os.environ["FAULT"], itertools.count(1)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from pipelines_fixtures import jpeg, picture, write_dataset
 
-from pipelines import plans
-from pipelines.augment import Augment
-from pipelines.catalogue import Catalogue, open_catalogue
-from pipelines.loader import Batch, ViewSpec, eval_batches, train_batches
+from pipelines.config import Augment, DataConfig, DecodeConfig
+from pipelines.dataset import Dataset, open_dataset
+from pipelines.loader import Batch, EvalLoader, TrainLoader
+from pipelines.machine import World
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).with_name("golden_batches.json")
@@ -74,7 +74,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory) -> dict[str, Catalogue]:
+def datasets(tmp_path_factory) -> dict[str, Dataset]:
     """Images, the same with a damaged one, and clips whose picture moves."""
     root = tmp_path_factory.mktemp("golden")
     images = [[jpeg(picture(*SIZES[seed % len(SIZES)], seed))] for seed in range(30)]
@@ -87,7 +87,7 @@ def datasets(tmp_path_factory) -> dict[str, Catalogue]:
         "damaged": write_dataset(root / "damaged", images, "image"),
         "clips": write_dataset(root / "clips", clips, "video"),
     }
-    found = {kind: open_catalogue(folder, "train") for kind, folder in packed.items()}
+    found = {kind: open_dataset(folder, "train") for kind, folder in packed.items()}
     damaged = found["damaged"]
     with damaged.tar_path(int(damaged.shard[DAMAGED])).open("r+b") as tar:
         tar.seek(int(damaged.offset[DAMAGED]))
@@ -95,34 +95,20 @@ def datasets(tmp_path_factory) -> dict[str, Catalogue]:
     return found
 
 
-def batches_of(case: Case, catalogue: Catalogue, rank: int) -> Iterable[Batch]:
+def batches_of(case: Case, dataset: Dataset, rank: int) -> Iterable[Batch]:
     """One process's batches: five steps of training, or a whole evaluation."""
-    settings = {"size": 32, "scale": (0.2, 1.0)} | case.settings
-    names = {"clip_start": "start", "eval_clip_start": "start"}
-    order = {name: settings.pop(name) for name in ("order", "window") if name in settings}
-    view = ViewSpec(**{names.get(name, name): value for name, value in settings.items()})
-    process = {"rank": rank, "world": case.world, "device": CPU, "threads": 2, "max_bad": 0.1}
+    config = DataConfig(**{"size": 32, "max_bad": 0.1} | case.settings)
+    parts = (dataset, config, DecodeConfig(threads=2), World(rank, case.world, CPU))
     if case.views:
-        temporal, spatial = case.views
-        shape = {"batch": case.batch, "temporal": temporal, "spatial": spatial}
-        return eval_batches(catalogue, view, **shape, **process)
-    steps = {"seed": SEED, "global_batch": case.batch, "accumulate": case.accumulate, "start_step": 2}
-    batches = train_batches(catalogue, view, **steps, **order, **process)
-    return itertools.islice(batches, 5 * case.accumulate)
+        return EvalLoader(*parts, samples=case.batch, views=case.views)
+    steps = {"batch": case.batch, "accumulate": case.accumulate, "start_step": 2}
+    return itertools.islice(TrainLoader(*parts, seed=SEED, **steps), 5 * case.accumulate)
 
 
-def rows_of(case: Case, catalogue: Catalogue, batch: Batch) -> list[np.ndarray]:
-    """Everything that was decided for a batch before it was decoded."""
-    settings = {"size": 32, "scale": (0.2, 1.0)} | case.settings
-    names = {"clip_start": "start", "eval_clip_start": "start"}
-    settings = {name: value for name, value in settings.items() if name not in ("order", "window")}
-    view = ViewSpec(**{names.get(name, name): value for name, value in settings.items()})
-    if case.views:
-        step = case.views[0] * case.views[1]
-        rows = plans.eval_plan(catalogue, view, batch.ids[::step], batch.valid[::step], *case.views)
-    else:
-        rows = plans.train_plan(catalogue, view, SEED, batch.ids, batch.epochs)
-    columns = (batch.ids, batch.epochs, batch.positions, batch.valid, batch.bad, batch.labels.numpy())
+def columns_of(batch: Batch) -> list[np.ndarray]:
+    """The labels of a batch, and everything that was decided before it was decoded."""
+    rows = batch.rows
+    columns = (rows.ids, rows.epochs, rows.positions, rows.valid, batch.bad, batch.labels.numpy())
     return [*map(np.asarray, columns), rows.frames, rows.windows, rows.flips]
 
 
@@ -136,15 +122,15 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
 
 @pytest.mark.parametrize("name", CASES)
 def test_batches_are_those_that_were_committed(name, datasets):
-    case, catalogue = CASES[name], datasets[CASES[name].kind]
-    batches = [batch for rank in range(case.world) for batch in batches_of(case, catalogue, rank)]
+    case, dataset = CASES[name], datasets[CASES[name].kind]
+    batches = [batch for rank in range(case.world) for batch in batches_of(case, dataset, rank)]
     found = {
-        "rows": digest(column for batch in batches for column in rows_of(case, catalogue, batch)),
+        "rows": digest(column for batch in batches for column in columns_of(batch)),
         "pixels": hashlib.sha256(b"".join(b.pixels.numpy().tobytes() for b in batches)).hexdigest()[:16],
     }
     # Other JPEGs, or another processor, may give other pixels without a change to the code.
-    every = np.arange(len(catalogue))
-    jpegs = b"".join(jpeg.tobytes() for jpeg in catalogue.read(every, np.zeros((len(every), 1), np.int64)))
+    every = np.arange(len(dataset))
+    jpegs = b"".join(jpeg.tobytes() for jpeg in dataset.read(every, np.zeros((len(every), 1), np.int64)))
     machine = {
         "jpegs": hashlib.sha256(jpegs).hexdigest()[:16],
         "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import models
 from models.files import read_weights
 from models.weights import load_weights
-from pipelines.catalogue import open_catalogue
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.train_helpers import small
 from tools.convert import convert
@@ -120,7 +120,7 @@ def test_a_pipeline_answers_as_evaluation_does(tmp_path, interpolation):
     assert pack(config, inputs, {}, out) == [""] * len(inputs)
     world = distributed.start("cpu")
     ready = load_model(config, run / "model.safetensors", CLASSES, world)
-    wanted = chances_of(config, world, ready, open_catalogue(out, "val"))
+    wanted = chances_of(config, world, ready, open_dataset(out, "val"))
 
     answer = transformers.pipeline("image-classification", str(folder), device="cpu")
     found = torch.zeros(len(inputs), len(CLASSES))

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipelines.catalogue import open_catalogue
+from models.inputs import NormalizedInput
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
 from tests.train_helpers import CLASSES, picture, small
 from tools.pack_imagenet import pack_imagenet
 from tools.predict import predict
@@ -69,11 +69,11 @@ def expected(run: Path) -> dict[str, list[float]]:
     """Each validation sample's probabilities by its source, from the run's own packed data."""
     config = evaluate.read_config(run)
     assert isinstance(config, FinetuneConfig)
-    catalogue = open_catalogue(config.data.path, "val")
+    catalogue = open_dataset(config.data.path, "val")
     config = replace(config, model=replace(config.model, init=str(run / "model.safetensors")))
     model = setup.build_model(config, len(catalogue.info.classes))
     setup.warm_start(model, config, whole=True)
-    ready = Normalised(model, config.data.frames).eval()
+    ready = NormalizedInput(model, config.data.frames).eval()
     sources = pq.read_table(catalogue.parquet, columns=["source"])["source"].to_pylist()
     found, views = {}, config.views[0] * config.views[1]
     for batch in evaluate.batches_of(config, distributed.start("cpu"), catalogue, config.views):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import models
-from pipelines.augment import Augment
+from pipelines.config import Augment
 from pipelines.errors import UserError
 from pipelines.loader import ViewSpec
 from train import checkpoint, config, optim, setup

@@ -198,7 +198,7 @@ def test_other_starting_weights_are_not_compared(tmp_path):
 
 
 def test_the_warning_is_among_the_first_lines_of_a_run(tmp_path, images):
-    catalogue = setup.open_catalogue(images, "train")
+    catalogue = setup.open_dataset(images, "train")
     made = starting_from(tmp_path / "made", "image-mae-large", "image-ft-large")
     run = small("image-ft-large", images, tmp_path, "run")
     run = replace(run, model=replace(run.model, init=made.model.init))

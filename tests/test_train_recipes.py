@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import models
-from pipelines.augment import Augment
+from models.inputs import NormalizedInput
+from pipelines.config import Augment
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
 from pipelines.plans import eval_plan, train_plan
 from tests.train_helpers import make_images, small
 from train import checkpoint, compute, evaluate, finetune, loop, mae, optim, rundir, setup
@@ -158,7 +158,7 @@ def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images,
 
 
 def test_the_plan_says_what_is_odd_about_it(images, tmp_path):
-    catalogue = setup.open_catalogue(images, "train")
+    catalogue = setup.open_dataset(images, "train")
 
     def told(steps: int, **optim: object) -> str:
         config = small("image-mae-pico", images, tmp_path, "plan", **optim)
@@ -174,7 +174,7 @@ def test_the_plan_says_what_is_odd_about_it(images, tmp_path):
 def test_the_reference_protocol_is_followed_and_labelled(clips, tmp_path):
     config = small("video-ft-pico", clips, tmp_path, "reference", epochs=1.0)
     config = replace(config, protocol="tiny-kinetics-reference", data=replace(config.data, stride=1))
-    catalogue = setup.open_catalogue(clips, "train")
+    catalogue = setup.open_dataset(clips, "train")
     ids, epochs = np.arange(20), np.arange(20)
     for evaluation, first in ((False, 10), (True, 12)):  # 20 frames: frame 40 is past the last whole window
         view = setup.view_spec(config, evaluation)
@@ -235,7 +235,7 @@ class Breaks(nn.Module):
 def test_a_model_that_does_not_compile_is_trained_without_and_that_is_said():
     config = FINETUNE_PRESETS["image-ft-pico"]
     config = replace(config, speed=replace(config.speed, compile="yes"))
-    model = Normalised(Breaks(), frames=1)
+    model = NormalizedInput(Breaks(), frames=1)
     pixels = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
     autocast, _ = setup.precision(config, ALONE)
     words = compute.compile_model(model, config, ALONE, lambda: model(pixels).sum(), autocast)
@@ -257,7 +257,7 @@ def test_sixteen_samples_can_be_learned_by_heart(preset, images, clips, tmp_path
     video, pretraining = "video" in preset, "mae" in preset
     config = small(preset, clips if video else images, tmp_path, "heart", warmup_epochs=0.5)
     data = replace(config.data, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, size=32 if video else 64)
-    catalogue = setup.open_catalogue(config.data.path, "train")
+    catalogue = setup.open_dataset(config.data.path, "train")
     model = replace(config.model, drop_path=0.0)
     config = replace(config, data=replace(data, augment=Augment()), model=model)
     config = replace(
@@ -270,7 +270,7 @@ def test_sixteen_samples_can_be_learned_by_heart(preset, images, clips, tmp_path
     )
     batches = setup.training_batches(config, ALONE, catalogue, 1, 0)
     batch = next(batches)
-    ready = Normalised(task.model, config.data.frames).train()
+    ready = NormalizedInput(task.model, config.data.frames).train()
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=2e-3 if pretraining else 5e-4, fused=True)
     losses = []
     for _ in range(170 if pretraining else 40):

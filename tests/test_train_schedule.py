@@ -136,7 +136,7 @@ def test_every_command_counts_the_same_steps(tmp_path):
     """400 samples, batch 96, 30 epochs: the plan and the report say 125 steps, and nothing is rounded."""
     data = image_dataset(tmp_path / "data", 400, size=(8, 8))
     config = small("image-ft-pico", data, tmp_path, "run", batch=96, epochs=30.0)
-    catalogue = setup.open_catalogue(data, "train")
+    catalogue = setup.open_dataset(data, "train")
     steps = optim.total_steps(config.optim, len(catalogue))
     plan = "\n".join(setup.plan_words(config, World(0, 1, torch.device("cpu")), catalogue, None, steps))
     assert "125 steps = 30 epochs" in plan and "rounded up" not in plan

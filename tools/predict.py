@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 
-from pipelines.catalogue import Catalogue, open_catalogue, read_info
+from models.inputs import NormalizedInput
+from pipelines.dataset import Dataset, open_dataset, read_info
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import Normalised
 from tools.images import SUFFIXES, BadImage, Packed
 from tools.pack_imagenet import load_image
 from tools.pack_kinetics import load_clip
@@ -74,7 +74,7 @@ def predict(
         places = [place for place, reason in enumerate(reasons) if not reason]
         read = [names[place] for place in places]
         if read:
-            catalogue = open_catalogue(folder, "val")
+            catalogue = open_dataset(folder, "val")
             world = distributed.start(device)
             torch.set_num_threads(distributed.torch_threads(world))
             ready = load_model(config, weights, classes, world)
@@ -149,7 +149,9 @@ def pictures_of(path: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def chances_of(config: FinetuneConfig, world: World, model: Normalised, catalogue: Catalogue) -> torch.Tensor:
+def chances_of(
+    config: FinetuneConfig, world: World, model: NormalizedInput, catalogue: Dataset
+) -> torch.Tensor:
     """float32 [inputs, classes]: the softmax of an input's views, averaged, as evaluation does."""
     autocast, _ = setup.precision(config, world)
     views = config.views[0] * config.views[1]

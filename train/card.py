@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from models import official
-from pipelines.catalogue import DatasetInfo
-from pipelines.inputs import IMAGE_STATS, VIDEO_STATS
+from models.inputs import IMAGE_STATS, VIDEO_STATS
+from pipelines.dataset import DatasetInfo
 from train.config import Config, MaeConfig, flatten, to_dict
 
 MAIN = ("epochs", "batch", "lr", "lr_batch", "name", "weight_decay", "layer_decay", "ema", "clip_norm")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.inputs import NormalizedInput
 from pipelines.errors import first_line
-from pipelines.inputs import Normalised
 from pipelines.machine import usable_cores
 from train.config import Config
 from train.distributed import World
@@ -51,7 +51,7 @@ def choose_kernels(config: Config, world: World) -> list[str]:
 
 
 def compile_model(
-    model: Normalised, config: Config, world: World, trial: Callable[[], Tensor], autocast: Autocast
+    model: NormalizedInput, config: Config, world: World, trial: Callable[[], Tensor], autocast: Autocast
 ) -> str:
     """Compile in place where that is wanted; where it fails, go on without. Gives a line that says what.
 
@@ -88,7 +88,7 @@ def share_compile_workers() -> None:
         torch._inductor.config.compile_threads = max(1, min(32, share))
 
 
-def join(model: Normalised, world: World) -> nn.Module:
+def join(model: NormalizedInput, world: World) -> nn.Module:
     """The model as all processes train it together."""
     if world.size == 1:
         return model

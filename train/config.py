@@ -12,49 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.augment import Augment
+from pipelines.config import DataConfig, DecodeConfig
 from pipelines.errors import UserError
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is read and how it is augmented."""
-
-    path: Path = Path("shards/imagenet")
-    """Folder made by tools.pack_imagenet or tools.pack_kinetics."""
-    size: int = 224
-    """Side of the square input in pixels."""
-    frames: int = 1
-    """Frames per clip; 1 means images."""
-    sampling: str = "stride"
-    """stride: a window of frames at `stride`; segments: a frame from each of `frames` equal parts of the clip
-    (SSv2), drawn in training, the middle in testing."""
-    stride: int = 4
-    """Frames from one clip frame to the next, at `stride_fps`; converted to the dataset's own frame rate."""
-    stride_fps: float = 30.0
-    """Frames per second that `stride` is stated for."""
-    scale: tuple[float, float] = (0.2, 1.0)
-    """Area share of the random resized crop."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect range of the random resized crop."""
-    flip: float = 0.5
-    """Probability of a horizontal flip; 0 where left and right mean something (SSv2)."""
-    interpolation: str = "triangular"
-    """Resize filter: triangular (antialiased, as torchvision), cubic or linear."""
-    crop: float = 224 / 256
-    """Evaluation: side of the centre window as a share of the short side."""
-    augment: Augment = field(default_factory=Augment)
-    """RandAugment, colour jitter and random erasing of training rows, alike in all frames of a clip."""
-    repeats: int = 1
-    """Rows made of each sample drawn (repeated sampling); optim.batch and epochs count rows."""
-    same_clip: bool = False
-    """The repeats of a clip share its frames, and one decode; else each is a clip of its own."""
-    order: str = "random"
-    """random (all samples permuted), or local (shards, then windows: for disks and network file systems)."""
-    window: int = 4096
-    """Samples shuffled together in local order."""
-    max_bad: float = 0.001
-    """Share of a split's samples that may be damaged: training replaces them, evaluation leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +91,8 @@ class RunConfig:
     """Stop after so many non-finite steps in a row, at least 1."""
 
 
-@dataclass(frozen=True)
-class SpeedConfig:
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig(DecodeConfig):
     """How it is computed. Nothing here changes what is computed, rounding apart."""
 
     device: str = "auto"
@@ -156,12 +115,6 @@ class SpeedConfig:
     """Attention on CUDA: auto (flash, or efficient where flash cannot), flash, efficient, cudnn or math."""
     deterministic: bool = False
     """Kernels without atomic adds on CUDA, slower: the same inputs then give the same step."""
-    threads: int = 0
-    """DALI threads per process; 0 = chosen from the machine."""
-    hw_decoder_load: float = 0.65
-    """Share of the JPEGs for the GPU's decoding engines, if it has them."""
-    decode: str = "whole"
-    """What a GPU decodes: whole pictures, or each window alone (window); the CPU always decodes windows."""
 
 
 @dataclass(frozen=True)
@@ -204,12 +157,8 @@ class FinetuneConfig(Groups):
     pretrained_epochs: int = 0
     """Epochs of pretraining that the recipe's numbers are for; a run that starts from one of our pretraining
     runs compares. 0 = any."""
-    protocol: str = ""
-    """Empty, or tiny-kinetics-reference: training clips begin at frame 10, and validation is on the TRAINING
-    videos from frame 40, as in the trainer this work started from: nothing is held out."""
 
 
-REFERENCE = "tiny-kinetics-reference"
 Config = MaeConfig | FinetuneConfig
 KINDS: dict[str, type] = {"mae": MaeConfig, "finetune": FinetuneConfig}
 
@@ -299,14 +248,17 @@ FREE = (
 )  # fmt: skip
 # Settings that a run keeps, also with run.allow: its checkpoints would not fit others.
 FIXED = (
-    "kind", "protocol", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm",
+    "kind", "data.eval_split", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm",
     "data.size", "data.frames", "data.repeats", "optim.name", "optim.batch", "decoder_heads",
 )  # fmt: skip
 
 
 def differences(old: Mapping, new: Mapping) -> dict[str, str]:
-    """The settings that change results and differ, as {"optim.lr": "0.1 -> 0.2"}."""
-    before, after = flatten(old), flatten(new)
+    """The settings that change results and differ, as {"optim.lr": "0.1 -> 0.2"}.
+
+    Settings that `old`, of an earlier version, lacks have their defaults.
+    """
+    before, after = flatten(to_dict(from_dict(old))), flatten(new)
     keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(FREE)]
     return {k: f"{before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)}
 

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError
-from pipelines.machine import usable_cores
+from pipelines.machine import World, usable_cores
 from train import ending
 from train.device import index, old_driver, resolve_device
 
@@ -25,19 +24,6 @@ MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")  # those that say where they meet
 START_OR_UNSET = "start the command with torchrun, which sets all of them, or unset them"
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all: rank of size, and the device it computes on."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def under_torchrun() -> bool:

@@ -14,12 +14,15 @@ import torch
 import tyro
 from torch.nn import functional
 
-from pipelines.catalogue import Catalogue
+from models.inputs import NormalizedInput
+from pipelines.augment import to_device
+from pipelines.damage import damage_limit
+from pipelines.dataset import Dataset
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
-from pipelines.inputs import Normalised, to_device
-from pipelines.loader import Batch, clip_notes, damage_limit, eval_batches
-from pipelines.sampler import keep_units
+from pipelines.loader import Batch, EvalLoader
+from pipelines.order import keep_units
+from pipelines.views import clip_notes
 from train import distributed, ending, rundir, setup
 from train.config import Config, FinetuneConfig, MaeConfig, from_dict
 from train.distributed import World
@@ -27,27 +30,16 @@ from train.setup import Autocast
 
 
 def batches_of(
-    config: Config, world: World, catalogue: Catalogue, views: tuple[int, int], samples: int = 0
+    config: Config, world: World, catalogue: Dataset, views: tuple[int, int], samples: int = 0
 ) -> Iterator[Batch]:
     """This process's part of a split, in temporal x spatial `views`; `samples` a batch, 0: as configured."""
     fitting = max(1, (config.speed.eval_batch or config.speed.micro_batch) // (views[0] * views[1]))
-    return eval_batches(
-        catalogue,
-        setup.view_spec(config, evaluation=True),
-        batch=samples or fitting,
-        rank=world.rank,
-        world=world.size,
-        device=world.device,
-        threads=config.speed.threads,
-        temporal=views[0],
-        spatial=views[1],
-        max_bad=config.data.max_bad,
-        hw_decoder_load=config.speed.hw_decoder_load,
-        decode=config.speed.decode,
+    return iter(
+        EvalLoader(catalogue, config.data, config.speed, world, samples=samples or fitting, views=views)
     )
 
 
-def check_damage(config: Config, catalogue: Catalogue, seen: int) -> None:
+def check_damage(config: Config, catalogue: Dataset, seen: int) -> None:
     """Raise UserError when `seen`, the samples that all processes evaluated, leaves out too many."""
     missing, limit = len(catalogue) - seen, damage_limit(catalogue, config.data.max_bad)
     if missing > limit:
@@ -64,8 +56,8 @@ def classifier_evaluation(
     world: World,
     autocast: Autocast,
     folder: Path | None,
-    model: Normalised,
-    catalogue: Catalogue,
+    model: NormalizedInput,
+    catalogue: Dataset,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Top-1, top-5 and cross-entropy; the softmax of a sample's views is averaged first.
@@ -105,7 +97,7 @@ def classifier_evaluation(
         with atomic_write(folder / "per_class.parquet") as temporary:
             pq.write_table(pa.table(table), temporary)
     every = max(1.0, count.sum().item())
-    held_out = {"held_out": int(not setup.by_reference(config))}
+    held_out = {"held_out": int(config.data.eval_split != "train")}
     named = zip(("acc", "acc5", "loss_val"), (top1, top5, loss), strict=True)
     scores = {name: part.sum().item() / every for name, part in named} | held_out
     return {name: value for name, value in scores.items() if name != "acc5" or len(classes) > 5}
@@ -116,8 +108,8 @@ def mae_evaluation(
     config: MaeConfig,
     world: World,
     autocast: Autocast,
-    model: Normalised,
-    catalogue: Catalogue,
+    model: NormalizedInput,
+    catalogue: Dataset,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Reconstruction loss with each sample's own fixed mask: comparable between steps and runs.
@@ -176,14 +168,14 @@ def weights_of(run: Path, other: Path | None) -> Path:
 
 def load_model(
     config: Config, weights: Path, classes: Sequence[str], world: World, exactly: bool = True
-) -> Normalised:
+) -> NormalizedInput:
     """The configured model with such weights, which must be its own where `exactly`, ready to evaluate."""
     config = replace(config, model=replace(config.model, init=str(weights)))
     model = setup.build_model(config, len(classes))
     report = setup.warm_start(model, config, whole=exactly, classes=classes)
     if world.is_main:
         print(report)
-    return Normalised(model, config.data.frames).to(world.device).eval()
+    return NormalizedInput(model, config.data.frames).to(world.device).eval()
 
 
 def evaluate(arguments: Arguments) -> dict[str, float]:
@@ -205,7 +197,7 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
         raise UserError(f"{config.data.path} has no validation samples")
     rundir.check_classes(arguments.run, catalogue.info)
     if world.is_main:
-        print("".join(f"{note}\n" for note in clip_notes(catalogue, setup.view_spec(config, True))), end="")
+        print("".join(f"{note}\n" for note in clip_notes(catalogue, config.data)), end="")
     ready = load_model(config, weights, catalogue.info.classes, world)
     if isinstance(config, MaeConfig):
         return mae_evaluation(config, world, autocast, ready, catalogue)

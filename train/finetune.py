@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipelines.catalogue import Catalogue
+from pipelines.augment import to_device
+from pipelines.dataset import Dataset
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import to_device
 from pipelines.loader import Batch
-from pipelines.sampler import row_keys
+from pipelines.order import row_keys
 from train import loop, rundir, setup
 from train.config import Config, FinetuneConfig, parse
 from train.distributed import World
@@ -24,7 +24,7 @@ from train.presets import FINETUNE_PRESETS, NOT_GIVEN
 from train.setup import Autocast
 
 
-def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Autocast) -> loop.Task:
+def make_task(config: Config, catalogue: Dataset, world: World, autocast: Autocast) -> loop.Task:
     """The model and the two functions that make the loop a classifier's."""
     assert isinstance(config, FinetuneConfig)
     classes = len(catalogue.info.classes)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.inputs import NormalizedInput
 from pipelines import loader
-from pipelines.catalogue import Catalogue, open_catalogue
+from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UserError, cause, in_loader, out_of_memory
-from pipelines.inputs import Normalised
 from train import checkpoint, compute, distributed, ending, rundir, setup
 from train.compute import Autocast
 from train.config import Config
@@ -35,16 +35,16 @@ class Task:
     model: nn.Module
     loss: Callable[[nn.Module, loader.Batch], torch.Tensor]
     """(model, batch) -> mean loss of the batch, 0-D."""
-    evaluate: Callable[[Normalised, Catalogue, Callable[[], None]], dict[str, float]]
+    evaluate: Callable[[NormalizedInput, Dataset, Callable[[], None]], dict[str, float]]
     """(model, validation split, check) -> metric columns; all processes call it together. It calls `check`
     once a batch, which raises when a signal ends the evaluation."""
     columns: tuple[str, ...]
     loss_column: str
-    picture: Callable[[Normalised, Catalogue], None] | None = None
+    picture: Callable[[NormalizedInput, Dataset], None] | None = None
     """Draws something into the run folder at the end, on rank 0."""
 
 
-MakeTask = Callable[[Config, Catalogue, World, Autocast], Task]
+MakeTask = Callable[[Config, Dataset, World, Autocast], Task]
 
 
 def main(config: Config, make_task: MakeTask) -> None:
@@ -95,7 +95,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
     world = distributed.start(config.speed.device, config.speed.timeout)
     torch.set_num_threads(distributed.torch_threads(world))
     run = rundir.folder_of(config)
-    catalogue = open_catalogue(config.data.path, "train")
+    catalogue = open_dataset(config.data.path, "train")
     validation = setup.open_validation(config)
     data = rundir.data_identity(catalogue.info)
     settings = setup.shared_settings(config)
@@ -131,7 +131,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
         screen.line(setup.warm_start(model, config, classes=catalogue.info.classes))
     if words := setup.freeze(model, config):
         screen.line(words)
-    ready = Normalised(model, config.data.frames).to(world.device)
+    ready = NormalizedInput(model, config.data.frames).to(world.device)
     optimizer = make_optimizer(model, config.optim)
     state = State(model, optimizer, make_ema(model, config.optim), Meters(world.device))
 
@@ -163,10 +163,10 @@ def fit(config: Config, make_task: MakeTask) -> int:
     detail = Detail(run / "detail", world.rank, state.step) if config.run.detail else None
     writer = checkpoint.Writer(run / "checkpoints", config.run.keep)
     ending.finish_first(writer.wait)
-    blank = loader.blank_batch(setup.view_spec(config), micro, world.device)
+    blank = loader.blank_batch(config.data, micro, world.device)
     screen.line(compute.compile_model(ready, config, world, lambda: task.loss(ready, blank), autocast))
     joined = compute.join(ready, world)
-    evaluated = ready if state.ema is None else Normalised(state.ema.module, config.data.frames)
+    evaluated = ready if state.ema is None else NormalizedInput(state.ema.module, config.data.frames)
     evaluated = evaluated.to(world.device)
     operations = setup.step_operations(model, config)
     stop = distributed.StopSignal(world, config.speed.timeout)

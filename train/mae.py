@@ -8,11 +8,11 @@ import functools
 import torch
 from torch import nn
 
-from pipelines.catalogue import Catalogue
+from pipelines.augment import to_device
+from pipelines.dataset import Dataset
 from pipelines.errors import run_cli
-from pipelines.inputs import to_device
 from pipelines.loader import Batch
-from pipelines.sampler import keep_units, row_keys
+from pipelines.order import keep_units, row_keys
 from train import loop, pictures, rundir, setup
 from train.config import Config, MaeConfig, parse
 from train.distributed import World
@@ -22,7 +22,7 @@ from train.presets import MAE_PRESETS, NOT_GIVEN
 from train.setup import Autocast
 
 
-def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Autocast) -> loop.Task:
+def make_task(config: Config, catalogue: Dataset, world: World, autocast: Autocast) -> loop.Task:
     """The model and the two functions that make the loop a masked autoencoder's."""
     assert isinstance(config, MaeConfig)
     model = setup.build_model(config)

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import sampler
-from pipelines.inputs import to_device
+from pipelines import order
+from pipelines.augment import to_device
 from train.config import FinetuneConfig
 
 # Columns of `draw_pairs`: the partner's share of the label, of the pixels outside the box, and the box.
@@ -67,7 +67,7 @@ def draw_pairs(mixing: Mixing, step: int, height: int, width: int) -> NDArray[np
     With both on, a pair is mixed by either with probability 1/2. Cutmix's box has the share 1 - lambda of the
     area before the border clips it, and the label follows what is left of it.
     """
-    key = sampler.keys_of(mixing.seed, sampler.STREAM_MIX, step, np.arange(2))
+    key = order.keys_of(mixing.seed, order.STREAM_MIX, step, np.arange(2))
     generator, pairs = np.random.Generator(np.random.Philox(key=key)), mixing.batch // 2
     cuts = generator.random(pairs) < (0.5 if mixing.mixup else 1.0) * (mixing.cutmix > 0)
     alphas = np.where(cuts, mixing.cutmix, mixing.mixup)

@@ -22,7 +22,7 @@ def image_mae_pico() -> MaeConfig:
     Twice this lr makes the third stage's outputs nearly constant, and the encoder a poor start (NOTES.md).
     """
     return MaeConfig(
-        data=DataConfig(IMAGES, size=96),
+        data=DataConfig(path=IMAGES, size=96),
         model=ModelConfig("mae_hiera_pico_96"),
         optim=OptimConfig(64, 5e-4, 64, epochs=20, warmup_epochs=2, betas=(0.9, 0.95)),
         run=PICO_RUN,
@@ -33,7 +33,7 @@ def image_mae_pico() -> MaeConfig:
 def video_mae_pico() -> MaeConfig:
     """MAE for a CPU: clips of 16 frames of 64 pixels at stride 2; on its lr see image_mae_pico."""
     return MaeConfig(
-        data=DataConfig(CLIPS, size=64, frames=16, stride=2, scale=(0.5, 1.0)),
+        data=DataConfig(path=CLIPS, size=64, frames=16, stride=2, scale=(0.5, 1.0)),
         model=ModelConfig("mae_hiera_pico_16x64"),
         optim=OptimConfig(16, 4e-4, 16, epochs=20, warmup_epochs=2, betas=(0.9, 0.95), clip_norm=1.0),
         run=PICO_RUN,
@@ -45,7 +45,7 @@ def video_mae_pico() -> MaeConfig:
 def image_ft_pico() -> FinetuneConfig:
     """Finetuning for a CPU; pairs with image-mae-pico."""
     return FinetuneConfig(
-        data=DataConfig(IMAGES, size=96, scale=(0.35, 1.0)),
+        data=DataConfig(path=IMAGES, size=96, scale=(0.35, 1.0)),
         model=ModelConfig("hiera_pico_96"),
         optim=OptimConfig(32, 1e-3, 32, epochs=20, warmup_epochs=2, layer_decay=0.8, clip_norm=1.0),
         run=PICO_RUN,
@@ -56,7 +56,7 @@ def image_ft_pico() -> FinetuneConfig:
 def video_ft_pico() -> FinetuneConfig:
     """Finetuning for a CPU; pairs with video-mae-pico."""
     return FinetuneConfig(
-        data=DataConfig(CLIPS, size=64, frames=16, stride=2, scale=(0.5, 1.0)),
+        data=DataConfig(path=CLIPS, size=64, frames=16, stride=2, scale=(0.5, 1.0)),
         model=ModelConfig("hiera_pico_16x64"),
         optim=OptimConfig(8, 6e-4, 8, epochs=20, warmup_epochs=1, layer_decay=0.75, clip_norm=1.0),
         run=PICO_RUN,

@@ -7,10 +7,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from pipelines.catalogue import Catalogue
+from models.inputs import NormalizedInput
+from pipelines.dataset import Dataset
 from pipelines.files import atomic_write
-from pipelines.inputs import Normalised
-from pipelines.sampler import keep_units
+from pipelines.order import keep_units
 from train import setup
 from train.config import MaeConfig
 from train.distributed import World
@@ -25,8 +25,8 @@ def save_reconstructions(
     config: MaeConfig,
     device: torch.device,
     path: Path,
-    model: Normalised,
-    catalogue: Catalogue,
+    model: NormalizedInput,
+    catalogue: Dataset,
     rows: int = SHOWN_SAMPLES,
 ) -> None:
     """Write a PNG: input, what was kept, and reconstruction of the first `rows` samples; clips as strips.
@@ -39,7 +39,7 @@ def save_reconstructions(
     units, kept = setup.check_masking(config, model.model)
     batch = next(batches_of(config, World(0, 1, device), catalogue, (1, 1), rows))
     count = int(batch.valid.sum())
-    inputs = model.normalise(batch.pixels)[:count]
+    inputs = model.normalize(batch.pixels)[:count]
     keep = torch.from_numpy(keep_units(0, batch.epochs, batch.ids, units, kept))[:count].to(device)
     model.eval()
     filled = reconstruct(model.model, inputs, keep)  # pyrefly: ignore

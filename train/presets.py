@@ -9,9 +9,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from pipelines.augment import Augment
+from pipelines.config import Augment
 from train.config import (
-    REFERENCE,
     Config,
     DataConfig,
     FinetuneConfig,
@@ -60,7 +59,7 @@ def video_mae(size: str, epochs: int = 800) -> MaeConfig:
     drop_path = 0.4 if longest else {"base": 0.1, "huge": 0.3}.get(size, 0.2)
     lr = 3.2e-4 if longest else 8e-4
     return MaeConfig(
-        data=DataConfig(CLIPS, frames=16, scale=(0.5, 1.0), repeats=4),
+        data=DataConfig(path=CLIPS, frames=16, scale=(0.5, 1.0), repeats=4),
         model=ModelConfig(f"mae_hiera_{size}_16x224", drop_path),
         optim=OptimConfig(512, lr, 512, epochs=epochs, warmup_epochs=120, betas=(0.9, 0.95), clip_norm=0.02),
         speed=SpeedConfig(micro_batch=32),
@@ -98,7 +97,7 @@ def image_ft(size: str, pretrained_epochs: int = 1600) -> FinetuneConfig:
     lr = 2e-3 if size in ("tiny", "small", "base") else 1e-3
     return FinetuneConfig(
         data=DataConfig(
-            IMAGES,
+            path=IMAGES,
             scale=(0.08, 1.0),
             interpolation="cubic",
             augment=Augment(layers=2, magnitude=9.0, magnitude_std=0.5),
@@ -130,7 +129,7 @@ def video_ft(size: str, pretrained_epochs: int = 3200) -> FinetuneConfig:
     big = size in ("large", "huge")
     return FinetuneConfig(
         data=DataConfig(
-            CLIPS, frames=16, scale=(0.08, 1.0), repeats=2, same_clip=True, augment=VIDEO_AUGMENT
+            path=CLIPS, frames=16, scale=(0.08, 1.0), repeats=2, same_clip=True, augment=VIDEO_AUGMENT
         ),
         model=ModelConfig(f"hiera_{size}_16x224", 0.3 if size == "huge" else 0.2, 0.5 if big else 0.3),
         optim=OptimConfig(
@@ -162,7 +161,7 @@ def video_ft_ssv2(frames: int = 16) -> FinetuneConfig:
     batch, lr = (256, 0.16) if short else (128, 0.08)
     return FinetuneConfig(
         data=DataConfig(
-            SSV2, frames=frames, sampling="segments", scale=(0.08, 1.0), flip=0.0, augment=VIDEO_AUGMENT
+            path=SSV2, frames=frames, sampling="segments", scale=(0.08, 1.0), flip=0.0, augment=VIDEO_AUGMENT
         ),
         model=ModelConfig("hiera_large_16x224", 0.1 if short else 0.2, 0.5),
         optim=OptimConfig(
@@ -191,14 +190,22 @@ def tiny_kinetics_reference() -> FinetuneConfig:
     (`--model.init mae_hiera_base_16x224:mae_k400`).
     """
     return FinetuneConfig(
-        data=DataConfig(CLIPS, frames=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0),
+        data=DataConfig(
+            path=CLIPS,
+            frames=16,
+            clip_start=10,
+            eval_clip_start=40,
+            eval_split="train",
+            scale=(1.0, 1.0),
+            ratio=(1.0, 1.0),
+            flip=0.0,
+        ),
         model=ModelConfig("hiera_base_16x224"),
         optim=OptimConfig(80, 1e-4, 80, epochs=3000, warmup_epochs=0, min_lr=1e-4),
         run=RunConfig(log_every=1000, eval_every=1000),
         speed=SpeedConfig(micro_batch=8),
         freeze="trunk",
         smoothing=0.0,
-        protocol=REFERENCE,
     )
 
 

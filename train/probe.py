@@ -14,10 +14,11 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.catalogue import Catalogue, open_catalogue
+from models.inputs import NormalizedInput
+from pipelines.augment import to_device
+from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import Normalised, to_device
-from pipelines.loader import clip_notes
+from pipelines.views import clip_notes
 from train import distributed, ending, setup
 from train.config import Config, FinetuneConfig, MaeConfig
 from train.distributed import World
@@ -51,12 +52,12 @@ def probe(arguments: Arguments) -> dict[str, float]:
     nothing to probe, or when features of the training split are not finite.
     """
     config = read_config(arguments.run, arguments.data)
-    splits = [open_catalogue(config.data.path, split) for split in ("train", "val")]
+    splits = [open_dataset(config.data.path, split) for split in ("train", "val")]
     if any((catalogue.label < 0).any() or not len(catalogue) for catalogue in splits):
         raise UserError(
             f"{config.data.path} has samples without a class, or an empty split; give other --data"
         )
-    print("".join(f"{note}\n" for note in clip_notes(splits[1], setup.view_spec(config, True))), end="")
+    print("".join(f"{note}\n" for note in clip_notes(splits[1], config.data)), end="")
     weights = weights_of(arguments.run, arguments.weights)
     world = distributed.start(arguments.device, config.speed.timeout)
     torch.set_num_threads(distributed.torch_threads(world))
@@ -79,7 +80,7 @@ def accuracy(found: Tensor, answers: Tensor) -> float:
     return (found == answers).float().mean().item()
 
 
-def encoder(config: Config, weights: Path, classes: Sequence[str], world: World) -> Normalised:
+def encoder(config: Config, weights: Path, classes: Sequence[str], world: World) -> NormalizedInput:
     """A classifier with the run's encoder, to take its features; an autoencoder's last norm is kept."""
     if isinstance(config, MaeConfig):
         name = config.model.name.removeprefix("mae_")
@@ -90,7 +91,7 @@ def encoder(config: Config, weights: Path, classes: Sequence[str], world: World)
 
 @torch.no_grad()
 def features(
-    config: Config, world: World, autocast: Autocast, model: Normalised, catalogue: Catalogue
+    config: Config, world: World, autocast: Autocast, model: NormalizedInput, catalogue: Dataset
 ) -> tuple[Tensor, Tensor]:
     """The features, float32 [n, width], and classes, int64 [n], of all samples but damaged ones, by id.
 
@@ -102,7 +103,7 @@ def features(
         rows = to_device(batch.valid.nonzero()[0], world.device)
         ids = to_device(batch.ids[batch.valid], world.device)
         with autocast():
-            found = model.model.features(model.normalise(batch.pixels)).float()  # pyrefly: ignore
+            found = model.model.features(model.normalize(batch.pixels)).float()  # pyrefly: ignore
         table = found.new_zeros(len(catalogue), found.shape[1]) if table is None else table
         table[ids], seen[ids] = found[rows], 1.0
     assert table is not None  # every process has the same number of batches, and the split is not empty

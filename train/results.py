@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from pipelines.catalogue import DatasetInfo
+from pipelines.dataset import DatasetInfo
 from pipelines.files import atomic_text, atomic_write
 from train import rundir
 from train.config import Config

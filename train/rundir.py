@@ -17,7 +17,7 @@ from typing import IO
 
 import torch
 
-from pipelines.catalogue import DatasetInfo, read_info
+from pipelines.dataset import DatasetInfo, read_info
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, lock, sha256_of
 from pipelines.machine import usable_cores
@@ -63,7 +63,7 @@ def check_config(config: Config) -> None:
         return
     try:
         changed = differences(json.loads(path.read_text()), to_dict(config))
-    except (ValueError, OSError) as error:
+    except (ValueError, LookupError, TypeError, OSError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); move the folder away or use another RUN"
         ) from error

@@ -4,19 +4,19 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipelines import loader
-from pipelines.catalogue import Catalogue, check_shards, open_catalogue, read_info
+from pipelines.dataset import Dataset, check_shards, open_dataset, read_info
+from pipelines.decode import message
 from pipelines.errors import UserError
-from pipelines.plans import check_info
+from pipelines.loader import Batch, TrainLoader
+from pipelines.views import check_info, clip_notes
 from train.compute import ATTENTION, Autocast, choose_kernels
-from train.config import REFERENCE, Config, FinetuneConfig, MaeConfig, flatten, to_dict
+from train.config import Config, FinetuneConfig, MaeConfig, flatten, to_dict
 from train.device import resolve_device
 from train.distributed import World
 from train.optim import scaled_lr
@@ -24,28 +24,20 @@ from train.presets import pretraining_notes
 
 TINY, HUGE = 1e-9, float("inf")
 LIMITS = (  # least, most, and the settings that keep to them
-    (TINY, HUGE, ("optim.epochs", "data.stride_fps")),
+    (TINY, HUGE, ("optim.epochs",)),
     (1, HUGE, ("optim.batch", "optim.lr_batch", "speed.micro_batch", "speed.timeout")),
     (1, HUGE, ("run.log_every", "run.eval_every", "run.checkpoint_every", "run.keep", "run.max_skipped")),
-    (0, HUGE, ("speed.threads", "speed.eval_batch", "optim.clip_norm")),
-    (0, 1, ("speed.hw_decoder_load",)),
-    (1, HUGE, ("data.frames", "data.stride", "data.repeats", "data.window")),
-    (0, HUGE, ("speed.restarts", "data.augment.layers", "data.augment.jitter", "mixup", "cutmix")),
-    (0, 1, ("data.flip", "data.max_bad", "data.augment.probability", "data.augment.erase")),
-    (0, 10, ("data.augment.magnitude",)),
-    (TINY, 1, ("optim.layer_decay", "data.crop")),
+    (0, HUGE, ("speed.eval_batch", "optim.clip_norm")),
+    (0, HUGE, ("speed.restarts", "mixup", "cutmix")),
+    (TINY, 1, ("optim.layer_decay",)),
     (0, 1 - TINY, ("optim.ema", "model.drop_path", "model.dropout", "smoothing")),
 )
 WORDS = {
     "speed.precision": ("auto", "bf16", "fp32", "tf32"),
     "speed.compile": ("auto", "yes", "no"),
-    "speed.decode": ("whole", "window"),
     "speed.attention": tuple(ATTENTION),
     "optim.name": ("adamw", "sgd"),
-    "data.order": ("random", "local"),
-    "data.sampling": ("stride", "segments"),
     "freeze": ("none", "trunk"),
-    "protocol": ("", REFERENCE),
 }
 
 
@@ -53,7 +45,7 @@ def check(config: Config) -> None:
     """Find what can be wrong before any process starts; raises UserError."""
     check_ranges(config)
     info = read_info(config.data.path)
-    check_info(info, view_spec(config), config.views[0] if isinstance(config, FinetuneConfig) else 1)
+    check_info(info, config.data, config.views[0] if isinstance(config, FinetuneConfig) else 1)
     if "train" not in info.splits:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack_*")
     check_shards(info)
@@ -64,12 +56,6 @@ def check_ranges(config: Config) -> None:
     """Raise UserError for a setting that is out of its range, or none of the words it can be."""
     values: dict[str, Any] = flatten(to_dict(config))
     limits = [(key, values[key], low, high) for low, high, keys in LIMITS for key in keys if key in values]
-    scale, ratio = config.data.scale, config.data.ratio
-    limits += [
-        ("data.scale's first", scale[0], TINY, scale[1]),
-        ("data.scale's second", scale[1], TINY, 1),
-        ("data.ratio's first", ratio[0], TINY, ratio[1]),
-    ]
     if isinstance(config, FinetuneConfig):
         limits.append(("views", min(config.views), 1, HUGE))
     for key, value, low, high in limits:
@@ -97,31 +83,16 @@ def shared_settings(config: Config) -> dict[str, object]:
     return {key: value for key, value in flatten(to_dict(config)).items() if key not in own}
 
 
-def by_reference(config: Config) -> bool:
-    """Whether the run follows the reference trainer's protocol, see FinetuneConfig."""
-    return isinstance(config, FinetuneConfig) and config.protocol == REFERENCE
-
-
-def open_validation(config: Config) -> Catalogue | None:
+def open_validation(config: Config) -> Dataset | None:
     """What is evaluated on, None where there is nothing."""
-    if by_reference(config):
-        return open_catalogue(config.data.path, "train")
-    if "val" not in read_info(config.data.path).splits:
+    if config.data.eval_split not in read_info(config.data.path).splits:
         return None
-    catalogue = open_catalogue(config.data.path, "val")
+    catalogue = open_dataset(config.data.path, config.data.eval_split)
     return catalogue if len(catalogue) else None
 
 
-def view_spec(config: Config, evaluation: bool = False) -> loader.ViewSpec:
-    """How samples are cut and augmented, as the loader wants it."""
-    data = config.data
-    start = (40 if evaluation else 10) if by_reference(config) else None
-    shared = {f.name: getattr(data, f.name) for f in fields(loader.ViewSpec) if hasattr(data, f.name)}
-    return loader.ViewSpec(start=start, crop_fraction=data.crop, **shared)
-
-
 def plan_words(
-    config: Config, world: World, catalogue: Catalogue, validation: Catalogue | None, steps: int
+    config: Config, world: World, catalogue: Dataset, validation: Dataset | None, steps: int
 ) -> list[str]:
     """What is read and how batch and learning rate come about, in lines to print."""
     optim, repeats = config.optim, config.data.repeats
@@ -132,43 +103,28 @@ def plan_words(
     lines = [
         f"data {config.data.path}: {len(catalogue)} training and {len(validation) if validation else 0} "
         f"validation {catalogue.info.kind}s, {len(catalogue.info.classes)} classes",
-        *loader.words(world.device, config.speed.threads),
+        *message(world.device, config.speed.threads),
         f"global batch {optim.batch} = {world.size} processes x {micro} micro x {accumulate} accumulated"
         f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
         f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {length}",
     ]
-    lines += loader.clip_notes(catalogue, view_spec(config)) + pretraining_notes(config)
+    lines += clip_notes(catalogue, config.data) + pretraining_notes(config)
     if optim.batch > len(catalogue):
         times = optim.batch / len(catalogue)
         lines.append(f"a batch is {times:.1f} times the training data: lower optim.batch")
     if optim.warmup_epochs >= optim.epochs:
         lines.append(f"warmup takes {optim.warmup_epochs:g} epochs: the learning rate rises to the very end")
-    if by_reference(config):
-        lines.append(f"protocol {REFERENCE}: validation is on the TRAINING videos, nothing is held out")
+    if config.data.eval_split == "train":
+        lines.append(f"evaluation is on the TRAINING {catalogue.info.kind}s: nothing is held out")
     return lines
 
 
 def training_batches(
-    config: Config, world: World, catalogue: Catalogue, accumulate: int, start_step: int
-) -> Iterator[loader.Batch]:
+    config: Config, world: World, catalogue: Dataset, accumulate: int, start_step: int
+) -> Iterator[Batch]:
     """This process's micro batches from `start_step` on."""
-    return loader.train_batches(
-        catalogue,
-        view_spec(config),
-        seed=config.run.seed,
-        global_batch=config.optim.batch,
-        rank=world.rank,
-        world=world.size,
-        accumulate=accumulate,
-        start_step=start_step,
-        device=world.device,
-        threads=config.speed.threads,
-        order=config.data.order,
-        window=config.data.window,
-        max_bad=config.data.max_bad,
-        hw_decoder_load=config.speed.hw_decoder_load,
-        decode=config.speed.decode,
-    )
+    steps = {"batch": config.optim.batch, "accumulate": accumulate, "start_step": start_step}
+    return iter(TrainLoader(catalogue, config.data, config.speed, world, seed=config.run.seed, **steps))
 
 
 def build_model(config: Config, classes: int = 0) -> nn.Module:

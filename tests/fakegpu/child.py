@@ -234,17 +234,17 @@ def launches(_: Setup) -> dict:
 
 def forward_backward(config: Config, compiled: bool) -> None:
     """One training step's forward and backward of a recipe's model, on black pictures."""
-    from pipelines.inputs import Normalised
+    from models.inputs import NormalizedInput
     from train import setup
     from train.distributed import World
 
     device = torch.device("cuda", 0)
     model = setup.build_model(config, 400).to(device)
-    ready = Normalised(model, config.data.frames).to(device).train()
+    ready = NormalizedInput(model, config.data.frames).to(device).train()
     if compiled:
         ready.compile(fullgraph=True)
     rows = config.speed.micro_batch
-    batch = loader.blank_batch(setup.view_spec(config), rows, device)
+    batch = loader.blank_batch(config.data, rows, device)
     keys = torch.arange(rows, device=device)
     autocast, _ = setup.precision(config, World(0, 1, device))
     with autocast():
