@@ -28,8 +28,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.results import Race, Results, show
-from pipelines import graph, inputs, loader, plans, sampler
-from pipelines.catalogue import Catalogue, open_catalogue
+from pipelines import graph, inputs, loader, plans
+from pipelines.dataset import Catalogue, open_dataset
 from pipelines.errors import UserError, run_cli
 from pipelines.faults import Faults
 from pipelines.loader import ViewSpec, train_batches
@@ -101,7 +101,7 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def ours(root: Path, frames: int, centre: bool, batch: int, threads: int) -> Batches:
-    catalogue, view = open_catalogue(root, "train"), ViewSpec(SIZE, frames, STRIDE)
+    catalogue, view = open_dataset(root, "train"), ViewSpec(SIZE, frames, STRIDE)
     if not centre:
         options = {"rank": 0, "world": 1, "device": CPU, "threads": threads}
         return train_batches(catalogue, view, seed=0, global_batch=batch, **options)
@@ -201,7 +201,7 @@ def graph_alone(catalogue: Catalogue, batch: int, threads: int) -> Batches:
     settings = loader.settings_of(ViewSpec(SIZE), batch, 1, CPU, threads)
     feeds = []
     for step in range(len(catalogue) // batch):
-        epochs, ids = sampler.sample_at(np.arange(step * batch, (step + 1) * batch), len(catalogue), 0)
+        epochs, ids = order.sample_at(np.arange(step * batch, (step + 1) * batch), len(catalogue), 0)
         rows = plans.train_plan(catalogue, ViewSpec(SIZE), 0, ids, epochs)
         feeds.append(plans.feed_of(catalogue, rows, 1))
     pipeline = graph.build_pipeline(lambda step: feeds[step % len(feeds)], settings)
@@ -331,7 +331,7 @@ def clip_race(work: Path, way: Way, batch: int, workers: int) -> dict[str, Batch
 def decode_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
     tars = sorted((work / "short256" / "train").glob("*.tar"))
     return {
-        "our graph": graph_alone(open_catalogue(work / "short256", "train"), batch, workers),
+        "our graph": graph_alone(open_dataset(work / "short256", "train"), batch, workers),
         "DALI's reader": bare_dali(tars, batch, workers, resize=False),
     }
 

@@ -17,9 +17,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import sampler
-from pipelines.catalogue import Catalogue, DatasetInfo
+from pipelines import order
 from pipelines.columns import TYPES
+from pipelines.dataset import Dataset, DatasetInfo
 from pipelines.errors import UserError, run_cli
 from pipelines.loader import make_order
 from pipelines.plans import Plan, ViewSpec, repeated, train_plan
@@ -41,9 +41,9 @@ def make_columns(folder: Path, samples: int, per_shard: int) -> None:
         shards[ids] = ids // per_shard
 
 
-def open_columns(folder: Path) -> Catalogue:
+def open_columns(folder: Path) -> Dataset:
     columns = {name: np.asarray(np.memmap(folder / name, kind, "r")) for name, kind in TYPES.items()}
-    return Catalogue(DatasetInfo(folder, "image", (), {}, {}, {}), "train", **columns)
+    return Dataset(DatasetInfo(folder, "image", (), {}, {}, {}), "train", **columns)
 
 
 def memory() -> dict[str, int]:
@@ -54,14 +54,14 @@ def memory() -> dict[str, int]:
 
 
 def rank_plan(
-    catalogue: Catalogue, arrange: sampler.Order, step: int, batch: int, rank: int, ranks: int, parts: int = 1
+    catalogue: Dataset, arrange: order.Order, step: int, batch: int, rank: int, ranks: int, parts: int = 1
 ) -> Plan:
     """What the loader works out for a rank's step, micro batches one after the other."""
-    positions = sampler.batch_positions(step, batch, rank, ranks, parts).ravel()
+    positions = order.batch_positions(step, batch, rank, ranks, parts).ravel()
     return train_plan(catalogue, ViewSpec(224), SEED, *repeated(positions, 1, arrange))
 
 
-def check_resume(catalogue: Catalogue, arrange: sampler.Order, step: int, batch: int, ranks: int) -> None:
+def check_resume(catalogue: Dataset, arrange: order.Order, step: int, batch: int, ranks: int) -> None:
     """Hold a step's rows on `ranks` processes against those on half as many with two micro batches."""
     drawn = []
     for count, parts in ((ranks, 1), (ranks // 2, 2)):
@@ -75,7 +75,7 @@ def check_resume(catalogue: Catalogue, arrange: sampler.Order, step: int, batch:
         )
 
 
-def whole_epoch(arrange: sampler.Order, samples: int) -> float:
+def whole_epoch(arrange: order.Order, samples: int) -> float:
     """Seconds to order a whole epoch; as many draws as samples, none missing: each exactly once."""
     seen = np.zeros(samples, bool)
     seconds = 0.0

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipelines.catalogue import SCHEMA, Catalogue
+from pipelines.dataset import SCHEMA, Dataset
 
 torch.set_num_threads(1)  # torch's threads would spin against DALI's on a small machine
 
@@ -91,12 +91,12 @@ def clip_dataset(root: Path, lengths: list[int], size: tuple[int, int] = (64, 48
     return write_dataset(root, clips, "video")
 
 
-def frame_bytes(catalogue: Catalogue, sample: int, frame: int) -> np.ndarray:
+def frame_bytes(catalogue: Dataset, sample: int, frame: int) -> np.ndarray:
     """The JPEG of a frame, uint8 [bytes]."""
     return catalogue.read(np.array([sample]), np.array([[frame]]))[0]
 
 
-def keys_of(catalogue: Catalogue) -> list[str]:
+def keys_of(catalogue: Dataset) -> list[str]:
     """The keys of the readable samples."""
     table = pq.read_table(catalogue.parquet, columns=["key"], filters=[("status", "=", "ok")])
     return table["key"].to_pylist()

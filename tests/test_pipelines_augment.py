@@ -10,7 +10,8 @@ from pipelines_fixtures import picture
 from timm.data import auto_augment as timm_ops
 
 from pipelines import augment as ours
-from pipelines.augment import Augment, augment
+from pipelines.augment import augment
+from pipelines.config import Augment
 
 STRENGTHS = {
     "autocontrast": [0],

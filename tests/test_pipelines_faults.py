@@ -13,7 +13,7 @@ import torch
 from pipelines_fixtures import clip_dataset, image_dataset, jpeg, picture, write_dataset
 
 from pipelines import columns
-from pipelines.catalogue import check_shards, open_catalogue, read_info
+from pipelines.dataset import check_shards, open_dataset, read_info
 from pipelines.errors import UserError
 from pipelines.loader import ViewSpec, eval_batches, train_batches
 
@@ -30,7 +30,7 @@ def damage(catalogue, sample, frame=0, by=b"\0"):
 
 @pytest.fixture
 def images(tmp_path):
-    catalogue = open_catalogue(image_dataset(tmp_path / "images"), "train")
+    catalogue = open_dataset(image_dataset(tmp_path / "images"), "train")
     damage(catalogue, 4)
     damage(catalogue, 17, by=b"<html>")
     return catalogue
@@ -79,7 +79,7 @@ def test_too_much_damage_stops_with_the_list(images):
 def test_the_limit_is_a_share_of_the_samples_whatever_the_ranks_and_epochs(tmp_path):
     """2 of 400 damaged, 4 allowed: 8 ranks never stop, though over the epochs a rank meets both."""
     pictures = [[jpeg(picture(16, 16, seed))] for seed in range(400)]
-    catalogue = open_catalogue(write_dataset(tmp_path / "images", pictures, "image", per_shard=200), "train")
+    catalogue = open_dataset(write_dataset(tmp_path / "images", pictures, "image", per_shard=200), "train")
     settings = {"max_bad": 0.01, "threads": 1}
     damage(catalogue, 7)
     damage(catalogue, 311)
@@ -102,7 +102,7 @@ def train_many(catalogue, rank, world, epochs, **options):
 
 
 def test_a_clip_fails_only_when_its_window_meets_the_damage(tmp_path):
-    catalogue = open_catalogue(clip_dataset(tmp_path / "clips", [40] * 6), "train")
+    catalogue = open_dataset(clip_dataset(tmp_path / "clips", [40] * 6), "train")
     damage(catalogue, 2, frame=20)
     view = ViewSpec(16, frames=4, repeats=2)
     batches = train(catalogue, view, 12, max_bad=0.5)
@@ -114,7 +114,7 @@ def test_a_clip_fails_only_when_its_window_meets_the_damage(tmp_path):
 
 
 def test_views_that_share_a_decode_are_replaced_together(tmp_path):
-    catalogue = open_catalogue(clip_dataset(tmp_path / "clips", [40] * 6, size=(64, 32)), "train")
+    catalogue = open_dataset(clip_dataset(tmp_path / "clips", [40] * 6, size=(64, 32)), "train")
     damage(catalogue, 3, frame=20)
     view = ViewSpec(16, frames=4, repeats=3, same_clip=True)
     for batch in train(catalogue, view, 8, max_bad=0.5):
@@ -150,7 +150,7 @@ def test_a_shard_cut_off(tmp_path):
         with pytest.raises(UserError, match=r"000001\.tar is not of the length it was packed with; restore"):
             check_shards(read_info(root))
     tar.write_bytes(whole[:1000])
-    batches = train(open_catalogue(root, "train"), ViewSpec(32), 4, max_bad=0.5)
+    batches = train(open_dataset(root, "train"), ViewSpec(32), 4, max_bad=0.5)
     assert not set(ids_of(batches)) & set(range(8, 16))
     tar.unlink()
     with pytest.raises(UserError, match=r"000001\.tar is missing; restore"):
@@ -161,7 +161,7 @@ def test_a_shard_cut_off(tmp_path):
 def test_a_bit_flipped_in_a_frame(tmp_path):
     """Every one is noticed, also those that a decoder fills in without a word; no other frame suffers."""
     root = clip_dataset(tmp_path / "clips", [5] * 6)
-    catalogue = open_catalogue(root, "train")
+    catalogue = open_dataset(root, "train")
     tar = root / "train" / "000000.tar"
     whole = tar.read_bytes()
     ids, frames = np.arange(6), np.tile(np.arange(5), (6, 1))
@@ -191,9 +191,9 @@ def test_a_shard_that_is_not_its_own(tmp_path, other):
         said = r"allowed; .*000001\.tar must have been replaced or swapped since packing: restore them"
     check_shards(read_info(root))
     with pytest.raises(UserError, match=said):
-        train(open_catalogue(root, "train"), ViewSpec(32), 10, max_bad=0.1)
+        train(open_dataset(root, "train"), ViewSpec(32), 10, max_bad=0.1)
     with pytest.raises(UserError, match=said):
-        catalogue = open_catalogue(root, "train")
+        catalogue = open_dataset(root, "train")
         list(eval_batches(catalogue, ViewSpec(24), batch=30, rank=0, world=1, device=CPU, max_bad=0.1))
 
 
@@ -201,7 +201,7 @@ def test_a_shard_that_is_not_its_own(tmp_path, other):
 def test_a_shard_cut_off_while_it_is_read(tmp_path):
     """What is gone is replaced and counted, beyond the limit training stops with a sentence; no crash."""
     root = image_dataset(tmp_path / "images")
-    catalogue = open_catalogue(root, "train")
+    catalogue = open_dataset(root, "train")
     batches = train_batches(
         catalogue, ViewSpec(32), seed=0, global_batch=6, rank=0, world=1, device=CPU, max_bad=0.5
     )
@@ -220,8 +220,8 @@ def test_a_shard_cut_off_while_it_is_read(tmp_path):
 def test_a_shard_deleted_while_it_is_read(tmp_path):
     """Open ones are read on; one not yet open stops training with a sentence that names it."""
     root = image_dataset(tmp_path / "images")
-    undisturbed = train(open_catalogue(root, "train"), ViewSpec(32), 9)
-    catalogue = open_catalogue(root, "train")
+    undisturbed = train(open_dataset(root, "train"), ViewSpec(32), 9)
+    catalogue = open_dataset(root, "train")
     batches = train_batches(
         catalogue, ViewSpec(32), seed=0, global_batch=12, rank=0, world=1, device=CPU, max_bad=0.2
     )
@@ -243,7 +243,7 @@ def test_a_disk_that_fails(tmp_path):
     (root / "train/000001.tar").mkdir()
     with pytest.raises(UserError, match=r"000001\.tar is missing"):
         check_shards(read_info(root))
-    catalogue = open_catalogue(root, "train")
+    catalogue = open_dataset(root, "train")
     assert not set(ids_of(train(catalogue, ViewSpec(32), 4, max_bad=0.5))) & set(range(8, 16))
 
 
@@ -256,7 +256,7 @@ def same(one, other) -> bool:
 def test_a_damaged_catalogue(tmp_path, monkeypatch, large):
     """Cut off or with flipped bits it is refused in a sentence, unless the damage touches no number."""
     root = clip_dataset(tmp_path / "clips", [3, 9, 4])
-    good, path = open_catalogue(root, "train"), root / "train.parquet"
+    good, path = open_dataset(root, "train"), root / "train.parquet"
     monkeypatch.setattr(columns, "LARGE", 1 if large else 1 << 60)
     whole = path.read_bytes()
     random = np.random.default_rng()
@@ -269,7 +269,7 @@ def test_a_damaged_catalogue(tmp_path, monkeypatch, large):
     for damaged in [*cuts, *flips]:
         path.write_bytes(damaged)
         try:
-            assert same(open_catalogue(root, "train"), good)
+            assert same(open_dataset(root, "train"), good)
         except UserError as error:
             refused += 1
             assert str(path) in str(error) and "pack this dataset again" in str(error)
@@ -301,15 +301,15 @@ def test_damaged_columns_of_a_large_catalogue(tmp_path, monkeypatch):
     """The numbers written out beside the Parquet are not used unless they are whole."""
     monkeypatch.setattr(columns, "LARGE", 1)
     root = clip_dataset(tmp_path / "clips", [3, 9, 4])
-    open_catalogue(root, "train")
+    open_dataset(root, "train")
     (folder,) = root.glob(".train.*.columns")
     for name in columns.TYPES:
         whole = (folder / name).read_bytes()
         for length in (0, 1, len(whole) - 4):
             (folder / name).write_bytes(whole[:length])
             with pytest.raises(UserError, match=r"columns is damaged; delete it"):
-                open_catalogue(root, "train")
+                open_dataset(root, "train")
         (folder / name).write_bytes(whole)
     (folder / "crc").unlink()
     with pytest.raises(UserError, match=r"columns is damaged; delete it"):
-        open_catalogue(root, "train")
+        open_dataset(root, "train")

@@ -18,8 +18,8 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 from pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, picture, write_dataset
 
-from pipelines import augment, errors, graph, loader, machine, sampler
-from pipelines.catalogue import Catalogue, open_catalogue
+from pipelines import augment, errors, graph, loader, machine
+from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UserError
 from pipelines.loader import ViewSpec, train_batches
 from pipelines.plans import feed_of, train_plan
@@ -39,23 +39,23 @@ DALI_ERROR = (
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Catalogue:
-    return open_catalogue(image_dataset(tmp_path_factory.mktemp("data") / "images"), "train")
+def images(tmp_path_factory) -> Dataset:
+    return open_dataset(image_dataset(tmp_path_factory.mktemp("data") / "images"), "train")
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Catalogue:
+def clips(tmp_path_factory) -> Dataset:
     root = clip_dataset(tmp_path_factory.mktemp("data") / "clips", [5, 9, 20, 12, 40, 8])
-    return open_catalogue(root, "train")
+    return open_dataset(root, "train")
 
 
 # ---- the graph
 
 
-def pixels_of(catalogue: Catalogue, view: ViewSpec, settings: graph.Settings) -> torch.Tensor:
+def pixels_of(catalogue: Dataset, view: ViewSpec, settings: graph.Settings) -> torch.Tensor:
     """A batch of this view through the graph of these settings."""
     repeats = view.copies
-    _, ids = sampler.sample_at(np.arange(settings.samples), len(catalogue), seed=0)
+    _, ids = order.sample_at(np.arange(settings.samples), len(catalogue), seed=0)
     plan = train_plan(catalogue, view, 0, np.repeat(ids, repeats), np.arange(settings.samples * repeats))
     feed = feed_of(catalogue, plan, repeats)
     resampling = graph.start_resampling(settings)
@@ -83,7 +83,7 @@ def test_turned_and_gray_pictures_are_cut_alike(tmp_path):
         shown = Image.fromarray(picture(64, 64, number)).convert("L" if number % 2 else "RGB")
         shown.save(buffer, "JPEG", exif=turned)
         pictures.append([buffer.getvalue()])
-    catalogue = open_catalogue(write_dataset(tmp_path / "d", pictures, "image"), "train")
+    catalogue = open_dataset(write_dataset(tmp_path / "d", pictures, "image"), "train")
     settings = graph.Settings(4, 1, 1, 24, "cubic", CPU, threads=1, resize_on_cpu=True)
     view = ViewSpec(24, interpolation="cubic")
     parts = [pixels_of(catalogue, view, replace(settings, decode=decode)) for decode in ("whole", "window")]
@@ -221,7 +221,7 @@ def on_an_imitated_gpu(monkeypatch, fails: Callable[[np.ndarray], bool]) -> None
     monkeypatch.setattr(loader, "mark", lambda device: None)
 
 
-def train(catalogue: Catalogue, steps: int) -> list[loader.Batch]:
+def train(catalogue: Dataset, steps: int) -> list[loader.Batch]:
     batches = train_batches(
         catalogue, ViewSpec(32), seed=0, global_batch=10, rank=0, world=1, device=GPU, threads=1, max_bad=0.5
     )
@@ -251,7 +251,7 @@ def test_what_the_cpu_cannot_decode_either_is_replaced(tmp_path, monkeypatch, ca
     pictures = [[jpeg(picture(64, 48, seed))] for seed in range(20)]
     pictures[3] = [pictures[3][0][:-300]]
     on_an_imitated_gpu(monkeypatch, lambda jpeg: False)
-    batches = train(open_catalogue(write_dataset(tmp_path / "d", pictures, "image"), "train"), 2)
+    batches = train(open_dataset(write_dataset(tmp_path / "d", pictures, "image"), "train"), 2)
     assert sum(batch.bad for batch in batches) == 1
     assert "00000003-x.jpg" in capfd.readouterr().err
 

@@ -19,7 +19,7 @@ from pipelines_fixtures import clip_dataset, image_dataset, jpeg, picture
 from test_pipelines_faults import train
 
 from pipelines import columns
-from pipelines.catalogue import SCHEMA, check_shards, open_catalogue, read_info
+from pipelines.dataset import SCHEMA, check_shards, open_dataset, read_info
 from pipelines.errors import UserError
 from pipelines.loader import ViewSpec, eval_batches
 from tools import stage
@@ -35,7 +35,7 @@ def tree(top: Path) -> set[str]:
 
 def use(root: Path) -> None:
     """Train, evaluate and verify."""
-    catalogue = open_catalogue(root, "train")
+    catalogue = open_dataset(root, "train")
     train(catalogue, ViewSpec(32), 2)
     list(eval_batches(catalogue, ViewSpec(32), batch=8, rank=0, world=1, device=torch.device("cpu")))
     verify(root)
@@ -93,7 +93,7 @@ def test_a_shard_that_is_a_pipe(tmp_path):
     os.mkfifo(root / "train/000001.tar")
     with pytest.raises(UserError, match=r"000001\.tar is missing"):
         check_shards(read_info(root))
-    train(open_catalogue(root, "train"), ViewSpec(32), 3, max_bad=0.5)
+    train(open_dataset(root, "train"), ViewSpec(32), 3, max_bad=0.5)
 
 
 def png_bomb() -> bytes:
@@ -168,9 +168,9 @@ def test_a_decompression_bomb_in_a_shard(tmp_path, size, told):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if told and size != (1, 65_535):
         with pytest.raises(UserError, match="impossible widths or heights"):
-            open_catalogue(root, "train")
+            open_dataset(root, "train")
         return
-    batches = train(open_catalogue(root, "train"), ViewSpec(32), 3, max_bad=0.5)
+    batches = train(open_dataset(root, "train"), ViewSpec(32), 3, max_bad=0.5)
     if size[0] * size[1] != 65_535:  # that one is only long, and decodes
         assert sum(batch.bad for batch in batches) and 5 not in np.concatenate([b.ids for b in batches])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_500_000  # KiB
@@ -201,11 +201,11 @@ def test_impossible_numbers_in_a_catalogue(tmp_path, monkeypatch, large):
             (root / "train.parquet").write_bytes(whole)
             change(root, 1, **{name: value})
             with pytest.raises(UserError, match=r"train\.parquet cannot be read .*; pack this dataset again"):
-                open_catalogue(root, "train")
+                open_dataset(root, "train")
     for other in (SCHEMA.remove(3), SCHEMA.set(7, pa.field("width", pa.int64())), SCHEMA.append(SCHEMA[0])):
         pq.write_table(other.empty_table(), root / "train.parquet")
         with pytest.raises(UserError, match="its columns are not those of a catalogue"):
-            open_catalogue(root, "train")
+            open_dataset(root, "train")
     assert len(list(root.glob(".*.columns"))) == 0
 
 
@@ -293,4 +293,4 @@ def test_columns_that_somebody_else_left_are_not_used(tmp_path, monkeypatch):
     (tmp_path / "hiera-train-0").mkdir()
     os.chown(tmp_path / "hiera-train-0", 12345, 12345)
     with pytest.raises(UserError, match=r"cannot be written to .*belongs to somebody else"):
-        open_catalogue(root, "train")
+        open_dataset(root, "train")

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, picture, write_dataset
 
-from pipelines import graph, inputs, loader, sampler
-from pipelines.catalogue import open_catalogue
+from pipelines import graph, inputs, loader
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from pipelines.loader import Augment, ViewSpec, clip_notes, eval_batches, sizing, train_batches
 from pipelines.plans import feed_of, train_plan
@@ -21,13 +21,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return open_catalogue(image_dataset(tmp_path_factory.mktemp("data") / "images"), "train")
+    return open_dataset(image_dataset(tmp_path_factory.mktemp("data") / "images"), "train")
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     root = clip_dataset(tmp_path_factory.mktemp("data") / "clips", [1, 3, 9, 20, 40, 64, 70])
-    return open_catalogue(root, "train")
+    return open_dataset(root, "train")
 
 
 def train(catalogue, view, steps, *, start=0, batch=12, rank=0, world=1, accumulate=1, seed=5, **options):
@@ -147,7 +147,7 @@ def test_resampling_equals_pillows(tmp_path, size, ours, pillows):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     root = write_dataset(tmp_path / "d", [[jpeg(noise)]], "image")
     view = ViewSpec(size, crop_fraction=1.0, interpolation=ours)
-    (batch,) = eval_batches(open_catalogue(root, "train"), view, batch=1, rank=0, world=1, device=CPU)
+    (batch,) = eval_batches(open_dataset(root, "train"), view, batch=1, rank=0, world=1, device=CPU)
     pixels = Image.open(io.BytesIO(jpeg(noise))).resize((size, size), Image.Resampling[pillows])
     assert np.abs(batch.pixels[0].numpy().astype(int) - np.asarray(pixels)).max() <= 2
 
@@ -158,7 +158,7 @@ def test_resampling_inside_the_graph_gives_the_same_picture(images, clips, kind,
     # The graph that a GPU runs, on the CPU: the same windows, flips and order of rows as torch's path.
     catalogue = images if clip == 1 else clips
     view = ViewSpec(40, frames=clip, repeats=repeats, same_clip=True, scale=(0.3, 1.0), interpolation=kind)
-    _, ids = sampler.sample_at(np.arange(6), len(catalogue), seed=0)
+    _, ids = order.sample_at(np.arange(6), len(catalogue), seed=0)
     rows = train_plan(catalogue, view, 0, np.repeat(ids, repeats), np.arange(6 * repeats))
     feed = feed_of(catalogue, rows, repeats)
     settings = graph.Settings(6, clip, repeats, 40, kind, CPU, threads=2)
@@ -216,7 +216,7 @@ def test_augmented_batches_do_not_depend_on_how_they_are_split(clips):
 def test_the_window_and_the_flip_of_the_plan_are_what_comes_out(images):
     view = ViewSpec(40, scale=(0.3, 1.0))
     (batch,) = train(images, view, 1, batch=30)
-    epochs, ids = sampler.sample_at(np.arange(30), len(images), seed=5)
+    epochs, ids = order.sample_at(np.arange(30), len(images), seed=5)
     plan = train_plan(images, view, 5, ids, epochs)
     assert 0 < plan.flips.sum() < 30
     for row, (x, y, w, h) in enumerate(plan.windows.tolist()):
@@ -229,7 +229,7 @@ def test_the_window_and_the_flip_of_the_plan_are_what_comes_out(images):
 
 def test_all_frames_of_a_clip_get_one_window_and_one_flip(tmp_path):
     clips = [[jpeg(picture(64, 48, seed))] * 30 for seed in range(8)]
-    catalogue = open_catalogue(write_dataset(tmp_path / "d", clips, "video"), "train")
+    catalogue = open_dataset(write_dataset(tmp_path / "d", clips, "video"), "train")
     (batch,) = train(catalogue, ViewSpec(32, frames=8), 1, batch=8)
     assert (batch.pixels == batch.pixels[:, :1]).all()
     other = rows(train(catalogue, ViewSpec(32, frames=8), 1, start=1, batch=8))
@@ -277,7 +277,7 @@ def test_wrong_uses_get_one_sentence(images, clips):
 def test_normalise_subtracts_the_mean_in_units_of_the_deviation():
     clips = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8)
     for frames, pixels, stats in ((1, clips[:, 0], inputs.IMAGE_STATS), (3, clips, inputs.VIDEO_STATS)):
-        model = inputs.Normalised(torch.nn.Identity(), frames)
+        model = inputs.NormalizedInput(torch.nn.Identity(), frames)
         out = model(pixels)
         assert out.shape == (2, 3, *pixels.shape[1:-1]) and out.dtype == torch.float32
         for channel, (mean, std) in enumerate(zip(*stats, strict=True)):

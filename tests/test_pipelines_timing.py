@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import sampler
-from pipelines.catalogue import Catalogue, open_catalogue, read_info
+from pipelines import order
+from pipelines.dataset import Dataset, open_dataset, read_info
 from pipelines.errors import UserError
 from pipelines.loader import ViewSpec, clip_notes, eval_batches
 from pipelines.plans import check_info, eval_plan, train_plan
@@ -20,7 +20,6 @@ from tests.train_helpers import make_clips, small
 from tools.pack_kinetics import pack_kinetics
 from tools.predict import pack as pack_inputs
 from train import build, evaluate, finetune, loop
-from train import task as task_module
 from train.metrics import read_csv
 from train.task import open_validation
 
@@ -33,20 +32,20 @@ def dataset(tmp_path_factory) -> Path:
     return clip_dataset(tmp_path_factory.mktemp("clips") / "clips", LENGTHS, size=(16, 16))
 
 
-def at(dataset: Path, fps: float | None) -> Catalogue:
+def at(dataset: Path, fps: float | None) -> Dataset:
     """The dataset as if it had been packed at `fps` frames per second."""
-    catalogue = open_catalogue(dataset, "train")
+    catalogue = open_dataset(dataset, "train")
     packing = {} if fps is None else {"fps": fps}
     return replace(catalogue, info=replace(catalogue.info, packing=packing))
 
 
-def trained(catalogue: Catalogue, view: ViewSpec, epochs: int = 1) -> np.ndarray:
+def trained(catalogue: Dataset, view: ViewSpec, epochs: int = 1) -> np.ndarray:
     """Frames [n * epochs, T] of every sample in training."""
     ids = np.tile(np.arange(len(catalogue)), epochs)
     return train_plan(catalogue, view, 5, ids, np.arange(len(ids)) // len(catalogue)).frames
 
 
-def evaluated(catalogue: Catalogue, view: ViewSpec, temporal: int = 1) -> np.ndarray:
+def evaluated(catalogue: Dataset, view: ViewSpec, temporal: int = 1) -> np.ndarray:
     ids = np.arange(len(catalogue))
     return eval_plan(catalogue, view, ids, ids >= 0, temporal, 1).frames
 
@@ -85,7 +84,7 @@ def test_frames_are_at_the_converted_stride_halves_rounded_up(dataset, fps, stri
     ends = evaluated(catalogue, view, temporal=5).reshape(len(LENGTHS), 5, 8)[long]
     assert (ends[:, 0, 0] == 0).all() and (ends[:, -1, -1] == np.array(LENGTHS)[long] - 1).all()
     fixed = trained(catalogue, replace(view, start=10))[LENGTHS.index(125)]
-    assert fixed[0] == sampler.rounded(10 * Fraction(str(fps)) / 30) and (fixed - fixed[0] == offsets).all()
+    assert fixed[0] == order.rounded(10 * Fraction(str(fps)) / 30) and (fixed - fixed[0] == offsets).all()
 
 
 def old_frames(draws: np.ndarray, counts: np.ndarray, frames: int, stride: int) -> np.ndarray:
@@ -104,7 +103,7 @@ def old_frames(draws: np.ndarray, counts: np.ndarray, frames: int, stride: int) 
 def test_whole_strides_give_the_frames_of_before(dataset, stride, fps, stored):
     counts, ids = np.array(LENGTHS), np.arange(len(LENGTHS))
     view = ViewSpec(16, frames=16, stride=stride)
-    draws = sampler.uniform(5, np.zeros_like(ids), ids, sampler.STREAM_START, 1)[:, 0]
+    draws = order.uniform(5, np.zeros_like(ids), ids, order.STREAM_START, 1)[:, 0]
     assert np.array_equal(trained(at(dataset, fps), view), old_frames(draws, counts, 16, stored))
 
 
@@ -167,9 +166,9 @@ def test_packing_records_the_rate_and_training_evaluation_and_prediction_use_it(
     out = tmp_path / "inputs"
     out.mkdir()
     assert pack_inputs(config, inputs, read_info(slow).packing, out) == [""] * len(inputs)
-    given, known = open_catalogue(out, "val"), open_validation(config.data)
+    given, known = open_dataset(out, "val"), open_validation(config.data)
     assert given.info.fps == 15.0 and known is not None
-    view = task_module.view_spec(config.data, True)
+    view = setup.view_spec(config, evaluation=True)
     assert np.array_equal(evaluated(given, view), evaluated(known, view))
 
 

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipelines.catalogue import open_catalogue
+from models import load_weights
+from models.inputs import NormalizedInput
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
 from tests.train_helpers import CLASSES, picture, small
 from tools.pack_imagenet import pack_imagenet
 from tools.predict import predict
@@ -60,7 +61,7 @@ def untrained(config: Config, classes: int) -> Path:
     run = config.run.root / config.run.name
     run.mkdir()
     torch.manual_seed(0)
-    model = TASKS[type(config)](config, Run(World(0, 1, CPU)), ["a"] * classes).model
+    model = TASKS[type(config)](config, Run(World(0, 1, torch.device("cpu"))), ["a"] * classes).model
     if classes:
         model.get_parameter("head.projection.weight").mul_(40)
     save_file(model.state_dict(), run / "model.safetensors")
@@ -73,13 +74,13 @@ def expected(run: Path) -> dict[str, list[float]]:
     """Each validation sample's probabilities by its source, from the run's own packed data."""
     config = evaluate.read_config(run)
     assert isinstance(config, FinetuneConfig)
-    catalogue = open_catalogue(config.data.path, "val")
+    catalogue = open_dataset(config.data.path, "val")
     model = create_classifier(config.data, config.model, len(catalogue.info.classes))
     load_weights(model, run / "model.safetensors")
-    ready = Normalised(model, config.data.frames).eval()
+    ready = NormalizedInput(model, config.data.frames).eval()
     sources = pq.read_table(catalogue.parquet, columns=["source"])["source"].to_pylist()
     found, views = {}, config.views[0] * config.views[1]
-    for batch in batches_of(config, World(0, 1, CPU), catalogue, config.views):
+    for batch in batches_of(config, World(0, 1, torch.device("cpu")), catalogue, config.views):
         rows = ready(batch.pixels).softmax(-1).unflatten(0, (-1, views)).mean(1)
         found |= {sources[i]: row for i, row in zip(batch.ids[::views], rows.tolist(), strict=True)}
     return found

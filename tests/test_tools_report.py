@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import create
-from pipelines.catalogue import DatasetInfo
+from pipelines.dataset import DatasetInfo
 from pipelines.errors import UserError
 from tests.train_helpers import call
 from tools.report import LOG_LINES, report

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_tools_pack import encoded, hopeless, mangled, pack_images, peculiar, pixels, rows_of, write
 
-from pipelines.catalogue import open_catalogue
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from pipelines.loader import ViewSpec, train_batches
 from tools.pack_kinetics import pack_kinetics
@@ -34,7 +34,7 @@ NAMES = (
 
 def one_epoch(root: Path, view: ViewSpec) -> None:
     """Every packed sample comes out of the training loader once, none of them damaged."""
-    catalogue = open_catalogue(root, "train")
+    catalogue = open_dataset(root, "train")
     cpu = torch.device("cpu")
     batches = train_batches(catalogue, view, seed=0, global_batch=1, rank=0, world=1, device=cpu)
     seen = list(itertools.islice(batches, len(catalogue)))

@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from timm.data import mixup as timm_mixup
 from torch._dynamo.testing import CompileCounter
 
-from pipelines.augment import Augment
-from pipelines.catalogue import open_catalogue
+from models.inputs import NormalizedInput
+from pipelines.config import Augment
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
 from pipelines.loader import blank_batch
 from tests.train_helpers import arguments, call, small
 from train import build, finetune, loop, mae, mixing
-from train import task as task_module
 from train.config import Config, FinetuneConfig
 from train.distributed import World
 from train.rundir import Run
+from train.task import training_batches
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -30,7 +30,7 @@ ALONE = World(0, 1, CPU)
 
 def everything_on(preset: str, data: Path, runs: Path) -> FinetuneConfig:
     """Ten steps of 8 rows with mixup, cutmix, drop path, dropout, RandAugment and random erasing."""
-    samples, video = len(open_catalogue(data, "train")), "video" in preset
+    samples, video = len(open_dataset(data, "train")), "video" in preset
     # Adam scales the rounding noise of tiny gradients up to the learning rate, so that one is small here.
     values = {"epochs": 80 / samples, "batch": 8, "lr_batch": 8, "warmup_epochs": 0.1, "lr": 1e-4}
     config = small(preset, data, runs, "one", **values)
@@ -89,10 +89,10 @@ def test_a_step_leaves_every_global_generator_as_it_is(preset: str, images: Path
         config, make = replace(config, decode_ratio=0.5), mae.make_task
     else:
         config, make = everything_on(preset, images, tmp_path), finetune.make_task
-    catalogue = open_catalogue(images, "train")
+    catalogue = open_dataset(images, "train")
     task = make(config, Run(ALONE))
-    model = Normalised(task.model, 1).train()
-    batches = task_module.training_batches(config, ALONE, catalogue, 1, 0)
+    model = NormalizedInput(task.model, 1).train()
+    batches = training_batches(config, ALONE, catalogue, 1, 0)
     next(batches)  # building the loader is not part of a step
     before = [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_pixels_and_labels_are_mixed_as_a_plain_loop_does(frames: int, repeats: 
 def test_cutmix_boxes_are_timms():
     """The same lambda and centre give timm's box and corrected lambda, clipped at the border too."""
     settings = mixing_of(mixup=0.0, batch=400)
-    key = mixing.sampler.keys_of(0, mixing.sampler.STREAM_MIX, 3, np.arange(2))
+    key = mixing.order.keys_of(0, mixing.order.STREAM_MIX, 3, np.arange(2))
     generator = np.random.Generator(np.random.Philox(key=key))
     generator.random(200)
     lambdas = generator.beta(np.ones(200), np.ones(200))
@@ -197,9 +197,9 @@ def test_no_row_is_mixed_with_a_copy_of_its_sample(clips: Path, tmp_path: Path):
     """With the loader's real batches, on each of two processes with two micro batches."""
     config = everything_on("video-ft-pico", clips, tmp_path)
     config = replace(config, optim=replace(config.optim, batch=16))
-    catalogue = open_catalogue(clips, "train")
+    catalogue = open_dataset(clips, "train")
     for rank in range(2):
-        batches = task_module.training_batches(config, World(rank, 2, CPU), catalogue, 2, 3)
+        batches = training_batches(config, World(rank, 2, CPU), catalogue, 2, 3)
         for micro in range(4):
             batch = next(batches)
             step, part = divmod(micro, 2)
@@ -229,12 +229,12 @@ def test_micro_batches_hold_whole_pairs():
 def test_the_trial_of_compilation_uses_the_signature_of_a_step(images: Path, tmp_path: Path):
     """One compilation serves the blank batch and the real ones."""
     config = everything_on("image-ft-pico", images, tmp_path)
-    catalogue = open_catalogue(images, "train")
+    catalogue = open_dataset(images, "train")
     task = finetune.make_task(config, Run(ALONE))
-    model, counter = Normalised(task.model, 1).train(), CompileCounter()
+    model, counter = NormalizedInput(task.model, 1).train(), CompileCounter()
     model.compile(fullgraph=True, backend=counter)
-    task.loss(model, blank_batch(task_module.view_spec(config.data), 8, CPU))
-    batches = task_module.training_batches(config, ALONE, catalogue, 1, 0)
+    task.loss(model, blank_batch(config.data, 8, CPU))
+    batches = training_batches(config, ALONE, catalogue, 1, 0)
     for _ in range(2):
         task.loss(model, next(batches))
     assert counter.frame_count == 1

@@ -10,9 +10,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import models
-from pipelines.catalogue import open_catalogue
+from models.inputs import NormalizedInput
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
 from tests.test_project import call_make
 from tests.test_train_resume import CPU, changed, fit, quick, stopping_at, task_of
 from tests.train_helpers import small
@@ -100,9 +100,9 @@ def test_a_checkpoint_is_copied_to_the_host_in_one_go():
 @pytest.mark.parametrize("kind", ["mae", "ft", "probe"])
 def test_evaluation_waits_for_no_copy_to_the_device(images, tmp_path, kind: str):
     config = small("image-mae-pico" if kind == "mae" else "image-ft-pico", images, tmp_path, "run")
-    catalogue = open_catalogue(images, "val")
+    catalogue = open_dataset(images, "val")
     task = task_of(config)(config, Run(ALONE))
-    model = Normalised(task.model, 1)
+    model = NormalizedInput(task.model, 1)
     with Blocking() as seen:
         if kind == "probe":
             probe.features(config, ALONE, model, catalogue)
@@ -195,7 +195,7 @@ def test_an_error_of_triton_or_of_a_compile_worker_leaves_training_uncompiled(ca
         SubprocException("worker", "died"),
         OSError("no compiler"),
     ):
-        model = Normalised(torch.nn.Linear(1, 1), frames=1)
+        model = NormalizedInput(torch.nn.Linear(1, 1), frames=1)
 
         def trial(error: Exception = error) -> torch.Tensor:
             raise error

@@ -1,7 +1,7 @@
 """The parts of the training core by themselves: configuration, metrics, checkpoints, optimizer."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,12 +10,9 @@ import torch
 from torch import nn
 
 import models
-from pipelines.augment import Augment
+from pipelines.config import Augment, DataConfig
 from pipelines.errors import UserError
-from pipelines.loader import ViewSpec
 from train import build, checkpoint, config, optim
-from train import task as task_module
-from train.config import DataConfig
 from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS, MetricsWriter, read_csv
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
@@ -56,19 +53,24 @@ def test_overrides_reach_the_configuration(monkeypatch):
     assert parsed.run.name == "image-mae-pico"
 
 
-def test_every_setting_of_the_data_reaches_the_loader():
-    """Each field of a view is set from its own setting; a forgotten one would keep its default."""
+def test_every_setting_of_the_data_survives_json():
     data = DataConfig(
-        size=64, frames=8, stride=3, stride_fps=25.0, sampling="segments",
+        size=64, frames=8, stride=3, stride_fps=25.0, sampling="segments", clip_start=3, eval_split="train",
         scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.1, interpolation="cubic",
         crop=0.9, repeats=2, same_clip=True, augment=Augment(layers=2, magnitude=7.0, jitter=0.4, erase=0.25),
     )  # fmt: skip
-    spec = task_module.view_spec(data)
-    default = ViewSpec(size=0)
-    same = [f.name for f in fields(spec) if getattr(spec, f.name) == getattr(default, f.name)]
-    assert same == ["start"]  # which only the reference protocol sets
     values = json.loads(json.dumps(config.to_dict(replace(MAE_PRESETS["video-mae-base"], data=data))))
     assert config.from_dict(values).data == data
+
+
+def test_settings_that_an_older_version_had_do_not_block_a_resume():
+    new = FINETUNE_PRESETS["video-ft-tiny-kinetics-reference"]
+    old = json.loads(json.dumps(config.to_dict(new)))
+    for key in ("clip_start", "eval_clip_start", "eval_split"):
+        del old["data"][key]
+    old |= {"protocol": "tiny-kinetics-reference", "gone": 1}
+    old["optim"]["gone"] = 2
+    assert config.differences(old, config.to_dict(new)) == {}
 
 
 def test_micro_batches_hold_whole_samples():

@@ -14,20 +14,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 import models
-from pipelines.augment import Augment
-from pipelines.catalogue import open_catalogue
+from models.inputs import NormalizedInput
+from pipelines.config import Augment
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
-from pipelines.plans import eval_plan, train_plan
+from pipelines.views import eval_rows, train_rows
 from tests.train_helpers import make_images, small
 from train import build, checkpoint, evaluate, finetune, loop, mae, optim
-from train import task as task_module
 from train.config import OptimConfig
 from train.console import curve
 from train.distributed import World
 from train.metrics import read_csv
 from train.presets import FINETUNE_PRESETS
 from train.rundir import Run
+from train.task import training_batches
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -178,13 +178,13 @@ def test_the_reference_protocol_is_followed_and_labelled(clips, tmp_path):
     config = small("video-ft-pico", clips, tmp_path, "reference", epochs=1.0)
     reference = {"clip_start": 10, "eval_clip_start": 40, "eval_split": "train"}
     config = replace(config, data=replace(config.data, stride=1, **reference))
-    catalogue = open_catalogue(clips, "train")
+    dataset = open_dataset(clips, "train")
     ids, epochs = np.arange(20), np.arange(20)
-    for evaluation, first in ((False, 10), (True, 12)):  # 20 frames: frame 40 is past the last whole window
-        view = task_module.view_spec(config.data, evaluation)
-        frames = train_plan(catalogue, view, 0, ids, epochs).frames
-        assert np.array_equal(frames, np.tile(np.arange(first, first + 8), (20, 1)))
-        assert np.array_equal(eval_plan(catalogue, view, ids, ids >= 0, 1, 1).frames, frames)
+    frames = train_rows(dataset, config.data, 0, ids, epochs).frames
+    assert np.array_equal(frames, np.tile(np.arange(10, 18), (20, 1)))
+    # 20 frames: frame 40 is past the last whole window.
+    frames = eval_rows(dataset, config.data, (1, 1), ids, ids >= 0).frames
+    assert np.array_equal(frames, np.tile(np.arange(12, 20), (20, 1)))
     run = fit(config, finetune.make_task)
     assert read_csv(run / "metrics.csv")[-1]["held_out"] == 0
     assert sum(row["samples"] for row in pq.read_table(run / "per_class.parquet").to_pylist()) == 20
@@ -238,7 +238,7 @@ class Breaks(nn.Module):
 def test_a_model_that_does_not_compile_is_trained_without_compilation(capsys):
     config = FINETUNE_PRESETS["image-ft-pico"]
     config = replace(config, speed=replace(config.speed, compile="yes"))
-    model = Normalised(Breaks(), frames=1)
+    model = NormalizedInput(Breaks(), frames=1)
     pixels = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
     build.compile_model(model, config.speed, CPU, lambda: model(pixels).sum())
     output = capsys.readouterr().out
@@ -260,7 +260,7 @@ def test_sixteen_samples_can_be_learned_by_heart(preset, images, clips, tmp_path
     video, pretraining = "video" in preset, "mae" in preset
     config = small(preset, clips if video else images, tmp_path, "heart", warmup_epochs=0.5)
     data = replace(config.data, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, size=32 if video else 64)
-    catalogue = open_catalogue(config.data.path, "train")
+    catalogue = open_dataset(config.data.path, "train")
     model = replace(config.model, drop_path=0.0)
     config = replace(config, data=replace(data, augment=Augment()), model=model)
     config = replace(
@@ -269,9 +269,9 @@ def test_sixteen_samples_can_be_learned_by_heart(preset, images, clips, tmp_path
     if not pretraining:
         config = replace(config, smoothing=0.0)
     task = (mae if pretraining else finetune).make_task(config, Run(ALONE))
-    batches = task_module.training_batches(config, ALONE, catalogue, 1, 0)
+    batches = training_batches(config, ALONE, catalogue, 1, 0)
     batch = next(batches)
-    ready = Normalised(task.model, config.data.frames).train()
+    ready = NormalizedInput(task.model, config.data.frames).train()
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=2e-3 if pretraining else 5e-4, fused=True)
     losses = []
     for _ in range(170 if pretraining else 40):

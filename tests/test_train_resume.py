@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.augment import Augment
+from pipelines.config import Augment
 from pipelines.errors import UserError, run_cli
 from tests.fault_helpers import CLEAN, speak_to
 from tests.test_train_runs import assert_same, descendants, results

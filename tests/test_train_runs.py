@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipelines.augment import Augment
-from pipelines.catalogue import open_catalogue
+from pipelines.config import Augment
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.train_helpers import ROOT, arguments, call, module, small
 from tools.plot import plot
@@ -285,7 +285,7 @@ def test_damage_is_replaced_counted_and_bounded_on_every_rank(images: Path, tmp_
     """With every augmentation on: 1 and 2 processes count the same rows, and too many stop all of them."""
     data = tmp_path / "damaged"
     shutil.copytree(images, data)
-    catalogue = open_catalogue(data, "train")
+    catalogue = open_dataset(data, "train")
     for sample in (2, 9):
         with catalogue.tar_path(int(catalogue.shard[sample])).open("r+b") as tar:
             tar.seek(int(catalogue.offset[sample]))

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines import graph, plans
-from pipelines.catalogue import open_catalogue
+from pipelines.dataset import open_dataset
 
 LIBRARIES = ("torch", "triton", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "timm")
 LEAST_DRIVER = 580  # CUDA 13
@@ -130,7 +130,7 @@ def feed_of(
     path: Path, rows: int, frames: int = 1, copies: int = 1, kind: str = "triangular", size: int = 96
 ) -> tuple[plans.ViewSpec, graph.Feed]:
     """(view, feed) of the first `rows` samples of packed shards."""
-    catalogue = open_catalogue(path, "train")
+    catalogue = open_dataset(path, "train")
     view = plans.ViewSpec(size, frames=frames, interpolation=kind, repeats=copies, same_clip=copies > 1)
     ids = np.repeat(np.arange(rows) % len(catalogue), copies)
     plan = plans.train_plan(catalogue, view, 0, ids, np.tile(np.arange(copies), rows).astype(np.int64))

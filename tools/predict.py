@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 
-from pipelines.catalogue import Catalogue, open_catalogue, read_info
+from models.inputs import NormalizedInput
+from pipelines.dataset import Dataset, open_dataset, read_info
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import Normalised
 from tools.images import SUFFIXES, BadImage, Packed
 from tools.pack_imagenet import load_image
 from tools.pack_kinetics import load_clip
@@ -72,7 +72,7 @@ def predict(
         places = [place for place, reason in enumerate(reasons) if not reason]
         read = [names[place] for place in places]
         if read:
-            catalogue = open_catalogue(folder, "val")
+            catalogue = open_dataset(folder, "val")
             here, task = open_task(config, classes, device)
             model = load_model(task.model, config, weights, classes, here)
             if task.picture is not None:
@@ -144,7 +144,7 @@ def pictures_of(path: Path) -> list[Path]:
     return sorted(file for file in inside if file.suffix.lower() in SUFFIXES) or [path]
 
 
-def probabilities(task: Task, model: Normalised, catalogue: Catalogue) -> torch.Tensor:
+def probabilities(task: Task, model: NormalizedInput, catalogue: Dataset) -> torch.Tensor:
     """float32 [inputs, classes]: the softmax of an input's views, averaged, as evaluation does."""
     assert task.probabilities is not None
     batches = task.probabilities(model, catalogue, lambda: None)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines import loader
-from pipelines.catalogue import check_shards, read_info
+from models.inputs import NormalizedInput
+from pipelines.dataset import check_shards, read_info
+from pipelines.decode import message
 from pipelines.errors import UserError, first_line
-from pipelines.inputs import Normalised
 from pipelines.machine import usable_cores
-from pipelines.plans import check_info
+from pipelines.views import check_info, clip_notes
 from train import distributed
 from train.checkpoint import State
 from train.config import Config, ModelConfig, SpeedConfig
@@ -24,7 +24,7 @@ from train.distributed import World
 from train.meters import Meters
 from train.optim import make_ema, make_optimizer, scaled_lr, total_steps
 from train.rundir import Run
-from train.task import Task, view_spec
+from train.task import Task
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 ATTENTION = {  # speed.attention -> the kernels that PyTorch may use: flash, efficient, cuDNN
@@ -41,7 +41,7 @@ def check(config: Config) -> None:
     if not config.run.name:
         raise UserError(f"run.name is ''; it must name a folder below {config.run.root}")
     info = read_info(config.data.path)
-    check_info(info, view_spec(config.data), getattr(config, "views", (1, 1))[0])
+    check_info(info, config.data, getattr(config, "views", (1, 1))[0])
     if "train" not in info.splits:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack_*")
     check_shards(info)
@@ -98,21 +98,21 @@ def log_plan(config: Config, task: Task, world: World) -> None:
         f"data {config.data.path}: {samples} training and {len(validation) if validation else 0} "
         f"validation {train.info.kind}s, {len(train.info.classes)} classes"
     )
-    for line in loader.words(world.device, config.speed.threads):
+    for line in message(world.device, config.speed.threads):
         log(line)
     log(
         f"global batch {optim.batch} = {world.size} processes x {micro} micro x {accumulate} accumulated"
         f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
         f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {length}"
     )
-    for line in loader.clip_notes(train, view_spec(config.data)):
+    for line in clip_notes(train, config.data):
         log(line)
     if optim.batch > samples:
         log(f"a batch is {optim.batch / samples:.1f} times the training data: lower optim.batch")
     if optim.warmup_epochs >= optim.epochs:
         log(f"warmup takes {optim.warmup_epochs:g} epochs: the learning rate rises to the very end")
     if config.data.eval_split == "train":
-        log("data.eval_split is train: validation is on the TRAINING samples, nothing is held out")
+        log(f"evaluation is on the TRAINING {train.info.kind}s: nothing is held out")
 
 
 # ---- weights
@@ -190,7 +190,7 @@ def choose_kernels(speed: SpeedConfig, device: torch.device) -> None:
 
 
 def compile_model(
-    model: Normalised, speed: SpeedConfig, device: torch.device, trial: Callable[[], Tensor]
+    model: NormalizedInput, speed: SpeedConfig, device: torch.device, trial: Callable[[], Tensor]
 ) -> None:
     """Compile in place if the settings ask for it; if that fails, log the reason and train without.
 
@@ -226,7 +226,7 @@ def share_compile_workers() -> None:
         torch._inductor.config.compile_threads = max(1, min(32, share))
 
 
-def join(model: Normalised, world: World) -> nn.Module:
+def join(model: NormalizedInput, world: World) -> nn.Module:
     """The model with DDP's averaging of gradients, if there are several processes."""
     if world.size == 1:
         return model

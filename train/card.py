@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models import official
-from pipelines.catalogue import DatasetInfo
+from models.inputs import IMAGE_STATS, VIDEO_STATS
+from pipelines.dataset import DatasetInfo
 from pipelines.files import atomic_text, atomic_write
-from pipelines.inputs import IMAGE_STATS, VIDEO_STATS
 from train.config import Config, flatten, to_dict
 from train.metrics import read_csv
 

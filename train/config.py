@@ -289,7 +289,7 @@ FREE = (
 )  # fmt: skip
 # Settings that never change within a run, not even with run.allow: its checkpoints would not fit.
 FIXED = (
-    "kind", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm",
+    "kind", "data.eval_split", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm",
     "data.size", "data.frames", "data.repeats", "optim.name", "optim.batch", "decoder_heads",
 )  # fmt: skip
 
@@ -304,8 +304,11 @@ def shared_settings(config: Config) -> dict[str, object]:
 
 
 def differences(old: Mapping, new: Mapping) -> dict[str, str]:
-    """The settings that change results and differ, as {"optim.lr": "0.1 -> 0.2"}."""
-    before, after = flatten(old), flatten(new)
+    """The settings that change results and differ, as {"optim.lr": "0.1 -> 0.2"}.
+
+    old: of any version. Settings that it lacks have their defaults; those that no longer exist are ignored.
+    """
+    before, after = flatten(to_dict(from_dict(old))), flatten(new)
     keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(FREE)]
     return {k: f"{before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)}
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError
-from pipelines.machine import usable_cores
+from pipelines.machine import World, usable_cores
 from train import ending
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -28,19 +27,6 @@ MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")  # those that say where they meet
 START_OR_UNSET = "start the command with torchrun, which sets all of them, or unset them"
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class World:
-    """This process's rank, the number of processes, and the device it computes on."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def under_torchrun() -> bool:

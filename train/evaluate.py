@@ -11,15 +11,15 @@ from pathlib import Path
 import tyro
 from torch import nn
 
+from models.inputs import NormalizedInput
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import Normalised
-from pipelines.loader import clip_notes
+from pipelines.views import clip_notes
 from train import distributed, ending, finetune, mae, rundir
 from train.build import set_precision, warm_start
 from train.config import Config, FinetuneConfig, MaeConfig, from_dict
 from train.console import log
 from train.rundir import Run
-from train.task import Task, open_validation, view_spec
+from train.task import Task, open_validation
 
 TASKS: dict[type, Callable[..., Task]] = {MaeConfig: mae.task_of, FinetuneConfig: finetune.task_of}
 
@@ -70,10 +70,10 @@ def open_task(
 
 def load_model(
     model: nn.Module, config: Config, weights: Path, classes: Sequence[str], run: Run, whole: bool = True
-) -> Normalised:
+) -> NormalizedInput:
     """The model with these weights, ready to evaluate; `whole`: they must be all of its weights."""
     warm_start(model, replace(config.model, init=str(weights)), classes, whole)
-    return Normalised(model, config.data.frames).to(run.world.device).eval()
+    return NormalizedInput(model, config.data.frames).to(run.world.device).eval()
 
 
 def evaluate(arguments: Arguments) -> dict[str, float]:
@@ -85,18 +85,18 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     if arguments.views and hasattr(config, "views"):
         config = replace(config, views=arguments.views)  # pyrefly: ignore
     weights = weights_of(arguments.run, arguments.weights)
-    catalogue = open_validation(config.data)
-    if catalogue is None:
+    dataset = open_validation(config.data)
+    if dataset is None:
         raise UserError(f"{config.data.path} has no validation samples")
-    rundir.check_classes(arguments.run, catalogue.info)
+    rundir.check_classes(arguments.run, dataset.info)
     # The run's own per_class.parquet stays as it is when something else is evaluated.
     folder = None if arguments.weights or arguments.data or arguments.views else arguments.run
-    classes = catalogue.info.classes
+    classes = dataset.info.classes
     run, task = open_task(config, classes, arguments.device, folder)
-    for note in clip_notes(catalogue, view_spec(config.data, True)):
+    for note in clip_notes(dataset, config.data):
         log(note)
     model = load_model(task.model, config, weights, classes, run)
-    return task.evaluate(model, catalogue, lambda: None)
+    return task.evaluate(model, dataset, lambda: None)
 
 
 def main() -> None:

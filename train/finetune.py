@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.catalogue import Catalogue, open_catalogue
+from models.inputs import NormalizedInput
+from pipelines.augment import to_device
+from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
-from pipelines.inputs import Normalised, to_device
 from pipelines.loader import Batch
-from pipelines.sampler import row_keys
+from pipelines.order import row_keys
 from train import distributed, loop
 from train.build import autocast_for
 from train.config import FinetuneConfig, parse
@@ -37,7 +38,7 @@ def make_task(config: FinetuneConfig, run: Run) -> Task:
     """Finetuning on the configured data; raises UserError unless every training sample has a class."""
     from models.macs import forward_macs
 
-    train = open_catalogue(config.data.path, "train")
+    train = open_dataset(config.data.path, "train")
     if len(train.info.classes) == 1:
         raise UserError(f"{config.data.path} has one class only; there is nothing to tell apart")
     if (train.label < 0).any():
@@ -109,7 +110,11 @@ def classifier_loss(config: FinetuneConfig, classes: int, model: nn.Module, batc
 
 @torch.no_grad()
 def probabilities(
-    config: FinetuneConfig, world: World, model: Normalised, catalogue: Catalogue, check: Check = lambda: None
+    config: FinetuneConfig,
+    world: World,
+    model: NormalizedInput,
+    dataset: Dataset,
+    check: Check = lambda: None,
 ) -> Iterator[Predictions]:
     """The predictions of each batch: the softmax averaged over a sample's views.
 
@@ -118,7 +123,7 @@ def probabilities(
     views = config.views[0] * config.views[1]
     autocast = autocast_for(config.speed, world.device)
     model.eval()
-    for batch in batches_of(config, world, catalogue, config.views):
+    for batch in batches_of(config, world, dataset, config.views):
         check()
         with autocast():
             logits = model(batch.pixels)
@@ -132,8 +137,8 @@ def evaluate(
     config: FinetuneConfig,
     world: World,
     folder: Path | None,
-    model: Normalised,
-    catalogue: Catalogue,
+    model: NormalizedInput,
+    dataset: Dataset,
     check: Check = lambda: None,
 ) -> dict[str, float]:
     """Top-1, top-5 and cross-entropy of the probabilities averaged over a sample's views.
@@ -142,8 +147,8 @@ def evaluate(
     all finite counts as wrong, and then `loss_val` is NaN. The counts of every class are written to
     `folder`/per_class.parquet if there is a folder. Raises UserError when too many samples are damaged.
     """
-    sums = torch.zeros(len(catalogue.info.classes), 4, device=world.device, dtype=torch.float64)
-    for labels, valid, found in probabilities(config, world, model, catalogue, check):
+    sums = torch.zeros(len(dataset.info.classes), 4, device=world.device, dtype=torch.float64)
+    for labels, valid, found in probabilities(config, world, model, dataset, check):
         best = found.topk(min(5, found.shape[1])).indices == labels[:, None]
         best &= found.isfinite().all(1, keepdim=True)  # topk takes NaN for the largest
         losses = functional.nll_loss(found.clamp_min(1e-12).log(), labels, reduction="none")
@@ -151,10 +156,10 @@ def evaluate(
         counts = torch.where(valid[:, None], counts, 0.0)  # a product would keep the NaN of rows that pad
         sums.index_add_(0, labels, counts.double())
     top1, top5, loss, count = distributed.total(sums).cpu().T
-    check_damage(config.data, catalogue, int(count.sum()))
+    check_damage(config.data, dataset, int(count.sum()))
     if world.is_main and folder is not None:
         table = {
-            "class_name": catalogue.info.classes,
+            "class_name": dataset.info.classes,
             "samples": count.long().numpy(),
             "correct": top1.long().numpy(),
             "correct5": top5.long().numpy(),
@@ -163,7 +168,7 @@ def evaluate(
         with atomic_write(folder / "per_class.parquet") as temporary:
             pq.write_table(pa.table(table), temporary)
     named = {"acc": top1, "acc5": top5, "loss_val": loss}
-    if len(catalogue.info.classes) <= 5:
+    if len(dataset.info.classes) <= 5:
         del named["acc5"]
     scores = {name: part.sum().item() / max(1.0, count.sum().item()) for name, part in named.items()}
     return scores | {"held_out": int(config.data.eval_split != "train")}

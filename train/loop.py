@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipelines import loader
+from models.inputs import NormalizedInput
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
+from pipelines.loader import Batch, blank_batch
 from train import checkpoint, distributed, ending, rundir
 from train.build import Autocast, autocast_for, build, check, compile_model, join, micro_batches
 from train.checkpoint import State
@@ -22,7 +22,7 @@ from train.meters import IN_A_ROW, Clock, Detail, Recorder
 from train.metrics import MetricsWriter, score
 from train.optim import seed_weights, set_learning_rate, total_steps, update
 from train.rundir import Run, start_run
-from train.task import MakeTask, Task, training_batches, view_spec
+from train.task import MakeTask, Task, training_batches
 
 
 def main(config: Config, make_task: MakeTask) -> None:
@@ -96,8 +96,8 @@ class Trainer:
     """Of the whole run."""
     model: nn.Module
     """Normalizes its input; compiled, with DDP if there are several processes."""
-    eval_model: Normalised
-    batches: Iterator[loader.Batch]
+    eval_model: NormalizedInput
+    batches: Iterator[Batch]
     accumulate: int
     """Micro batches per step."""
     autocast: Autocast
@@ -158,10 +158,10 @@ def prepare(config: Config, task: Task, run: Run, state: State) -> Trainer:
     writer = checkpoint.Writer(folder / "checkpoints", config.run.keep)
     ending.finish_first(writer.wait)
     micro, accumulate = micro_batches(config, world.size, task.mixed)
-    model = Normalised(state.model, config.data.frames).to(world.device)
-    blank = loader.blank_batch(view_spec(config.data), micro, world.device)
+    model = NormalizedInput(state.model, config.data.frames).to(world.device)
+    blank = blank_batch(config.data, micro, world.device)
     compile_model(model, config.speed, world.device, lambda: task.loss(model, blank))
-    eval_model = model if state.ema is None else Normalised(state.ema.module, config.data.frames)
+    eval_model = model if state.ema is None else NormalizedInput(state.ema.module, config.data.frames)
     steps = total_steps(config.optim, len(task.training))
     recorder = Recorder(config.run, world, task.loss_column, metrics, steps)
     recorder.saved = state.step
@@ -212,7 +212,7 @@ def train_step(trainer: Trainer, step: int) -> None:
     trainer.signal = trainer.stop.agreed()
 
 
-def _timed(batches: Iterator[loader.Batch], count: int, clock: Clock) -> Iterator[loader.Batch]:
+def _timed(batches: Iterator[Batch], count: int, clock: Clock) -> Iterator[Batch]:
     """The next `count` micro batches; the clock measures the wait for each."""
     for _ in range(count):
         yield clock.wait(batches)
@@ -220,7 +220,7 @@ def _timed(batches: Iterator[loader.Batch], count: int, clock: Clock) -> Iterato
 
 
 def _accumulate(
-    model: nn.Module, task: Task, batches: Iterator[loader.Batch], accumulate: int, autocast: Autocast
+    model: nn.Module, task: Task, batches: Iterator[Batch], accumulate: int, autocast: Autocast
 ) -> tuple[Tensor, int]:
     """Forward and backward over one step's micro batches, gradients averaged.
 

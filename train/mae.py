@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipelines.catalogue import Catalogue, open_catalogue
+from models.inputs import NormalizedInput
+from pipelines.augment import to_device
+from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import Normalised, to_device
 from pipelines.loader import Batch
-from pipelines.sampler import keep_units, row_keys
+from pipelines.order import keep_units, row_keys
 from train import distributed, loop
 from train.build import autocast_for
 from train.config import MaeConfig, parse
@@ -39,7 +40,7 @@ def make_task(config: MaeConfig, run: Run) -> Task:
     """Pretraining on the configured data."""
     from models.macs import forward_macs
 
-    train = open_catalogue(config.data.path, "train")
+    train = open_dataset(config.data.path, "train")
     task = task_of(config, run, train.info.classes)
     macs = forward_macs(task.model.config, True, config.mask_ratio)  # pyrefly: ignore
     operations = 6.0 * macs * config.optim.batch  # forward, and twice that backward
@@ -94,8 +95,8 @@ def evaluate(
     world: World,
     units: int,
     kept: int,
-    model: Normalised,
-    catalogue: Catalogue,
+    model: NormalizedInput,
+    dataset: Dataset,
     check: Check = lambda: None,
 ) -> dict[str, float]:
     """Reconstruction loss with each sample's own fixed mask, comparable between steps and runs.
@@ -106,7 +107,7 @@ def evaluate(
     sums = torch.zeros(2, device=world.device, dtype=torch.float64)
     autocast = autocast_for(config.speed, world.device)
     model.eval()
-    for batch in batches_of(config, world, catalogue, (1, 1)):
+    for batch in batches_of(config, world, dataset, (1, 1)):
         check()
         keep = evaluation_masks(batch, units, kept)
         with autocast():
@@ -115,7 +116,7 @@ def evaluate(
         valid = to_device(batch.valid, world.device)
         sums += torch.stack([torch.where(valid, losses, 0.0).sum(), valid.sum()])
     loss, count = distributed.total(sums).tolist()
-    check_damage(config.data, catalogue, int(count))
+    check_damage(config.data, dataset, int(count))
     return {"loss_val": loss / max(1.0, count)}
 
 
@@ -130,12 +131,12 @@ def draw(
     units: int,
     kept: int,
     path: Path,
-    model: Normalised,
-    catalogue: Catalogue,
+    model: NormalizedInput,
+    dataset: Dataset,
     samples: int,
 ) -> None:
     """Draw the reconstructions of the first samples of a split."""
-    batch = next(batches_of(config, World(0, 1, world.device), catalogue, (1, 1), samples))
+    batch = next(batches_of(config, World(0, 1, world.device), dataset, (1, 1), samples))
     save_reconstructions(path, model, batch, evaluation_masks(batch, units, kept))
 
 

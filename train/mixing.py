@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import sampler
-from pipelines.inputs import to_device
+from pipelines import order
+from pipelines.augment import to_device
 from train.config import FinetuneConfig
 
 # Columns of `draw_pairs`: the partner's share of the label, of the pixels outside the box, and the box.
@@ -46,7 +46,7 @@ def draw_pairs(config: FinetuneConfig, step: int, height: int, width: int) -> ND
     If mixup and cutmix are both on, each is applied with probability 1/2. Cutmix's box has the share
     1 - lambda of the area before the border clips it; the label follows the clipped area.
     """
-    key = sampler.keys_of(config.run.seed, sampler.STREAM_MIX, step, np.arange(2))
+    key = order.keys_of(config.run.seed, order.STREAM_MIX, step, np.arange(2))
     generator, pairs = np.random.Generator(np.random.Philox(key=key)), config.optim.batch // 2
     cuts = generator.random(pairs) < (0.5 if config.mixup else 1.0) * (config.cutmix > 0)
     alphas = np.where(cuts, config.cutmix, config.mixup)

@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from models.inputs import NormalizedInput
 from pipelines.files import atomic_write
-from pipelines.inputs import Normalised
 from pipelines.loader import Batch
 
 SHOWN_FRAMES = 4
@@ -16,7 +16,7 @@ GAP, HEADER = 4, 16
 
 
 @torch.no_grad()
-def save_reconstructions(path: Path, model: Normalised, batch: Batch, keep: Tensor) -> None:
+def save_reconstructions(path: Path, model: NormalizedInput, batch: Batch, keep: Tensor) -> None:
     """Write a PNG with a row per valid sample: input, kept patches, reconstruction; clips as strips.
 
     keep: int64 [b, kept], the mask units that the model sees. It predicts each patch up to its mean and
@@ -25,7 +25,7 @@ def save_reconstructions(path: Path, model: Normalised, batch: Batch, keep: Tens
     from models.mae import reconstruct
 
     count = int(batch.valid.sum())
-    inputs, keep = model.normalise(batch.pixels)[:count], keep[:count]
+    inputs, keep = model.normalize(batch.pixels)[:count], keep[:count]
     model.eval()
     filled = reconstruct(model.model, inputs, keep)  # pyrefly: ignore
     if inputs.ndim == 5:

@@ -13,17 +13,18 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.catalogue import Catalogue, open_catalogue
+from models.inputs import NormalizedInput
+from pipelines.augment import to_device
+from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import Normalised, to_device
-from pipelines.loader import clip_notes
+from pipelines.views import clip_notes
 from train import distributed, ending
 from train.build import autocast_for
 from train.config import Config
 from train.console import log
 from train.distributed import World
 from train.evaluate import load_model, open_task, read_config, weights_of
-from train.task import batches_of, check_damage, view_spec
+from train.task import batches_of, check_damage
 
 TEMPERATURE = 0.07
 
@@ -52,15 +53,15 @@ def probe(arguments: Arguments) -> dict[str, float]:
     nothing to probe, or when features of the training split are not finite.
     """
     config = read_config(arguments.run, arguments.data)
-    splits = [open_catalogue(config.data.path, split) for split in ("train", "val")]
-    if any((catalogue.label < 0).any() or not len(catalogue) for catalogue in splits):
+    splits = [open_dataset(config.data.path, split) for split in ("train", "val")]
+    if any((dataset.label < 0).any() or not len(dataset) for dataset in splits):
         raise UserError(
             f"{config.data.path} has samples without a class, or an empty split; give other --data"
         )
     weights = weights_of(arguments.run, arguments.weights)
     names = splits[0].info.classes
     run, task = open_task(config, names, arguments.device)
-    for note in clip_notes(splits[1], view_spec(config.data, True)):
+    for note in clip_notes(splits[1], config.data):
         log(note)
     encoder = task.encoder() if task.encoder else task.model
     model = load_model(encoder, config, weights, names, run, whole=False)
@@ -82,25 +83,25 @@ def accuracy(found: Tensor, answers: Tensor) -> float:
 
 
 @torch.no_grad()
-def features(config: Config, world: World, model: Normalised, catalogue: Catalogue) -> tuple[Tensor, Tensor]:
+def features(config: Config, world: World, model: NormalizedInput, dataset: Dataset) -> tuple[Tensor, Tensor]:
     """The features, float32 [n, width], and classes, int64 [n], of all samples but damaged ones, by id.
 
     Each process computes a part, and all processes get all features.
     """
     autocast = autocast_for(config.speed, world.device)
-    seen = torch.zeros(len(catalogue), device=world.device)
+    seen = torch.zeros(len(dataset), device=world.device)
     table: Tensor | None = None  # one row for each sample of the split, zero until it is computed
-    for batch in batches_of(config, world, catalogue, (1, 1)):
+    for batch in batches_of(config, world, dataset, (1, 1)):
         rows = to_device(batch.valid.nonzero()[0], world.device)
         ids = to_device(batch.ids[batch.valid], world.device)
         with autocast():
-            found = model.model.features(model.normalise(batch.pixels)).float()  # pyrefly: ignore
-        table = found.new_zeros(len(catalogue), found.shape[1]) if table is None else table
+            found = model.model.features(model.normalize(batch.pixels)).float()  # pyrefly: ignore
+        table = found.new_zeros(len(dataset), found.shape[1]) if table is None else table
         table[ids], seen[ids] = found[rows], 1.0
     assert table is not None  # every process has the same number of batches, and the split is not empty
     whole = distributed.total(seen) > 0
-    check_damage(config.data, catalogue, int(whole.sum()))
-    labels = to_device(torch.as_tensor(catalogue.label, dtype=torch.int64), world.device)
+    check_damage(config.data, dataset, int(whole.sum()))
+    labels = to_device(torch.as_tensor(dataset.label, dtype=torch.int64), world.device)
     return distributed.total(table)[whole], labels[whole]
 
 

@@ -18,12 +18,12 @@ from typing import IO
 
 import torch
 
-from pipelines.catalogue import DatasetInfo, read_info
+from pipelines.dataset import DatasetInfo, read_info
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, lock, sha256_of
 from pipelines.machine import usable_cores
 from train import checkpoint, distributed
-from train.config import FIXED, Config, allowed, differences, from_dict, shared_settings, to_dict
+from train.config import FIXED, Config, allowed, differences, shared_settings, to_dict
 from train.console import log, screen
 from train.distributed import World
 from train.optim import total_steps
@@ -103,13 +103,11 @@ def check_config(config: Config) -> None:
     ):
         return
     try:
-        # Through from_dict, so that settings of an older version that no longer exist do not count.
-        old = to_dict(from_dict(json.loads(path.read_text())))
+        changed = differences(json.loads(path.read_text()), to_dict(config))
     except (ValueError, OSError, LookupError, TypeError, UserError) as error:
         raise UserError(
             f"{path} cannot be read ({error}); move the folder away or use another RUN"
         ) from error
-    changed = differences(old, to_dict(config))
     if fixed := {key: change for key, change in changed.items() if key in FIXED}:
         raise UserError(
             f"{path.parent} holds a run with other settings ({_listed(fixed)}), which cannot change within a "

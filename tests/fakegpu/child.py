@@ -234,7 +234,7 @@ def launches(_: Setup) -> dict:
 
 def forward_backward(config: Config, compiled: bool) -> None:
     """One training step's forward and backward of a recipe's model, on black pictures."""
-    from pipelines.inputs import Normalised
+    from models.inputs import NormalizedInput
     from train.build import autocast_for, set_precision
     from train.distributed import World
     from train.evaluate import TASKS
@@ -243,11 +243,11 @@ def forward_backward(config: Config, compiled: bool) -> None:
     device = torch.device("cuda", 0)
     set_precision(config.speed, device)
     task = TASKS[type(config)](config, Run(World(0, 1, device)), ["a"] * 400)
-    ready = Normalised(task.model, config.data.frames).to(device).train()
+    ready = NormalizedInput(task.model, config.data.frames).to(device).train()
     if compiled:
         ready.compile(fullgraph=True)
     rows = config.speed.micro_batch
-    batch = loader.blank_batch(setup.view_spec(config), rows, device)
+    batch = loader.blank_batch(config.data, rows, device)
     with autocast_for(config.speed, device)():
         loss = task.loss(ready, batch)
     loss.backward()
