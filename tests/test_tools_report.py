@@ -145,7 +145,8 @@ def test_a_run_that_has_only_begun(tmp_path: Path):
 
 
 def test_accuracy_that_is_not_held_out_says_so(tmp_path: Path):
-    reference = replace(FINETUNE_PRESETS["video-ft-pico"], protocol="reference")
+    preset = FINETUNE_PRESETS["video-ft-pico"]
+    reference = replace(preset, data=replace(preset.data, eval_split="train"))
     (tmp_path / "config.json").write_text(json.dumps(to_dict(reference)))
     assert "TRAINING videos" in report(tmp_path).read_text()
     (tmp_path / "config.json").write_text(json.dumps(to_dict(FINETUNE_PRESETS["video-ft-pico"])))

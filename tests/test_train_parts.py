@@ -44,6 +44,14 @@ def test_wrong_words_get_one_sentence_with_a_hint(monkeypatch, words: list[str],
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("words", [["--speed.precision", "fp8"], ["--optim.lr", "fast"]])
+def test_a_value_of_another_type_ends_with_exit_code_2(monkeypatch, capsys, words: list[str]):
+    monkeypatch.setattr("sys.argv", ["train.mae", "image-mae-pico", *words])
+    with pytest.raises(SystemExit) as caught:
+        config.parse(MAE_PRESETS, "train.mae")
+    assert caught.value.code == 2 and words[0] in capsys.readouterr().err
+
+
 def test_overrides_reach_the_configuration(monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["x", "image-mae-pico", "--optim.lr", "0.5", "--data.flip=0", "--run.seed", "7"]
@@ -70,7 +78,7 @@ def test_settings_that_an_older_version_had_do_not_block_a_resume():
         del old["data"][key]
     old |= {"protocol": "tiny-kinetics-reference", "gone": 1}
     old["optim"]["gone"] = 2
-    assert config.differences(old, config.to_dict(new)) == {}
+    assert config.differences(config.from_dict(old), new) == {}
 
 
 def test_micro_batches_hold_whole_samples():
@@ -89,12 +97,11 @@ def test_micro_batches_hold_whole_samples():
 
 
 def test_only_settings_that_change_results_count_as_differences():
-    old = config.to_dict(MAE_PRESETS["image-mae-pico"])
-    new = json.loads(json.dumps(old))
-    new["speed"]["threads"], new["run"]["name"] = 9, "other"
+    old = MAE_PRESETS["image-mae-pico"]
+    new = replace(old, speed=replace(old.speed, threads=9), run=replace(old.run, name="other"))
     assert config.differences(old, new) == {}
-    new["optim"]["lr"] = 1.0
-    assert config.differences(old, new) == {"optim.lr": f"{old['optim']['lr']} -> 1.0"}
+    new = replace(new, optim=replace(new.optim, lr=1.0))
+    assert config.differences(old, new) == {"optim.lr": f"{old.optim.lr} -> 1.0"}
 
 
 # ---- metrics

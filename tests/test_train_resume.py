@@ -165,6 +165,8 @@ NEW: dict[str, dict[str, object]] = {
     "data": {
         "stride": 2,
         "stride_fps": 15.0,
+        "clip_start": 1,
+        "eval_clip_start": 2,
         "sampling": "segments",
         "scale": (0.5, 1.0),
         "ratio": (0.9, 1.1),
@@ -217,7 +219,7 @@ def test_every_setting_that_may_change_is_in_effect_once_it_is_allowed(
     own = NEW_FINETUNING if "ft" in preset else NEW_PRETRAINING
     new = replace(changed(settings, **NEW), **own)
     keys = {key for key in config.flatten(config.to_dict(new)) if not key.startswith(config.FREE)}
-    differing = config.differences(config.to_dict(settings), config.to_dict(new))
+    differing = config.differences(settings, new)
     assert differing.keys() == keys - set(config.FIXED), "NEW needs a value for each setting"
     spelled = tuple(name.replace("_", "-") for name in differing)
     used: list[torch.optim.Optimizer] = []
@@ -234,7 +236,7 @@ def test_every_setting_that_may_change_is_in_effect_once_it_is_allowed(
     fit(changed(new, run={"allow": spelled}))
     assert f"resumed from step 10 of {loop.total_steps(new.optim, 40)}" in (run / "log.txt").read_text()
     written = config.from_dict(json.loads((run / "config.json").read_text()))
-    assert config.differences(config.to_dict(new), config.to_dict(written)) == {}
+    assert config.differences(new, written) == {}
     for group in used[-1].param_groups:
         assert group["weight_decay"] in (0.0, 0.2) and group["betas"] == (0.8, 0.9)
     assert {group["weight_decay"] for group in used[-1].param_groups} == {0.0, 0.2}

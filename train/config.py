@@ -303,20 +303,22 @@ def shared_settings(config: Config) -> dict[str, object]:
     return {key: value for key, value in flatten(to_dict(config)).items() if key not in LOCAL}
 
 
-def differences(old: Mapping, new: Mapping) -> dict[str, str]:
-    """The settings that change results and differ, as {"optim.lr": "0.1 -> 0.2"}.
-
-    old: of any version. Settings that it lacks have their defaults; those that no longer exist are ignored.
-    """
-    before, after = flatten(to_dict(from_dict(old))), flatten(new)
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """The settings that change results and differ, as {"optim.lr": "0.1 -> 0.2"}."""
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
     keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(FREE)]
     return {k: f"{before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)}
 
 
-def allowed(config: Config) -> set[str]:
-    """The settings that run.allow names, and "data". Raises UserError for one that does not exist."""
-    known = {"data", *flatten(to_dict(config))}
-    names = {name.lstrip("-").replace("-", "_") for name in config.run.allow}
-    for name in sorted(names - known):
+def refused_changes(old: Config | None, new: Config) -> tuple[dict[str, str], dict[str, str]]:
+    """The differences that no run allows, and those that `new` does not allow; none without an `old`.
+
+    Raises UserError if run.allow names a setting that does not exist.
+    """
+    known = {"data", *flatten(to_dict(new))}
+    allowed = {name.lstrip("-").replace("-", "_") for name in new.run.allow}
+    for name in sorted(allowed - known):
         raise UserError(f"run.allow names '{name}', which is no setting{_hint(name, known)}")
-    return names
+    changed = differences(old, new) if old else {}
+    fixed = {key: change for key, change in changed.items() if key in FIXED}
+    return fixed, {key: change for key, change in changed.items() if key not in allowed}

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,8 @@ def fit(config: Config, make_task: MakeTask) -> int:
     seed_weights(config.run.seed)
     task = make_task(config, run)  # datasets, model, loss, evaluation
     state = build(config, task, run)  # precision, starting weights, optimizer, moving average
-    resume(
-        config, state, run, total_steps(config.optim, len(task.training))
-    )  # all processes agree on the weights
-    trainer = prepare(config, task, run, state)  # compilation, DDP, loader, metrics
+    resume(config, task, run, state)  # all processes must have the same weights
+    trainer = Trainer(config, task, run, state)  # metrics, compilation, DDP, loader
     with screen.progress(state.step, trainer.steps):
         if state.row is not None:
             log(f"step {state.step} was saved before its evaluation ended; evaluating it again")
@@ -84,47 +82,9 @@ def fit(config: Config, make_task: MakeTask) -> int:
 # ---- from the configuration to the first step
 
 
-@dataclass(kw_only=True)
-class Trainer:
-    """The parts of a run that its steps use."""
-
-    config: Config
-    task: Task
-    run: Run
-    state: State
-    steps: int
-    """Of the whole run."""
-    model: nn.Module
-    """Normalizes its input; compiled, with DDP if there are several processes."""
-    eval_model: NormalizedInput
-    batches: Iterator[Batch]
-    accumulate: int
-    """Micro batches per step."""
-    autocast: Autocast
-    clock: Clock
-    recorder: Recorder
-    metrics: MetricsWriter | None
-    """On rank 0."""
-    detail: Detail | None
-    writer: checkpoint.Writer
-    stop: ending.StopSignal
-    best: float
-    """The score of the best evaluation."""
-    signal: int = 0
-    """The number of the signal that stops the run."""
-
-    def remaining(self) -> Iterator[int]:
-        """The steps that are left, until a signal stops the run."""
-        while self.state.step < self.steps and not self.signal:
-            yield self.state.step + 1
-
-    def due(self, step: int, every: int) -> bool:
-        """Whether something that happens every `every` steps, and after the last one, happens now."""
-        return step == self.steps or step % every == 0
-
-
-def resume(config: Config, state: State, run: Run, steps: int) -> None:
+def resume(config: Config, task: Task, run: Run, state: State) -> None:
     """Restore the checkpoint that rank 0 chose; ends the run unless all processes have the same state."""
+    steps = total_steps(config.optim, len(task.training))
     if run.newest is not None:
         state.restore(checkpoint.load(run.newest, run.world.device), run.world)
         log(f"resumed from step {state.step} of {steps}")
@@ -142,48 +102,52 @@ def resume(config: Config, state: State, run: Run, steps: int) -> None:
     )
 
 
-def prepare(config: Config, task: Task, run: Run, state: State) -> Trainer:
-    """Open the metrics, compile the model, join it with DDP, and start the loader at the state's step.
+class Trainer:
+    """The parts of a run that its steps use.
 
-    DDP comes after `resume`: it copies rank 0's weights to all ranks, which would hide a difference.
+    DDP is made after `resume`: it copies rank 0's weights to all ranks, which would hide a difference.
     """
-    world, folder = run.world, config.run.folder
-    metrics = None
-    if world.is_main:
-        rundir.record_start(config, run.data, {"step": state.step, "processes": world.size})
-        metrics = MetricsWriter(folder, task.columns, state.step)
-        if any(row["step"] == state.step for row in metrics.kept):
-            state.row = None
-    state.row = distributed.broadcast(state.row)
-    writer = checkpoint.Writer(folder / "checkpoints", config.run.keep)
-    ending.finish_first(writer.wait)
-    micro, accumulate = micro_batches(config, world.size, task.mixed)
-    model = NormalizedInput(state.model, config.data.frames).to(world.device)
-    blank = blank_batch(config.data, micro, world.device)
-    compile_model(model, config.speed, world.device, lambda: task.loss(model, blank))
-    eval_model = model if state.ema is None else NormalizedInput(state.ema.module, config.data.frames)
-    steps = total_steps(config.optim, len(task.training))
-    recorder = Recorder(config.run, world, task.loss_column, metrics, steps)
-    recorder.saved = state.step
-    return Trainer(
-        config=config,
-        task=task,
-        run=run,
-        state=state,
-        steps=steps,
-        model=join(model, world),
-        eval_model=eval_model.to(world.device),
-        stop=ending.StopSignal(config.speed.timeout),
-        batches=training_batches(config, world, task.training, accumulate, state.step),
-        accumulate=accumulate,
-        autocast=autocast_for(config.speed, world.device),
-        clock=Clock(state.elapsed, world.device),
-        recorder=recorder,
-        metrics=metrics,
-        detail=Detail(folder / "detail", world.rank, state.step) if config.run.detail else None,
-        writer=writer,
-        best=max((score(row) for row in metrics.kept), default=-math.inf) if metrics else math.inf,
-    )
+
+    def __init__(self, config: Config, task: Task, run: Run, state: State) -> None:
+        self.config, self.task, self.run, self.state = config, task, run, state
+        world, folder = run.world, config.run.folder
+        self.steps = total_steps(config.optim, len(task.training))  # of the whole run
+        self.signal = 0  # the number of the signal that stops the run
+        self.metrics: MetricsWriter | None = None
+        self.best = math.inf  # the score of the best evaluation, on rank 0
+        if world.is_main:
+            rundir.record_start(config, run.data, {"step": state.step, "processes": world.size})
+            self.metrics = MetricsWriter(folder, task.columns, state.step)
+            self.best = max((score(row) for row in self.metrics.kept), default=-math.inf)
+            if any(row["step"] == state.step for row in self.metrics.kept):
+                state.row = None
+        state.row = distributed.broadcast(state.row)
+        self.recorder = Recorder(config.run, world, task.loss_column, self.metrics, self.steps)
+        self.recorder.saved = state.step
+        self.detail = Detail(folder / "detail", world.rank, state.step) if config.run.detail else None
+        self.writer = checkpoint.Writer(folder / "checkpoints", config.run.keep)
+        ending.finish_first(self.writer.wait)
+
+        micro, self.accumulate = micro_batches(config, world.size, task.mixed)
+        model = self.eval_model = NormalizedInput(state.model, config.data.frames).to(world.device)
+        if state.ema is not None:
+            self.eval_model = NormalizedInput(state.ema.module, config.data.frames).to(world.device)
+        blank = blank_batch(config.data, micro, world.device)
+        compile_model(model, config.speed, world.device, lambda: task.loss(model, blank))
+        self.model = join(model, world)
+        self.autocast = autocast_for(config.speed, world.device)
+        self.stop = ending.StopSignal(config.speed.timeout)
+        self.batches = training_batches(config, world, task.training, self.accumulate, state.step)
+        self.clock = Clock(state.elapsed, world.device)
+
+    def remaining(self) -> Iterator[int]:
+        """The steps that are left, until a signal stops the run."""
+        while self.state.step < self.steps and not self.signal:
+            yield self.state.step + 1
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something that happens every `every` steps, and after the last one, happens now."""
+        return step == self.steps or step % every == 0
 
 
 # ---- steps

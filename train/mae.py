@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,35 +57,42 @@ def task_of(config: MaeConfig, run: Run, classes: Sequence[str]) -> Task:
         )
     heads = config.decoder_heads or None
     model = create_model(config.data, config.model, decode_ratio=config.decode_ratio, decoder_heads=heads)
-    units, kept = check_masking(config.mask_ratio, model)
-    encoder = replace(
-        config.model, name=config.model.name.removeprefix("mae_"), reuse_encoder_norm=True
-    )  # the classifier keeps the autoencoder's last norm
+    masking = masking_of(config.mask_ratio, model)
+    # The classifier that is probed keeps the autoencoder's last norm.
+    name = config.model.name.removeprefix("mae_")
+    encoder = replace(config.model, name=name, reuse_encoder_norm=True)
     return Task(
         model=model,
-        loss=partial(masked_loss, config.run.seed, units, kept),
-        evaluate=partial(evaluate, config, run.world, units, kept),
+        loss=partial(masked_loss, config.run.seed, masking),
+        evaluate=partial(evaluate, config, run.world, masking),
         columns=MAE_COLUMNS,
         loss_column="loss_train",
         encoder=lambda: create_classifier(config.data, encoder, len(classes)),
-        picture=partial(draw, config, run.world, units, kept),
+        picture=partial(draw, config, run.world, masking),
     )
 
 
-def check_masking(mask_ratio: float, model: nn.Module) -> tuple[int, int]:
-    """(mask units, units kept) of a sample; raises UserError for an impossible ratio."""
+class Masking(NamedTuple):
+    """The number of mask units of a sample, and how many of them the encoder sees."""
+
+    units: int
+    kept: int
+
+
+def masking_of(mask_ratio: float, model: nn.Module) -> Masking:
+    """The masking of this model's samples; raises UserError for an impossible ratio."""
     units = getattr(model, "num_mask_units", 0)
     kept = int(units * (1 - mask_ratio))
     if not 0 < kept < units:
         raise UserError(
             f"mask_ratio {mask_ratio} keeps {kept} of {units} mask units; keep at least 1 and hide 1"
         )
-    return units, kept
+    return Masking(units, kept)
 
 
-def masked_loss(seed: int, units: int, kept: int, model: nn.Module, batch: Batch) -> Tensor:
+def masked_loss(seed: int, masking: Masking, model: nn.Module, batch: Batch) -> Tensor:
     """The reconstruction loss of a batch. A sample's mask follows from (seed, epoch, sample) alone."""
-    keep = to_device(keep_units(seed, batch.epochs, batch.ids, units, kept), batch.pixels.device)
+    keep = to_device(keep_units(seed, batch.epochs, batch.ids, *masking), batch.pixels.device)
     keys = to_device(row_keys(seed, batch.epochs, batch.ids), batch.pixels.device)
     return model(batch.pixels, keep=keep, row_keys=keys).loss
 
@@ -93,8 +101,7 @@ def masked_loss(seed: int, units: int, kept: int, model: nn.Module, batch: Batch
 def evaluate(
     config: MaeConfig,
     world: World,
-    units: int,
-    kept: int,
+    masking: Masking,
     model: NormalizedInput,
     dataset: Dataset,
     check: Check = lambda: None,
@@ -109,7 +116,7 @@ def evaluate(
     model.eval()
     for batch in batches_of(config, world, dataset, (1, 1)):
         check()
-        keep = evaluation_masks(batch, units, kept)
+        keep = evaluation_masks(batch, masking)
         with autocast():
             output = model(batch.pixels, keep=keep)
         losses = (output.pred.float() - output.label.float()).square().reshape(len(keep), -1).mean(1)
@@ -120,16 +127,15 @@ def evaluate(
     return {"loss_val": loss / max(1.0, count)}
 
 
-def evaluation_masks(batch: Batch, units: int, kept: int) -> Tensor:
+def evaluation_masks(batch: Batch, masking: Masking) -> Tensor:
     """The mask units that evaluation keeps, int64 [b, kept]: its epoch is always -1, so they never change."""
-    return to_device(keep_units(0, batch.epochs, batch.ids, units, kept), batch.pixels.device)
+    return to_device(keep_units(0, batch.epochs, batch.ids, *masking), batch.pixels.device)
 
 
 def draw(
     config: MaeConfig,
     world: World,
-    units: int,
-    kept: int,
+    masking: Masking,
     path: Path,
     model: NormalizedInput,
     dataset: Dataset,
@@ -137,7 +143,7 @@ def draw(
 ) -> None:
     """Draw the reconstructions of the first samples of a split."""
     batch = next(batches_of(config, World(0, 1, world.device), dataset, (1, 1), samples))
-    save_reconstructions(path, model, batch, evaluation_masks(batch, units, kept))
+    save_reconstructions(path, model, batch, evaluation_masks(batch, masking))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from pipelines.errors import UserError
 from pipelines.files import atomic_text, lock, sha256_of
 from pipelines.machine import usable_cores
 from train import checkpoint, distributed
-from train.config import FIXED, Config, allowed, differences, shared_settings, to_dict
+from train.config import Config, from_dict, refused_changes, shared_settings, to_dict
 from train.console import log, screen
 from train.distributed import World
 from train.optim import total_steps
@@ -96,27 +96,25 @@ def enter(config: Config, data: Mapping[str, object]) -> tuple[IO[str], bool, Pa
 
 def check_config(config: Config) -> None:
     """Raise UserError if the run folder has results of other settings that may not change."""
-    may_change = allowed(config)
-    path = config.run.folder / "config.json"
-    if not path.exists() or not (
-        exported_step(path.parent) or any(path.parent.glob("checkpoints/step-*.pt*"))
-    ):
-        return
-    try:
-        changed = differences(json.loads(path.read_text()), to_dict(config))
-    except (ValueError, OSError, LookupError, TypeError, UserError) as error:
+    folder = config.run.folder
+    path, old = folder / "config.json", None
+    if path.exists() and (exported_step(folder) or any(folder.glob("checkpoints/step-*.pt*"))):
+        try:
+            old = from_dict(json.loads(path.read_text()))
+        except (ValueError, LookupError, TypeError, OSError, UserError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); move the folder away or use another RUN"
+            ) from error
+    fixed, refused = refused_changes(old, config)
+    if fixed:
         raise UserError(
-            f"{path} cannot be read ({error}); move the folder away or use another RUN"
-        ) from error
-    if fixed := {key: change for key, change in changed.items() if key in FIXED}:
-        raise UserError(
-            f"{path.parent} holds a run with other settings ({_listed(fixed)}), which cannot change within a "
-            "run; choose another RUN (--run.name)"
+            f"{folder} holds a run with other settings ({_listed(fixed)}), which cannot change within a run; "
+            "choose another RUN (--run.name)"
         )
-    if refused := {key: change for key, change in changed.items() if key not in may_change}:
+    if refused:
         raise UserError(
-            f"{path.parent} holds a run with other settings ({_listed(refused)}); run the old command to "
-            "resume it, choose another RUN (--run.name), or name what may change with "
+            f"{folder} holds a run with other settings ({_listed(refused)}); run the old command to resume "
+            "it, choose another RUN (--run.name), or name what may change with "
             f"--run.allow {' '.join(refused)}"
         )
 
@@ -191,8 +189,9 @@ def check_data(config: Config, data: Mapping[str, object]) -> None:
     """Raise UserError if the run has checkpoints of other data and run.allow does not name "data"."""
     folder = config.run.folder
     kept = folder / "data.json"
-    resumes = any(folder.glob("checkpoints/step-*.pt*")) and kept.exists() and "data" not in allowed(config)
-    if resumes and json.loads(kept.read_text())["sha256"] != data["sha256"]:
+    allowed = {"data", "--data"} & set(config.run.allow)
+    resumes = any(folder.glob("checkpoints/step-*.pt*")) and kept.exists()
+    if resumes and not allowed and json.loads(kept.read_text())["sha256"] != data["sha256"]:
         raise UserError(
             f"{config.data.path} is not the data that {folder} was trained on so far (see {kept}); restore "
             "it, choose another RUN, or add --run.allow data"
