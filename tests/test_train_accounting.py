@@ -23,7 +23,7 @@ from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN
 from tests.rank_helpers import evaluate_and_probe
 from tests.train_helpers import ROOT, module, small
-from train import distributed, evaluate, finetune, loop, mae, probe, task
+from train import build, distributed, evaluate, finetune, loop, mae, probe, task
 from train.config import FinetuneConfig, MaeConfig
 from train.distributed import World
 from train.meters import Clock, Detail, Meters
@@ -198,9 +198,9 @@ def test_evaluation_reads_as_training_does(images: Path, tmp_path: Path, monkeyp
         return []
 
     monkeypatch.setattr(task, "EvalLoader", note)
-    monkeypatch.setattr(task, "TrainLoader", note)
+    monkeypatch.setattr(build, "TrainLoader", note)
     task.batches_of(config, ALONE, catalogue, (1, 1))
-    task.training_batches(config, ALONE, catalogue, 1, 0)
+    build.training_batches(config, ALONE, catalogue, 1, 0)
     assert calls == [(config.data, config.speed, ALONE)] * 2
 
 

@@ -22,7 +22,6 @@ from train import build, finetune, loop, mae, mixing
 from train.config import Config, FinetuneConfig
 from train.distributed import World
 from train.rundir import Run
-from train.task import training_batches
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -92,7 +91,7 @@ def test_a_step_leaves_every_global_generator_as_it_is(preset: str, images: Path
     catalogue = open_dataset(images, "train")
     task = make(config, Run(ALONE))
     model = NormalizedInput(task.model, 1).train()
-    batches = training_batches(config, ALONE, catalogue, 1, 0)
+    batches = build.training_batches(config, ALONE, catalogue, 1, 0)
     next(batches)  # building the loader is not part of a step
     before = [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
     for _ in range(2):
@@ -199,7 +198,7 @@ def test_no_row_is_mixed_with_a_copy_of_its_sample(clips: Path, tmp_path: Path):
     config = replace(config, optim=replace(config.optim, batch=16))
     catalogue = open_dataset(clips, "train")
     for rank in range(2):
-        batches = training_batches(config, World(rank, 2, CPU), catalogue, 2, 3)
+        batches = build.training_batches(config, World(rank, 2, CPU), catalogue, 2, 3)
         for micro in range(4):
             batch = next(batches)
             step, part = divmod(micro, 2)
@@ -234,7 +233,7 @@ def test_the_trial_of_compilation_uses_the_signature_of_a_step(images: Path, tmp
     model, counter = NormalizedInput(task.model, 1).train(), CompileCounter()
     model.compile(fullgraph=True, backend=counter)
     task.loss(model, blank_batch(config.data, 8, CPU))
-    batches = training_batches(config, ALONE, catalogue, 1, 0)
+    batches = build.training_batches(config, ALONE, catalogue, 1, 0)
     for _ in range(2):
         task.loss(model, next(batches))
     assert counter.frame_count == 1

@@ -291,7 +291,7 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported():
 
 def test_the_initialisation_is_seeded():
     def draw(seed: int) -> float:
-        optim.seed_weights(seed)
+        build.seed_weights(seed)
         return torch.rand(1).item()
 
     assert draw(5) == draw(5) and len({draw(seed) for seed in range(4)}) == 4

@@ -27,7 +27,6 @@ from train.distributed import World
 from train.metrics import read_csv
 from train.presets import FINETUNE_PRESETS
 from train.rundir import Run
-from train.task import training_batches
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -269,7 +268,7 @@ def test_sixteen_samples_can_be_learned_by_heart(preset, images, clips, tmp_path
     if not pretraining:
         config = replace(config, smoothing=0.0)
     task = (mae if pretraining else finetune).make_task(config, Run(ALONE))
-    batches = training_batches(config, ALONE, catalogue, 1, 0)
+    batches = build.training_batches(config, ALONE, catalogue, 1, 0)
     batch = next(batches)
     ready = NormalizedInput(task.model, config.data.frames).train()
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=2e-3 if pretraining else 5e-4, fused=True)

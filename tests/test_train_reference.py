@@ -25,7 +25,7 @@ from train.distributed import World
 from train.metrics import read_csv
 from train.optim import make_optimizer, update
 from train.rundir import Run
-from train.task import Task, batches_of, create_classifier, training_batches
+from train.task import Task, batches_of, create_classifier
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -33,7 +33,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 def training(config: Config, catalogue: Dataset, steps: int) -> Iterator[Batch]:
     """The first `steps` batches that a run with this configuration would see."""
     _, accumulate = build.micro_batches(config, 1)
-    batches = training_batches(config, ALONE, catalogue, accumulate, 0)
+    batches = build.training_batches(config, ALONE, catalogue, accumulate, 0)
     return (next(batches) for _ in range(steps * accumulate))
 
 

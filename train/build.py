@@ -3,17 +3,19 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.inputs import NormalizedInput
-from pipelines.dataset import check_shards, read_info
+from pipelines.dataset import Dataset, check_shards, read_info
 from pipelines.decode import message
 from pipelines.errors import UserError, first_line
+from pipelines.loader import Batch, TrainLoader
 from pipelines.machine import usable_cores
 from pipelines.views import check_info, clip_notes
 from train import distributed
@@ -86,6 +88,14 @@ def micro_batches(config: Config, processes: int, mixed: int = 1) -> tuple[int, 
     return micro * group, share // micro
 
 
+def training_batches(
+    config: Config, world: World, dataset: Dataset, accumulate: int, start_step: int
+) -> Iterator[Batch]:
+    """This process's micro batches from `start_step` on, endless."""
+    steps = {"batch": config.optim.batch, "accumulate": accumulate, "start_step": start_step}
+    return iter(TrainLoader(dataset, config.data, config.speed, world, seed=config.run.seed, **steps))
+
+
 def log_plan(config: Config, task: Task, world: World) -> None:
     """Log the data, the batch, the learning rate and the number of steps, with warnings."""
     optim, repeats, train, validation = config.optim, config.data.repeats, task.training, task.validation
@@ -116,6 +126,14 @@ def log_plan(config: Config, task: Task, world: World) -> None:
 
 
 # ---- weights
+
+
+def seed_weights(seed: int) -> None:
+    """Seed torch's generator, which initializes the weights.
+
+    A training step does not use it: its draws follow from (seed, step or epoch, sample) alone.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, 0, 0]).generate_state(1, np.uint64)[0]))
 
 
 def warm_start(

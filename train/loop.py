@@ -14,15 +14,25 @@ from models.inputs import NormalizedInput
 from pipelines.errors import UserError
 from pipelines.loader import Batch, blank_batch
 from train import checkpoint, distributed, ending, rundir
-from train.build import Autocast, autocast_for, build, check, compile_model, join, micro_batches
+from train.build import (
+    Autocast,
+    autocast_for,
+    build,
+    check,
+    compile_model,
+    join,
+    micro_batches,
+    seed_weights,
+    training_batches,
+)
 from train.checkpoint import State
 from train.config import Config
 from train.console import log, screen, survive_closed_output
 from train.meters import IN_A_ROW, Clock, Detail, Recorder
 from train.metrics import MetricsWriter, score
-from train.optim import seed_weights, set_learning_rate, total_steps, update
+from train.optim import set_learning_rate, total_steps, update
 from train.rundir import Run, start_run
-from train.task import MakeTask, Task, training_batches
+from train.task import MakeTask, Task
 
 
 def main(config: Config, make_task: MakeTask) -> None:
@@ -88,6 +98,7 @@ def resume(config: Config, task: Task, run: Run, state: State) -> None:
     if run.newest is not None:
         state.restore(checkpoint.load(run.newest, run.world.device), run.world)
         log(f"resumed from step {state.step} of {steps}")
+    checksums = state.checksums().tolist()
     if state.step > steps:
         distributed.fail(
             run.world,
@@ -97,7 +108,7 @@ def resume(config: Config, task: Task, run: Run, state: State) -> None:
     distributed.check_agreement(
         run.world,
         "weights or optimizer state",
-        state.checksums().tolist(),
+        checksums,
         f"are {run.folder} and the starting weights the same files on every machine?",
     )
 
@@ -122,9 +133,6 @@ class Trainer:
             if any(row["step"] == state.step for row in self.metrics.kept):
                 state.row = None
         state.row = distributed.broadcast(state.row)
-        self.recorder = Recorder(config.run, world, task.loss_column, self.metrics, self.steps)
-        self.recorder.saved = state.step
-        self.detail = Detail(folder / "detail", world.rank, state.step) if config.run.detail else None
         self.writer = checkpoint.Writer(folder / "checkpoints", config.run.keep)
         ending.finish_first(self.writer.wait)
 
@@ -138,6 +146,9 @@ class Trainer:
         self.autocast = autocast_for(config.speed, world.device)
         self.stop = ending.StopSignal(config.speed.timeout)
         self.batches = training_batches(config, world, task.training, self.accumulate, state.step)
+        self.recorder = Recorder(config.run, world, task.loss_column, self.metrics, self.steps)
+        self.recorder.saved = state.step
+        self.detail = Detail(folder / "detail", world.rank, state.step) if config.run.detail else None
         self.clock = Clock(state.elapsed, world.device)
 
     def remaining(self) -> Iterator[int]:

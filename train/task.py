@@ -12,7 +12,7 @@ from pipelines.config import DataConfig
 from pipelines.damage import damage_limit
 from pipelines.dataset import Dataset, open_dataset, read_info
 from pipelines.errors import UserError
-from pipelines.loader import Batch, EvalLoader, TrainLoader
+from pipelines.loader import Batch, EvalLoader
 from train.config import Config, ModelConfig
 from train.distributed import World
 from train.rundir import Run
@@ -91,14 +91,6 @@ def create_classifier(data: DataConfig, model: ModelConfig, classes: int) -> nn.
             f"finetuning wants a hiera_* model, not {model.name}; python -m models.zoo lists them"
         )
     return create_model(data, model, num_classes=classes, head_dropout=model.dropout)
-
-
-def training_batches(
-    config: Config, world: World, dataset: Dataset, accumulate: int, start_step: int
-) -> Iterator[Batch]:
-    """This process's micro batches from `start_step` on, endless."""
-    steps = {"batch": config.optim.batch, "accumulate": accumulate, "start_step": start_step}
-    return iter(TrainLoader(dataset, config.data, config.speed, world, seed=config.run.seed, **steps))
 
 
 def batches_of(
