@@ -134,7 +134,7 @@ class Constant(nn.Module):
 def scores_of(config: FinetuneConfig, broken: tuple[int, ...], folder: Path) -> dict[str, float]:
     catalogue = open_dataset(config.data.path, "val")
     model = NormalizedInput(Constant([1.0, 0.0], broken, len(catalogue)), 1)
-    return finetune.evaluate(config, ALONE, folder, model, catalogue)
+    return finetune.evaluate(config, Run(ALONE, folder), model, catalogue, lambda: None)
 
 
 def test_a_sample_with_nan_outputs_is_wrong_and_the_loss_says_so(images: Path, tmp_path: Path):

@@ -26,7 +26,6 @@ from train import distributed, loop
 from train.build import autocast_for
 from train.config import FinetuneConfig, parse
 from train.console import log
-from train.distributed import World
 from train.metrics import FINETUNE_COLUMNS
 from train.mixing import mix
 from train.presets import FINETUNE_PRESETS, NOT_GIVEN
@@ -58,11 +57,11 @@ def task_of(config: FinetuneConfig, run: Run, classes: Sequence[str]) -> Task:
     return Task(
         model=create_classifier(config.data, config.model, len(classes)),
         loss=partial(classifier_loss, config, len(classes)),
-        evaluate=partial(evaluate, config, run.world, run.folder),
+        evaluate=partial(evaluate, config, run),
         columns=FINETUNE_COLUMNS,
         loss_column="loss",
         mixed=2 if config.mixup or config.cutmix else 1,
-        probabilities=partial(probabilities, config, run.world),
+        probabilities=partial(probabilities, config, run),
     )
 
 
@@ -110,45 +109,36 @@ def classifier_loss(config: FinetuneConfig, classes: int, model: nn.Module, batc
 
 @torch.no_grad()
 def probabilities(
-    config: FinetuneConfig,
-    world: World,
-    model: NormalizedInput,
-    dataset: Dataset,
-    check: Check = lambda: None,
+    config: FinetuneConfig, run: Run, model: NormalizedInput, dataset: Dataset, check: Check
 ) -> Iterator[Predictions]:
     """The predictions of each batch: the softmax averaged over a sample's views.
 
     check: called once per batch; an error that it raises ends the iteration.
     """
     views = config.views[0] * config.views[1]
-    autocast = autocast_for(config.speed, world.device)
+    autocast = autocast_for(config.speed, run.world.device)
     model.eval()
-    for batch in batches_of(config, world, dataset, config.views):
+    for batch in batches_of(config, run.world, dataset, config.views):
         check()
         with autocast():
             logits = model(batch.pixels)
-        labels = to_device(batch.labels[::views], world.device)
-        valid = to_device(batch.valid[::views].copy(), world.device)
+        labels = to_device(batch.labels[::views], run.world.device)
+        valid = to_device(batch.valid[::views].copy(), run.world.device)
         yield labels, valid, logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
 
 
 @torch.no_grad()
 def evaluate(
-    config: FinetuneConfig,
-    world: World,
-    folder: Path | None,
-    model: NormalizedInput,
-    dataset: Dataset,
-    check: Check = lambda: None,
+    config: FinetuneConfig, run: Run, model: NormalizedInput, dataset: Dataset, check: Check
 ) -> dict[str, float]:
     """Top-1, top-5 and cross-entropy of the probabilities averaged over a sample's views.
 
     Top-5 is left out for five classes or fewer, because it is always 1. A sample whose probabilities are not
     all finite counts as wrong, and then `loss_val` is NaN. The counts of every class are written to
-    `folder`/per_class.parquet if there is a folder. Raises UserError when too many samples are damaged.
+    per_class.parquet in the run folder if there is one. Raises UserError when too many samples are damaged.
     """
-    sums = torch.zeros(len(dataset.info.classes), 4, device=world.device, dtype=torch.float64)
-    for labels, valid, found in probabilities(config, world, model, dataset, check):
+    sums = torch.zeros(len(dataset.info.classes), 4, device=run.world.device, dtype=torch.float64)
+    for labels, valid, found in probabilities(config, run, model, dataset, check):
         best = found.topk(min(5, found.shape[1])).indices == labels[:, None]
         best &= found.isfinite().all(1, keepdim=True)  # topk takes NaN for the largest
         losses = functional.nll_loss(found.clamp_min(1e-12).log(), labels, reduction="none")
@@ -157,7 +147,7 @@ def evaluate(
         sums.index_add_(0, labels, counts.double())
     top1, top5, loss, count = distributed.total(sums).cpu().T
     check_damage(config.data, dataset, int(count.sum()))
-    if world.is_main and folder is not None:
+    if run.world.is_main and run.folder is not None:
         table = {
             "class_name": dataset.info.classes,
             "samples": count.long().numpy(),
@@ -165,7 +155,7 @@ def evaluate(
             "correct5": top5.long().numpy(),
             "accuracy": (top1 / count).numpy(),
         }
-        with atomic_write(folder / "per_class.parquet") as temporary:
+        with atomic_write(run.folder / "per_class.parquet") as temporary:
             pq.write_table(pa.table(table), temporary)
     named = {"acc": top1, "acc5": top5, "loss_val": loss}
     if len(dataset.info.classes) <= 5:

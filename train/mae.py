@@ -64,7 +64,7 @@ def task_of(config: MaeConfig, run: Run, classes: Sequence[str]) -> Task:
     return Task(
         model=model,
         loss=partial(masked_loss, config.run.seed, masking),
-        evaluate=partial(evaluate, config, run.world, masking),
+        evaluate=partial(evaluate, config, run, masking),
         columns=MAE_COLUMNS,
         loss_column="loss_train",
         encoder=lambda: create_classifier(config.data, encoder, len(classes)),
@@ -99,18 +99,14 @@ def masked_loss(seed: int, masking: Masking, model: nn.Module, batch: Batch) -> 
 
 @torch.no_grad()
 def evaluate(
-    config: MaeConfig,
-    world: World,
-    masking: Masking,
-    model: NormalizedInput,
-    dataset: Dataset,
-    check: Check = lambda: None,
+    config: MaeConfig, run: Run, masking: Masking, model: NormalizedInput, dataset: Dataset, check: Check
 ) -> dict[str, float]:
     """Reconstruction loss with each sample's own fixed mask, comparable between steps and runs.
 
     NaN when the loss of any sample is. check: called once per batch; an error that it raises ends the
     evaluation. Raises UserError when too many samples are damaged.
     """
+    world = run.world
     sums = torch.zeros(2, device=world.device, dtype=torch.float64)
     autocast = autocast_for(config.speed, world.device)
     model.eval()
