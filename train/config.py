@@ -193,11 +193,33 @@ def parse(presets: Mapping[str, Config], program: str, not_given: Mapping[str, s
         prog=f"python -m {program} {name}",
         return_unknown_args=True,
         config=(tyro.conf.FlagConversionOff,),
+        registry=_words_of_choices(),
     )
     if unknown:
         flags = [f"--{key.replace('_', '-')}" for key in flatten(to_dict(preset))]
         raise UserError(f"unknown argument '{unknown[0]}'{_hint(unknown[0].split('=')[0], flags)}")
     return config
+
+
+def _words_of_choices() -> typing.Any:
+    """Let tyro take any word for a choice: the settings check it themselves, and answer with one line."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if typing.get_origin(info.type) is not typing.Literal:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"{{{','.join(typing.get_args(info.type))}}}",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda word: [word],
+        )
+
+    return registry
 
 
 def _hint(word: str, known: typing.Iterable[str]) -> str:
