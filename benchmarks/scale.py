@@ -19,10 +19,10 @@ from rich.table import Table
 
 from pipelines import order
 from pipelines.columns import TYPES
+from pipelines.config import DataConfig
 from pipelines.dataset import Dataset, DatasetInfo
 from pipelines.errors import UserError, run_cli
-from pipelines.loader import make_order
-from pipelines.plans import Plan, ViewSpec, repeated, train_plan
+from pipelines.views import Rows, train_rows
 
 PART = 65_536  # positions ordered at once: they fit a core's cache
 WINDOW = 4096
@@ -55,10 +55,11 @@ def memory() -> dict[str, int]:
 
 def rank_plan(
     catalogue: Dataset, arrange: order.Order, step: int, batch: int, rank: int, ranks: int, parts: int = 1
-) -> Plan:
+) -> Rows:
     """What the loader works out for a rank's step, micro batches one after the other."""
     positions = order.batch_positions(step, batch, rank, ranks, parts).ravel()
-    return train_plan(catalogue, ViewSpec(224), SEED, *repeated(positions, 1, arrange))
+    epochs, ids = arrange(positions)
+    return train_rows(catalogue, DataConfig(), SEED, ids, epochs)
 
 
 def check_resume(catalogue: Dataset, arrange: order.Order, step: int, batch: int, ranks: int) -> None:
@@ -128,7 +129,7 @@ def bench(
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
             before, start = memory(), time.perf_counter()
             catalogue = open_columns(work)
-            arrange = make_order(catalogue, name, WINDOW, SEED)
+            arrange = order.make_order(name, catalogue.shard, SEED, WINDOW)
             middle = samples // batch // 2
             rank_plan(catalogue, arrange, middle, batch, 0, ranks)
             first, peak = time.perf_counter() - start, memory()

@@ -116,8 +116,8 @@ def raise_undecodable(dataset: Dataset, decoder: Decoder, error: RuntimeError) -
                 "--speed.device cpu)"
             ) from error
         raise UserError(
-            f"{where} does not decode, although its checksum is correct ({cause(error)}); inspect it with "
-            f"`make verify DATA={dataset.info.root}`"
+            f"{where} does not decode, although its checksum is correct ({cause(error).rstrip(' :')}); "
+            f"inspect it with `make verify DATA={dataset.info.root}`"
         ) from error
 
 

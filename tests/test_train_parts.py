@@ -12,7 +12,7 @@ from torch import nn
 import models
 from pipelines.config import Augment, DataConfig
 from pipelines.errors import UserError
-from train import build, checkpoint, config, optim
+from train import build, checkpoint, config, optim, rundir
 from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS, MetricsWriter, read_csv
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
@@ -33,6 +33,7 @@ def test_a_preset_survives_json_and_names_a_model(name: str):
         ([], "name a preset first"),
         (["image-mae-bace"], "did you mean 'image-mae-base'"),
         (["image-mae-pico", "--optim.epoch", "3"], "did you mean '--optim.epochs'"),
+        (["image-mae-pico", "--speed.precision", "fp8"], "speed.precision is 'fp8'; it can be auto, bf16"),
         (["image-mae-pico", "surplus"], "unknown argument 'surplus'"),
         (["image-ft-pico"], "'image-ft-pico' is for make train-ft; presets here: image-mae-pico"),
     ],
@@ -44,12 +45,11 @@ def test_wrong_words_get_one_sentence_with_a_hint(monkeypatch, words: list[str],
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("words", [["--speed.precision", "fp8"], ["--optim.lr", "fast"]])
-def test_a_value_of_another_type_ends_with_exit_code_2(monkeypatch, capsys, words: list[str]):
-    monkeypatch.setattr("sys.argv", ["train.mae", "image-mae-pico", *words])
+def test_a_value_of_another_type_ends_with_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.mae", "image-mae-pico", "--optim.lr", "fast"])
     with pytest.raises(SystemExit) as caught:
         config.parse(MAE_PRESETS, "train.mae")
-    assert caught.value.code == 2 and words[0] in capsys.readouterr().err
+    assert caught.value.code == 2 and "--optim.lr" in capsys.readouterr().err
 
 
 def test_overrides_reach_the_configuration(monkeypatch):
@@ -78,7 +78,7 @@ def test_settings_that_an_older_version_had_do_not_block_a_resume():
         del old["data"][key]
     old |= {"protocol": "tiny-kinetics-reference", "gone": 1}
     old["optim"]["gone"] = 2
-    assert config.differences(config.from_dict(old), new) == {}
+    assert rundir.differences(config.from_dict(old), new) == {}
 
 
 def test_micro_batches_hold_whole_samples():
@@ -99,9 +99,9 @@ def test_micro_batches_hold_whole_samples():
 def test_only_settings_that_change_results_count_as_differences():
     old = MAE_PRESETS["image-mae-pico"]
     new = replace(old, speed=replace(old.speed, threads=9), run=replace(old.run, name="other"))
-    assert config.differences(old, new) == {}
+    assert rundir.differences(old, new) == {}
     new = replace(new, optim=replace(new.optim, lr=1.0))
-    assert config.differences(old, new) == {"optim.lr": f"{old.optim.lr} -> 1.0"}
+    assert rundir.differences(old, new) == {"optim.lr": f"{old.optim.lr} -> 1.0"}
 
 
 # ---- metrics

@@ -23,7 +23,8 @@ import torch.distributed as dist
 import torch.nn.parallel.distributed as ddp
 
 import train  # sets OpenMP's waiting before torch is imported  # noqa: F401
-from pipelines import graph, loader
+from pipelines import loader
+from pipelines.decode import Decoder
 from pipelines.errors import UserError, run_cli
 from tests.train_helpers import small
 from train import finetune, loop, mae
@@ -50,6 +51,18 @@ def imitate(lag_ms: int = 0, memory_mb: int = 80 << 10, hang_s: int = 0) -> None
 # ---- what cannot run on the imitated runtime is replaced
 
 
+class UploadingDecoder(Decoder):
+    """A decoder whose DALI graph runs on the CPU and whose frames are uploaded."""
+
+    def __post_init__(self) -> None:
+        self.target, self.device, self.resize_on_cpu = self.device, torch.device("cpu"), True
+        super().__post_init__()
+
+    def take(self):
+        rows, frames = super().take()
+        return rows, frames.pin_memory().to(self.target, non_blocking=True)
+
+
 def replace_parts() -> None:
     """Route around cuDNN, DALI's GPU operators, and checks of values that a device computes or exchanges.
 
@@ -58,18 +71,7 @@ def replace_parts() -> None:
     """
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
-    build, run = graph.build_pipeline, graph.run
-    cpu = torch.device("cpu")
-
-    def on_cpu(settings):
-        return dataclasses.replace(settings, device=cpu, resize_on_cpu=True)
-
-    def run_and_upload(pipeline, settings, *rest):
-        pixels = run(pipeline, on_cpu(settings), *rest)
-        return pixels.pin_memory().to(settings.device, non_blocking=True)
-
-    graph.build_pipeline = lambda source, settings: build(source, on_cpu(settings))
-    graph.run = run_and_upload
+    loader.Decoder = UploadingDecoder
     init = dist.init_process_group
     dist.init_process_group = lambda backend, **rest: init(f"cpu:gloo,cuda:{backend}", **rest)
     mae.check_damage = finetune.check_damage = lambda *_: None
