@@ -20,7 +20,8 @@ from torch import nn
 from pipelines.errors import run_cli
 from pipelines.loader import Batch
 from train import checkpoint, finetune, loop, mae, rundir
-from train.config import Config, MaeConfig, parse
+from train.config import Config, MaeConfig
+from train.console import parse
 from train.metrics import MetricsWriter
 from train.presets import MAE_PRESETS
 from train.rundir import Run

@@ -12,7 +12,7 @@ from torch import nn
 import models
 from pipelines.config import Augment, DataConfig
 from pipelines.errors import UserError
-from train import build, checkpoint, config, optim, rundir
+from train import build, checkpoint, config, console, optim
 from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS, MetricsWriter, read_csv
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
@@ -41,14 +41,14 @@ def test_a_preset_survives_json_and_names_a_model(name: str):
 def test_wrong_words_get_one_sentence_with_a_hint(monkeypatch, words: list[str], expected: str):
     monkeypatch.setattr("sys.argv", ["train.mae", *words])
     with pytest.raises(UserError, match=expected) as caught:
-        config.parse(MAE_PRESETS, "train.mae")
+        console.parse(MAE_PRESETS, "train.mae")
     assert "\n" not in str(caught.value)
 
 
 def test_a_value_of_another_type_ends_with_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.mae", "image-mae-pico", "--optim.lr", "fast"])
     with pytest.raises(SystemExit) as caught:
-        config.parse(MAE_PRESETS, "train.mae")
+        console.parse(MAE_PRESETS, "train.mae")
     assert caught.value.code == 2 and "--optim.lr" in capsys.readouterr().err
 
 
@@ -56,7 +56,7 @@ def test_overrides_reach_the_configuration(monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["x", "image-mae-pico", "--optim.lr", "0.5", "--data.flip=0", "--run.seed", "7"]
     )
-    parsed = config.parse(MAE_PRESETS, "train.mae")
+    parsed = console.parse(MAE_PRESETS, "train.mae")
     assert (parsed.optim.lr, parsed.data.flip, parsed.run.seed) == (0.5, 0.0, 7)
     assert parsed.run.name == "image-mae-pico"
 
@@ -78,7 +78,7 @@ def test_settings_that_an_older_version_had_do_not_block_a_resume():
         del old["data"][key]
     old |= {"protocol": "tiny-kinetics-reference", "gone": 1}
     old["optim"]["gone"] = 2
-    assert rundir.differences(config.from_dict(old), new) == {}
+    assert config.differences(config.from_dict(old), new) == {}
 
 
 def test_micro_batches_hold_whole_samples():
@@ -99,9 +99,9 @@ def test_micro_batches_hold_whole_samples():
 def test_only_settings_that_change_results_count_as_differences():
     old = MAE_PRESETS["image-mae-pico"]
     new = replace(old, speed=replace(old.speed, threads=9), run=replace(old.run, name="other"))
-    assert rundir.differences(old, new) == {}
+    assert config.differences(old, new) == {}
     new = replace(new, optim=replace(new.optim, lr=1.0))
-    assert rundir.differences(old, new) == {"optim.lr": f"{old.optim.lr} -> 1.0"}
+    assert config.differences(old, new) == {"optim.lr": f"{old.optim.lr} -> 1.0"}
 
 
 # ---- metrics

@@ -11,7 +11,7 @@ import torch
 from pipelines.errors import UserError
 from tests.train_helpers import small
 from tools import recipes
-from train import config, finetune, presets
+from train import config, console, finetune, presets
 from train.config import FinetuneConfig, to_dict
 from train.distributed import World
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS, NOT_GIVEN
@@ -121,7 +121,7 @@ def test_a_preset_for_an_empty_cell_is_refused_with_the_reason(name, monkeypatch
     known = MAE_PRESETS if "-mae-" in name else FINETUNE_PRESETS
     monkeypatch.setattr("sys.argv", [program, name])
     with pytest.raises(UserError, match=rf"no preset '{name}': the paper gives no .* \(table 11[ab]\); use"):
-        config.parse(known, program, NOT_GIVEN)
+        console.parse(known, program, NOT_GIVEN)
     for other in re.findall(r"video-\S+\d", NOT_GIVEN[name]):
         assert other in known
 

@@ -218,9 +218,9 @@ def test_every_setting_that_may_change_is_in_effect_once_it_is_allowed(
     run = fit(settings)
     own = NEW_FINETUNING if "ft" in preset else NEW_PRETRAINING
     new = replace(changed(settings, **NEW), **own)
-    keys = {key for key in config.flatten(config.to_dict(new)) if not key.startswith(rundir.FREE)}
-    differing = rundir.differences(settings, new)
-    assert differing.keys() == keys - set(rundir.FIXED), "NEW needs a value for each setting"
+    keys = {key for key in config.flatten(config.to_dict(new)) if not key.startswith(config.FREE)}
+    differing = config.differences(settings, new)
+    assert differing.keys() == keys - set(config.FIXED), "NEW needs a value for each setting"
     spelled = tuple(name.replace("_", "-") for name in differing)
     used: list[torch.optim.Optimizer] = []
 
@@ -236,7 +236,7 @@ def test_every_setting_that_may_change_is_in_effect_once_it_is_allowed(
     fit(changed(new, run={"allow": spelled}))
     assert f"resumed from step 10 of {loop.total_steps(new.optim, 40)}" in (run / "log.txt").read_text()
     written = config.from_dict(json.loads((run / "config.json").read_text()))
-    assert rundir.differences(new, written) == {}
+    assert config.differences(new, written) == {}
     for group in used[-1].param_groups:
         assert group["weight_decay"] in (0.0, 0.2) and group["betas"] == (0.8, 0.9)
     assert {group["weight_decay"] for group in used[-1].param_groups} == {0.0, 0.2}

@@ -1,11 +1,13 @@
-"""Every setting: frozen dataclasses that check their values, presets by name, dotted overrides."""
+"""Every setting: frozen dataclasses that check their values.
+
+On resume, settings in FREE may change, those in FIXED never, all others only if run.allow names them.
+"""
 
 import dataclasses
 import difflib
 import json
 import os
 import re
-import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -198,65 +200,6 @@ Config = MaeConfig | FinetuneConfig
 KINDS: dict[str, type] = {"mae": MaeConfig, "finetune": FinetuneConfig}
 
 
-def parse(presets: Mapping[str, Config], program: str, not_given: Mapping[str, str] | None = None) -> Config:
-    """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words.
-
-    not_given: names of presets that do not exist, and why.
-    """
-    import tyro
-
-    name, *overrides = sys.argv[1:] or [""]
-    usage = f"usage: python -m {program} PRESET [--dotted.overrides]; presets: {', '.join(presets)}"
-    if name in ("-h", "--help"):
-        print(f"{usage}\nEvery setting of a preset: python -m {program} PRESET --help")
-        sys.exit(0)
-    if not name or name.startswith("-"):
-        raise UserError(f"name a preset first; {usage}")
-    if name not in presets:
-        if why := (not_given or {}).get(name):
-            raise UserError(f"there is no preset '{name}': {why}")
-        kind = "ft" if "-ft-" in name else "mae" if "-mae-" in name else ""
-        if kind and not any(f"-{kind}-" in known for known in presets):
-            raise UserError(f"'{name}' is for make train-{kind}; presets here: {', '.join(presets)}")
-        raise UserError(f"unknown preset '{name}'{hint(name, presets)}; presets: {', '.join(presets)}")
-    preset = presets[name]
-    preset = dataclasses.replace(preset, run=dataclasses.replace(preset.run, name=name))
-    config, unknown = tyro.cli(
-        type(preset),
-        default=preset,
-        args=overrides,
-        prog=f"python -m {program} {name}",
-        return_unknown_args=True,
-        config=(tyro.conf.FlagConversionOff,),
-        registry=_any_choice(),
-    )
-    if unknown:
-        flags = [f"--{key.replace('_', '-')}" for key in flatten(to_dict(preset))]
-        raise UserError(f"unknown argument '{unknown[0]}'{hint(unknown[0].split('=')[0], flags)}")
-    return config
-
-
-def _any_choice() -> typing.Any:
-    """Let tyro accept any word for a Literal: the settings check it, and their error is one line."""
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if typing.get_origin(info.type) is not typing.Literal:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=f"{{{','.join(typing.get_args(info.type))}}}",
-            instance_from_str=lambda words: words[0],
-            is_instance=lambda value: isinstance(value, str),
-            str_from_instance=lambda word: [word],
-        )
-
-    return registry
-
-
 def hint(word: str, known: typing.Iterable[str]) -> str:
     """A suffix that names the known word most like this one, empty if none is."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -300,3 +243,43 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+# Settings that may change on resume, because they do not change the result.
+FREE = (
+    "speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "run.log_every",
+    "run.eval_every", "run.checkpoint_every", "run.max_skipped", "data.max_bad", "data.path",
+)  # fmt: skip
+# Settings that never change within a run, not even with run.allow: its checkpoints would not fit.
+FIXED = (
+    "kind", "data.eval_split", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm",
+    "data.size", "data.frames", "data.repeats", "optim.name", "optim.batch", "decoder_heads",
+)  # fmt: skip
+# Settings of a machine: they may differ between the processes of a run.
+LOCAL = ("run.root", "data.path", "speed.device", "speed.threads", "speed.hw_decoder_load", "speed.decode")
+
+
+def shared_settings(config: Config) -> dict[str, object]:
+    """The settings that must be equal in all processes of a run."""
+    return {key: value for key, value in flatten(to_dict(config)).items() if key not in LOCAL}
+
+
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """The settings that change results and differ, as {"optim.lr": "0.1 -> 0.2"}."""
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
+    keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(FREE)]
+    return {k: f"{before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)}
+
+
+def refused_changes(old: Config | None, new: Config) -> tuple[dict[str, str], dict[str, str]]:
+    """The differences that no run allows, and those that `new` does not allow; none without an `old`.
+
+    Raises UserError if run.allow names a setting that does not exist.
+    """
+    known = {"data", *flatten(to_dict(new))}
+    allowed = {name.lstrip("-").replace("-", "_") for name in new.run.allow}
+    for name in sorted(allowed - known):
+        raise UserError(f"run.allow names '{name}', which is no setting{hint(name, known)}")
+    changed = differences(old, new) if old else {}
+    fixed = {key: change for key, change in changed.items() if key in FIXED}
+    return fixed, {key: change for key, change in changed.items() if key not in allowed}

@@ -1,7 +1,12 @@
-"""Console and log file of rank 0: `log` prints a line, and appends it to log.txt while a run is open."""
+"""The command line, and the console and log file of rank 0.
 
+`log` prints a line, and appends it to log.txt while a run is open.
+"""
+
+import dataclasses
 import os
 import sys
+import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,6 +14,9 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipelines.errors import UserError
+from train.config import Config, flatten, hint, to_dict
 
 BARS, CURVE = "▁▂▃▄▅▆▇█", 30
 
@@ -122,3 +130,65 @@ def curve(values: list[float]) -> str:
 
 screen = Screen()
 log = screen.line
+
+
+# ---- the command line
+
+
+def parse(presets: Mapping[str, Config], program: str, not_given: Mapping[str, str] | None = None) -> Config:
+    """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words.
+
+    not_given: names of presets that do not exist, and why.
+    """
+    import tyro
+
+    name, *overrides = sys.argv[1:] or [""]
+    usage = f"usage: python -m {program} PRESET [--dotted.overrides]; presets: {', '.join(presets)}"
+    if name in ("-h", "--help"):
+        print(f"{usage}\nEvery setting of a preset: python -m {program} PRESET --help")
+        sys.exit(0)
+    if not name or name.startswith("-"):
+        raise UserError(f"name a preset first; {usage}")
+    if name not in presets:
+        if why := (not_given or {}).get(name):
+            raise UserError(f"there is no preset '{name}': {why}")
+        kind = "ft" if "-ft-" in name else "mae" if "-mae-" in name else ""
+        if kind and not any(f"-{kind}-" in known for known in presets):
+            raise UserError(f"'{name}' is for make train-{kind}; presets here: {', '.join(presets)}")
+        raise UserError(f"unknown preset '{name}'{hint(name, presets)}; presets: {', '.join(presets)}")
+    preset = presets[name]
+    preset = dataclasses.replace(preset, run=dataclasses.replace(preset.run, name=name))
+    config, unknown = tyro.cli(
+        type(preset),
+        default=preset,
+        args=overrides,
+        prog=f"python -m {program} {name}",
+        return_unknown_args=True,
+        config=(tyro.conf.FlagConversionOff,),
+        registry=_any_choice(),
+    )
+    if unknown:
+        flags = [f"--{key.replace('_', '-')}" for key in flatten(to_dict(preset))]
+        raise UserError(f"unknown argument '{unknown[0]}'{hint(unknown[0].split('=')[0], flags)}")
+    return config
+
+
+def _any_choice() -> typing.Any:
+    """Let tyro accept any word for a Literal: the settings check it, and their error is one line."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if typing.get_origin(info.type) is not typing.Literal:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"{{{','.join(typing.get_args(info.type))}}}",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda word: [word],
+        )
+
+    return registry

@@ -24,8 +24,8 @@ from pipelines.loader import Batch
 from pipelines.order import row_keys
 from train import distributed, loop
 from train.build import autocast_for
-from train.config import FinetuneConfig, parse
-from train.console import log
+from train.config import FinetuneConfig
+from train.console import log, parse
 from train.metrics import FINETUNE_COLUMNS
 from train.mixing import mix
 from train.presets import FINETUNE_PRESETS, NOT_GIVEN

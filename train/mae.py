@@ -20,7 +20,8 @@ from pipelines.loader import Batch
 from pipelines.order import keep_units, row_keys
 from train import distributed, loop
 from train.build import autocast_for
-from train.config import MaeConfig, parse
+from train.config import MaeConfig
+from train.console import parse
 from train.distributed import World
 from train.metrics import MAE_COLUMNS
 from train.pictures import save_reconstructions

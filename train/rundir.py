@@ -1,7 +1,4 @@
-"""The run folder: one writer, one configuration, and the record of every start.
-
-On resume, settings in FREE may change, those in FIXED never, all others only if run.allow names them.
-"""
+"""The run folder: one writer, one configuration, and the record of every start."""
 
 import importlib.metadata
 import json
@@ -26,26 +23,13 @@ from pipelines.errors import UserError
 from pipelines.files import atomic_text, lock, sha256_of
 from pipelines.machine import usable_cores
 from train import checkpoint, distributed
-from train.config import Config, flatten, from_dict, hint, to_dict
+from train.config import Config, from_dict, refused_changes, shared_settings, to_dict
 from train.console import log, screen
 from train.distributed import World
 from train.optim import total_steps
 
 UNLOCKED = "a second training process in this folder would not be noticed"
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "webdataset", "pyarrow", "numpy")
-
-# Settings that may change on resume, because they do not change the result.
-FREE = (
-    "speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "run.log_every",
-    "run.eval_every", "run.checkpoint_every", "run.max_skipped", "data.max_bad", "data.path",
-)  # fmt: skip
-# Settings that never change within a run, not even with run.allow: its checkpoints would not fit.
-FIXED = (
-    "kind", "data.eval_split", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm",
-    "data.size", "data.frames", "data.repeats", "optim.name", "optim.batch", "decoder_heads",
-)  # fmt: skip
-# Settings of a machine: they may differ between the processes of a run.
-LOCAL = ("run.root", "data.path", "speed.device", "speed.threads", "speed.hw_decoder_load", "speed.decode")
 
 
 @dataclass(frozen=True)
@@ -95,45 +79,20 @@ def enter(config: Config, data: Mapping[str, object]) -> tuple[IO[str], bool, Pa
     folder = config.run.folder
     held = lock_run(folder)
     check_config(config)
-    if is_finished(config):
+    exported = exported_step(folder)
+    if exported == last_step(config):
         log(f"{folder} is finished; for another run choose another RUN (--run.name)")
         held.close()
         return held, True, None
     check_data(config, data)
     screen.open(folder / "log.txt")
     newest = checkpoint.choose(folder / "checkpoints")
-    if newest is None and exported_step(folder):
+    if newest is None and exported:
         raise UserError(
             f"{folder} has final weights and no checkpoint to resume from; choose another RUN, "
             "with INIT= (--model.init) for these weights"
         )
     return held, False, newest
-
-
-def shared_settings(config: Config) -> dict[str, object]:
-    """The settings that must be equal in all processes of a run."""
-    return {key: value for key, value in flatten(to_dict(config)).items() if key not in LOCAL}
-
-
-def differences(old: Config, new: Config) -> dict[str, str]:
-    """The settings that change results and differ, as {"optim.lr": "0.1 -> 0.2"}."""
-    before, after = flatten(to_dict(old)), flatten(to_dict(new))
-    keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(FREE)]
-    return {k: f"{before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)}
-
-
-def refused_changes(old: Config | None, new: Config) -> tuple[dict[str, str], dict[str, str]]:
-    """The differences that no run allows, and those that `new` does not allow; none without an `old`.
-
-    Raises UserError if run.allow names a setting that does not exist.
-    """
-    known = {"data", *flatten(to_dict(new))}
-    allowed = {name.lstrip("-").replace("-", "_") for name in new.run.allow}
-    for name in sorted(allowed - known):
-        raise UserError(f"run.allow names '{name}', which is no setting{hint(name, known)}")
-    changed = differences(old, new) if old else {}
-    fixed = {key: change for key, change in changed.items() if key in FIXED}
-    return fixed, {key: change for key, change in changed.items() if key not in allowed}
 
 
 def check_config(config: Config) -> None:
@@ -182,9 +141,13 @@ def exported_step(folder: Path) -> int:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run has final weights of the last step that its epochs give on this data."""
-    samples = read_info(config.data.path).splits["train"]["samples"]
-    return exported_step(config.run.folder) == total_steps(config.optim, samples)
+    """Whether the run has final weights of its last step."""
+    return exported_step(config.run.folder) == last_step(config)
+
+
+def last_step(config: Config) -> int:
+    """The last step of the run on its data."""
+    return total_steps(config.optim, read_info(config.data.path).splits["train"]["samples"])
 
 
 def check_classes(folder: Path, info: DatasetInfo) -> None:
