@@ -23,8 +23,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import sampler
-from pipelines.catalogue import SCHEMA, open_catalogue
+from pipelines import order
+from pipelines.dataset import SCHEMA, open_dataset
 from pipelines.errors import run_cli
 
 PROCESSES = 8
@@ -54,7 +54,7 @@ def make(root: Path, samples: int, frames: int, per_shard: int) -> None:
 
 
 def rows(ids: np.ndarray, frames: int, per_shard: int) -> pa.Table:
-    """Catalogue rows of the samples `ids`, whole shards of them."""
+    """Dataset rows of the samples `ids`, whole shards of them."""
     sizes = np.random.default_rng(int(ids[0])).integers(8_000, 18_000, (len(ids), frames)).astype(np.int32)
     places = np.cumsum(sizes.ravel() // 512 * 512 + 1024, dtype=np.int64).reshape(sizes.shape)
     places -= np.repeat(places[::per_shard, :1], per_shard, axis=0)[: len(ids)] - 512
@@ -78,11 +78,11 @@ def rows(ids: np.ndarray, frames: int, per_shard: int) -> pa.Table:
 def use(root: Path, rank: int, report: multiprocessing.Queue, end: Event) -> None:
     """Open the catalogue in a process of its own and look samples up as a loader does; stay until `end`."""
     start = time.perf_counter()
-    catalogue = open_catalogue(root, "train")
+    catalogue = open_dataset(root, "train")
     opened = time.perf_counter() - start
     for step in range(200):
-        positions = sampler.batch_positions(step, 8192, rank, PROCESSES, 1)[0]
-        _, ids = sampler.sample_at(positions, len(catalogue), 0)
+        positions = order.batch_positions(step, 8192, rank, PROCESSES, 1)[0]
+        _, ids = order.sample_at(positions, len(catalogue), 0)
         first = catalogue.first_frame[ids]
         for values in (catalogue.offset[first], catalogue.size[first], catalogue.label[ids]):
             values.sum()
@@ -113,30 +113,23 @@ def measure(root: Path, processes: int) -> tuple[float, float, float]:
 def order_seconds(samples: int) -> float:
     """Seconds to draw one epoch's order."""
     start = time.perf_counter()
-    for ids in epoch(sampler_of("random", np.empty(samples)), samples):
+    for ids in epoch(order.make_order("random", np.empty(samples), 0, 4096), samples):
         ids.sum()
     return time.perf_counter() - start
 
 
-def sampler_of(name: str, shards: np.ndarray) -> sampler.Order:
-    """The order `random` or `local`, as the loader has it."""
-    if name == "local":
-        return sampler.local_order(shards, 0, 4096)
-    return lambda positions: sampler.sample_at(positions, len(shards), 0)
-
-
-def epoch(order: sampler.Order, samples: int) -> Iterator[np.ndarray]:
+def epoch(arrange: order.Order, samples: int) -> Iterator[np.ndarray]:
     """An epoch's ids, in parts."""
     for first in range(0, samples, 65_536):
-        yield order(np.arange(first, min(samples, first + 65_536)))[1]
+        yield arrange(np.arange(first, min(samples, first + 65_536)))[1]
 
 
-def fetched(shards: np.ndarray, order: sampler.Order, share: float) -> float:
+def fetched(shards: np.ndarray, arrange: order.Order, share: float) -> float:
     """How often an epoch fetches each shard through a cache of `share` of them, least recently used out."""
     count = int(shards[-1]) + 1
     cache: OrderedDict[int, None] = OrderedDict()
     misses = 0
-    for ids in epoch(order, len(shards)):
+    for ids in epoch(arrange, len(shards)):
         for shard in shards[ids].tolist():
             if shard in cache:
                 cache.move_to_end(shard)
@@ -177,9 +170,9 @@ def bench(work: Path = Path("/tmp/hiera-train-bench")) -> None:
         )
         if frames > 1:
             shards = np.arange(samples) // per_shard
-            for order in ("random", "local"):
-                made = sampler_of(order, shards)
-                caches.add_row(name, order, *(f"{fetched(shards, made, s):.2f}" for s in (0.05, 0.25, 0.5)))
+            for kind in ("random", "local"):
+                made = order.make_order(kind, shards, 0, 4096)
+                caches.add_row(name, kind, *(f"{fetched(shards, made, s):.2f}" for s in (0.05, 0.25, 0.5)))
     for shown in (table, caches):
         Console(width=None if sys.stdout.isatty() else 130).print(shown)
 

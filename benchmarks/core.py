@@ -21,15 +21,18 @@ from torch import Tensor, nn
 
 from benchmarks.results import Results, show
 from models.hiera import HieraConfig
+from models.inputs import NormalizedInput
+from pipelines.dataset import open_dataset
 from pipelines.errors import run_cli
-from pipelines.inputs import Normalised
 from pipelines.loader import Batch, blank_batch
 from tools.pack_imagenet import pack_imagenet
-from train import loop, setup
+from train import loop
 from train.config import Config
 from train.metrics import MAE_COLUMNS, read_csv
 from train.optim import make_optimizer, set_learning_rate, update
 from train.presets import MAE_PRESETS
+from train.rundir import Run
+from train.task import Task
 
 SAMPLES = 64  # pictures in the dataset
 
@@ -54,20 +57,27 @@ class Nothing(nn.Module):
         return self.weight(x.flatten()[:1]).sum()
 
 
-def task_of(*_: object) -> loop.Task:
+def make_task(config: Config, _: Run) -> Task:
     """A task whose loss is the model's output."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return model(batch.pixels)
 
-    return loop.Task(Nothing(), loss, lambda *_: {"loss_val": 0.0}, MAE_COLUMNS, "loss_train")
+    return Task(
+        model=Nothing(),
+        loss=loss,
+        evaluate=lambda *_: {"loss_val": 0.0},
+        columns=MAE_COLUMNS,
+        loss_column="loss_train",
+        train=open_dataset(config.data.path, "train"),
+    )
 
 
 def bare(config: Config, batch: Batch, steps: int) -> float:
     """Seconds a step of a plain loop."""
     model = Nothing()
     optimizer = make_optimizer(model, config.optim)
-    ready = Normalised(model, 1)
+    ready = NormalizedInput(model, 1)
     start = time.perf_counter()
     for step in range(steps):
         set_learning_rate(optimizer, config.optim, step, SAMPLES)
@@ -83,12 +93,12 @@ def ours(config: Config, batch: Batch) -> float:
         while True:
             yield batch
 
-    real = setup.training_batches
-    setup.training_batches = batches  # pyrefly: ignore
+    real = loop.training_batches
+    loop.training_batches = batches  # pyrefly: ignore
     try:
-        loop.fit(config, task_of)
+        loop.fit(config, make_task)
     finally:
-        setup.training_batches = real
+        loop.training_batches = real
     rows = read_csv(config.run.root / config.run.name / "metrics.csv")
     return median(row["step_ms"] for row in rows[1:]) / 1e3
 
@@ -112,7 +122,7 @@ def run(steps: int = 2000, rounds: int = 5) -> Results:
         config = replace(config, data=replace(config.data, path=work / "shards", size=32))
         config = replace(config, speed=replace(config.speed, device="cpu", micro_batch=64))
         optim = replace(config.optim, epochs=steps * config.optim.batch / SAMPLES, warmup_epochs=0)
-        batch = blank_batch(setup.view_spec(config), 64, torch.device("cpu"))
+        batch = blank_batch(config.data, 64, torch.device("cpu"))
         for number in range(rounds):
             run = replace(config.run, root=work, name=str(number), log_every=50, checkpoint_every=10**9)
             now = replace(config, run=run, optim=optim)

@@ -28,14 +28,13 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
-from pipelines.inputs import Normalised
 from pipelines.machine import usable_cores
-from train import distributed, setup
 from train.config import FinetuneConfig
-from train.evaluate import classifier_evaluation, read_config
+from train.evaluate import load_model, open_task, read_config
 from train.metrics import read_csv
 from train.probe import Arguments as ProbeArguments
 from train.probe import probe
+from train.task import open_validation
 
 Kind = Literal["images", "clips", "playback"]
 RUNS = Path("runs/learning")
@@ -170,18 +169,15 @@ def accuracy(run: Path, views: tuple[int, int] = (1, 1), order: str = "in order"
     """Top-1 of a run's last weights with the validation clips' frames in another order, or in views."""
     config = read_config(run)
     assert isinstance(config, FinetuneConfig)
-    init = replace(config.model, init=str(run / "model.safetensors"))
-    config = replace(config, model=init, views=views)
-    world = distributed.start("cpu")
-    autocast, _ = setup.precision(config, world)
-    catalogue = setup.open_validation(config)
+    config = replace(config, views=views)
+    catalogue = open_validation(config.data)
     assert catalogue is not None
-    model = setup.build_model(config, len(catalogue.info.classes))
-    setup.warm_start(model, config, whole=True)
-    ready: nn.Module = Normalised(model, config.data.frames)
+    classes = catalogue.info.classes
+    here, task = open_task(config, classes, "cpu")
+    model: nn.Module = load_model(task.model, config, run / "model.safetensors", classes, here)
     if order != "in order":
-        ready = Reordered(ready, ORDERS[order])
-    return classifier_evaluation(config, world, autocast, None, ready, catalogue)["acc"]  # pyrefly: ignore
+        model = Reordered(model, ORDERS[order])
+    return task.evaluate(model, catalogue, lambda: None)["acc"]  # pyrefly: ignore
 
 
 # ---- what came out ---------------------------------------------------------------------------------------

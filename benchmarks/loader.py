@@ -28,11 +28,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.results import Race, Results, show
-from pipelines import graph, inputs, loader, plans, sampler
-from pipelines.catalogue import Catalogue, open_catalogue
+from models.inputs import IMAGE_STATS
+from pipelines import order
+from pipelines.config import DataConfig, DecodeConfig
+from pipelines.dataset import Dataset as Packed
+from pipelines.dataset import open_dataset
+from pipelines.decode import Decoder
 from pipelines.errors import UserError, run_cli
-from pipelines.faults import Faults
-from pipelines.loader import ViewSpec, train_batches
+from pipelines.loader import EvalLoader, TrainLoader
+from pipelines.machine import World
+from pipelines.views import Rows, train_rows
 
 SIZE, FRAMES, STRIDE, CLIP_LENGTH = 224, 16, 4, 80
 CPU = torch.device("cpu")
@@ -101,18 +106,20 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def ours(root: Path, frames: int, centre: bool, batch: int, threads: int) -> Batches:
-    catalogue, view = open_catalogue(root, "train"), ViewSpec(SIZE, frames, STRIDE)
-    if not centre:
-        options = {"rank": 0, "world": 1, "device": CPU, "threads": threads}
-        return train_batches(catalogue, view, seed=0, global_batch=batch, **options)
-    settings = loader.settings_of(view, batch, 1, CPU, threads)
-    faults = Faults(catalogue, settings, 0, 1, 1, 1, lambda ids, epochs: plan(0))
+    parts = (open_dataset(root, "train"), config_of(frames), DecodeConfig(threads=threads), World(0, 1, CPU))
+    return iter(EndlessEvalLoader(*parts, samples=batch) if centre else TrainLoader(*parts, batch=batch))
 
-    def plan(step: int) -> plans.Plan:
-        ids = np.arange(step * batch, (step + 1) * batch) % len(catalogue)
-        return plans.eval_plan(catalogue, view, ids, np.ones(batch, bool), 1, 1)
 
-    return loader.run_plans(faults, plan, settings)  # endless, where eval_batches would end
+def config_of(frames: int) -> DataConfig:
+    return DataConfig(size=SIZE, frames=frames, stride=STRIDE, scale=(0.08, 1.0))
+
+
+class EndlessEvalLoader(EvalLoader):
+    """Evaluation again and again."""
+
+    def rows(self) -> Iterator[Rows]:
+        while True:
+            yield from super().rows()
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ def pillow_frames(data: Sequence[bytes | Path], way: Way) -> torch.Tensor:
         done = [tv.hflip(picture) for picture in done] if flip else done
     if not way.floats:
         return torch.stack([tv.pil_to_tensor(picture) for picture in done])
-    mean, std = map(list, inputs.IMAGE_STATS)
+    mean, std = map(list, IMAGE_STATS)
     return torch.stack([tv.normalize(tv.to_tensor(picture), mean, std) for picture in done])
 
 
@@ -196,16 +203,20 @@ def webdataset_batches(tars: list[Path], way: Way, batch: int, workers: int) -> 
     return iter(DataLoader(shuffled, batch, num_workers=workers, multiprocessing_context="fork"))
 
 
-def graph_alone(catalogue: Catalogue, batch: int, threads: int) -> Batches:
-    """The graph by itself, on windows drawn beforehand and with torch's resampling left out."""
-    settings = loader.settings_of(ViewSpec(SIZE), batch, 1, CPU, threads)
-    feeds = []
-    for step in range(len(catalogue) // batch):
-        epochs, ids = sampler.sample_at(np.arange(step * batch, (step + 1) * batch), len(catalogue), 0)
-        rows = plans.train_plan(catalogue, ViewSpec(SIZE), 0, ids, epochs)
-        feeds.append(plans.feed_of(catalogue, rows, 1))
-    pipeline = graph.build_pipeline(lambda step: feeds[step % len(feeds)], settings)
-    return (pipeline.run() for _ in itertools.count())
+def graph_alone(dataset: Packed, batch: int, threads: int) -> Batches:
+    """The graph by itself, on crops drawn beforehand and without torch's resizing."""
+    config = config_of(1)
+    decoder = Decoder(config, DecodeConfig(threads=threads), CPU, batch, ahead=4)
+    made = []
+    for step in range(len(dataset) // batch):
+        epochs, ids = order.sample_at(np.arange(step * batch, (step + 1) * batch), len(dataset), 0)
+        rows = train_rows(dataset, config, 0, ids, epochs)
+        made.append((rows, dataset.read(rows.ids, rows.frames)))
+    for rows, jpegs in itertools.cycle(made):
+        decoder.feed(rows, jpegs)
+        if len(decoder.waiting) == decoder.ahead:
+            decoder.waiting.popleft()
+            yield decoder.pipeline.outputs()
 
 
 def bare_dali(tars: list[Path], batch: int, threads: int, resize: bool) -> Batches:
@@ -331,7 +342,7 @@ def clip_race(work: Path, way: Way, batch: int, workers: int) -> dict[str, Batch
 def decode_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
     tars = sorted((work / "short256" / "train").glob("*.tar"))
     return {
-        "our graph": graph_alone(open_catalogue(work / "short256", "train"), batch, workers),
+        "our graph": graph_alone(open_dataset(work / "short256", "train"), batch, workers),
         "DALI's reader": bare_dali(tars, batch, workers, resize=False),
     }
 

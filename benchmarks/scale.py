@@ -17,12 +17,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import sampler
-from pipelines.catalogue import Catalogue, DatasetInfo
+from pipelines import order
 from pipelines.columns import TYPES
+from pipelines.config import DataConfig
+from pipelines.dataset import Dataset, DatasetInfo
 from pipelines.errors import UserError, run_cli
-from pipelines.loader import make_order
-from pipelines.plans import Plan, ViewSpec, repeated, train_plan
+from pipelines.views import Rows, train_rows
 
 PART = 65_536  # positions ordered at once: they fit a core's cache
 WINDOW = 4096
@@ -41,9 +41,9 @@ def make_columns(folder: Path, samples: int, per_shard: int) -> None:
         shards[ids] = ids // per_shard
 
 
-def open_columns(folder: Path) -> Catalogue:
+def open_columns(folder: Path) -> Dataset:
     columns = {name: np.asarray(np.memmap(folder / name, kind, "r")) for name, kind in TYPES.items()}
-    return Catalogue(DatasetInfo(folder, "image", (), {}, {}, {}), "train", **columns)
+    return Dataset(DatasetInfo(folder, "image", (), {}, {}, {}), "train", **columns)
 
 
 def memory() -> dict[str, int]:
@@ -54,14 +54,15 @@ def memory() -> dict[str, int]:
 
 
 def rank_plan(
-    catalogue: Catalogue, arrange: sampler.Order, step: int, batch: int, rank: int, ranks: int, parts: int = 1
-) -> Plan:
+    catalogue: Dataset, arrange: order.Order, step: int, batch: int, rank: int, ranks: int, parts: int = 1
+) -> Rows:
     """What the loader works out for a rank's step, micro batches one after the other."""
-    positions = sampler.batch_positions(step, batch, rank, ranks, parts).ravel()
-    return train_plan(catalogue, ViewSpec(224), SEED, *repeated(positions, 1, arrange))
+    positions = order.batch_positions(step, batch, rank, ranks, parts).ravel()
+    epochs, ids = arrange(positions)
+    return train_rows(catalogue, DataConfig(), SEED, ids, epochs)
 
 
-def check_resume(catalogue: Catalogue, arrange: sampler.Order, step: int, batch: int, ranks: int) -> None:
+def check_resume(catalogue: Dataset, arrange: order.Order, step: int, batch: int, ranks: int) -> None:
     """Hold a step's rows on `ranks` processes against those on half as many with two micro batches."""
     drawn = []
     for count, parts in ((ranks, 1), (ranks // 2, 2)):
@@ -75,7 +76,7 @@ def check_resume(catalogue: Catalogue, arrange: sampler.Order, step: int, batch:
         )
 
 
-def whole_epoch(arrange: sampler.Order, samples: int) -> float:
+def whole_epoch(arrange: order.Order, samples: int) -> float:
     """Seconds to order a whole epoch; as many draws as samples, none missing: each exactly once."""
     seen = np.zeros(samples, bool)
     seconds = 0.0
@@ -128,7 +129,7 @@ def bench(
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
             before, start = memory(), time.perf_counter()
             catalogue = open_columns(work)
-            arrange = make_order(catalogue, name, WINDOW, SEED)
+            arrange = order.make_order(name, catalogue.shard, SEED, WINDOW)
             middle = samples // batch // 2
             rank_plan(catalogue, arrange, middle, batch, 0, ranks)
             first, peak = time.perf_counter() - start, memory()

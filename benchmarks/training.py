@@ -59,9 +59,9 @@ def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[s
 
 
 def samples(shards: Path) -> int:
-    from pipelines.catalogue import open_catalogue
+    from pipelines.dataset import open_dataset
 
-    return len(open_catalogue(shards, "train"))
+    return len(open_dataset(shards, "train"))
 
 
 def trial(command: list[str], batch: int) -> dict[str, float]:

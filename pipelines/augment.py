@@ -8,7 +8,6 @@ of `contrast`, the range of `autocontrast`, the histogram of `equalize`) are tak
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,51 +16,46 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import sampler
-from pipelines.inputs import to_device
+from pipelines import order
+from pipelines.config import Augment
+from pipelines.views import Rows
 
 
-@dataclass(frozen=True)
-class Augment:
-    """What is done to a training row after its crop and flip; the default is nothing."""
-
-    layers: int = 0  # RandAugment (Cubuk et al. 2020) operations per row; 2 is usual
-    magnitude: float = 9.0  # of 10
-    magnitude_std: float = 0.5  # the magnitude is drawn from a normal distribution, clipped to [0, 10]
-    probability: float = 0.5  # of each operation to be applied
-    jitter: float = 0.0  # brightness, contrast and saturation factors are drawn from 1 +- jitter
-    erase: float = 0.0  # probability of random erasing (Zhong et al. 2020) by noise
-
-
-def augment(pixels: Tensor, spec: Augment, seed: int, epochs: NDArray, ids: NDArray) -> Tensor:
-    """Augment uint8 [b, H, W, 3] or [b, T, H, W, 3] in place; row i is sample ids[i] in epochs[i]."""
-    rows = pixels if pixels.dim() == 5 else pixels.unsqueeze(1)
-    if spec.jitter > 0:
-        jitter(rows, spec.jitter, sampler.uniform(seed, epochs, ids, sampler.STREAM_JITTER, 3))
-    for layer in range(spec.layers):
-        rand_layer(rows, spec, sampler.uniform(seed, epochs, ids, sampler.STREAM_RAND + layer, 5))
-    if spec.erase > 0:
-        erase(rows, spec.erase, sampler.uniform(seed, epochs, ids, sampler.STREAM_ERASE, 24))
-    return pixels
+def augment(pixels: Tensor, rows: Rows, config: Augment, seed: int) -> None:
+    """Augment the uint8 pixels [b, H, W, 3] or [b, T, H, W, 3] of these rows in place."""
+    clips = pixels if pixels.dim() == 5 else pixels.unsqueeze(1)
+    draw = partial(order.uniform, seed, rows.epochs, rows.ids)
+    if config.jitter > 0:
+        jitter(clips, config.jitter, draw(order.STREAM_JITTER, 3))
+    for layer in range(config.layers):
+        rand_layer(clips, config, draw(order.STREAM_RAND + layer, 5))
+    if config.erase > 0:
+        erase(clips, config.erase, draw(order.STREAM_ERASE, 24))
 
 
-def rand_layer(rows: Tensor, spec: Augment, draws: NDArray[np.float64]) -> None:
+def to_device(values: NDArray | Tensor, device: torch.device) -> Tensor:
+    """Copy small host data to the device without waiting for it: from pinned memory on CUDA.
+
+    Arrays of floats become float32.
+    """
+    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+        values = values.astype(np.float32)
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def rand_layer(rows: Tensor, config: Augment, draws: NDArray[np.float64]) -> None:
     """One RandAugment operation per row of uint8 [b, T, H, W, 3], in place; `draws` is [b, 5]."""
-    chosen = np.where(draws[:, 1] < spec.probability, (draws[:, 0] * len(OPERATIONS)).astype(int), -1)
+    chosen = np.where(draws[:, 1] < config.probability, (draws[:, 0] * len(OPERATIONS)).astype(int), -1)
     signs = np.where(draws[:, 2] < 0.5, -1.0, 1.0)
     normal = np.sqrt(-2 * np.log1p(-draws[:, 3])) * np.cos(2 * np.pi * draws[:, 4])  # Box and Muller 1958
-    levels = np.clip(spec.magnitude + spec.magnitude_std * normal, 0, 10) / 10
+    levels = np.clip(config.magnitude + config.magnitude_std * normal, 0, 10) / 10
     for number, (operation, strength) in enumerate(OPERATIONS.values()):
         picked = np.flatnonzero(chosen == number)
         if len(picked):
-            values = on(rows, strength(levels[picked], signs[picked])).view(-1, 1, 1, 1, 1)
-            index = on(rows, picked)
+            values = to_device(strength(levels[picked], signs[picked]), rows.device).view(-1, 1, 1, 1, 1)
+            index = to_device(picked, rows.device)
             rows[index] = operation(rows[index], values)
-
-
-def on(rows: Tensor, values: NDArray) -> Tensor:
-    """A host array on the device of `rows`, floats as float32, without waiting for it."""
-    return to_device(values.astype(np.float32) if values.dtype.kind == "f" else values, rows.device)
 
 
 def constants(pixels: Tensor, *values: float) -> Tensor:
@@ -202,7 +196,7 @@ OPERATIONS: dict[str, tuple[Operation, Strength]] = {
 
 def jitter(rows: Tensor, amount: float, draws: NDArray[np.float64]) -> None:
     """Brightness, contrast and saturation by factors from 1 +- amount, in place; `draws` is [b, 3]."""
-    factors = on(rows, np.maximum(0, 1 + amount * (2 * draws - 1)))
+    factors = to_device(np.maximum(0, 1 + amount * (2 * draws - 1)), rows.device)
     for column, operation in enumerate((brightness, contrast, saturation)):
         rows.copy_(operation(rows, factors[:, column].view(-1, 1, 1, 1, 1)))
 

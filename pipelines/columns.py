@@ -47,7 +47,7 @@ class Bounds:
 
 
 def load_columns(parquet: Path, bounds: Bounds) -> dict[str, np.ndarray]:
-    """The columns of the rows whose status is "ok", by the names `Catalogue` gives them.
+    """The columns of the rows whose status is "ok", by the names `Dataset` gives them.
 
     Raises ValueError for numbers that cannot be.
     """

@@ -1,11 +1,29 @@
-"""What this machine lets the process use."""
+"""What the process is, and what this machine lets it use."""
 
 import ctypes
 import os
 import re
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch  # takes seconds, and packing can do without
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank of size, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: "torch.device"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
 
 
 def usable_cores(root: Path = Path("/")) -> int:

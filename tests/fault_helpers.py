@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipelines.catalogue import Catalogue
 from pipelines.errors import run_cli
 from pipelines.loader import Batch
 from train import checkpoint, finetune, loop, mae, rundir
-from train.config import Config, MaeConfig, parse
-from train.distributed import World
+from train.config import Config, MaeConfig
+from train.console import parse
 from train.metrics import MetricsWriter
 from train.presets import MAE_PRESETS
-from train.setup import Autocast
+from train.rundir import Run
+from train.task import Task
 
 CLEAN = multiprocessing.get_context("forkserver")  # its children are born with everything imported
 PRELOADED = (
@@ -53,7 +53,7 @@ def train(config: Config, log: Path, moment: Synchronized) -> None:
 
         return wrapped
 
-    def make_task(*arguments) -> loop.Task:
+    def make_task(*arguments) -> Task:
         task = make(*arguments)
         return replace(task, evaluate=told(1, task.evaluate))
 
@@ -98,9 +98,9 @@ def kill_until_done(config: Config, kills: int, seed: int) -> Counter[str]:
     return hits
 
 
-def make_faulty_task(config: Config, catalogue: Catalogue, world: World, autocast: Autocast) -> loop.Task:
+def make_faulty_task(config: MaeConfig, run: Run) -> Task:
     """Pretraining whose last process goes wrong at steps 5 and 6, or from then on with $FAULT ending in +."""
-    task = mae.make_task(config, catalogue, world, autocast)
+    task, world = mae.make_task(config, run), run.world
     fault, calls = os.environ["FAULT"], itertools.count(1)
     bad = False
 

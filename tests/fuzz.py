@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.catalogue import SCHEMA, check_shards, missing_shards, open_catalogue, read_info
+from pipelines.dataset import SCHEMA, check_shards, missing_shards, open_dataset, read_info
 from pipelines.errors import UserError
 from tests.train_helpers import make_clips
 from tools.pack_kinetics import read_annotations
@@ -127,7 +127,7 @@ def use(root: Path) -> None:
     info = read_info(root)
     check_shards(info)
     for split in info.splits:
-        catalogue = open_catalogue(root, split)
+        catalogue = open_dataset(root, split)
         for sample in range(len(catalogue)):
             count = int(catalogue.frame_counts(np.array([sample]))[0])
             assert count < 100_000

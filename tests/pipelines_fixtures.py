@@ -1,6 +1,7 @@
 """Small packed datasets made with plain tarfile and the catalogue's schema alone."""
 
 import io
+import itertools
 import json
 import tarfile
 import zlib
@@ -12,7 +13,12 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipelines.catalogue import SCHEMA, Catalogue
+from pipelines.config import DataConfig, DecodeConfig
+from pipelines.dataset import SCHEMA, Dataset
+from pipelines.loader import Batch, EvalLoader, TrainLoader
+from pipelines.machine import World
+
+CPU = torch.device("cpu")
 
 torch.set_num_threads(1)  # torch's threads would spin against DALI's on a small machine
 
@@ -91,12 +97,40 @@ def clip_dataset(root: Path, lengths: list[int], size: tuple[int, int] = (64, 48
     return write_dataset(root, clips, "video")
 
 
-def frame_bytes(catalogue: Catalogue, sample: int, frame: int) -> np.ndarray:
+def frame_bytes(catalogue: Dataset, sample: int, frame: int) -> np.ndarray:
     """The JPEG of a frame, uint8 [bytes]."""
     return catalogue.read(np.array([sample]), np.array([[frame]]))[0]
 
 
-def keys_of(catalogue: Catalogue) -> list[str]:
+def keys_of(catalogue: Dataset) -> list[str]:
     """The keys of the readable samples."""
     table = pq.read_table(catalogue.parquet, columns=["key"], filters=[("status", "=", "ok")])
     return table["key"].to_pylist()
+
+
+def train_loader(
+    dataset: Dataset,
+    config: DataConfig,
+    *,
+    batch: int = 12,
+    rank: int = 0,
+    world: int = 1,
+    **steps,
+) -> TrainLoader:
+    """Training batches on the CPU."""
+    parts = (dataset, config, DecodeConfig(threads=2), World(rank, world, CPU))
+    return TrainLoader(*parts, batch=batch, **steps)
+
+
+def train(dataset: Dataset, config: DataConfig, steps: int, *, accumulate: int = 1, **options) -> list[Batch]:
+    """The micro batches of so many steps."""
+    loader = train_loader(dataset, config, accumulate=accumulate, **options)
+    return list(itertools.islice(loader, steps * accumulate))
+
+
+def evaluation(
+    dataset: Dataset, config: DataConfig, samples: int, *, rank: int = 0, world: int = 1, views=(1, 1)
+) -> list[Batch]:
+    """All batches of a process's evaluation on the CPU."""
+    parts = (dataset, config, DecodeConfig(threads=2), World(rank, world, CPU))
+    return list(EvalLoader(*parts, samples=samples, views=views))

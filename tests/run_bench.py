@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from pipelines.catalogue import open_catalogue
+from pipelines.dataset import open_dataset
 from tests.run_machine import Ended, Job, Moment, launch
 from train.metrics import read_csv
 
@@ -103,7 +103,7 @@ def close(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tens
 
 def damage_frame(data: Path, sample: int) -> None:
     """Overwrite the bytes of a training sample."""
-    catalogue = open_catalogue(data, "train")
+    catalogue = open_dataset(data, "train")
     with catalogue.tar_path(int(catalogue.shard[sample])).open("r+b") as tar:
         tar.seek(int(catalogue.offset[sample]))
         tar.write(bytes(int(catalogue.size[sample])))

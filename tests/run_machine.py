@@ -115,7 +115,7 @@ class Watch:
         self.groups.append([{k: v for k, v in group.items() if k != "params"} for group in groups])
 
     def _forward(self, module: nn.Module, _: object) -> None:
-        if type(module).__name__ == "Normalised":
+        if type(module).__name__ == "NormalizedInput":
             self._happened("train" if module.training else "evaluate")
 
     def _audit(self, event: str, arguments: tuple) -> None:

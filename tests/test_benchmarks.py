@@ -12,7 +12,7 @@ from benchmarks import learning, plain_loop, playback
 from benchmarks.results import markdown, ratio, summary
 from tools import bench
 from tools.pack_kinetics import read_annotations
-from train import config
+from train import console
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
 RACE = {
@@ -73,7 +73,7 @@ def test_what_learning_starts_is_understood(kind: learning.Kind, monkeypatch: py
     for program, *words in commands:
         monkeypatch.setattr("sys.argv", [program, *words])
         presets = MAE_PRESETS if program == "train.mae" else FINETUNE_PRESETS
-        read = config.parse(presets, program)
+        read = console.parse(presets, program)
         names.add(read.run.name)
         pretrained = "images" if kind == "images" else "clips"
         init = f"runs/learning/{pretrained}-mae-{read.run.name.rpartition('-')[2]}/model.safetensors"

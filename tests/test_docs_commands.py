@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_project import call_make
-from train import config
+from train import config, console
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def parse_training(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for program, words in re.findall(r" -m (train\.\w+) (.*)", command):
         if program in PRESETS:
             monkeypatch.setattr("sys.argv", [program, *shlex.split(words)])
-            config.parse(PRESETS[program], program)
+            console.parse(PRESETS[program], program)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -20,7 +20,8 @@ import pytest
 import torch
 from nvidia.dali.pipeline import Pipeline
 
-from pipelines import graph
+from pipelines import decode
+from pipelines.config import DataConfig, DecodeConfig
 from tests.fakegpu import build, child
 from tests.train_helpers import ROOT
 
@@ -201,24 +202,17 @@ def test_a_failing_rank_prints_its_error_and_all_ranks_end_while_nccl_hangs(two)
 # ---- DALI
 
 
-@pytest.mark.parametrize("interpolation", sorted(graph.FILTERS))
+@pytest.mark.parametrize("interpolation", sorted(decode.FILTERS))
 @pytest.mark.parametrize("copies", [1, 2, 3])
 def test_dali_serialises_the_graph_of_a_gpu(interpolation: str, copies: int):
     """Every argument suits the GPU's operators; nothing here asks a driver."""
-    settings = graph.Settings(
-        samples=4,
-        clip=2,
-        copies=copies,
-        size=224,
-        interpolation=interpolation,
-        device=torch.device("cuda", 0),
-        threads=2,
-    )
+    data = DataConfig(frames=2, interpolation=interpolation)
     with (
         mock.patch.object(Pipeline, "build"),
-        mock.patch.object(graph, "gpu_index", return_value=None),
+        mock.patch.object(decode, "gpu_index", return_value=None),
     ):
-        pipeline = graph.build_pipeline(lambda _: pytest.fail("not run"), settings)
+        gpu = torch.device("cuda", 0)
+        pipeline = decode.Decoder(data, DecodeConfig(threads=2), gpu, 4, copies).pipeline
     text = pipeline.serialize()
     assert b"mixed" in text and b"gpu" in text
     assert text.count(b"Resize") >= copies

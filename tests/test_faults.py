@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.augment import Augment
+from pipelines.config import Augment
 from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN, kill_until_done, speak_to
 from tests.test_train_runs import assert_same, descendants, fit, results

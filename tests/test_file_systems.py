@@ -11,7 +11,7 @@ from pipelines_fixtures import image_dataset
 
 from models import official
 from pipelines import columns, files
-from pipelines.catalogue import open_catalogue, read_info
+from pipelines.dataset import open_dataset, read_info
 from pipelines.errors import UserError
 from tests.test_tools_pack import image_tree, pack_images, sums
 from tests.train_helpers import small
@@ -62,20 +62,20 @@ def test_a_run_folder_opens_without_locks(number, images, tmp_path, monkeypatch,
 
 def test_a_run_folder_in_use_has_another_error_than_one_that_cannot_be_written(images, tmp_path):
     config = small("image-mae-pico", images, tmp_path, "run")
-    held = rundir.lock_run(config)
+    held = rundir.lock_run(config.run.folder)
     with pytest.raises(UserError, match="another process is training in"):
-        rundir.lock_run(config)
+        rundir.lock_run(config.run.folder)
     held.close()
     (tmp_path / "file").write_text("")
     closed = small("image-mae-pico", images, tmp_path / "file", "run")
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
-        rundir.lock_run(closed)
+        rundir.lock_run(closed.run.folder)
 
 
 def test_a_lock_held_on_another_machine_may_come_as_permission_denied(images, tmp_path, monkeypatch):
     refuse(monkeypatch, errno.EACCES)
     with pytest.raises(UserError, match="another process is training in"):
-        rundir.lock_run(small("image-mae-pico", images, tmp_path, "run"))
+        rundir.lock_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", NO_LOCKS)
@@ -102,7 +102,7 @@ def test_two_parts_that_note_their_plan_at_once_without_locks_agree(tmp_path, mo
 def test_staging_continues_without_locks(images, tmp_path, monkeypatch, capsys):
     refuse(monkeypatch, errno.ENOSYS)
     stage.stage(str(images), tmp_path / "copy")
-    assert len(open_catalogue(tmp_path / "copy", "train")) == 40
+    assert len(open_dataset(tmp_path / "copy", "train")) == 40
     assert "run one stage command at a time" in capsys.readouterr().err
 
 
@@ -115,10 +115,10 @@ def test_a_catalogue_is_mapped_without_locks_also_when_two_processes_write_it(tm
 
     def another_is_faster(path: Path) -> None:
         monkeypatch.setattr(columns, "sync", sync)
-        open_catalogue(root, "train")
+        open_dataset(root, "train")
 
     monkeypatch.setattr(columns, "sync", another_is_faster)
-    assert len(open_catalogue(root, "train")) == 3
+    assert len(open_dataset(root, "train")) == 3
     assert len([*root.glob(".train.*.columns")]) == 1 and not [*root.glob(".columns-*")]
     assert capsys.readouterr().err == "", "this needs no lock to be safe"
 

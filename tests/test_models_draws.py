@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import models
 from models import draws
-from pipelines.sampler import row_keys
+from pipelines.order import row_keys
 
 torch.set_num_threads(1)
 NAMES = ["hiera_pico_96", "mae_hiera_pico_96", "hiera_pico_16x64"]

@@ -10,7 +10,9 @@ from pipelines_fixtures import picture
 from timm.data import auto_augment as timm_ops
 
 from pipelines import augment as ours
-from pipelines.augment import Augment, augment
+from pipelines.augment import augment
+from pipelines.config import Augment
+from pipelines.views import blank_rows
 
 STRENGTHS = {
     "autocontrast": [0],
@@ -85,8 +87,14 @@ def test_strengths_are_timms():
 
 
 def run(spec, batch=64, frames=3, seed=0):
-    rows = torch.from_numpy(np.stack([np.stack([clip(1)[0]] * frames)] * batch))
-    return augment(rows, spec, seed, np.zeros(batch, np.int64), np.arange(batch))
+    pixels = torch.from_numpy(np.stack([np.stack([clip(1)[0]] * frames)] * batch))
+    return augmented(pixels, spec, seed, np.arange(batch))
+
+
+def augmented(pixels, spec, seed, ids):
+    """The pixels after augmentation as those of samples `ids` in epoch 0."""
+    augment(pixels, blank_rows(len(ids))._replace(ids=ids), spec, seed)
+    return pixels
 
 
 def test_a_clips_frames_are_treated_alike_and_rows_differ():
@@ -99,7 +107,7 @@ def test_a_row_depends_on_seed_epoch_and_sample_alone():
     spec = Augment(layers=2, jitter=0.3, erase=1.0)
     whole = run(spec)
     start = torch.from_numpy(np.stack([np.stack([clip(1)[0]] * 3)] * 5))
-    part = augment(start, spec, 0, np.zeros(5, np.int64), np.arange(20, 25))
+    part = augmented(start, spec, 0, np.arange(20, 25))
     assert torch.equal(part, whole[20:25])
     assert (run(spec, seed=1) != whole).any()
 
@@ -129,5 +137,5 @@ def test_erasing_fills_one_box_through_all_frames():
 
 def test_images_are_taken_too():
     pixels = torch.from_numpy(np.stack([clip(1)[0]] * 8))
-    out = augment(pixels, Augment(layers=2, erase=1.0), 0, np.zeros(8, np.int64), np.arange(8))
+    out = augmented(pixels, Augment(layers=2, erase=1.0), 0, np.arange(8))
     assert out.shape == (8, 48, 64, 3) and out.dtype == torch.uint8

@@ -9,14 +9,14 @@ import pytest
 from pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, keys_of, picture, write_dataset
 
 from pipelines import columns
-from pipelines.catalogue import SCHEMA, open_catalogue, read_info
+from pipelines.dataset import SCHEMA, open_dataset, read_info
 from pipelines.errors import UserError
 
 
 def test_rows_and_bytes_are_found(tmp_path):
     clips = [[jpeg(picture(32, 24, 10 * clip + k)) for k in range(clip + 1)] for clip in range(5)]
     root = write_dataset(tmp_path / "d", clips, "video", per_shard=2)
-    catalogue = open_catalogue(root, "train")
+    catalogue = open_dataset(root, "train")
     assert len(catalogue) == 5 and catalogue.info.classes == ("c0", "c1", "c2")
     assert catalogue.shard.tolist() == [0, 0, 1, 1, 2]
     assert catalogue.label.tolist() == [0, 1, 2, 0, 1]
@@ -43,7 +43,7 @@ def test_rejected_rows_are_left_out(tmp_path):
     info = json.loads((root / "dataset.json").read_text())
     info["splits"]["train"] |= {"samples": 5, "rejected": 1}
     (root / "dataset.json").write_text(json.dumps(info))
-    catalogue = open_catalogue(root, "train")
+    catalogue = open_dataset(root, "train")
     assert keys_of(catalogue) == [f"{i:08d}-x" for i in (0, 1, 3, 4, 5)]
     assert frame_bytes(catalogue, 2, 0).tobytes() == jpeg(picture(96, 72, 3))
 
@@ -52,7 +52,7 @@ def test_more_tars_than_open_files_are_allowed(tmp_path):
     import resource
 
     pictures = [[jpeg(picture(96, 72, seed))] for seed in range(60)]
-    catalogue = open_catalogue(write_dataset(tmp_path / "d", pictures, "image", per_shard=1), "train")
+    catalogue = open_dataset(write_dataset(tmp_path / "d", pictures, "image", per_shard=1), "train")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(list((tmp_path / "/proc/self/fd").iterdir()))
     try:
@@ -66,7 +66,7 @@ def test_more_tars_than_open_files_are_allowed(tmp_path):
 def test_each_broken_dataset_gets_its_sentence(tmp_path):
     def expect(root, match, split="train"):
         with pytest.raises(UserError, match=match) as caught:
-            open_catalogue(root, split)
+            open_dataset(root, split)
         assert "\n" not in str(caught.value)
 
     expect(tmp_path / "absent", "absent does not exist")
@@ -101,7 +101,7 @@ def test_a_missing_tar_is_named(tmp_path):
     root = image_dataset(tmp_path / "d", count=3)
     (root / "train" / "000000.tar").unlink()
     with pytest.raises(UserError, match=r"000000\.tar cannot be opened"):
-        frame_bytes(open_catalogue(root, "train"), 0, 0)
+        frame_bytes(open_dataset(root, "train"), 0, 0)
 
 
 def test_read_info_reads_what_packing_wrote(tmp_path):
@@ -111,7 +111,7 @@ def test_read_info_reads_what_packing_wrote(tmp_path):
 
 def opened(root):
     """A catalogue's numbers by name."""
-    catalogue = open_catalogue(root, "train")
+    catalogue = open_dataset(root, "train")
     return {name: np.array(getattr(catalogue, name)) for name in columns.TYPES}
 
 

@@ -1,6 +1,5 @@
 """Damage after packing: named once, replaced by the same samples however the run is cut, counted, bounded."""
 
-import itertools
 import os
 import shutil
 from contextlib import suppress
@@ -10,14 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipelines_fixtures import clip_dataset, image_dataset, jpeg, picture, write_dataset
+from pipelines_fixtures import (
+    clip_dataset,
+    evaluation,
+    image_dataset,
+    jpeg,
+    picture,
+    train,
+    train_loader,
+    write_dataset,
+)
 
 from pipelines import columns
-from pipelines.catalogue import check_shards, open_catalogue, read_info
+from pipelines.config import DataConfig
+from pipelines.dataset import check_shards, open_dataset, read_info
 from pipelines.errors import UserError
-from pipelines.loader import ViewSpec, eval_batches, train_batches
-
-CPU = torch.device("cpu")
 
 
 def damage(catalogue, sample, frame=0, by=b"\0"):
@@ -30,20 +36,18 @@ def damage(catalogue, sample, frame=0, by=b"\0"):
 
 @pytest.fixture
 def images(tmp_path):
-    catalogue = open_catalogue(image_dataset(tmp_path / "images"), "train")
+    catalogue = open_dataset(image_dataset(tmp_path / "images"), "train")
     damage(catalogue, 4)
     damage(catalogue, 17, by=b"<html>")
     return catalogue
 
 
-def train(catalogue, view, steps, **options):
-    options = {"rank": 0, "world": 1, "max_bad": 0.2, "threads": 2} | options
-    batches = train_batches(catalogue, view, seed=0, global_batch=12, device=CPU, **options)
-    return list(itertools.islice(batches, steps))
+def config(max_bad=0.2, **settings) -> DataConfig:
+    return DataConfig(**{"size": 32} | settings, max_bad=max_bad)
 
 
 def test_damaged_samples_are_replaced_named_once_and_counted(images, capfd):
-    batches = train(images, ViewSpec(32), 8)  # more than three epochs
+    batches = train(images, config(), 8)  # more than three epochs
     ids = np.concatenate([batch.ids for batch in batches])
     assert not set(ids) & {4, 17} and 2 * 3 <= sum(batch.bad for batch in batches) <= 2 * 4
     assert all((batch.labels.numpy() == batch.ids % 3).all() for batch in batches)
@@ -54,11 +58,11 @@ def test_damaged_samples_are_replaced_named_once_and_counted(images, capfd):
 
 
 def test_replacement_does_not_depend_on_start_or_ranks(images):
-    whole = train(images, ViewSpec(32), 6)
-    late = train(images, ViewSpec(32), 3, start_step=3)
+    whole = train(images, config(), 6)
+    late = train(images, config(), 3, start_step=3)
     for a, b in zip(whole[3:], late, strict=True):
         assert np.array_equal(a.ids, b.ids) and torch.equal(a.pixels, b.pixels)
-    ranks = [train(images, ViewSpec(32), 6, rank=rank, world=3) for rank in range(3)]
+    ranks = [train(images, config(), 6, rank=rank, world=3) for rank in range(3)]
     for step, batch in enumerate(whole):
         parts = [rank[step] for rank in ranks]
         assert np.array_equal(batch.ids, np.concatenate([part.ids for part in parts]))
@@ -66,63 +70,75 @@ def test_replacement_does_not_depend_on_start_or_ranks(images):
 
 
 def test_evaluation_leaves_damaged_samples_out(images):
-    batches = list(eval_batches(images, ViewSpec(24), batch=8, rank=0, world=1, device=CPU, max_bad=0.2))
+    batches = evaluation(images, config(size=24), 8)
     seen = np.concatenate([batch.ids[batch.valid] for batch in batches])
     assert sorted(seen) == sorted(set(range(30)) - {4, 17}) and sum(batch.bad for batch in batches) == 2
 
 
 def test_too_much_damage_stops_with_the_list(images):
     with pytest.raises(UserError, match=r"2 samples are damaged, more than the 1 allowed.*00000017-x"):
-        train(images, ViewSpec(32), 8, max_bad=0.001)
+        train(images, config(0.001), 8)
 
 
 def test_the_limit_is_a_share_of_the_samples_whatever_the_ranks_and_epochs(tmp_path):
     """2 of 400 damaged, 4 allowed: 8 ranks never stop, though over the epochs a rank meets both."""
     pictures = [[jpeg(picture(16, 16, seed))] for seed in range(400)]
-    catalogue = open_catalogue(write_dataset(tmp_path / "images", pictures, "image", per_shard=200), "train")
-    settings = {"max_bad": 0.01, "threads": 1}
+    catalogue = open_dataset(write_dataset(tmp_path / "images", pictures, "image", per_shard=200), "train")
     damage(catalogue, 7)
     damage(catalogue, 311)
     bad = 0
     for rank in range(8):
-        bad += sum(batch.bad for batch in train_many(catalogue, rank, 8, epochs=6, **settings))
+        bad += sum(batch.bad for batch in train_many(catalogue, rank, 8, epochs=6))
     assert bad == 2 * 6
     for sample in range(40, 46):
         damage(catalogue, sample)
     with pytest.raises(UserError, match="samples are damaged, more than the 4 allowed"):
-        train_many(catalogue, 0, 1, epochs=1, **settings)
+        train_many(catalogue, 0, 1, epochs=1)
 
 
-def train_many(catalogue, rank, world, epochs, **options):
+def train_many(catalogue, rank, world, epochs):
     """One rank's batches of whole epochs of 400 samples."""
-    batches = train_batches(
-        catalogue, ViewSpec(8), seed=0, global_batch=400, rank=rank, world=world, device=CPU, **options
-    )
-    return list(itertools.islice(batches, epochs))
+    return train(catalogue, config(0.01, size=8), epochs, batch=400, rank=rank, world=world)
 
 
 def test_a_clip_fails_only_when_its_window_meets_the_damage(tmp_path):
-    catalogue = open_catalogue(clip_dataset(tmp_path / "clips", [40] * 6), "train")
+    catalogue = open_dataset(clip_dataset(tmp_path / "clips", [40] * 6), "train")
     damage(catalogue, 2, frame=20)
-    view = ViewSpec(16, frames=4, repeats=2)
-    batches = train(catalogue, view, 12, max_bad=0.5)
+    view = config(0.5, size=16, frames=4, repeats=2)
+    batches = train(catalogue, view, 12)
     ids = np.concatenate([batch.ids for batch in batches])
     bad = sum(batch.bad for batch in batches)
     assert 0 < (ids == 2).sum() < 24 and 0 < bad < 24  # 24 = 12 epochs x 2 repeats
-    again = train(catalogue, view, 4, max_bad=0.5, start_step=8)
+    again = train(catalogue, view, 4, start_step=8)
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(batches[8:], again, strict=True))
 
 
 def test_views_that_share_a_decode_are_replaced_together(tmp_path):
-    catalogue = open_catalogue(clip_dataset(tmp_path / "clips", [40] * 6, size=(64, 32)), "train")
+    catalogue = open_dataset(clip_dataset(tmp_path / "clips", [40] * 6, size=(64, 32)), "train")
     damage(catalogue, 3, frame=20)
-    view = ViewSpec(16, frames=4, repeats=3, same_clip=True)
-    for batch in train(catalogue, view, 8, max_bad=0.5):
+    view = config(0.5, size=16, frames=4, repeats=3, same_clip=True)
+    for batch in train(catalogue, view, 8):
         assert (batch.ids.reshape(-1, 3) == batch.ids[::3, None]).all()
-    views = {"temporal": 5, "spatial": 3, "max_bad": 0.5}
-    batches = list(eval_batches(catalogue, view, batch=4, rank=0, world=1, device=CPU, **views))
+    batches = evaluation(catalogue, view, 4, views=(5, 3))
     seen = np.concatenate([batch.ids[batch.valid] for batch in batches])
     assert np.bincount(seen).tolist() == [15, 15, 15, 0, 15, 15]
+
+
+@pytest.mark.parametrize("kind", ["images", "clips"])
+def test_a_frame_with_a_correct_checksum_that_does_not_decode_ends_with_its_name(tmp_path, kind):
+    samples = [[jpeg(picture(64, 48, 10 * seed + k)) for k in range(4)] for seed in range(12)]
+    samples[5][2] = samples[5][2][:-300]
+    if kind == "images":
+        samples = [[frames[2]] for frames in samples]
+    root = write_dataset(tmp_path / "d", samples, "image" if kind == "images" else "video")
+    dataset = open_dataset(root, "train")
+    view = config(frames=1 if kind == "images" else 4, stride=1, repeats=2)
+    name = "00000005-x.jpg" if kind == "images" else r"00000005-x\.f0002\.jpg"
+    sentence = rf"000000\.tar: {name} at byte \d+ does not decode, although its checksum is correct \(.+\); "
+    for read in (lambda: train(dataset, view, 2, batch=24), lambda: evaluation(dataset, view, 4)):
+        with pytest.raises(UserError, match=rf"{sentence}inspect it with `make verify DATA=") as raised:
+            read()
+        assert "\n" not in str(raised.value)
 
 
 # ---- the data side of the fault suite --------------------------------------------------------------------
@@ -150,7 +166,7 @@ def test_a_shard_cut_off(tmp_path):
         with pytest.raises(UserError, match=r"000001\.tar is not of the length it was packed with; restore"):
             check_shards(read_info(root))
     tar.write_bytes(whole[:1000])
-    batches = train(open_catalogue(root, "train"), ViewSpec(32), 4, max_bad=0.5)
+    batches = train(open_dataset(root, "train"), config(0.5), 4)
     assert not set(ids_of(batches)) & set(range(8, 16))
     tar.unlink()
     with pytest.raises(UserError, match=r"000001\.tar is missing; restore"):
@@ -161,7 +177,7 @@ def test_a_shard_cut_off(tmp_path):
 def test_a_bit_flipped_in_a_frame(tmp_path):
     """Every one is noticed, also those that a decoder fills in without a word; no other frame suffers."""
     root = clip_dataset(tmp_path / "clips", [5] * 6)
-    catalogue = open_catalogue(root, "train")
+    catalogue = open_dataset(root, "train")
     tar = root / "train" / "000000.tar"
     whole = tar.read_bytes()
     ids, frames = np.arange(6), np.tile(np.arange(5), (6, 1))
@@ -191,20 +207,18 @@ def test_a_shard_that_is_not_its_own(tmp_path, other):
         said = r"allowed; .*000001\.tar must have been replaced or swapped since packing: restore them"
     check_shards(read_info(root))
     with pytest.raises(UserError, match=said):
-        train(open_catalogue(root, "train"), ViewSpec(32), 10, max_bad=0.1)
+        train(open_dataset(root, "train"), config(0.1), 10)
     with pytest.raises(UserError, match=said):
-        catalogue = open_catalogue(root, "train")
-        list(eval_batches(catalogue, ViewSpec(24), batch=30, rank=0, world=1, device=CPU, max_bad=0.1))
+        catalogue = open_dataset(root, "train")
+        evaluation(catalogue, config(0.1, size=24), 30)
 
 
 @pytest.mark.fault
 def test_a_shard_cut_off_while_it_is_read(tmp_path):
     """What is gone is replaced and counted, beyond the limit training stops with a sentence; no crash."""
     root = image_dataset(tmp_path / "images")
-    catalogue = open_catalogue(root, "train")
-    batches = train_batches(
-        catalogue, ViewSpec(32), seed=0, global_batch=6, rank=0, world=1, device=CPU, max_bad=0.5
-    )
+    catalogue = open_dataset(root, "train")
+    batches = iter(train_loader(catalogue, config(0.5), batch=6))
     first = [next(batches) for _ in range(3)]
     os.truncate(root / "train/000001.tar", 0)
     later = [next(batches) for _ in range(30)]
@@ -220,11 +234,9 @@ def test_a_shard_cut_off_while_it_is_read(tmp_path):
 def test_a_shard_deleted_while_it_is_read(tmp_path):
     """Open ones are read on; one not yet open stops training with a sentence that names it."""
     root = image_dataset(tmp_path / "images")
-    undisturbed = train(open_catalogue(root, "train"), ViewSpec(32), 9)
-    catalogue = open_catalogue(root, "train")
-    batches = train_batches(
-        catalogue, ViewSpec(32), seed=0, global_batch=12, rank=0, world=1, device=CPU, max_bad=0.2
-    )
+    undisturbed = train(open_dataset(root, "train"), config(), 9)
+    catalogue = open_dataset(root, "train")
+    batches = iter(train_loader(catalogue, config()))
     got = [next(batches) for _ in range(4)]
     for tar in (root / "train").glob("*.tar"):
         tar.unlink()
@@ -232,7 +244,7 @@ def test_a_shard_deleted_while_it_is_read(tmp_path):
     got += [next(batches) for _ in range(5)]
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(got, undisturbed, strict=True))
     with pytest.raises(UserError, match=r"00000\d\.tar cannot be opened \(No such file"):
-        train(replace(catalogue), ViewSpec(32), 1)
+        train(replace(catalogue), config(), 1)
 
 
 @pytest.mark.fault
@@ -243,8 +255,8 @@ def test_a_disk_that_fails(tmp_path):
     (root / "train/000001.tar").mkdir()
     with pytest.raises(UserError, match=r"000001\.tar is missing"):
         check_shards(read_info(root))
-    catalogue = open_catalogue(root, "train")
-    assert not set(ids_of(train(catalogue, ViewSpec(32), 4, max_bad=0.5))) & set(range(8, 16))
+    catalogue = open_dataset(root, "train")
+    assert not set(ids_of(train(catalogue, config(0.5), 4))) & set(range(8, 16))
 
 
 def same(one, other) -> bool:
@@ -256,7 +268,7 @@ def same(one, other) -> bool:
 def test_a_damaged_catalogue(tmp_path, monkeypatch, large):
     """Cut off or with flipped bits it is refused in a sentence, unless the damage touches no number."""
     root = clip_dataset(tmp_path / "clips", [3, 9, 4])
-    good, path = open_catalogue(root, "train"), root / "train.parquet"
+    good, path = open_dataset(root, "train"), root / "train.parquet"
     monkeypatch.setattr(columns, "LARGE", 1 if large else 1 << 60)
     whole = path.read_bytes()
     random = np.random.default_rng()
@@ -269,7 +281,7 @@ def test_a_damaged_catalogue(tmp_path, monkeypatch, large):
     for damaged in [*cuts, *flips]:
         path.write_bytes(damaged)
         try:
-            assert same(open_catalogue(root, "train"), good)
+            assert same(open_dataset(root, "train"), good)
         except UserError as error:
             refused += 1
             assert str(path) in str(error) and "pack this dataset again" in str(error)
@@ -301,15 +313,15 @@ def test_damaged_columns_of_a_large_catalogue(tmp_path, monkeypatch):
     """The numbers written out beside the Parquet are not used unless they are whole."""
     monkeypatch.setattr(columns, "LARGE", 1)
     root = clip_dataset(tmp_path / "clips", [3, 9, 4])
-    open_catalogue(root, "train")
+    open_dataset(root, "train")
     (folder,) = root.glob(".train.*.columns")
     for name in columns.TYPES:
         whole = (folder / name).read_bytes()
         for length in (0, 1, len(whole) - 4):
             (folder / name).write_bytes(whole[:length])
             with pytest.raises(UserError, match=r"columns is damaged; delete it"):
-                open_catalogue(root, "train")
+                open_dataset(root, "train")
         (folder / name).write_bytes(whole)
     (folder / "crc").unlink()
     with pytest.raises(UserError, match=r"columns is damaged; delete it"):
-        open_catalogue(root, "train")
+        open_dataset(root, "train")

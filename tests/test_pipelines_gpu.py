@@ -5,9 +5,9 @@ import itertools
 import re
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 from pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, picture, write_dataset
 
-from pipelines import augment, errors, graph, loader, machine, sampler
-from pipelines.catalogue import Catalogue, open_catalogue
+from pipelines import augment, decode, errors, loader, machine, order
+from pipelines.config import DataConfig, DecodeConfig
+from pipelines.dataset import Dataset, open_dataset
+from pipelines.decode import Decoder
 from pipelines.errors import UserError
-from pipelines.loader import ViewSpec, train_batches
-from pipelines.plans import feed_of, train_plan
-from train import loop
+from pipelines.machine import World
+from pipelines.views import Rows, train_rows
+from train import ending, loop
 from train.meters import Clock
 from train.presets import MAE_PRESETS
 
@@ -39,39 +41,40 @@ DALI_ERROR = (
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Catalogue:
-    return open_catalogue(image_dataset(tmp_path_factory.mktemp("data") / "images"), "train")
+def images(tmp_path_factory) -> Dataset:
+    return open_dataset(image_dataset(tmp_path_factory.mktemp("data") / "images"), "train")
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Catalogue:
+def clips(tmp_path_factory) -> Dataset:
     root = clip_dataset(tmp_path_factory.mktemp("data") / "clips", [5, 9, 20, 12, 40, 8])
-    return open_catalogue(root, "train")
+    return open_dataset(root, "train")
 
 
 # ---- the graph
 
 
-def pixels_of(catalogue: Catalogue, view: ViewSpec, settings: graph.Settings) -> torch.Tensor:
-    """A batch of this view through the graph of these settings."""
-    repeats = view.copies
-    _, ids = sampler.sample_at(np.arange(settings.samples), len(catalogue), seed=0)
-    plan = train_plan(catalogue, view, 0, np.repeat(ids, repeats), np.arange(settings.samples * repeats))
-    feed = feed_of(catalogue, plan, repeats)
-    resampling = graph.start_resampling(settings)
-    return graph.run(graph.build_pipeline(lambda _: feed, settings), settings, [(plan, feed)], resampling)
+def pixels_of(
+    dataset: Dataset, config: DataConfig, decode: str, samples: int, threads: int = 2
+) -> torch.Tensor:
+    """A batch through the graph of a GPU, on the CPU."""
+    copies = config.copies
+    _, ids = order.sample_at(np.arange(samples), len(dataset), seed=0)
+    rows = train_rows(dataset, config, 0, np.repeat(ids, copies), np.arange(samples * copies))
+    settings = DecodeConfig(threads=2, decode=decode)
+    decoder = Decoder(config, settings, CPU, samples, copies, resize_on_cpu=True)
+    decoder.feed(rows, dataset.read(rows.ids[::copies], rows.frames[::copies]))
+    return decoder.take()[1]
 
 
 @pytest.mark.parametrize("kind", ["triangular", "linear", "cubic"])
 @pytest.mark.parametrize(("repeats", "clip"), [(1, 1), (3, 1), (1, 4), (2, 4)])
 def test_windows_cut_from_whole_pictures_are_those_decoded_alone(images, clips, kind, repeats, clip):
-    view = ViewSpec(40, frames=clip, repeats=repeats, same_clip=True, scale=(0.1, 1.0), interpolation=kind)
-    settings = graph.Settings(6, clip, repeats, 40, kind, CPU, threads=2, resize_on_cpu=True)
-    catalogue = images if clip == 1 else clips
-    whole, window = (
-        pixels_of(catalogue, view, replace(settings, decode=decode)) for decode in ("whole", "window")
-    )
-    assert whole.shape == (6 * repeats, clip, 40, 40, 3) and torch.equal(whole, window)
+    settings = {"repeats": repeats, "same_clip": True, "scale": (0.1, 1.0), "interpolation": kind}
+    view = DataConfig(size=40, frames=clip, **settings)
+    dataset = images if clip == 1 else clips
+    whole, window = (pixels_of(dataset, view, decode, 6) for decode in ("whole", "window"))
+    assert len(whole) == 6 * repeats and torch.equal(whole, window)
 
 
 def test_turned_and_gray_pictures_are_cut_alike(tmp_path):
@@ -83,32 +86,31 @@ def test_turned_and_gray_pictures_are_cut_alike(tmp_path):
         shown = Image.fromarray(picture(64, 64, number)).convert("L" if number % 2 else "RGB")
         shown.save(buffer, "JPEG", exif=turned)
         pictures.append([buffer.getvalue()])
-    catalogue = open_catalogue(write_dataset(tmp_path / "d", pictures, "image"), "train")
-    settings = graph.Settings(4, 1, 1, 24, "cubic", CPU, threads=1, resize_on_cpu=True)
-    view = ViewSpec(24, interpolation="cubic")
-    parts = [pixels_of(catalogue, view, replace(settings, decode=decode)) for decode in ("whole", "window")]
+    catalogue = open_dataset(write_dataset(tmp_path / "d", pictures, "image"), "train")
+    view = DataConfig(size=24, interpolation="cubic")
+    parts = [pixels_of(catalogue, view, decode, 4) for decode in ("whole", "window")]
     assert torch.equal(*parts)
 
 
-def defined(monkeypatch, settings: graph.Settings) -> str:
-    """The graph of these settings as DALI serialises it; neither a driver nor a GPU is asked."""
-    made: list[Pipeline] = []
+def defined(monkeypatch, decoder: Callable[[], Decoder]) -> str:
+    """The graph of a decoder as DALI serialises it; neither a driver nor a GPU is needed."""
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "build", lambda pipeline: made.append(pipeline))
-        patch.setattr(graph, "gpu_index", lambda device: None)
-        graph.build_pipeline(lambda _: next(iter(())), settings)
-    return made[0].serialize().decode("latin-1")
+        patch.setattr(Pipeline, "build", lambda pipeline: None)
+        patch.setattr(decode, "gpu_index", lambda device: None)
+        return decoder().pipeline.serialize().decode("latin-1")
 
 
 @pytest.mark.parametrize("kind", ["triangular", "linear", "cubic"])
 @pytest.mark.parametrize("copies", [1, 2, 3])
-def test_a_gpu_decodes_whole_pictures_unless_windows_are_asked_for(monkeypatch, kind, copies):
-    settings = graph.Settings(4, 2, copies, 224, kind, GPU, threads=2)
-    whole, window = (defined(monkeypatch, replace(settings, decode=decode)) for decode in ("whole", "window"))
+def test_a_gpu_decodes_whole_pictures_unless_windows_are_set(monkeypatch, kind, copies):
+    def made(words: str, device: torch.device = GPU) -> Decoder:
+        data = DataConfig(frames=2, interpolation=kind)
+        return Decoder(data, DecodeConfig(threads=2, decode=words), device, 4, copies)
+
+    whole, window = (defined(monkeypatch, partial(made, words)) for words in ("whole", "window"))
     assert "decoders__ImageSlice" not in whole and "decoders__ImageSlice" in window
     assert all("mixed" in text and "device_memory_padding" in text for text in (whole, window))
-    assert graph.Settings(1, 1, 1, 8, kind, GPU, 1).decodes_whole
-    assert not graph.Settings(1, 1, 1, 8, kind, CPU, 1).decodes_whole
+    assert not made("whole", CPU).whole
 
 
 # ---- waits
@@ -164,7 +166,7 @@ def test_the_data_wait_is_what_the_device_had_nothing_to_do(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", stream.event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr("train.meters.time.perf_counter", lambda: stream.now)
-    blank = loader.blank_batch(ViewSpec(8), 1, CPU)
+    blank = loader.blank_batch(DataConfig(size=8), 1, CPU)
 
     def batches():
         while True:
@@ -185,47 +187,36 @@ def test_the_data_wait_is_what_the_device_had_nothing_to_do(monkeypatch):
 # ---- errors
 
 
-class OnCpu:
-    """A GPU's pipeline that runs on the CPU, and fails like a broken decoder where `fails` says so."""
+class OnCpu(Decoder):
+    """A GPU's decoder that runs on the CPU, and fails like a broken one where `fails` is true of a JPEG."""
 
-    def __init__(self, build: Callable, source: Callable, settings: graph.Settings, fails: Callable) -> None:
-        self.fed: deque[graph.Feed] = deque()
-        self.fails = fails
+    fails: Callable[[np.ndarray], bool] = staticmethod(lambda jpeg: False)
 
-        def noting(iteration: int) -> graph.Feed:
-            self.fed.append(source(iteration))
-            return self.fed[-1]
+    def __post_init__(self) -> None:
+        self.gpu, self.resize_on_cpu, self.device = self.device == GPU, True, CPU
+        super().__post_init__()
+        self.device = GPU if self.gpu else CPU
 
-        self.pipeline = build(noting, replace(settings, device=CPU, resize_on_cpu=True))
-
-    def run(self, _: object = None):
-        outputs = self.pipeline.run()
-        if any(map(self.fails, self.fed.popleft().jpegs)):
+    def take(self) -> tuple[Rows, torch.Tensor]:
+        if self.gpu and any(map(self.fails, self.waiting[0][1].jpegs)):
             raise RuntimeError(DALI_ERROR.format(BROKEN))
-        return outputs
+        device, self.device = self.device, CPU
+        try:
+            return super().take()
+        finally:
+            self.device = device
 
 
 def on_an_imitated_gpu(monkeypatch, fails: Callable[[np.ndarray], bool]) -> None:
-    """Run the graphs of a GPU on the CPU, with a decoder that fails on some JPEGs."""
-    build, run = graph.build_pipeline, graph.run
-
-    def built(source, settings):
-        gpu = settings.device.type == "cuda"
-        return OnCpu(build, source, settings, fails) if gpu else build(source, settings)
-
-    def ran(pipeline, settings, fed, resampling):
-        return run(pipeline, replace(settings, device=CPU, resize_on_cpu=True), fed, resampling)
-
-    monkeypatch.setattr(graph, "build_pipeline", built)
-    monkeypatch.setattr(graph, "run", ran)
+    """Run the decoders of a GPU on the CPU; they fail on some JPEGs."""
+    monkeypatch.setattr(OnCpu, "fails", staticmethod(fails))
+    monkeypatch.setattr(loader, "Decoder", OnCpu)
     monkeypatch.setattr(loader, "mark", lambda device: None)
 
 
-def train(catalogue: Catalogue, steps: int) -> list[loader.Batch]:
-    batches = train_batches(
-        catalogue, ViewSpec(32), seed=0, global_batch=10, rank=0, world=1, device=GPU, threads=1, max_bad=0.5
-    )
-    return list(itertools.islice(batches, steps))
+def train(dataset: Dataset, steps: int) -> list[loader.Batch]:
+    parts = (dataset, DataConfig(size=32, max_bad=0.5), DecodeConfig(threads=1), World(0, 1, GPU))
+    return list(itertools.islice(loader.TrainLoader(*parts, batch=10), steps))
 
 
 def test_a_decoder_that_always_fails_is_not_blamed_on_the_data(images, monkeypatch, capfd):
@@ -247,13 +238,12 @@ def test_the_frame_that_a_decoder_fails_on_is_named(images, monkeypatch):
         train(images, 3)
 
 
-def test_what_the_cpu_cannot_decode_either_is_replaced(tmp_path, monkeypatch, capfd):
+def test_what_the_cpu_cannot_decode_either_is_the_datas_fault(tmp_path, monkeypatch):
     pictures = [[jpeg(picture(64, 48, seed))] for seed in range(20)]
     pictures[3] = [pictures[3][0][:-300]]
     on_an_imitated_gpu(monkeypatch, lambda jpeg: False)
-    batches = train(open_catalogue(write_dataset(tmp_path / "d", pictures, "image"), "train"), 2)
-    assert sum(batch.bad for batch in batches) == 1
-    assert "00000003-x.jpg" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"00000003-x\.jpg at byte \d+ does not decode, although"):
+        train(open_dataset(write_dataset(tmp_path / "d", pictures, "image"), "train"), 2)
 
 
 MACHINE_ERRORS = [
@@ -269,21 +259,17 @@ MACHINE_ERRORS = [
 @pytest.mark.parametrize("text", MACHINE_ERRORS)
 def test_errors_of_the_machine_are_raised_at_once(images, monkeypatch, text):
     """No picture is decoded again: the second pipeline would fail like the first."""
-    built = []
+    on_an_imitated_gpu(monkeypatch, lambda jpeg: False)
+    made = []
 
-    def build(source: Callable[[int], graph.Feed], settings: graph.Settings) -> None:
-        built.append(settings)
-        source(0)
-
-    monkeypatch.setattr(graph, "build_pipeline", build)
-
-    def failing(*_: object) -> torch.Tensor:
+    def failing(decoder: Decoder) -> None:
+        made.append(decoder)
         raise RuntimeError(DALI_ERROR.format(text))
 
-    monkeypatch.setattr(graph, "run", failing)
+    monkeypatch.setattr(OnCpu, "take", failing)
     with pytest.raises(RuntimeError, match="Critical error in pipeline"):
         train(images, 1)
-    assert len(built) == 1
+    assert len(made) == 1
 
 
 def test_data_that_fails_is_not_an_error_of_the_machine():
@@ -296,24 +282,24 @@ def test_memory_that_the_loader_lacks_is_answered_with_what_to_lower():
         *(RuntimeError(DALI_ERROR.format(text)) for text in MACHINE_ERRORS[:2]),
         RuntimeError(DALI_ERROR.format("std::bad_alloc")),
     ):
-        sentence = loop.explained(error, MAE_PRESETS["image-mae-pico"])
+        sentence = ending.explained(error, MAE_PRESETS["image-mae-pico"].speed)
         assert sentence.startswith("memory does not hold a step (") and "\n" not in sentence, sentence
         assert "lower speed.micro_batch" in sentence and "lower speed.threads" in sentence
-    assert "Can't allocate 1073741824 bytes on device 0)" in loop.explained(
-        RuntimeError(DALI_ERROR.format(MACHINE_ERRORS[0])), MAE_PRESETS["image-mae-pico"]
+    assert "Can't allocate 1073741824 bytes on device 0)" in ending.explained(
+        RuntimeError(DALI_ERROR.format(MACHINE_ERRORS[0])), MAE_PRESETS["image-mae-pico"].speed
     )
-    assert not loop.explained(RuntimeError(DALI_ERROR.format(BROKEN)), MAE_PRESETS["image-mae-pico"])
+    assert not ending.explained(RuntimeError(DALI_ERROR.format(BROKEN)), MAE_PRESETS["image-mae-pico"].speed)
 
 
 # ---- the machine
 
 
 def test_a_gpu_gets_at_most_twelve_decoder_threads(monkeypatch):
-    monkeypatch.setattr(loader, "usable_cores", lambda: 52)
-    gpu, cpu = loader.sizing(GPU), loader.sizing(CPU)
+    monkeypatch.setattr(decode, "usable_cores", lambda: 52)
+    gpu, cpu = decode.sizing(GPU), decode.sizing(CPU)
     assert gpu.threads == 12 and "at most 12 for a GPU" in gpu.reason
     assert cpu.threads == 52 and "at most" not in cpu.reason
-    assert loader.sizing(GPU, 20).threads == 20 and loader.sizing(GPU, 20).reason.startswith("20 decoding")
+    assert decode.sizing(GPU, 20).threads == 20 and decode.sizing(GPU, 20).reason.startswith("20 decoding")
 
 
 MAPS = """\
@@ -336,7 +322,7 @@ def test_the_loaded_files_of_a_library_are_found(tmp_path):
 def test_the_environments_nvjpeg_is_loaded_before_torchvisions():
     """DALI decodes with the library of that name that was loaded first."""
     code = (
-        "import ctypes, os; from pipelines import graph; import torchvision; "
+        "import ctypes, os; from pipelines import decode; import torchvision; "
         "own = ctypes.CDLL('libnvjpeg.so.13', os.RTLD_NOLOAD | os.RTLD_NOW); value = ctypes.c_int(); "
         "print([own.nvjpegGetProperty(n, ctypes.byref(value)) or value.value for n in range(3)])"
     )
@@ -345,11 +331,13 @@ def test_the_environments_nvjpeg_is_loaded_before_torchvisions():
 
 
 def test_a_gpu_run_prints_its_nvjpeg_and_warns_of_a_foreign_one(monkeypatch):
-    (line,) = loader.words(GPU, 3)  # loads DALI's decoder here
+    (line,) = decode.message(GPU, 3)  # loads DALI's decoder here
     assert re.fullmatch(r"loader: 3 decoding threads .*, decoded by /\S+/libnvjpeg\.so\.\d+", line)
-    assert "nvjpeg" not in "".join(loader.words(CPU, 3))
+    assert "nvjpeg" not in "".join(decode.message(CPU, 3))
     other = Path("/opt/cuda/lib64/libnvjpeg.so.12")
-    monkeypatch.setattr(loader, "libraries", lambda name: [other])
-    assert loader.words(GPU)[1].startswith(f"{other} is not the environment's nvJPEG; take its folder out of")
-    monkeypatch.setattr(loader, "libraries", lambda name: [])
-    assert "the CPU decodes every picture" in loader.words(GPU)[1]
+    monkeypatch.setattr(decode, "libraries", lambda name: [other])
+    assert decode.message(GPU)[1].startswith(
+        f"{other} is not the environment's nvJPEG; take its folder out of"
+    )
+    monkeypatch.setattr(decode, "libraries", lambda name: [])
+    assert "the CPU decodes every picture" in decode.message(GPU)[1]

@@ -1,50 +1,47 @@
 """Batches out of real DALI graphs: right pixels, right samples, the same ones however the run is split."""
 
 import io
-import itertools
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, picture, write_dataset
+from pipelines_fixtures import (
+    clip_dataset,
+    evaluation,
+    frame_bytes,
+    image_dataset,
+    jpeg,
+    picture,
+    train,
+    train_loader,
+    write_dataset,
+)
 
-from pipelines import graph, inputs, loader, sampler
-from pipelines.catalogue import open_catalogue
+from models import inputs
+from pipelines import decode, order
+from pipelines.config import Augment, DataConfig, DecodeConfig
+from pipelines.dataset import open_dataset
+from pipelines.decode import Decoder, sizing
 from pipelines.errors import UserError
-from pipelines.loader import Augment, ViewSpec, clip_notes, eval_batches, sizing, train_batches
-from pipelines.plans import feed_of, train_plan
+from pipelines.loader import prefetch
+from pipelines.views import clip_notes, train_rows
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return open_catalogue(image_dataset(tmp_path_factory.mktemp("data") / "images"), "train")
+    return open_dataset(image_dataset(tmp_path_factory.mktemp("data") / "images"), "train")
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     root = clip_dataset(tmp_path_factory.mktemp("data") / "clips", [1, 3, 9, 20, 40, 64, 70])
-    return open_catalogue(root, "train")
-
-
-def train(catalogue, view, steps, *, start=0, batch=12, rank=0, world=1, accumulate=1, seed=5, **options):
-    batches = train_batches(
-        catalogue,
-        view,
-        seed=seed,
-        global_batch=batch,
-        rank=rank,
-        world=world,
-        accumulate=accumulate,
-        start_step=start,
-        device=CPU,
-        threads=2,
-        **options,
-    )
-    return list(itertools.islice(batches, steps * accumulate))
+    return open_dataset(root, "train")
 
 
 def rows(batches):
@@ -57,32 +54,32 @@ def rows(batches):
 
 
 def test_training_batches_have_their_shapes_and_labels(images, clips):
-    (batch,) = train(images, ViewSpec(32), 1)
+    (batch,) = train(images, DataConfig(size=32), 1)
     assert batch.pixels.shape == (12, 32, 32, 3) and batch.pixels.dtype == torch.uint8
     assert batch.labels.dtype == torch.int64 and batch.labels.tolist() == (batch.ids % 3).tolist()
     assert batch.valid.all() and (batch.epochs == 0).all()
-    (batch,) = train(clips, ViewSpec(32, frames=4), 1, batch=4)
+    (batch,) = train(clips, DataConfig(size=32, frames=4), 1, batch=4)
     assert batch.pixels.shape == (4, 4, 32, 32, 3)
 
 
 @pytest.mark.parametrize("kind", ["images", "clips"])
 def test_starting_in_the_middle_gives_the_same_bytes(kind, request):
     catalogue = request.getfixturevalue(kind)
-    view = ViewSpec(32, frames=1 if kind == "images" else 4)
+    view = DataConfig(size=32, frames=1 if kind == "images" else 4)
     whole = train(catalogue, view, 6)
-    late = train(catalogue, view, 2, start=4)
+    late = train(catalogue, view, 2, start_step=4)
     for a, b in zip(whole[4:], late, strict=True):
         assert torch.equal(a.pixels, b.pixels) and np.array_equal(a.ids, b.ids)
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 3), (4, 3)])
 def test_the_global_batch_does_not_depend_on_how_it_is_split(images, world, accumulate):
-    view = ViewSpec(32)
-    whole = train(images, view, 3, start=1)
+    view = DataConfig(size=32)
+    whole = train(images, view, 3, start_step=1)
     split = [
         batch
         for rank in range(world)
-        for batch in train(images, view, 3, start=1, rank=rank, world=world, accumulate=accumulate)
+        for batch in train(images, view, 3, start_step=1, rank=rank, world=world, accumulate=accumulate)
     ]
     whole, split = rows(whole), rows(split)
     assert whole.keys() == split.keys() and len(whole) == 36
@@ -91,24 +88,21 @@ def test_the_global_batch_does_not_depend_on_how_it_is_split(images, world, accu
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_evaluation_counts_every_sample_once_and_ranks_agree_on_batches(images, world):
-    runs = [
-        list(eval_batches(images, ViewSpec(24), batch=4, rank=rank, world=world, device=CPU, threads=2))
-        for rank in range(world)
-    ]
+    runs = [evaluation(images, DataConfig(size=24), 4, rank=rank, world=world) for rank in range(world)]
     assert len({len(batches) for batches in runs}) == 1
     seen = np.concatenate([batch.ids[batch.valid] for batches in runs for batch in batches])
     assert np.array_equal(np.sort(seen), np.arange(len(images)))
 
 
 def test_batches_keep_their_pixels_while_later_ones_are_made(images):
-    batches = train(images, ViewSpec(32), 60)
-    again = train(images, ViewSpec(32), 60)
+    batches = train(images, DataConfig(size=32), 60)
+    again = train(images, DataConfig(size=32), 60)
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(batches, again, strict=True))
     assert len({batch.pixels.data_ptr() for batch in batches}) == 60
     # A view of a batch keeps its memory too, and what nobody holds is used again.
-    first = iter(train(images, ViewSpec(32), 1)[0].pixels)
+    first = iter(train(images, DataConfig(size=32), 1)[0].pixels)
     assert torch.equal(next(first), batches[0].pixels[0])
-    batches = train_batches(images, ViewSpec(32), seed=5, global_batch=12, rank=0, world=1, device=CPU)
+    batches = iter(train_loader(images, DataConfig(size=32)))
     held = [next(batches).pixels[3] for _ in range(5)]
     assert len({next(batches).pixels.data_ptr() for _ in range(20)}) <= 2
     assert all(torch.equal(row, batch.pixels[3]) for row, batch in zip(held, again, strict=False))
@@ -116,16 +110,16 @@ def test_batches_keep_their_pixels_while_later_ones_are_made(images):
 
 def test_frames_that_need_no_resampling_keep_their_pixels_too(images):
     def views():
-        view = ViewSpec(72, crop_fraction=1.0)
-        return list(eval_batches(images, view, batch=4, rank=0, world=1, device=CPU, threads=2))
+        view = DataConfig(size=72, crop=1.0)
+        return evaluation(images, view, 4)
 
     for a, b in zip(views(), views(), strict=True):
         assert torch.equal(a.pixels, b.pixels) and a.pixels.float().std() > 20
 
 
 def test_threads_follow_the_machine(monkeypatch):
-    assert sizing(CPU, 5).threads == 5 and sizing(CPU, 5).reason.startswith("5 decoding threads (as asked)")
-    monkeypatch.setattr(loader, "usable_cores", lambda: 16)
+    assert sizing(CPU, 5).threads == 5 and sizing(CPU, 5).reason.startswith("5 decoding threads (as set)")
+    monkeypatch.setattr(decode, "usable_cores", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert sizing(CPU).threads == 4 and sizing(torch.device("cuda")).threads == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")
@@ -133,8 +127,8 @@ def test_threads_follow_the_machine(monkeypatch):
 
 
 def test_decoded_pixels_equal_pillows(images):
-    view = ViewSpec(72, crop_fraction=1.0)  # the central 72 x 72 pixels of 96 x 72, not resampled
-    (batch,) = eval_batches(images, view, batch=30, rank=0, world=1, device=CPU, threads=2)
+    view = DataConfig(size=72, crop=1.0)  # the central 72 x 72 pixels of 96 x 72, not resampled
+    (batch,) = evaluation(images, view, 30)
     for sample in range(30):
         pixels = Image.open(io.BytesIO(frame_bytes(images, sample, 0).tobytes())).crop((12, 0, 84, 72))
         gap = np.abs(batch.pixels[sample].numpy().astype(int) - np.asarray(pixels))
@@ -146,8 +140,8 @@ def test_decoded_pixels_equal_pillows(images):
 def test_resampling_equals_pillows(tmp_path, size, ours, pillows):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     root = write_dataset(tmp_path / "d", [[jpeg(noise)]], "image")
-    view = ViewSpec(size, crop_fraction=1.0, interpolation=ours)
-    (batch,) = eval_batches(open_catalogue(root, "train"), view, batch=1, rank=0, world=1, device=CPU)
+    view = DataConfig(size=size, crop=1.0, interpolation=ours)
+    (batch,) = evaluation(open_dataset(root, "train"), view, 1)
     pixels = Image.open(io.BytesIO(jpeg(noise))).resize((size, size), Image.Resampling[pillows])
     assert np.abs(batch.pixels[0].numpy().astype(int) - np.asarray(pixels)).max() <= 2
 
@@ -157,15 +151,13 @@ def test_resampling_equals_pillows(tmp_path, size, ours, pillows):
 def test_resampling_inside_the_graph_gives_the_same_picture(images, clips, kind, repeats, clip):
     # The graph that a GPU runs, on the CPU: the same windows, flips and order of rows as torch's path.
     catalogue = images if clip == 1 else clips
-    view = ViewSpec(40, frames=clip, repeats=repeats, same_clip=True, scale=(0.3, 1.0), interpolation=kind)
-    _, ids = sampler.sample_at(np.arange(6), len(catalogue), seed=0)
-    rows = train_plan(catalogue, view, 0, np.repeat(ids, repeats), np.arange(6 * repeats))
-    feed = feed_of(catalogue, rows, repeats)
-    settings = graph.Settings(6, clip, repeats, 40, kind, CPU, threads=2)
-    resampling = graph.start_resampling(settings)
+    settings = {"repeats": repeats, "same_clip": True, "scale": (0.3, 1.0), "interpolation": kind}
+    view = DataConfig(size=40, frames=clip, **settings)
+    _, ids = order.sample_at(np.arange(6), len(catalogue), seed=0)
+    rows = train_rows(catalogue, view, 0, np.repeat(ids, repeats), np.arange(6 * repeats))
     outside, inside = (
-        graph.run(graph.build_pipeline(lambda _: feed, chosen), chosen, [(rows, feed)], resampling)
-        for chosen in (settings, replace(settings, resize_on_cpu=True))
+        decoded(catalogue, view, rows, repeats, resize_on_cpu=inside).unflatten(0, (6 * repeats, clip))
+        for inside in (False, True)
     )
     assert outside.shape == inside.shape == (6 * repeats, clip, 40, 40, 3)
     assert 0 < rows.flips.sum() < 6 * repeats
@@ -173,8 +165,16 @@ def test_resampling_inside_the_graph_gives_the_same_picture(images, clips, kind,
     assert gap.mean() < 1 and gap.max() < 24
 
 
+def decoded(dataset, config, rows, copies, **options) -> torch.Tensor:
+    """The frames of these rows, uint8 [rows * T, H, W, 3]."""
+    samples = len(rows.ids) // copies
+    decoder = Decoder(config, DecodeConfig(threads=2), CPU, samples, copies, **options)
+    decoder.feed(rows, dataset.read(rows.ids[::copies], rows.frames[::copies]))
+    return decoder.take()[1].reshape(-1, config.size, config.size, 3)
+
+
 def test_repeats_differ_and_share_frames_only_where_asked(clips):
-    view = ViewSpec(24, frames=4, repeats=3)
+    view = DataConfig(size=24, frames=4, repeats=3)
     (own,) = train(clips, view, 1, batch=21)
     (shared,) = train(clips, replace(view, same_clip=True), 1, batch=21)
     for batch in (own, shared):
@@ -188,24 +188,20 @@ def test_repeats_differ_and_share_frames_only_where_asked(clips):
 
 
 def test_repeats_of_an_image_are_what_separate_decodes_would_give(images):
-    view = ViewSpec(32, repeats=4)
+    view = DataConfig(size=32, repeats=4)
     (batch,) = train(images, view, 1, batch=12)
     assert all(not torch.equal(batch.pixels[0], batch.pixels[row]) for row in (1, 2, 3))
-    rows = train_plan(images, view, 5, batch.ids, batch.epochs)
-    feed = feed_of(images, rows, 1)
-    settings = graph.Settings(12, 1, 1, 32, "triangular", CPU, threads=2)
-    pipeline = graph.build_pipeline(lambda _: feed, settings)
-    alone = graph.run(pipeline, settings, [(rows, feed)], graph.start_resampling(settings))
-    assert (batch.pixels.int() - alone[:, 0].int()).abs().float().mean() < 0.5  # chroma at window borders
+    alone = decoded(images, view, train_rows(images, view, 0, batch.ids, batch.epochs), 1)
+    assert (batch.pixels.int() - alone.int()).abs().float().mean() < 0.5  # chroma at window borders
 
 
 def test_local_order_reads_the_same_samples(images):
-    (batch,) = train(images, ViewSpec(24), 1, batch=30, order="local", window=8)
+    (batch,) = train(images, DataConfig(size=24, order="local", window=8), 1, batch=30)
     assert sorted(batch.ids) == list(range(30))
 
 
 def test_augmented_batches_do_not_depend_on_how_they_are_split(clips):
-    view = ViewSpec(24, frames=4, augment=Augment(layers=2, jitter=0.4, erase=0.5))
+    view = DataConfig(size=24, frames=4, augment=Augment(layers=2, jitter=0.4, erase=0.5))
     whole = rows(train(clips, view, 3))
     split = rows([batch for rank in range(3) for batch in train(clips, view, 3, rank=rank, world=3)])
     plain = rows(train(clips, replace(view, augment=Augment()), 3))
@@ -213,42 +209,41 @@ def test_augmented_batches_do_not_depend_on_how_they_are_split(clips):
     assert sum(torch.equal(whole[key], plain[key]) for key in whole) < 8  # black stays black
 
 
-def test_the_window_and_the_flip_of_the_plan_are_what_comes_out(images):
-    view = ViewSpec(40, scale=(0.3, 1.0))
+def test_the_crop_and_the_flip_of_the_rows_are_what_comes_out(images):
+    view = DataConfig(size=40, scale=(0.3, 1.0))
     (batch,) = train(images, view, 1, batch=30)
-    epochs, ids = sampler.sample_at(np.arange(30), len(images), seed=5)
-    plan = train_plan(images, view, 5, ids, epochs)
-    assert 0 < plan.flips.sum() < 30
-    for row, (x, y, w, h) in enumerate(plan.windows.tolist()):
-        whole = Image.open(io.BytesIO(frame_bytes(images, int(plan.ids[row]), 0).tobytes()))
+    epochs, ids = order.sample_at(np.arange(30), len(images), seed=0)
+    drawn = train_rows(images, view, 0, ids, epochs)
+    assert 0 < drawn.flips.sum() < 30
+    for row, (x, y, w, h) in enumerate(drawn.windows.tolist()):
+        whole = Image.open(io.BytesIO(frame_bytes(images, int(drawn.ids[row]), 0).tobytes()))
         expected = whole.crop((x, y, x + w, y + h)).resize((40, 40), Image.Resampling.BILINEAR)
-        if plan.flips[row]:
+        if drawn.flips[row]:
             expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         assert np.abs(batch.pixels[row].numpy().astype(int) - np.asarray(expected)).mean() < 1.5
 
 
 def test_all_frames_of_a_clip_get_one_window_and_one_flip(tmp_path):
     clips = [[jpeg(picture(64, 48, seed))] * 30 for seed in range(8)]
-    catalogue = open_catalogue(write_dataset(tmp_path / "d", clips, "video"), "train")
-    (batch,) = train(catalogue, ViewSpec(32, frames=8), 1, batch=8)
+    catalogue = open_dataset(write_dataset(tmp_path / "d", clips, "video"), "train")
+    (batch,) = train(catalogue, DataConfig(size=32, frames=8), 1, batch=8)
     assert (batch.pixels == batch.pixels[:, :1]).all()
-    other = rows(train(catalogue, ViewSpec(32, frames=8), 1, start=1, batch=8))
+    other = rows(train(catalogue, DataConfig(size=32, frames=8), 1, start_step=1, batch=8))
     assert any(not torch.equal(batch.pixels[row], other[1, int(batch.ids[row])]) for row in range(8))
 
 
 def test_clips_give_the_frames_they_should(clips):
     # Frame k is a flat gray of level 2 k, so a pixel tells which frame it is of.
-    batches = eval_batches(clips, ViewSpec(16, frames=4), batch=7, rank=0, world=1, device=CPU)
-    frames = next(batches).pixels[:, :, 8, 8, 0].numpy() / 2
+    (batch,) = evaluation(clips, DataConfig(size=16, frames=4), 7)
+    frames = batch.pixels[:, :, 8, 8, 0].numpy() / 2
     short = [[0, 0, 0, 0], [0, 1, 2, 2], [1, 3, 5, 7], [3, 7, 11, 15]]
     assert np.abs(frames[:4] - short).max() <= 0.5
     assert np.abs(np.diff(frames[3:], axis=1) - 4).max() <= 1
 
 
-def test_views_of_a_clip_stand_side_by_side(clips):
-    view = ViewSpec(16, frames=4)
-    batches = eval_batches(clips, view, batch=5, rank=0, world=1, device=CPU, temporal=2, spatial=3)
-    first, last = batches
+def test_views_of_a_clip_are_consecutive_rows(clips):
+    view = DataConfig(size=16, frames=4)
+    first, last = evaluation(clips, view, 5, views=(2, 3))
     assert first.ids.tolist() == np.repeat(np.arange(5), 6).tolist()
     assert last.ids[last.valid].tolist() == np.repeat([5, 6], 6).tolist()
     frames = last.pixels[:12, :, 8, 8, 0].numpy() / 2
@@ -256,28 +251,63 @@ def test_views_of_a_clip_stand_side_by_side(clips):
     assert np.abs(frames[9:12] - np.arange(57, 70, 4)).max() <= 0.5
 
 
-def test_short_clips_are_said(clips):
-    *_, note = clip_notes(clips, ViewSpec(16, frames=16))
+def test_short_clips_are_noted(clips):
+    *_, note = clip_notes(clips, DataConfig(size=16, frames=16))
     assert note.startswith("5 of 7 train clips are shorter than 16 frames x stride 4 (61 frames)")
-    assert clip_notes(clips, ViewSpec(16, frames=1)) == []
+    assert clip_notes(clips, DataConfig(size=16, frames=1)) == []
 
 
 def test_wrong_uses_get_one_sentence(images, clips):
     for catalogue, view, options, match in [
-        (images, ViewSpec(16, frames=4), {}, "holds image shards, but this run reads video input"),
-        (clips, ViewSpec(16), {}, "holds video shards, but this run reads image input"),
-        (images, ViewSpec(16), {"batch": 10, "world": 4}, "a batch of 10 does not divide into 4 processes"),
-        (images, ViewSpec(16, interpolation="nearest"), {}, "unknown interpolation 'nearest'"),
-        (images, ViewSpec(16), {"order": "sorted"}, "unknown order 'sorted'; choose random or local"),
+        (images, DataConfig(size=16, frames=4), {}, "holds image shards, but this run reads video input"),
+        (clips, DataConfig(size=16), {}, "holds video shards, but this run reads image input"),
+        (
+            images,
+            DataConfig(size=16),
+            {"batch": 10, "world": 4},
+            "a batch of 10 does not divide into 4 processes",
+        ),
     ]:
         with pytest.raises(UserError, match=match):
             train(catalogue, view, 1, **options)
+    for settings, match in [
+        (
+            {"interpolation": "nearest"},
+            r"data\.interpolation is 'nearest'; it can be triangular, cubic, linear",
+        ),
+        ({"order": "sorted"}, r"data\.order is 'sorted'; it can be random, local"),
+        ({"clip_start": -1}, r"data\.clip_start is -1; it must be at least 0$"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            DataConfig(**settings)
 
 
-def test_normalise_subtracts_the_mean_in_units_of_the_deviation():
+def test_prefetching_gives_items_in_order_and_raises_what_its_source_raises():
+    def source():
+        yield from range(5)
+        raise UserError("WHAT; WHAT TO DO")
+
+    items = prefetch(source(), depth=3)
+    assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match="WHAT TO DO"):
+        next(items)
+    assert list(prefetch(iter(()), depth=3)) == [] and list(prefetch(iter([7]), depth=3)) == [7]
+
+
+def test_a_loader_that_is_left_ends_its_thread(images):
+    batches = iter(train_loader(images, DataConfig(size=32)))
+    next(batches)
+    batches.close()
+    deadline = time.monotonic() + 10
+    while [thread for thread in threading.enumerate() if thread.name.startswith("read")]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_normalize_subtracts_the_mean_in_units_of_the_deviation():
     clips = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8)
     for frames, pixels, stats in ((1, clips[:, 0], inputs.IMAGE_STATS), (3, clips, inputs.VIDEO_STATS)):
-        model = inputs.Normalised(torch.nn.Identity(), frames)
+        model = inputs.NormalizedInput(torch.nn.Identity(), frames)
         out = model(pixels)
         assert out.shape == (2, 3, *pixels.shape[1:-1]) and out.dtype == torch.float32
         for channel, (mean, std) in enumerate(zip(*stats, strict=True)):

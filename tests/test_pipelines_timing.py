@@ -8,21 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from pipelines import sampler
-from pipelines.catalogue import Catalogue, open_catalogue, read_info
+from pipelines import order
+from pipelines.config import DataConfig
+from pipelines.dataset import Dataset, open_dataset, read_info
 from pipelines.errors import UserError
-from pipelines.loader import ViewSpec, clip_notes, eval_batches
-from pipelines.plans import check_info, eval_plan, train_plan
-from tests.pipelines_fixtures import clip_dataset
+from pipelines.views import check_info, clip_notes, eval_rows, rounded, train_rows
+from tests.pipelines_fixtures import clip_dataset, evaluation
 from tests.train_helpers import make_clips, small
 from tools.pack_kinetics import pack_kinetics
 from tools.predict import pack as pack_inputs
-from train import evaluate, finetune, loop, setup
+from train import build, evaluate, finetune, loop
 from train.metrics import read_csv
+from train.task import open_validation
 
-CPU = torch.device("cpu")
 LENGTHS = [125, 120, 70, 61, 60, 40, 20, 16, 9, 3, 1]
 
 
@@ -31,22 +30,22 @@ def dataset(tmp_path_factory) -> Path:
     return clip_dataset(tmp_path_factory.mktemp("clips") / "clips", LENGTHS, size=(16, 16))
 
 
-def at(dataset: Path, fps: float | None) -> Catalogue:
+def at(dataset: Path, fps: float | None) -> Dataset:
     """The dataset as if it had been packed at `fps` frames per second."""
-    catalogue = open_catalogue(dataset, "train")
+    catalogue = open_dataset(dataset, "train")
     packing = {} if fps is None else {"fps": fps}
     return replace(catalogue, info=replace(catalogue.info, packing=packing))
 
 
-def trained(catalogue: Catalogue, view: ViewSpec, epochs: int = 1) -> np.ndarray:
+def trained(catalogue: Dataset, view: DataConfig, epochs: int = 1) -> np.ndarray:
     """Frames [n * epochs, T] of every sample in training."""
     ids = np.tile(np.arange(len(catalogue)), epochs)
-    return train_plan(catalogue, view, 5, ids, np.arange(len(ids)) // len(catalogue)).frames
+    return train_rows(catalogue, view, 5, ids, np.arange(len(ids)) // len(catalogue)).frames
 
 
-def evaluated(catalogue: Catalogue, view: ViewSpec, temporal: int = 1) -> np.ndarray:
+def evaluated(catalogue: Dataset, view: DataConfig, temporal: int = 1) -> np.ndarray:
     ids = np.arange(len(catalogue))
-    return eval_plan(catalogue, view, ids, ids >= 0, temporal, 1).frames
+    return eval_rows(catalogue, view, (temporal, 1), ids, ids >= 0).frames
 
 
 # ---- stride in time --------------------------------------------------------------------------------------
@@ -54,7 +53,7 @@ def evaluated(catalogue: Catalogue, view: ViewSpec, temporal: int = 1) -> np.nda
 
 def test_ten_frames_per_second_span_the_recipes_time(dataset):
     """The fault: stride 4 of 10 fps was 0.4 s from frame to frame, three times the recipe's 0.133 s."""
-    view = ViewSpec(16, frames=16)
+    view = DataConfig(size=16, frames=16)
     frames = trained(at(dataset, 10.0), view)[LENGTHS.index(125)]
     assert (frames[-1] - frames[0]) / 10 == pytest.approx(15 * 4 / 30)
     assert set(np.diff(frames)) == {1, 2}
@@ -74,7 +73,7 @@ def test_ten_frames_per_second_span_the_recipes_time(dataset):
     ],
 )
 def test_frames_are_at_the_converted_stride_halves_rounded_up(dataset, fps, stride, offsets):
-    view, catalogue = ViewSpec(16, frames=8, stride=stride), at(dataset, fps)
+    view, catalogue = DataConfig(size=16, frames=8, stride=stride), at(dataset, fps)
     long = [index for index, length in enumerate(LENGTHS) if length > offsets[-1]]
     for frames in (trained(catalogue, view)[long], evaluated(catalogue, view)[long]):
         assert (frames - frames[:, :1] == offsets).all()
@@ -82,8 +81,8 @@ def test_frames_are_at_the_converted_stride_halves_rounded_up(dataset, fps, stri
     assert set(starts) == set(range(70 - offsets[-1])), "every start that fits is drawn, no other"
     ends = evaluated(catalogue, view, temporal=5).reshape(len(LENGTHS), 5, 8)[long]
     assert (ends[:, 0, 0] == 0).all() and (ends[:, -1, -1] == np.array(LENGTHS)[long] - 1).all()
-    fixed = trained(catalogue, replace(view, start=10))[LENGTHS.index(125)]
-    assert fixed[0] == sampler.rounded(10 * Fraction(str(fps)) / 30) and (fixed - fixed[0] == offsets).all()
+    fixed = trained(catalogue, replace(view, clip_start=10))[LENGTHS.index(125)]
+    assert fixed[0] == rounded(10 * Fraction(str(fps)) / 30) and (fixed - fixed[0] == offsets).all()
 
 
 def old_frames(draws: np.ndarray, counts: np.ndarray, frames: int, stride: int) -> np.ndarray:
@@ -101,13 +100,13 @@ def old_frames(draws: np.ndarray, counts: np.ndarray, frames: int, stride: int) 
 )
 def test_whole_strides_give_the_frames_of_before(dataset, stride, fps, stored):
     counts, ids = np.array(LENGTHS), np.arange(len(LENGTHS))
-    view = ViewSpec(16, frames=16, stride=stride)
-    draws = sampler.uniform(5, np.zeros_like(ids), ids, sampler.STREAM_START, 1)[:, 0]
+    view = DataConfig(size=16, frames=16, stride=stride)
+    draws = order.uniform(5, np.zeros_like(ids), ids, order.STREAM_START, 1)[:, 0]
     assert np.array_equal(trained(at(dataset, fps), view), old_frames(draws, counts, 16, stored))
 
 
 def test_short_clips_shrink_a_converted_stride_to_whole_numbers(dataset):
-    view, catalogue = ViewSpec(16, frames=16), at(dataset, 12.0)  # 1.6: 25 frames are needed
+    view, catalogue = DataConfig(size=16, frames=16), at(dataset, 12.0)  # 1.6: 25 frames are needed
     found = dict(zip(LENGTHS, evaluated(catalogue, view), strict=True))
     assert found[40][-1] - found[40][0] == 24
     assert found[20].tolist() == list(range(2, 18)) and found[9].tolist() == [*range(9), *[8] * 7]
@@ -118,26 +117,26 @@ def test_short_clips_shrink_a_converted_stride_to_whole_numbers(dataset):
 
 
 def test_the_conversion_is_said_where_the_rates_differ_or_none_is_recorded(dataset):
-    view = ViewSpec(16, frames=3)
+    view = DataConfig(size=16, frames=3)
     assert not any("frames per second" in note for note in clip_notes(at(dataset, 30.0), view))
     assert "at the dataset's 60: " in clip_notes(at(dataset, 60.0), view)[0]
     assert "dataset's 30 (assumed: none is recorded): 0.133 s" in clip_notes(at(dataset, None), view)[0]
-    assert clip_notes(at(dataset, None), ViewSpec(16)) == []
+    assert clip_notes(at(dataset, None), DataConfig(size=16)) == []
 
 
 def test_what_the_frame_rate_cannot_give_is_refused_before_anything_is_read(dataset, tmp_path):
     words = r"7 frames per second, and stride 4 at 30 would be 0\.933 of its frames; pack it at 7\.5 or more"
     with pytest.raises(UserError, match=words + r" \(--fps\), or set data\.stride to 5$"):
-        check_info(at(dataset, 7.0).info, ViewSpec(16, frames=4))
+        check_info(at(dataset, 7.0).info, DataConfig(size=16, frames=4))
     with pytest.raises(UserError, match=words):
-        eval_batches(at(dataset, 7.0), ViewSpec(16, frames=4), batch=2, rank=0, world=1, device=CPU)
-    check_info(at(dataset, 7.0).info, ViewSpec(16, frames=4, stride=5))
+        evaluation(at(dataset, 7.0), DataConfig(size=16, frames=4), 2)
+    check_info(at(dataset, 7.0).info, DataConfig(size=16, frames=4, stride=5))
     copy = tmp_path / "slow"
     shutil.copytree(dataset, copy)
     info = json.loads((copy / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps(info | {"packing": {"fps": 7.0}}))
     with pytest.raises(UserError, match=r"7 frames per second, and stride 2 at 30 would be 0\.467 "):
-        setup.check(small("video-ft-pico", copy, tmp_path, "run"))
+        build.check(small("video-ft-pico", copy, tmp_path, "run"))
     for wrong in (0, -1, "30", True, [30], 1e9, float("nan")):
         (copy / "dataset.json").write_text(json.dumps(info | {"packing": {"fps": wrong}}))
         with pytest.raises(UserError, match="is damaged"):
@@ -154,7 +153,7 @@ def test_packing_records_the_rate_and_training_evaluation_and_prediction_use_it(
     with pytest.raises(UserError, match=r"packed with fps 15\.0, not 30\.0"):
         pack_kinetics(*folders, slow, workers=1, shard_size=8)
     config = small("video-ft-pico", slow, tmp_path, "run", epochs=1.0)
-    setup.check(config)
+    build.check(config)
     assert loop.fit(config, finetune.make_task) == 0
     note = "stride 2 at 30 frames per second is stride 1 at the dataset's 15: 0.0667 s from frame to frame"
     assert note in (tmp_path / "run" / "log.txt").read_text()
@@ -165,9 +164,9 @@ def test_packing_records_the_rate_and_training_evaluation_and_prediction_use_it(
     out = tmp_path / "inputs"
     out.mkdir()
     assert pack_inputs(config, inputs, read_info(slow).packing, out) == [""] * len(inputs)
-    given, known = open_catalogue(out, "val"), setup.open_validation(config)
+    given, known = open_dataset(out, "val"), open_validation(config.data)
     assert given.info.fps == 15.0 and known is not None
-    view = setup.view_spec(config, evaluation=True)
+    view = config.data
     assert np.array_equal(evaluated(given, view), evaluated(known, view))
 
 
@@ -186,7 +185,7 @@ def test_folders_packed_before_their_rate_was_recorded_are_still_agreed_with(tmp
 
 
 def test_segments_draw_one_frame_uniformly_from_each_part_and_test_on_its_middle(dataset):
-    view, catalogue = ViewSpec(16, frames=8, sampling="segments"), at(dataset, 12.0)
+    view, catalogue = DataConfig(size=16, frames=8, sampling="segments"), at(dataset, 12.0)
     drawn = trained(catalogue, view, epochs=4000).reshape(4000, -1, 8)
     for index, length in enumerate(LENGTHS):
         frames = drawn[:, index]
@@ -205,30 +204,29 @@ def test_segments_draw_one_frame_uniformly_from_each_part_and_test_on_its_middle
 
 
 def test_segments_need_no_frame_rate_and_have_one_view_in_time(dataset, tmp_path):
-    view = ViewSpec(16, frames=8, sampling="segments")
+    view = DataConfig(size=16, frames=8, sampling="segments")
     assert np.array_equal(trained(at(dataset, 1.0), view), trained(at(dataset, None), view))
     check_info(at(dataset, 1.0).info, view)
     assert clip_notes(at(dataset, 12.0), view) == [
         "2 of 11 train clips are shorter than 8 frames: some of their frames repeat"
     ]
-    batches = eval_batches(at(dataset, 12.0), view, batch=2, rank=0, world=1, device=CPU, spatial=3)
-    pixels = next(batches).pixels[:3, :, 8, 8, 0].numpy() / 2
+    batches = evaluation(at(dataset, 12.0), view, 2, views=(1, 3))
+    pixels = batches[0].pixels[:3, :, 8, 8, 0].numpy() / 2
     assert np.abs(pixels - (2 * np.arange(8) + 1) * 125 // 16).max() <= 0.5  # alike in three views in space
     config = small("video-ft-pico", dataset, tmp_path, "run")
     config = replace(config, data=replace(config.data, sampling="segments"), views=(5, 3))
     with pytest.raises(UserError, match="one view in time, not 5; set --views 1 3"):
-        setup.check(config)
+        build.check(config)
     with pytest.raises(UserError, match="one view in time, not 5"):
-        eval_batches(at(dataset, 12.0), view, batch=2, rank=0, world=1, device=CPU, temporal=5)
-    wrong = replace(config, data=replace(config.data, sampling="segment"), views=(1, 3))
+        evaluation(at(dataset, 12.0), view, 2, views=(5, 1))
     with pytest.raises(UserError, match=r"data\.sampling is 'segment'; it can be stride, segments"):
-        setup.check(wrong)
+        replace(config.data, sampling="segment")
 
 
 def test_repeats_of_one_clip_share_their_segments(dataset):
-    view = ViewSpec(16, frames=4, sampling="segments", repeats=2, same_clip=True)
+    view = DataConfig(size=16, frames=4, sampling="segments", repeats=2, same_clip=True)
     ids = np.repeat(np.arange(len(LENGTHS)), 2)
-    frames = train_plan(at(dataset, 12.0), view, 5, ids, np.tile([6, 7], len(LENGTHS))).frames
+    frames = train_rows(at(dataset, 12.0), view, 5, ids, np.tile([6, 7], len(LENGTHS))).frames
     assert np.array_equal(frames[::2], frames[1::2])
 
 
@@ -237,7 +235,7 @@ def test_a_run_by_segments_trains_with_sgd_and_is_tested_in_three_views(tmp_path
     config = small("video-ft-pico", clips, tmp_path, "run", epochs=2.0)
     config = replace(config, optim=replace(config.optim, name="sgd"), views=(1, 3))
     config = replace(config, data=replace(config.data, sampling="segments", flip=0.0))
-    setup.check(config)
+    build.check(config)
     assert loop.fit(config, finetune.make_task) == 0
     row = read_csv(tmp_path / "run" / "metrics.csv")[-1]
     assert row["step"] == 1 and row["skipped"] == 0 and np.isfinite(row["loss"])

@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 import models
 from models.files import read_weights
 from models.weights import load_weights
-from pipelines.catalogue import open_catalogue
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.train_helpers import small
 from tools.convert import convert
-from tools.predict import chances_of, pack
-from train import distributed, loop, mae, setup
+from tools.predict import pack, probabilities
+from train import loop, mae
 from train.config import FinetuneConfig, MaeConfig, to_dict
-from train.evaluate import load_model
+from train.evaluate import load_model, open_task
+from train.task import create_classifier
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk")
 
@@ -102,7 +103,7 @@ def test_a_pipeline_answers_as_evaluation_does(tmp_path, interpolation):
     run, folder = tmp_path / "run", tmp_path / "hf"
     run.mkdir()
     torch.manual_seed(0)
-    model = setup.build_model(config, len(CLASSES))
+    model = create_classifier(config.data, config.model, len(CLASSES))
     with torch.no_grad():
         model.get_parameter("head.projection.weight").mul_(3000)  # so that pictures get different classes
     save_file(model.state_dict(), run / "model.safetensors")
@@ -118,9 +119,9 @@ def test_a_pipeline_answers_as_evaluation_does(tmp_path, interpolation):
     out = tmp_path / "packed"
     out.mkdir()
     assert pack(config, inputs, {}, out) == [""] * len(inputs)
-    world = distributed.start("cpu")
-    ready = load_model(config, run / "model.safetensors", CLASSES, world)
-    wanted = chances_of(config, world, ready, open_catalogue(out, "val"))
+    here, task = open_task(config, CLASSES, "cpu")
+    ready = load_model(task.model, config, run / "model.safetensors", CLASSES, here)
+    wanted = probabilities(task, ready, open_dataset(out, "val"))
 
     answer = transformers.pipeline("image-classification", str(folder), device="cpu")
     found = torch.zeros(len(inputs), len(CLASSES))

@@ -10,7 +10,7 @@ import torch
 from tests.test_project import call_make
 from tools import gpu_check, gpu_checks, gpu_models, gpu_runs
 from tools.gpu_checks import Place
-from train import config
+from train import console
 from train.presets import MAE_PRESETS
 
 RATES = {
@@ -98,7 +98,7 @@ def test_settings_are_the_smallest_micro_batch_near_the_best_and_training_accept
     command = call_make("-n", "train-mae", f"TUNED={tmp_path / 'tuned-image-mae-base.txt'}").splitlines()[-1]
     words = shlex.split(command.partition("train.mae ")[2])
     monkeypatch.setattr("sys.argv", ["train.mae", *words])
-    speed = config.parse(MAE_PRESETS, "train.mae").speed
+    speed = console.parse(MAE_PRESETS, "train.mae").speed
     assert (speed.micro_batch, speed.threads, speed.hw_decoder_load) == (128, 12, 0.9)
 
 

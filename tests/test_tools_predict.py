@@ -15,15 +15,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pipelines.catalogue import open_catalogue
+from models import load_weights
+from models.inputs import NormalizedInput
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
 from tests.train_helpers import CLASSES, picture, small
 from tools.pack_imagenet import pack_imagenet
 from tools.predict import predict
-from train import distributed, evaluate, finetune, loop, setup
+from train import build, evaluate, finetune, loop
 from train.config import Config, FinetuneConfig, to_dict
+from train.distributed import World
+from train.evaluate import TASKS
 from train.pictures import GAP, HEADER
+from train.rundir import Run
+from train.task import batches_of, create_classifier
 
 SIZES = ((72, 72), (300, 400), (1200, 330), (30, 90))  # packing scales three of them down
 
@@ -45,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image.save(path)
     assert pack_imagenet(root / "source", root / "data", workers=1, short_side=40) == 0
     config = small("image-ft-pico", root / "data", root, "run", epochs=6.0, lr=2e-3)
-    setup.check(config)
+    build.check(config)
     assert loop.fit(config, finetune.make_task) == 0
     return root / "run"
 
@@ -56,7 +61,7 @@ def untrained(config: Config, classes: int) -> Path:
     run = config.run.root / config.run.name
     run.mkdir()
     torch.manual_seed(0)
-    model = setup.build_model(config, classes)
+    model = TASKS[type(config)](config, Run(World(0, 1, torch.device("cpu"))), ["a"] * classes).model
     if classes:
         model.get_parameter("head.projection.weight").mul_(40)
     save_file(model.state_dict(), run / "model.safetensors")
@@ -69,14 +74,13 @@ def expected(run: Path) -> dict[str, list[float]]:
     """Each validation sample's probabilities by its source, from the run's own packed data."""
     config = evaluate.read_config(run)
     assert isinstance(config, FinetuneConfig)
-    catalogue = open_catalogue(config.data.path, "val")
-    config = replace(config, model=replace(config.model, init=str(run / "model.safetensors")))
-    model = setup.build_model(config, len(catalogue.info.classes))
-    setup.warm_start(model, config, whole=True)
-    ready = Normalised(model, config.data.frames).eval()
+    catalogue = open_dataset(config.data.path, "val")
+    model = create_classifier(config.data, config.model, len(catalogue.info.classes))
+    load_weights(model, run / "model.safetensors")
+    ready = NormalizedInput(model, config.data.frames).eval()
     sources = pq.read_table(catalogue.parquet, columns=["source"])["source"].to_pylist()
     found, views = {}, config.views[0] * config.views[1]
-    for batch in evaluate.batches_of(config, distributed.start("cpu"), catalogue, config.views):
+    for batch in batches_of(config, World(0, 1, torch.device("cpu")), catalogue, config.views):
         rows = ready(batch.pixels).softmax(-1).unflatten(0, (-1, views)).mean(1)
         found |= {sources[i]: row for i, row in zip(batch.ids[::views], rows.tolist(), strict=True)}
     return found

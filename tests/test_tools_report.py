@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from models import create
-from pipelines.catalogue import DatasetInfo
+from pipelines.dataset import DatasetInfo
 from pipelines.errors import UserError
 from tests.train_helpers import call
 from tools.report import LOG_LINES, report
-from train.card import card
+from train.card import model_card
 from train.config import to_dict
 from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
@@ -145,7 +145,8 @@ def test_a_run_that_has_only_begun(tmp_path: Path):
 
 
 def test_accuracy_that_is_not_held_out_says_so(tmp_path: Path):
-    reference = replace(FINETUNE_PRESETS["video-ft-pico"], protocol="reference")
+    preset = FINETUNE_PRESETS["video-ft-pico"]
+    reference = replace(preset, data=replace(preset.data, eval_split="train"))
     (tmp_path / "config.json").write_text(json.dumps(to_dict(reference)))
     assert "TRAINING videos" in report(tmp_path).read_text()
     (tmp_path / "config.json").write_text(json.dumps(to_dict(FINETUNE_PRESETS["video-ft-pico"])))
@@ -186,7 +187,9 @@ INFO = DatasetInfo(
 
 def started_from(init: str) -> str:
     config = FINETUNE_PRESETS["image-ft-pico"]
-    return card(replace(config, model=replace(config.model, init=init)), INFO, {"step": 7, "acc": 0.5}, 7)
+    return model_card(
+        replace(config, model=replace(config.model, init=init)), INFO, {"step": 7, "acc": 0.5}, 7
+    )
 
 
 def test_the_card_says_what_the_weights_are():
@@ -197,7 +200,7 @@ def test_the_card_says_what_the_weights_are():
     config = FINETUNE_PRESETS["image-ft-pico"]
     assert recipe["optim.lr"] == config.optim.lr and recipe["smoothing"] == config.smoothing
     assert metrics == {"step": 7, "acc": 0.5} and "TRAINING" not in text
-    assert "TRAINING videos" in card(config, INFO, {"held_out": 0}, 7)
+    assert "TRAINING videos" in model_card(config, INFO, {"held_out": 0}, 7)
 
 
 def test_the_card_names_the_licence():
@@ -219,5 +222,5 @@ def test_the_cards_code_loads_the_weights(tmp_path: Path, monkeypatch, preset: s
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.chdir(tmp_path)
     made: dict = {}
-    exec(card(config, INFO, {}, 1).split("```python\n")[1].split("```")[0], made)
+    exec(model_card(config, INFO, {}, 1).split("```python\n")[1].split("```")[0], made)
     assert all(torch.equal(a, b) for a, b in zip(made["model"].parameters(), model.parameters(), strict=True))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from pipelines_fixtures import frame_bytes, image_dataset, keys_of
 
-from pipelines.catalogue import SCHEMA, open_catalogue
+from pipelines.dataset import SCHEMA, open_dataset
 from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from tests.train_helpers import ROOT, make_clips, make_images, module
@@ -100,7 +100,7 @@ def test_shards_come_from_an_s3_compatible_store(clips, tmp_path, monkeypatch):
 def test_a_damaged_shard_never_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(stage.time, "sleep", lambda _: None)
     source = make_images(tmp_path, train=10)
-    catalogue = open_catalogue(source, "train")
+    catalogue = open_dataset(source, "train")
     with (source / "train/000001.tar").open("r+b") as file:
         file.seek(int(catalogue.offset[18]) + 400)
         file.write(b"??")
@@ -170,7 +170,7 @@ def test_a_second_run_copies_a_catalogue_only_when_it_differs(tmp_path, monkeypa
 def test_a_catalogue_of_an_older_dataset_is_copied_again(tmp_path):
     source, copy = image_dataset(tmp_path / "source", 3), tmp_path / "copy"
     table = pq.read_table(source / "train.parquet").to_pylist()
-    catalogue = open_catalogue(source, "train")
+    catalogue = open_dataset(source, "train")
     for number, row in enumerate(table):
         row["sha256"] = hashlib.sha256(frame_bytes(catalogue, number, 0).tobytes()).hexdigest()
     pq.write_table(pa.Table.from_pylist(table, SCHEMA), source / "train.parquet")

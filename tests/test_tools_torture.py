@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from pipelines_fixtures import train
 from test_tools_pack import encoded, hopeless, mangled, pack_images, peculiar, pixels, rows_of, write
 
-from pipelines.catalogue import open_catalogue
+from pipelines.config import DataConfig
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from pipelines.loader import ViewSpec, train_batches
 from tools.pack_kinetics import pack_kinetics
 from tools.verify import verify
 
@@ -32,12 +32,10 @@ NAMES = (
 )
 
 
-def one_epoch(root: Path, view: ViewSpec) -> None:
+def one_epoch(root: Path, view: DataConfig) -> None:
     """Every packed sample comes out of the training loader once, none of them damaged."""
-    catalogue = open_catalogue(root, "train")
-    cpu = torch.device("cpu")
-    batches = train_batches(catalogue, view, seed=0, global_batch=1, rank=0, world=1, device=cpu)
-    seen = list(itertools.islice(batches, len(catalogue)))
+    catalogue = open_dataset(root, "train")
+    seen = train(catalogue, view, len(catalogue), batch=1)
     assert sorted(int(batch.ids[0]) for batch in seen) == list(range(len(catalogue)))
     assert sum(batch.bad for batch in seen) == 0
 
@@ -61,7 +59,7 @@ def test_any_name_and_link_is_packed(tmp_path):
     }
     assert len(json.loads((tmp_path / "out/dataset.json").read_text())["classes"]) == len(NAMES) + 1
     assert verify(tmp_path / "out") == 0
-    one_epoch(tmp_path / "out", ViewSpec(16))
+    one_epoch(tmp_path / "out", DataConfig(size=16))
 
 
 def test_damage_of_every_kind_is_accounted_for(tmp_path):
@@ -81,7 +79,7 @@ def test_damage_of_every_kind_is_accounted_for(tmp_path):
     assert {status[f"noise {n}.jpg"] for n in range(200)} == {"rejected"}
     assert {status[f"cut at {share}.jpg"] for share in range(0, 100, 5)} == {"rejected"}
     assert verify(tmp_path / "out") == 0
-    one_epoch(tmp_path / "out", ViewSpec(32))
+    one_epoch(tmp_path / "out", DataConfig(size=32))
 
 
 def test_as_many_classes_as_kinetics_and_every_numbering_of_frames(tmp_path):
@@ -107,7 +105,7 @@ def test_as_many_classes_as_kinetics_and_every_numbering_of_frames(tmp_path):
     assert {row["class_name"]: row["label"] for row in rows} == {n: i for i, n in enumerate(sorted(labels))}
     assert {row["frames"] for row in rows} == {3} and len(rows) == 400
     assert verify(out) == 0
-    one_epoch(out, ViewSpec(16, frames=3, stride=1, scale=(1, 1)))
+    one_epoch(out, DataConfig(size=16, frames=3, stride=1, scale=(1, 1)))
 
 
 @pytest.mark.parametrize("workers", [2, 8])

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.catalogue import SCHEMA
+from pipelines.dataset import SCHEMA
 from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from tests.test_tools_pack import (

@@ -16,19 +16,20 @@ import pytest
 import torch
 from torch import nn
 
+from models.inputs import NormalizedInput
 from models.macs import bf16_peak
-from pipelines.catalogue import open_catalogue
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
 from tests.fault_helpers import CLEAN
 from tests.rank_helpers import evaluate_and_probe
 from tests.train_helpers import ROOT, module, small
-from train import distributed, evaluate, finetune, loop, mae, probe, setup
-from train.config import FinetuneConfig
+from train import build, distributed, evaluate, finetune, loop, mae, probe, task
+from train.config import FinetuneConfig, MaeConfig
 from train.distributed import World
 from train.meters import Clock, Detail, Meters
 from train.metrics import read_csv, score
 from train.presets import MAE_PRESETS
+from train.rundir import Run
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -48,12 +49,12 @@ def test_the_gradient_norm_is_the_last_good_step_s_and_the_loss_a_mean():
     add(sums, 1.0, 10.0)
     add(sums, 3.0, 0.1)
     add(sums, nan, nan, skipped=True)
-    assert sums.take().tolist() == [2.0, pytest.approx(0.1, rel=1e-7), 0, 2, 1, 1]
+    assert sums.flush().tolist() == [2.0, pytest.approx(0.1, rel=1e-7), 0, 2, 1, 1]
     add(sums, 5.0, 7.0, bad=3)
-    assert sums.take().tolist() == [5.0, 7.0, 3, 1, 1, 0]
+    assert sums.flush().tolist() == [5.0, 7.0, 3, 1, 1, 0]
     add(sums, nan, nan, skipped=True)
     add(sums, 1e30, float("inf"), skipped=True)
-    loss, norm, *counts = sums.take().tolist()
+    loss, norm, *counts = sums.flush().tolist()
     assert loss != loss and norm == 7.0 and counts == [3, 0, 3, 2]
 
 
@@ -131,10 +132,9 @@ class Constant(nn.Module):
 
 
 def scores_of(config: FinetuneConfig, broken: tuple[int, ...], folder: Path) -> dict[str, float]:
-    catalogue = open_catalogue(config.data.path, "val")
-    model = Normalised(Constant([1.0, 0.0], broken, len(catalogue)), 1)
-    autocast, _ = setup.precision(config, ALONE)
-    return evaluate.classifier_evaluation(config, ALONE, autocast, folder, model, catalogue)
+    catalogue = open_dataset(config.data.path, "val")
+    model = NormalizedInput(Constant([1.0, 0.0], broken, len(catalogue)), 1)
+    return finetune.evaluate(config, Run(ALONE, folder), model, catalogue, lambda: None)
 
 
 def test_a_sample_with_nan_outputs_is_wrong_and_the_loss_says_so(images: Path, tmp_path: Path):
@@ -143,7 +143,7 @@ def test_a_sample_with_nan_outputs_is_wrong_and_the_loss_says_so(images: Path, t
     assert isinstance(config, FinetuneConfig)
     whole = scores_of(config, (), tmp_path)
     assert whole["acc"] == 0.5 and whole["loss_val"] == pytest.approx(0.8133, abs=1e-3)
-    of_class = [np.flatnonzero(open_catalogue(images, "val").label == label).tolist() for label in (0, 1)]
+    of_class = [np.flatnonzero(open_dataset(images, "val").label == label).tolist() for label in (0, 1)]
     broken = scores_of(config, (*of_class[0][:2], of_class[1][0]), tmp_path)
     assert broken["acc"] == 5 / 14 and broken["loss_val"] != broken["loss_val"]
     table = pq.read_table(tmp_path / "per_class.parquet").to_pydict()
@@ -162,26 +162,26 @@ def test_top_5_is_left_out_where_five_classes_or_fewer_make_it_1(images: Path, t
 
 def test_weights_that_give_nan_are_never_the_best(images: Path, tmp_path: Path):
     config = small("image-ft-pico", images, tmp_path, "run", epochs=1.0)
-    task = finetune.make_task(
-        config, open_catalogue(images, "train"), ALONE, setup.precision(config, ALONE)[0]
-    )
-    model = Normalised(task.model, 1)
+    assert isinstance(config, FinetuneConfig)
+    task = finetune.make_task(config, Run(ALONE))
+    model = NormalizedInput(task.model, 1)
     (tmp_path / "run").mkdir()
     with torch.no_grad():
         task.model.get_parameter("head.projection.bias").fill_(float("nan"))
-    scores = task.evaluate(model, open_catalogue(images, "val"))
+    scores = task.evaluate(model, open_dataset(images, "val"), lambda: None)
     assert scores["acc"] == 0.0 and scores["loss_val"] != scores["loss_val"]
     assert score(scores) == -math.inf < score({"acc": 0.0, "loss_val": 9.0})
 
 
 def test_a_masked_autoencoder_s_loss_ignores_rows_that_pad_and_keeps_nan(images: Path, tmp_path: Path):
     config = small("image-mae-pico", images, tmp_path, "run")
-    catalogue = open_catalogue(images, "val")
-    task = mae.make_task(config, catalogue, ALONE, setup.precision(config, ALONE)[0])
-    assert 0 < task.evaluate(Normalised(task.model, 1), catalogue)["loss_val"] < 100
+    catalogue = open_dataset(images, "val")
+    assert isinstance(config, MaeConfig)
+    task = mae.make_task(config, Run(ALONE))
+    assert 0 < task.evaluate(NormalizedInput(task.model, 1), catalogue, lambda: None)["loss_val"] < 100
     with torch.no_grad():
         next(task.model.parameters()).fill_(float("nan"))
-    loss = task.evaluate(Normalised(task.model, 1), catalogue)["loss_val"]
+    loss = task.evaluate(NormalizedInput(task.model, 1), catalogue, lambda: None)["loss_val"]
     assert loss != loss
 
 
@@ -190,15 +190,18 @@ def test_evaluation_reads_as_training_does(images: Path, tmp_path: Path, monkeyp
     config = small("image-ft-pico", images, tmp_path, "run")
     config = replace(config, data=replace(config.data, max_bad=0.25))
     config = replace(config, speed=replace(config.speed, hw_decoder_load=0.3, threads=3, decode="window"))
-    catalogue = open_catalogue(images, "val")
-    calls: list[dict] = []
-    monkeypatch.setattr(evaluate, "eval_batches", lambda *_, **named: calls.append(named))
-    monkeypatch.setattr(setup.loader, "train_batches", lambda *_, **named: calls.append(named))
-    evaluate.batches_of(config, ALONE, catalogue, (1, 1))
-    setup.training_batches(config, ALONE, catalogue, 1, 0)
-    for named in calls:
-        assert (named["max_bad"], named["hw_decoder_load"], named["threads"]) == (0.25, 0.3, 3)
-        assert named["decode"] == "window"
+    catalogue = open_dataset(images, "val")
+    calls: list[tuple] = []
+
+    def note(_dataset, data, decode, world, **_named) -> list:
+        calls.append((data, decode, world))
+        return []
+
+    monkeypatch.setattr(task, "EvalLoader", note)
+    monkeypatch.setattr(build, "TrainLoader", note)
+    task.batches_of(config, ALONE, catalogue, (1, 1))
+    build.training_batches(config, ALONE, catalogue, 1, 0)
+    assert calls == [(config.data, config.speed, ALONE)] * 2
 
 
 def damage(catalogue, samples: tuple[int, ...]) -> None:
@@ -213,7 +216,7 @@ def test_evaluation_allows_the_damage_that_the_settings_allow(tmp_path: Path):
     from tests.train_helpers import make_images
 
     data = make_images(tmp_path / "made")
-    catalogue = open_catalogue(data, "val")
+    catalogue = open_dataset(data, "val")
     damage(catalogue, (3, 4))
     config = small("image-ft-pico", data, tmp_path, "run")
     assert isinstance(config, FinetuneConfig)
@@ -225,8 +228,8 @@ def test_evaluation_allows_the_damage_that_the_settings_allow(tmp_path: Path):
         scores_of(config, (), tmp_path)
     # Each of two processes meets one of them, so only their sum shows that there are too many.
     with pytest.raises(UserError, match=r"2 of the 14 samples .* data\.max_bad"):
-        evaluate.check_damage(config, catalogue, 12)
-    evaluate.check_damage(config, catalogue, 13)
+        task.check_damage(config.data, catalogue, 12)
+    task.check_damage(config.data, catalogue, 13)
 
 
 # ---- probes
@@ -277,13 +280,13 @@ def test_two_processes_probe_and_evaluate_like_one_and_speak_once(images: Path, 
 
 def test_every_sample_s_feature_is_taken_once_in_the_order_of_the_samples(images: Path, tmp_path: Path):
     config = small("image-ft-pico", images, tmp_path, "run")
-    catalogue = open_catalogue(images, "val")
-    task = finetune.make_task(config, catalogue, ALONE, setup.precision(config, ALONE)[0])
-    model = Normalised(task.model, 1).eval()
-    found, labels = probe.features(config, ALONE, setup.precision(config, ALONE)[0], model, catalogue)
+    catalogue = open_dataset(images, "val")
+    assert isinstance(config, FinetuneConfig)
+    model = NormalizedInput(finetune.make_task(config, Run(ALONE)).model, 1).eval()
+    found, labels = probe.features(config, ALONE, model, catalogue)
     assert len(found) == 14 and labels.tolist() == catalogue.label.tolist()
-    for part in evaluate.batches_of(config, ALONE, catalogue, (1, 1)):
-        wanted = model.model.features(model.normalise(part.pixels))[: part.valid.sum()]  # pyrefly: ignore
+    for part in task.batches_of(config, ALONE, catalogue, (1, 1)):
+        wanted = model.model.features(model.normalize(part.pixels))[: part.valid.sum()]  # pyrefly: ignore
         torch.testing.assert_close(found[part.ids[part.valid]], wanted)
 
 
@@ -351,9 +354,9 @@ def test_the_variables_of_a_launcher_that_sets_them_all_are_taken(monkeypatch):
 def test_settings_out_of_range_get_one_sentence(part: str, values: dict, said: str):
     preset = MAE_PRESETS["image-mae-pico"]
     with pytest.raises(UserError, match=said) as caught:
-        setup.check_ranges(replace(preset, **{part: replace(getattr(preset, part), **values)}))
+        replace(getattr(preset, part), **values)
     assert "\n" not in str(caught.value)
-    setup.check_ranges(replace(preset, run=replace(preset.run, name="x" * 255)))
+    assert replace(preset.run, name="x" * 255).folder
 
 
 @pytest.mark.parametrize("moment", ["train", "numpy"])

@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 from timm.data import mixup as timm_mixup
 from torch._dynamo.testing import CompileCounter
 
-from pipelines.augment import Augment
+from models.inputs import NormalizedInput
+from pipelines.config import Augment
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
 from pipelines.loader import blank_batch
 from tests.train_helpers import arguments, call, small
-from train import finetune, loop, mae, mixing, setup
+from train import build, finetune, loop, mae, mixing
 from train.config import Config, FinetuneConfig
 from train.distributed import World
-from train.mixing import Mixing
+from train.rundir import Run
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -28,7 +29,7 @@ ALONE = World(0, 1, CPU)
 
 def everything_on(preset: str, data: Path, runs: Path) -> FinetuneConfig:
     """Ten steps of 8 rows with mixup, cutmix, drop path, dropout, RandAugment and random erasing."""
-    samples, video = len(setup.open_catalogue(data, "train")), "video" in preset
+    samples, video = len(open_dataset(data, "train")), "video" in preset
     # Adam scales the rounding noise of tiny gradients up to the learning rate, so that one is small here.
     values = {"epochs": 80 / samples, "batch": 8, "lr_batch": 8, "warmup_epochs": 0.1, "lr": 1e-4}
     config = small(preset, data, runs, "one", **values)
@@ -87,10 +88,10 @@ def test_a_step_leaves_every_global_generator_as_it_is(preset: str, images: Path
         config, make = replace(config, decode_ratio=0.5), mae.make_task
     else:
         config, make = everything_on(preset, images, tmp_path), finetune.make_task
-    catalogue = setup.open_catalogue(images, "train")
-    task = make(config, catalogue, ALONE, torch.no_grad)
-    model = Normalised(task.model, 1).train()
-    batches = setup.training_batches(config, ALONE, catalogue, 1, 0)
+    catalogue = open_dataset(images, "train")
+    task = make(config, Run(ALONE))
+    model = NormalizedInput(task.model, 1).train()
+    batches = build.training_batches(config, ALONE, catalogue, 1, 0)
     next(batches)  # building the loader is not part of a step
     before = [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]
     for _ in range(2):
@@ -101,9 +102,11 @@ def test_a_step_leaves_every_global_generator_as_it_is(preset: str, images: Path
 # ---- mixing ----------------------------------------------------------------------------------------------
 
 
-def mixing_of(**settings: object) -> Mixing:
-    default = Mixing(mixup=0.8, cutmix=1.0, smoothing=0.1, classes=5, repeats=1, batch=16, seed=0)
-    return replace(default, **settings)  # pyrefly: ignore
+def mixing_of(mixup: float = 0.8, cutmix: float = 1.0, repeats: int = 1, batch: int = 16) -> FinetuneConfig:
+    """Settings of mixing, for 5 classes."""
+    base = finetune.FINETUNE_PRESETS["image-ft-pico"]
+    data, optim = replace(base.data, repeats=repeats), replace(base.optim, batch=batch)
+    return replace(base, data=data, optim=optim, mixup=mixup, cutmix=cutmix, smoothing=0.1)
 
 
 def rows_of(count: int, frames: int, side: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +126,7 @@ def test_pixels_and_labels_are_mixed_as_a_plain_loop_does(frames: int, repeats: 
     settings = mixing_of(mixup=kinds[0], cutmix=kinds[1], repeats=repeats, batch=batch)
     pixels, labels = rows_of(batch, frames)
     height, width = pixels.shape[-3:-1]
-    mixed, soft = mixing.mix(settings, pixels, labels, step * batch + np.arange(batch))
+    mixed, soft = mixing.mix(settings, 5, pixels, labels, step * batch + np.arange(batch))
     drawn = mixing.draw_pairs(settings, step, height, width)
     pairs = []
     for row in range(batch):
@@ -148,7 +151,7 @@ def test_pixels_and_labels_are_mixed_as_a_plain_loop_does(frames: int, repeats: 
 def test_cutmix_boxes_are_timms():
     """The same lambda and centre give timm's box and corrected lambda, clipped at the border too."""
     settings = mixing_of(mixup=0.0, batch=400)
-    key = mixing.sampler.keys_of(0, mixing.sampler.STREAM_MIX, 3, np.arange(2))
+    key = mixing.order.keys_of(0, mixing.order.STREAM_MIX, 3, np.arange(2))
     generator = np.random.Generator(np.random.Philox(key=key))
     generator.random(200)
     lambdas = generator.beta(np.ones(200), np.ones(200))
@@ -182,10 +185,10 @@ def test_a_micro_batch_is_mixed_as_its_rows_of_the_whole_batch(repeats: int):
     settings = mixing_of(repeats=repeats)
     pixels, labels = rows_of(16, 1)
     positions = 5 * 16 + np.arange(16)
-    whole = mixing.mix(settings, pixels, labels, positions)
+    whole = mixing.mix(settings, 5, pixels, labels, positions)
     for first in range(0, 16, 4):
         rows = slice(first, first + 4)
-        part = mixing.mix(settings, pixels[rows], labels[rows], positions[rows])
+        part = mixing.mix(settings, 5, pixels[rows], labels[rows], positions[rows])
         assert all(torch.equal(a, b[rows]) for a, b in zip(part, whole, strict=True))
 
 
@@ -193,9 +196,9 @@ def test_no_row_is_mixed_with_a_copy_of_its_sample(clips: Path, tmp_path: Path):
     """With the loader's real batches, on each of two processes with two micro batches."""
     config = everything_on("video-ft-pico", clips, tmp_path)
     config = replace(config, optim=replace(config.optim, batch=16))
-    catalogue = setup.open_catalogue(clips, "train")
+    catalogue = open_dataset(clips, "train")
     for rank in range(2):
-        batches = setup.training_batches(config, World(rank, 2, CPU), catalogue, 2, 3)
+        batches = build.training_batches(config, World(rank, 2, CPU), catalogue, 2, 3)
         for micro in range(4):
             batch = next(batches)
             step, part = divmod(micro, 2)
@@ -211,7 +214,7 @@ def test_micro_batches_hold_whole_pairs():
         config = replace(config, data=replace(config.data, repeats=repeats))
         config = replace(config, optim=replace(config.optim, batch=batch))
         config = replace(config, speed=replace(config.speed, micro_batch=micro))
-        return setup.micro_batches(config, World(0, processes, CPU))
+        return build.micro_batches(config, processes, mixed=2)
 
     assert split(256, 16, 2, 1) == (16, 16)
     assert split(12, 3, 1, 1) == (2, 6)
@@ -225,12 +228,12 @@ def test_micro_batches_hold_whole_pairs():
 def test_the_trial_of_compilation_uses_the_signature_of_a_step(images: Path, tmp_path: Path):
     """One compilation serves the blank batch and the real ones."""
     config = everything_on("image-ft-pico", images, tmp_path)
-    catalogue = setup.open_catalogue(images, "train")
-    task = finetune.make_task(config, catalogue, ALONE, torch.no_grad)
-    model, counter = Normalised(task.model, 1).train(), CompileCounter()
+    catalogue = open_dataset(images, "train")
+    task = finetune.make_task(config, Run(ALONE))
+    model, counter = NormalizedInput(task.model, 1).train(), CompileCounter()
     model.compile(fullgraph=True, backend=counter)
-    task.loss(model, blank_batch(setup.view_spec(config), 8, CPU))
-    batches = setup.training_batches(config, ALONE, catalogue, 1, 0)
+    task.loss(model, blank_batch(config.data, 8, CPU))
+    batches = build.training_batches(config, ALONE, catalogue, 1, 0)
     for _ in range(2):
         task.loss(model, next(batches))
     assert counter.frame_count == 1

@@ -15,6 +15,7 @@ from tests.fault_helpers import CLEAN, speak_to
 from tests.test_train_resume import free_port, quick
 from train import finetune, loop
 from train.config import Config
+from train.task import Task
 
 ERRORS = {"user": UserError("the disk is gone; find it"), "code": AssertionError("a mistake in the code")}
 
@@ -27,7 +28,7 @@ def train_and_fail(rank: int, port: int, settings: Config, kind: str, log: Path)
     # What NCCL's group does while a kernel of it waits for another process.
     dist.destroy_process_group = hang
 
-    def make(*given) -> loop.Task:
+    def make(*given) -> Task:
         task, calls = finetune.make_task(*given), iter(range(1, 1000))
 
         def loss(*batch) -> torch.Tensor:

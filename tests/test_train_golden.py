@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.augment import Augment
+from pipelines.config import Augment
+from pipelines.dataset import open_dataset
 from tests.train_helpers import small
-from train import finetune, loop, mae, setup
+from train import finetune, loop, mae
 from train.metrics import read_csv
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -22,7 +23,7 @@ STEPS = 30
 @pytest.mark.parametrize("preset", ["image-mae-pico", "video-mae-pico", "image-ft-pico", "video-ft-pico"])
 def test_losses_are_those_that_were_committed(preset, images, clips, tmp_path):
     pretraining, data = "mae" in preset, clips if "video" in preset else images
-    per_epoch = len(setup.open_catalogue(data, "train")) / 12
+    per_epoch = len(open_dataset(data, "train")) / 12
     config = small(preset, data, tmp_path, "golden", epochs=STEPS / per_epoch)
     run = replace(config.run, log_every=1, eval_every=1000, checkpoint_every=1000)
     config = replace(config, run=run, data=replace(config.data, augment=Augment(layers=1, erase=0.25)))

@@ -10,15 +10,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import models
-from pipelines.catalogue import open_catalogue
+from models.inputs import NormalizedInput
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
 from tests.test_project import call_make
 from tests.test_train_resume import CPU, changed, fit, quick, stopping_at, task_of
 from tests.train_helpers import small
-from train import checkpoint, compute, device, distributed, evaluate, finetune, loop, meters, probe, setup
+from train import build, checkpoint, distributed, finetune, loop, meters, probe
 from train.distributed import World
 from train.presets import FINETUNE_PRESETS
+from train.rundir import Run
+from train.task import Task
 
 GPU = torch.device("cuda", 0)
 ALONE = World(0, 1, CPU)
@@ -40,7 +42,7 @@ def test_a_checkpoint_is_loaded_to_the_cpu_and_freed(images, tmp_path, monkeypat
         loaded.extend(weakref.ref(tensor) for tensor in tensors)
         return state
 
-    def make(*given) -> loop.Task:
+    def make(*given) -> Task:
         task = finetune.make_task(*given)
 
         def loss(*batch) -> torch.Tensor:
@@ -52,7 +54,8 @@ def test_a_checkpoint_is_loaded_to_the_cpu_and_freed(images, tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoint, "load", watched)
     fit(settings, make)
-    newest, _ = checkpoint.choose(tmp_path / "run/checkpoints")
+    newest = checkpoint.choose(tmp_path / "run/checkpoints")
+    assert newest is not None
     state = load(newest, GPU)
     assert all(value.device == CPU for value in state["model"].values())
     seen = meters.Meters(torch.device("meta"))
@@ -97,17 +100,14 @@ def test_a_checkpoint_is_copied_to_the_host_in_one_go():
 @pytest.mark.parametrize("kind", ["mae", "ft", "probe"])
 def test_evaluation_waits_for_no_copy_to_the_device(images, tmp_path, kind: str):
     config = small("image-mae-pico" if kind == "mae" else "image-ft-pico", images, tmp_path, "run")
-    catalogue = open_catalogue(images, "val")
-    autocast, _ = setup.precision(config, ALONE)
-    task = task_of(config)(config, catalogue, ALONE, autocast)
-    model = Normalised(task.model, 1)
+    catalogue = open_dataset(images, "val")
+    task = task_of(config)(config, Run(ALONE))
+    model = NormalizedInput(task.model, 1)
     with Blocking() as seen:
         if kind == "probe":
-            probe.features(config, ALONE, autocast, model, catalogue)
-        elif kind == "mae":
-            evaluate.mae_evaluation(config, ALONE, autocast, model, catalogue)
+            probe.features(config, ALONE, model, catalogue)
         else:
-            evaluate.classifier_evaluation(config, ALONE, autocast, None, model, catalogue)
+            task.evaluate(model, catalogue, lambda: None)
     assert seen.count == 0
 
 
@@ -137,15 +137,15 @@ NEW = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Relea
 def test_an_old_driver_is_named_with_what_cuda_13_requires(tmp_path, monkeypatch, text, version, old):
     """Without that, PyTorch counts 0 GPUs and training would go to the CPU without a word."""
     (tmp_path / "version").write_text(text)
-    monkeypatch.setattr(device, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(distributed, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device.driver_version() == version
+    assert distributed.driver_version() == version
     problem = f"the NVIDIA driver {version} is too old"
-    assert (problem in device.old_driver() and "580 or newer" in device.old_driver()) == old
-    assert device.resolve_device("auto", 1) == "cpu"
-    assert (problem in distributed.device_words(ALONE)) == old
+    assert (problem in distributed.old_driver() and "580 or newer" in distributed.old_driver()) == old
+    assert distributed.resolve_device("auto", 1) == "cpu"
+    assert (problem in distributed.device_text(ALONE)) == old
     with pytest.raises(UserError, match=problem if old else "1 GPUs were asked for and this machine has 0"):
-        device.resolve_device("cuda", 1)
+        distributed.resolve_device("cuda", 1)
 
 
 def test_without_the_kernel_module_nvidia_smi_gives_the_driver(tmp_path, monkeypatch):
@@ -153,10 +153,10 @@ def test_without_the_kernel_module_nvidia_smi_gives_the_driver(tmp_path, monkeyp
     program.write_text("#!/bin/sh\necho 550.54.15\necho 550.54.15\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(device, "DRIVER", tmp_path / "none")
-    assert device.driver_version() == "550.54.15"
+    monkeypatch.setattr(distributed, "DRIVER", tmp_path / "none")
+    assert distributed.driver_version() == "550.54.15"
     program.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\n")
-    assert device.old_driver() == ""
+    assert distributed.old_driver() == ""
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_launcher_may_show_each_process_its_own_gpu_alone(monkeypatch, visible
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert device.resolve_device("cuda", 4) == "cuda" and device.index(local) == found
+    assert distributed.resolve_device("cuda", 4) == "cuda" and distributed.index(local) == found
 
 
 def test_one_gpu_is_not_shared_by_processes(monkeypatch):
@@ -179,13 +179,13 @@ def test_one_gpu_is_not_shared_by_processes(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match="2 GPUs were asked for and this machine has 1"):
-        device.resolve_device("cuda", 2)
+        distributed.resolve_device("cuda", 2)
 
 
 # ---- compilation, kernels
 
 
-def test_an_error_of_triton_or_of_a_compile_worker_leaves_training_uncompiled():
+def test_an_error_of_triton_or_of_a_compile_worker_leaves_training_uncompiled(capsys):
     from torch._inductor.compile_worker.subproc_pool import SubprocException
     from triton.runtime.errors import PTXASError
 
@@ -195,39 +195,42 @@ def test_an_error_of_triton_or_of_a_compile_worker_leaves_training_uncompiled():
         SubprocException("worker", "died"),
         OSError("no compiler"),
     ):
-        model = Normalised(torch.nn.Linear(1, 1), frames=1)
+        model = NormalizedInput(torch.nn.Linear(1, 1), frames=1)
 
         def trial(error: Exception = error) -> torch.Tensor:
             raise error
 
-        words = compute.compile_model(model, config, ALONE, trial, lambda: torch.autocast("cpu"))
-        assert words.startswith("torch.compile: FAILED") and model._compiled_call_impl is None
+        build.compile_model(model, config.speed, CPU, trial)
+        assert capsys.readouterr().out.startswith("torch.compile: FAILED")
+        assert model._compiled_call_impl is None
 
 
 def test_processes_share_the_cores_for_compiling(monkeypatch):
     import torch._inductor.config as inductor
 
     monkeypatch.setattr(inductor, "compile_threads", 7)
-    monkeypatch.setattr(compute, "usable_cores", lambda: 96)
+    monkeypatch.setattr(build, "usable_cores", lambda: 96)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
-    compute.share_compile_workers()
+    build.share_compile_workers()
     assert inductor.compile_threads == 7
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
-    compute.share_compile_workers()
+    build.share_compile_workers()
     assert inductor.compile_threads == 12
 
 
-def test_attention_is_flash_on_a_gpu_unless_another_is_asked_for():
-    config = PICO
+def test_attention_is_flash_on_a_gpu_unless_another_is_asked_for(capsys):
     cuda = torch.backends.cuda
-    (words,) = compute.choose_kernels(config, World(0, 1, GPU))
-    assert "flash" in words and cuda.flash_sdp_enabled() and not cuda.cudnn_sdp_enabled()
-    (words,) = compute.choose_kernels(changed(config, speed={"attention": "cudnn"}), World(0, 1, GPU))
-    assert "cudnn, as asked" in words and cuda.cudnn_sdp_enabled() and not cuda.flash_sdp_enabled()
-    assert compute.choose_kernels(config, ALONE) == [] and cuda.flash_sdp_enabled()
+    build.choose_kernels(PICO.speed, GPU)
+    assert "flash" in capsys.readouterr().out
+    assert cuda.flash_sdp_enabled() and not cuda.cudnn_sdp_enabled()
+    build.choose_kernels(replace(PICO.speed, attention="cudnn"), GPU)
+    assert "cudnn, as asked" in capsys.readouterr().out
+    assert cuda.cudnn_sdp_enabled() and not cuda.flash_sdp_enabled()
+    build.choose_kernels(PICO.speed, CPU)
+    assert capsys.readouterr().out == "" and cuda.flash_sdp_enabled()
     with pytest.raises(UserError, match=r"speed\.attention is 'fast'; it can be auto, flash"):
-        setup.check_ranges(changed(config, speed={"attention": "fast"}))
+        changed(PICO, speed={"attention": "fast"})
 
 
 def test_deterministic_kernels_are_switched_on_and_training_runs(images, tmp_path, capsys, monkeypatch):
@@ -239,7 +242,7 @@ def test_deterministic_kernels_are_switched_on_and_training_runs(images, tmp_pat
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert "deterministic kernels: on" in capsys.readouterr().out
     finally:
-        compute.choose_kernels(PICO, ALONE)
+        build.choose_kernels(PICO.speed, CPU)
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     assert not torch.are_deterministic_algorithms_enabled()
 

@@ -1,7 +1,7 @@
 """The parts of the training core by themselves: configuration, metrics, checkpoints, optimizer."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,12 +10,9 @@ import torch
 from torch import nn
 
 import models
-from pipelines.augment import Augment
+from pipelines.config import Augment, DataConfig
 from pipelines.errors import UserError
-from pipelines.loader import ViewSpec
-from train import checkpoint, config, optim, setup
-from train.config import DataConfig
-from train.distributed import World
+from train import build, checkpoint, config, console, optim
 from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS, MetricsWriter, read_csv
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
@@ -36,6 +33,7 @@ def test_a_preset_survives_json_and_names_a_model(name: str):
         ([], "name a preset first"),
         (["image-mae-bace"], "did you mean 'image-mae-base'"),
         (["image-mae-pico", "--optim.epoch", "3"], "did you mean '--optim.epochs'"),
+        (["image-mae-pico", "--speed.precision", "fp8"], "speed.precision is 'fp8'; it can be auto, bf16"),
         (["image-mae-pico", "surplus"], "unknown argument 'surplus'"),
         (["image-ft-pico"], "'image-ft-pico' is for make train-ft; presets here: image-mae-pico"),
     ],
@@ -43,32 +41,44 @@ def test_a_preset_survives_json_and_names_a_model(name: str):
 def test_wrong_words_get_one_sentence_with_a_hint(monkeypatch, words: list[str], expected: str):
     monkeypatch.setattr("sys.argv", ["train.mae", *words])
     with pytest.raises(UserError, match=expected) as caught:
-        config.parse(MAE_PRESETS, "train.mae")
+        console.parse(MAE_PRESETS, "train.mae")
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_of_another_type_ends_with_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.mae", "image-mae-pico", "--optim.lr", "fast"])
+    with pytest.raises(SystemExit) as caught:
+        console.parse(MAE_PRESETS, "train.mae")
+    assert caught.value.code == 2 and "--optim.lr" in capsys.readouterr().err
 
 
 def test_overrides_reach_the_configuration(monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["x", "image-mae-pico", "--optim.lr", "0.5", "--data.flip=0", "--run.seed", "7"]
     )
-    parsed = config.parse(MAE_PRESETS, "train.mae")
+    parsed = console.parse(MAE_PRESETS, "train.mae")
     assert (parsed.optim.lr, parsed.data.flip, parsed.run.seed) == (0.5, 0.0, 7)
     assert parsed.run.name == "image-mae-pico"
 
 
-def test_every_setting_of_the_data_reaches_the_loader():
-    """Each field of a view is set from its own setting; a forgotten one would keep its default."""
+def test_every_setting_of_the_data_survives_json():
     data = DataConfig(
-        size=64, frames=8, stride=3, stride_fps=25.0, sampling="segments",
+        size=64, frames=8, stride=3, stride_fps=25.0, sampling="segments", clip_start=3, eval_split="train",
         scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.1, interpolation="cubic",
         crop=0.9, repeats=2, same_clip=True, augment=Augment(layers=2, magnitude=7.0, jitter=0.4, erase=0.25),
     )  # fmt: skip
-    spec = setup.view_spec(replace(MAE_PRESETS["video-mae-base"], data=data))
-    default = ViewSpec(size=0)
-    same = [f.name for f in fields(spec) if getattr(spec, f.name) == getattr(default, f.name)]
-    assert same == ["start"]  # which only the reference protocol sets
     values = json.loads(json.dumps(config.to_dict(replace(MAE_PRESETS["video-mae-base"], data=data))))
     assert config.from_dict(values).data == data
+
+
+def test_settings_that_an_older_version_had_do_not_block_a_resume():
+    new = FINETUNE_PRESETS["video-ft-tiny-kinetics-reference"]
+    old = json.loads(json.dumps(config.to_dict(new)))
+    for key in ("clip_start", "eval_clip_start", "eval_split"):
+        del old["data"][key]
+    old |= {"protocol": "tiny-kinetics-reference", "gone": 1}
+    old["optim"]["gone"] = 2
+    assert config.differences(config.from_dict(old), new) == {}
 
 
 def test_micro_batches_hold_whole_samples():
@@ -77,7 +87,7 @@ def test_micro_batches_hold_whole_samples():
         preset = replace(preset, data=replace(preset.data, repeats=repeats))
         preset = replace(preset, optim=replace(preset.optim, batch=batch))
         preset = replace(preset, speed=replace(preset.speed, micro_batch=micro))
-        return setup.micro_batches(preset, World(0, processes, CPU))
+        return build.micro_batches(preset, processes)
 
     assert split(512, 32, 4, 2) == (32, 8)
     assert split(24, 7, 2, 2) == (6, 2)
@@ -87,12 +97,11 @@ def test_micro_batches_hold_whole_samples():
 
 
 def test_only_settings_that_change_results_count_as_differences():
-    old = config.to_dict(MAE_PRESETS["image-mae-pico"])
-    new = json.loads(json.dumps(old))
-    new["speed"]["threads"], new["run"]["name"] = 9, "other"
+    old = MAE_PRESETS["image-mae-pico"]
+    new = replace(old, speed=replace(old.speed, threads=9), run=replace(old.run, name="other"))
     assert config.differences(old, new) == {}
-    new["optim"]["lr"] = 1.0
-    assert config.differences(old, new) == {"optim.lr": f"{old['optim']['lr']} -> 1.0"}
+    new = replace(new, optim=replace(new.optim, lr=1.0))
+    assert config.differences(old, new) == {"optim.lr": f"{old.optim.lr} -> 1.0"}
 
 
 # ---- metrics
@@ -158,12 +167,12 @@ def test_checkpoints_keep_the_last_and_leave_no_leftovers(tmp_path: Path):
         checkpoint.save(tmp_path, step, {"step": step, "w": torch.full((3,), float(step))}, keep=2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"step-00000000{s}.{end}" for s in (2, 3) for end in ("pt", "sha256")]
-    newest, complaints = checkpoint.choose(tmp_path)
-    assert newest is not None and checkpoint.load(newest, CPU)["step"] == 3 and not complaints
+    newest = checkpoint.choose(tmp_path)
+    assert newest is not None and checkpoint.load(newest, CPU)["step"] == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no digest"])
-def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path: Path, damage: str):
+def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path: Path, capsys, damage: str):
     for step in (1, 2):
         path = checkpoint.save(tmp_path, step, {"step": step}, keep=2)
     content = bytearray(path.read_bytes())
@@ -172,30 +181,33 @@ def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path: Path,
         path.with_suffix(".sha256").unlink()
     else:
         path.write_bytes({"cut": content[:100], "flipped": content, "empty": b""}[damage])
-    newest, complaints = checkpoint.choose(tmp_path)
+    newest = checkpoint.choose(tmp_path)
     assert newest is not None and checkpoint.load(newest, CPU) == {"step": 1}
-    assert len(complaints) == 1 and "step-000000002.pt is damaged" in complaints[0]
+    warnings = capsys.readouterr().out.splitlines()
+    assert len(warnings) == 1 and "step-000000002.pt is damaged" in warnings[0]
     assert [p.name for p in tmp_path.glob("*.damaged")] == ["step-000000002.pt.damaged"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_after_a_fallback_the_promised_number_of_checkpoints_is_kept(tmp_path: Path, keep: int):
+def test_after_a_fallback_the_promised_number_of_checkpoints_is_kept(tmp_path: Path, capsys, keep: int):
     """Damaged checkpoints of later steps must not make a new, good one look old."""
     for step in range(4, 4 * (keep + 2), 4):
         path = checkpoint.save(tmp_path, step, {"step": step}, keep=keep + 1)
     path.write_bytes(b"damaged")
-    newest, _ = checkpoint.choose(tmp_path)
+    newest = checkpoint.choose(tmp_path)
     assert newest is not None
+    capsys.readouterr()
     step = checkpoint.load(newest, CPU)["step"]
     for later in (step + 1, step + 2):
         checkpoint.save(tmp_path, later, {"step": later}, keep=keep)
-        newest, complaints = checkpoint.choose(tmp_path)
-        assert newest is not None and checkpoint.load(newest, CPU)["step"] == later and not complaints
+        newest = checkpoint.choose(tmp_path)
+        assert newest is not None and checkpoint.load(newest, CPU)["step"] == later
+        assert capsys.readouterr().out == ""
     assert len(list(tmp_path.glob("step-*.pt"))) == keep
 
 
 def test_no_checkpoint_means_a_fresh_start(tmp_path: Path):
-    assert checkpoint.choose(tmp_path / "none") == (None, [])
+    assert checkpoint.choose(tmp_path / "none") is None
 
 
 def test_if_no_checkpoint_is_valid_nothing_is_changed(tmp_path: Path):
@@ -279,7 +291,7 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported():
 
 def test_the_initialisation_is_seeded():
     def draw(seed: int) -> float:
-        optim.seed_weights(seed)
+        build.seed_weights(seed)
         return torch.rand(1).item()
 
     assert draw(5) == draw(5) and len({draw(seed) for seed in range(4)}) == 4

@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.errors import UserError
 from tests.train_helpers import small
 from tools import recipes
-from train import config, presets, setup
-from train.config import Config, to_dict
+from train import config, console, finetune, presets
+from train.config import FinetuneConfig, to_dict
 from train.distributed import World
-from train.presets import FINETUNE_PRESETS, MAE_PRESETS, NOT_GIVEN, pretraining_notes
+from train.presets import FINETUNE_PRESETS, MAE_PRESETS, NOT_GIVEN
+from train.rundir import Run
 
 PRESETS = {**MAE_PRESETS, **FINETUNE_PRESETS}
 PAPER = json.loads(Path(__file__).with_name("paper_recipes.json").read_text())
@@ -119,7 +121,7 @@ def test_a_preset_for_an_empty_cell_is_refused_with_the_reason(name, monkeypatch
     known = MAE_PRESETS if "-mae-" in name else FINETUNE_PRESETS
     monkeypatch.setattr("sys.argv", [program, name])
     with pytest.raises(UserError, match=rf"no preset '{name}': the paper gives no .* \(table 11[ab]\); use"):
-        config.parse(known, program, NOT_GIVEN)
+        console.parse(known, program, NOT_GIVEN)
     for other in re.findall(r"video-\S+\d", NOT_GIVEN[name]):
         assert other in known
 
@@ -145,7 +147,7 @@ def test_the_page_lists_the_presets_as_they_are(tmp_path, monkeypatch):
 # ---- the length of pretraining ---------------------------------------------------------------------------
 
 
-def starting_from(folder: Path, pretraining: str, finetuning: str, **optim: float) -> Config:
+def starting_from(folder: Path, pretraining: str, finetuning: str, **optim: float) -> FinetuneConfig:
     """`finetuning` from the weights of a run of `pretraining`, of which only config.json is there."""
     made = MAE_PRESETS[pretraining] if pretraining in MAE_PRESETS else FINETUNE_PRESETS[pretraining]
     made = replace(made, optim=replace(made.optim, **optim))
@@ -177,33 +179,35 @@ def starting_from(folder: Path, pretraining: str, finetuning: str, **optim: floa
     ],
 )
 def test_a_run_warns_of_weights_pretrained_for_another_length(
-    tmp_path, pretraining, epochs, finetuning, said
+    tmp_path, capsys, pretraining, epochs, finetuning, said
 ):
     config = starting_from(tmp_path / "made", pretraining, finetuning, epochs=epochs)
-    notes = pretraining_notes(config)
+    finetune.warn_of_length(config)
+    notes = capsys.readouterr().out.splitlines()
     assert len(notes) == bool(said)
     for note in notes:
         assert note.startswith(f"warning: {tmp_path}/made was pretrained for {epochs:g} epochs, and this")
         assert re.search(f"{said}$", note)
 
 
-def test_other_starting_weights_are_not_compared(tmp_path):
+def test_other_starting_weights_are_not_compared(tmp_path, capsys):
     preset = FINETUNE_PRESETS["video-ft-large"]
     for init in ("", "mae_hiera_large_16x224:mae_k400", str(tmp_path / "none.pth")):
-        assert pretraining_notes(replace(preset, model=replace(preset.model, init=init))) == []
+        finetune.warn_of_length(replace(preset, model=replace(preset.model, init=init)))
     made = starting_from(tmp_path / "made", "video-mae-large", "video-ft-large")
     for text in ("", "{", "[]", '{"kind": "mae"}', '{"kind": "mae", "optim": {"epochs": "x"}}'):
         (tmp_path / "made" / "config.json").write_text(text)
-        assert pretraining_notes(made) == []
+        finetune.warn_of_length(made)
+    assert capsys.readouterr().out == ""
 
 
-def test_the_warning_is_among_the_first_lines_of_a_run(tmp_path, images):
-    catalogue = setup.open_catalogue(images, "train")
+def test_the_warning_is_among_the_first_lines_of_a_run(tmp_path, images, capsys):
     made = starting_from(tmp_path / "made", "image-mae-large", "image-ft-large")
     run = small("image-ft-large", images, tmp_path, "run")
     run = replace(run, model=replace(run.model, init=made.model.init))
-    lines = setup.plan_words(run, World(0, 1, setup.torch.device("cpu")), catalogue, None, 10)
-    assert sum("use RECIPE=image-ft-large-400" in line for line in lines) == 1
+    assert isinstance(run, FinetuneConfig)
+    finetune.make_task(run, Run(World(0, 1, torch.device("cpu"))))
+    assert capsys.readouterr().out.count("use RECIPE=image-ft-large-400") == 1
 
 
 def test_ssv2_presets_are_read_from_segments_without_flips_and_tested_in_three_views():

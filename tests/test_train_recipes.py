@@ -14,26 +14,28 @@ from safetensors.torch import load_file
 from torch import nn
 
 import models
-from pipelines.augment import Augment
+from models.inputs import NormalizedInput
+from pipelines.config import Augment
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from pipelines.inputs import Normalised
-from pipelines.plans import eval_plan, train_plan
+from pipelines.views import eval_rows, train_rows
 from tests.train_helpers import make_images, small
-from train import checkpoint, compute, evaluate, finetune, loop, mae, optim, rundir, setup
+from train import build, checkpoint, evaluate, finetune, loop, mae, optim
 from train.config import OptimConfig
 from train.console import curve
 from train.distributed import World
 from train.metrics import read_csv
 from train.presets import FINETUNE_PRESETS
+from train.rundir import Run
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
 
 
 def fit(config, task) -> Path:
-    setup.check(config)
+    build.check(config)
     assert loop.fit(config, task) == 0
-    return rundir.folder_of(config)
+    return config.run.folder
 
 
 def pico(**settings) -> nn.Module:
@@ -157,30 +159,31 @@ def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images,
         evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
 
 
-def test_the_plan_says_what_is_odd_about_it(images, tmp_path):
-    catalogue = setup.open_catalogue(images, "train")
-
-    def told(steps: int, **optim: object) -> str:
+def test_the_plan_warns_of_unusual_settings(images, tmp_path, capsys):
+    def logged(**optim: object) -> str:
         config = small("image-mae-pico", images, tmp_path, "plan", **optim)
-        return "\n".join(setup.plan_words(config, ALONE, catalogue, None, steps))
+        build.log_plan(config, mae.make_task(config, Run(ALONE)), ALONE)
+        return capsys.readouterr().out
 
-    assert "10 steps = 3 epochs" in told(10) and "rounded up" not in told(10)
-    assert "11 steps = 3 epochs, rounded up" in told(11)
-    assert "times the training data" not in told(10) and "rises to the very end" not in told(10)
-    assert "a batch is 1.5 times the training data: lower optim.batch" in told(2, batch=60)
-    assert "warmup takes 3 epochs: the learning rate rises to the very end" in told(10, warmup_epochs=3.0)
+    usual = logged()
+    assert "10 steps = 3 epochs" in usual and "rounded up" not in usual
+    assert "times the training data" not in usual and "rises to the very end" not in usual
+    assert "11 steps = 3.1 epochs, rounded up" in logged(epochs=3.1)
+    assert "a batch is 1.5 times the training data: lower optim.batch" in logged(batch=60)
+    assert "warmup takes 3 epochs: the learning rate rises to the very end" in logged(warmup_epochs=3.0)
 
 
 def test_the_reference_protocol_is_followed_and_labelled(clips, tmp_path):
     config = small("video-ft-pico", clips, tmp_path, "reference", epochs=1.0)
-    config = replace(config, protocol="tiny-kinetics-reference", data=replace(config.data, stride=1))
-    catalogue = setup.open_catalogue(clips, "train")
+    reference = {"clip_start": 10, "eval_clip_start": 40, "eval_split": "train"}
+    config = replace(config, data=replace(config.data, stride=1, **reference))
+    dataset = open_dataset(clips, "train")
     ids, epochs = np.arange(20), np.arange(20)
-    for evaluation, first in ((False, 10), (True, 12)):  # 20 frames: frame 40 is past the last whole window
-        view = setup.view_spec(config, evaluation)
-        frames = train_plan(catalogue, view, 0, ids, epochs).frames
-        assert np.array_equal(frames, np.tile(np.arange(first, first + 8), (20, 1)))
-        assert np.array_equal(eval_plan(catalogue, view, ids, ids >= 0, 1, 1).frames, frames)
+    frames = train_rows(dataset, config.data, 0, ids, epochs).frames
+    assert np.array_equal(frames, np.tile(np.arange(10, 18), (20, 1)))
+    # 20 frames: frame 40 is past the last whole window.
+    frames = eval_rows(dataset, config.data, (1, 1), ids, ids >= 0).frames
+    assert np.array_equal(frames, np.tile(np.arange(12, 20), (20, 1)))
     run = fit(config, finetune.make_task)
     assert read_csv(run / "metrics.csv")[-1]["held_out"] == 0
     assert sum(row["samples"] for row in pq.read_table(run / "per_class.parquet").to_pylist()) == 20
@@ -202,8 +205,8 @@ def test_checkpoints_are_written_behind_and_a_full_disk_is_said(tmp_path, monkey
     writer.save(1, {"model": {"w": weights}, "groups": [{"lr": 0.5}]})
     weights.zero_()  # training goes on; what is being saved must not change with it
     writer.wait()
-    state = checkpoint.load(checkpoint.choose(tmp_path / "checkpoints")[0], CPU)
-    assert state is not None and state["model"]["w"].tolist() == [1, 1, 1]
+    state = checkpoint.load(tmp_path / "checkpoints/step-000000001.pt", CPU)
+    assert state["model"]["w"].tolist() == [1, 1, 1]
     assert state["groups"] == [{"lr": 0.5}]
 
     def full(*_: object) -> None:
@@ -213,8 +216,7 @@ def test_checkpoints_are_written_behind_and_a_full_disk_is_said(tmp_path, monkey
     writer.save(2, {})
     with pytest.raises(UserError, match=r"No space left on device.*free some space"):
         writer.wait()
-    newest, complaints = checkpoint.choose(tmp_path / "checkpoints")
-    assert newest is not None and complaints == []
+    assert checkpoint.choose(tmp_path / "checkpoints") is not None
 
 
 # ---- compilation and the screen --------------------------------------------------------------------------
@@ -232,14 +234,14 @@ class Breaks(nn.Module):
         return self.layer(x.movedim(1, -1))
 
 
-def test_a_model_that_does_not_compile_is_trained_without_and_that_is_said():
+def test_a_model_that_does_not_compile_is_trained_without_compilation(capsys):
     config = FINETUNE_PRESETS["image-ft-pico"]
     config = replace(config, speed=replace(config.speed, compile="yes"))
-    model = Normalised(Breaks(), frames=1)
+    model = NormalizedInput(Breaks(), frames=1)
     pixels = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
-    autocast, _ = setup.precision(config, ALONE)
-    words = compute.compile_model(model, config, ALONE, lambda: model(pixels).sum(), autocast)
-    assert words.startswith("torch.compile: FAILED") and "going on without it" in words
+    build.compile_model(model, config.speed, CPU, lambda: model(pixels).sum())
+    output = capsys.readouterr().out
+    assert output.startswith("torch.compile: FAILED") and "going on without it" in output
     assert model(pixels).shape == (2, 4, 4, 1)
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -257,7 +259,7 @@ def test_sixteen_samples_can_be_learned_by_heart(preset, images, clips, tmp_path
     video, pretraining = "video" in preset, "mae" in preset
     config = small(preset, clips if video else images, tmp_path, "heart", warmup_epochs=0.5)
     data = replace(config.data, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, size=32 if video else 64)
-    catalogue = setup.open_catalogue(config.data.path, "train")
+    catalogue = open_dataset(config.data.path, "train")
     model = replace(config.model, drop_path=0.0)
     config = replace(config, data=replace(data, augment=Augment()), model=model)
     config = replace(
@@ -265,12 +267,10 @@ def test_sixteen_samples_can_be_learned_by_heart(preset, images, clips, tmp_path
     )
     if not pretraining:
         config = replace(config, smoothing=0.0)
-    task = (mae if pretraining else finetune).make_task(
-        config, catalogue, ALONE, setup.precision(config, ALONE)[0]
-    )
-    batches = setup.training_batches(config, ALONE, catalogue, 1, 0)
+    task = (mae if pretraining else finetune).make_task(config, Run(ALONE))
+    batches = build.training_batches(config, ALONE, catalogue, 1, 0)
     batch = next(batches)
-    ready = Normalised(task.model, config.data.frames).train()
+    ready = NormalizedInput(task.model, config.data.frames).train()
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=2e-3 if pretraining else 5e-4, fused=True)
     losses = []
     for _ in range(170 if pretraining else 40):

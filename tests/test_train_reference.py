@@ -14,25 +14,26 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pipelines.catalogue import Catalogue, open_catalogue
-from pipelines.inputs import Normalised
+from models.inputs import NormalizedInput
+from pipelines.dataset import Dataset, open_dataset
 from pipelines.loader import Batch
 from tests.train_helpers import CLASSES, picture, small
 from tools.pack_imagenet import pack_imagenet
-from train import finetune, loop, mae, setup
+from train import build, finetune, loop, mae
 from train.config import Config
 from train.distributed import World
-from train.evaluate import batches_of
 from train.metrics import read_csv
 from train.optim import make_optimizer, update
+from train.rundir import Run
+from train.task import Task, batches_of, create_classifier
 
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def training(config: Config, catalogue: Catalogue, steps: int) -> Iterator[Batch]:
+def training(config: Config, catalogue: Dataset, steps: int) -> Iterator[Batch]:
     """The first `steps` batches that a run with this configuration would see."""
-    _, accumulate = setup.micro_batches(config, ALONE)
-    batches = setup.training_batches(config, ALONE, catalogue, accumulate, 0)
+    _, accumulate = build.micro_batches(config, 1)
+    batches = build.training_batches(config, ALONE, catalogue, accumulate, 0)
     return (next(batches) for _ in range(steps * accumulate))
 
 
@@ -46,7 +47,7 @@ def weights(images: Path, tmp_path: Path) -> Path:
 
 def test_samples_are_shuffled_anew_in_every_epoch(images: Path, tmp_path: Path):
     config = small("image-mae-pico", images, tmp_path, "order", batch=8)
-    seen = [batch.ids for batch in training(config, open_catalogue(images, "train"), steps=10)]
+    seen = [batch.ids for batch in training(config, open_dataset(images, "train"), steps=10)]
     first, second = np.concatenate(seen).reshape(2, 40)
     assert sorted(first) == sorted(second) == list(range(40))
     assert not np.array_equal(first, np.sort(first)) and not np.array_equal(first, second)
@@ -56,13 +57,13 @@ def test_samples_are_shuffled_anew_in_every_epoch(images: Path, tmp_path: Path):
 def test_training_is_augmented_and_evaluation_is_not(images: Path, clips: Path, tmp_path: Path, preset: str):
     data = clips if "video" in preset else images
     config = small(preset, data, tmp_path, "augmented", batch=4)
-    catalogue = open_catalogue(data, "train")
+    catalogue = open_dataset(data, "train")
     looks: dict[int, list[torch.Tensor]] = {}
     for batch in training(config, catalogue, steps=len(catalogue) // 4 * 2):
         for sample, pixels in zip(batch.ids.tolist(), batch.pixels, strict=True):
             looks.setdefault(sample, []).append(pixels)
     assert all(len(pair) == 2 and not torch.equal(*pair) for pair in looks.values())
-    validation = open_catalogue(data, "val")
+    validation = open_dataset(data, "val")
     twice = [[b.pixels for b in batches_of(config, ALONE, validation, (1, 1))] for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*twice, strict=True))
 
@@ -74,10 +75,10 @@ def test_accumulated_gradients_are_averaged(images: Path, tmp_path: Path):
         config = small("image-ft-pico", images, tmp_path, "summed")
         config = replace(config, speed=replace(config.speed, micro_batch=micro))
         torch.manual_seed(0)
-        catalogue = open_catalogue(images, "train")
-        task = finetune.make_task(config, catalogue, ALONE, torch.no_grad)
+        catalogue = open_dataset(images, "train")
+        task = finetune.make_task(config, Run(ALONE))
         batches = training(config, catalogue, steps=1)
-        model = Normalised(task.model, 1)
+        model = NormalizedInput(task.model, 1)
         loop._accumulate(model, task, batches, 12 // micro, torch.enable_grad)
         norms.append(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     assert norms[0] > 0
@@ -87,7 +88,7 @@ def test_accumulated_gradients_are_averaged(images: Path, tmp_path: Path):
 def test_weight_decay_spares_norms_biases_and_positions(images: Path, tmp_path: Path):
     """A step on zero gradients moves a weight by its decay alone."""
     config = small("image-ft-pico", images, tmp_path, "decay", weight_decay=0.1)
-    model = setup.build_model(config, 2)
+    model = create_classifier(config.data, config.model, 2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -133,7 +134,7 @@ def test_images_and_clips_are_normalised_by_their_own_statistics(preset, mean, d
     shape = (1, 8, 8, 3) if frames == 1 else (1, frames, 8, 8, 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
     expected = (pixels.double() / 255 - torch.tensor(mean)) / torch.tensor(deviation)
-    found = Normalised(nn.Identity(), frames)(pixels)
+    found = NormalizedInput(nn.Identity(), frames)(pixels)
     torch.testing.assert_close(found, expected.movedim(-1, 1).float(), rtol=1e-5, atol=1e-5)
 
 
@@ -148,7 +149,7 @@ def test_one_bad_batch_does_not_spoil_a_pretraining(images: Path, tmp_path: Path
     """Its author found MAE training unstable: a step that is not finite is left out, and that is said."""
     config = small("image-mae-pico", images, tmp_path, "unstable", epochs=3.0)
 
-    def make_task(*arguments) -> loop.Task:
+    def make_task(*arguments) -> Task:
         task, calls = mae.make_task(*arguments), iter(range(1000))
 
         def loss(model: nn.Module, batch: Batch) -> torch.Tensor:

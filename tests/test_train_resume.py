@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.augment import Augment
+from pipelines.config import Augment
 from pipelines.errors import UserError, run_cli
 from tests.fault_helpers import CLEAN, speak_to
 from tests.test_train_runs import assert_same, descendants, results
 from tests.train_helpers import ROOT, arguments, module, small
-from train import checkpoint, config, distributed, finetune, loop, mae, rundir
+from train import checkpoint, config, ending, finetune, loop, mae, rundir
 from train.config import Config, MaeConfig
 from train.metrics import read_csv
+from train.task import MakeTask, Task
 
 CPU = torch.device("cpu")
 
@@ -38,7 +39,7 @@ def quick(data: Path, root: Path, name: str, preset: str = "image-ft-pico", **op
     )
 
 
-def task_of(configuration: Config) -> loop.MakeTask:
+def task_of(configuration: Config) -> MakeTask:
     return mae.make_task if isinstance(configuration, MaeConfig) else finetune.make_task
 
 
@@ -47,15 +48,15 @@ def changed(base: Config, **groups: dict) -> Config:
     return replace(base, **{name: replace(getattr(base, name), **values) for name, values in groups.items()})
 
 
-def fit(configuration: Config, task: loop.MakeTask | None = None) -> Path:
+def fit(configuration: Config, task: MakeTask | None = None) -> Path:
     assert loop.fit(configuration, task or task_of(configuration)) == 0
-    return rundir.folder_of(configuration)
+    return configuration.run.folder
 
 
-def stopping_at(number: int, step: int) -> loop.MakeTask:
+def stopping_at(number: int, step: int) -> MakeTask:
     """The usual task; the process gets a signal in the step `step` after the start."""
 
-    def make(*given) -> loop.Task:
+    def make(*given) -> Task:
         task, calls = finetune.make_task(*given), iter(range(1, 1000))
 
         def loss(*batch):
@@ -73,7 +74,7 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def last_state(run: Path) -> dict:
-    newest, _ = checkpoint.choose(run / "checkpoints")
+    newest = checkpoint.choose(run / "checkpoints")
     assert newest is not None
     return checkpoint.load(newest, CPU)
 
@@ -164,13 +165,17 @@ NEW: dict[str, dict[str, object]] = {
     "data": {
         "stride": 2,
         "stride_fps": 15.0,
+        "clip_start": 1,
+        "eval_clip_start": 2,
         "sampling": "segments",
         "scale": (0.5, 1.0),
         "ratio": (0.9, 1.1),
         "flip": 0.0,
         "interpolation": "linear",
         "crop": 0.9,
-        "augment": Augment(1, 5.0, 0.1, 0.9, 0.2, 0.3),
+        "augment": Augment(
+            layers=1, magnitude=5.0, magnitude_std=0.1, probability=0.9, jitter=0.2, erase=0.3
+        ),
         "same_clip": True,
         "order": "local",
         "window": 16,
@@ -214,7 +219,7 @@ def test_every_setting_that_may_change_is_in_effect_once_it_is_allowed(
     own = NEW_FINETUNING if "ft" in preset else NEW_PRETRAINING
     new = replace(changed(settings, **NEW), **own)
     keys = {key for key in config.flatten(config.to_dict(new)) if not key.startswith(config.FREE)}
-    differing = config.differences(config.to_dict(settings), config.to_dict(new))
+    differing = config.differences(settings, new)
     assert differing.keys() == keys - set(config.FIXED), "NEW needs a value for each setting"
     spelled = tuple(name.replace("_", "-") for name in differing)
     used: list[torch.optim.Optimizer] = []
@@ -231,7 +236,7 @@ def test_every_setting_that_may_change_is_in_effect_once_it_is_allowed(
     fit(changed(new, run={"allow": spelled}))
     assert f"resumed from step 10 of {loop.total_steps(new.optim, 40)}" in (run / "log.txt").read_text()
     written = config.from_dict(json.loads((run / "config.json").read_text()))
-    assert config.differences(config.to_dict(new), config.to_dict(written)) == {}
+    assert config.differences(new, written) == {}
     for group in used[-1].param_groups:
         assert group["weight_decay"] in (0.0, 0.2) and group["betas"] == (0.8, 0.9)
     assert {group["weight_decay"] for group in used[-1].param_groups} == {0.0, 0.2}
@@ -297,10 +302,10 @@ def test_a_finished_run_is_extended_also_when_it_is_interrupted(images, tmp_path
 # ---- skipped steps
 
 
-def nonsense_from(first: int, last: int = 1000) -> loop.MakeTask:
+def nonsense_from(first: int, last: int = 1000) -> MakeTask:
     """The usual task, whose loss is infinite in steps `first` to `last` after the start."""
 
-    def make(*given) -> loop.Task:
+    def make(*given) -> Task:
         task, calls = finetune.make_task(*given), iter(range(1, 1000))
 
         def loss(*batch):
@@ -334,21 +339,21 @@ def test_a_run_whose_every_step_was_skipped_is_not_done(images, tmp_path):
 
 
 def test_a_caller_gets_its_signal_handlers_back(images, tmp_path):
-    before = [signal.getsignal(number) for number in distributed.STOPPING]
+    before = [signal.getsignal(number) for number in ending.STOPPING]
     settings = quick(images, tmp_path, "run")
     assert loop.fit(settings, stopping_at(signal.SIGTERM, 3)) == signal.SIGTERM
-    assert [signal.getsignal(number) for number in distributed.STOPPING] == before
+    assert [signal.getsignal(number) for number in ending.STOPPING] == before
     fit(settings)
-    assert [signal.getsignal(number) for number in distributed.STOPPING] == before
+    assert [signal.getsignal(number) for number in ending.STOPPING] == before
 
 
 def test_a_signal_during_evaluation_saves_first_and_the_row_is_completed_on_resume(images, tmp_path):
     """Evaluation is cut short at step 5, where no checkpoint is due, and at step 10, where one is."""
     whole = fit(quick(images, tmp_path, "whole"))
     settings = quick(images, tmp_path, "run")
-    run = rundir.folder_of(settings)
+    run = settings.run.folder
 
-    def cut_short(*given) -> loop.Task:
+    def cut_short(*given) -> Task:
         task = finetune.make_task(*given)
 
         def evaluation(model, catalogue, check):
@@ -370,10 +375,10 @@ def test_a_signal_during_evaluation_saves_first_and_the_row_is_completed_on_resu
     assert (whole / "best.safetensors").read_bytes() == (run / "best.safetensors").read_bytes()
 
 
-def second_evaluation(make: loop.MakeTask) -> loop.MakeTask:
+def second_evaluation(make: MakeTask) -> MakeTask:
     """The usual evaluation the first time, that of `make` from then on."""
 
-    def made(*given) -> loop.Task:
+    def made(*given) -> Task:
         usual, other, calls = finetune.make_task(*given), make(*given), iter(range(1000))
 
         def evaluation(model, catalogue, check):
@@ -388,7 +393,7 @@ def test_the_checkpoint_of_a_step_is_written_before_its_evaluation(images, tmp_p
     settings = changed(quick(images, tmp_path, "run"), run={"eval_every": 4})
     seen = []
 
-    def make(*given) -> loop.Task:
+    def make(*given) -> Task:
         task = finetune.make_task(*given)
 
         def evaluation(*arguments):
@@ -439,7 +444,7 @@ def test_the_first_ctrl_c_is_acknowledged_within_the_step_and_the_second_ends_it
 def interrupt_twice(settings: Config, second: signal.Signals, log: Path) -> None:
     speak_to(log)
 
-    def make(*given) -> loop.Task:
+    def make(*given) -> Task:
         task, calls = finetune.make_task(*given), iter(range(1, 1000))
 
         def loss(*batch):

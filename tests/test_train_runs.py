@@ -17,18 +17,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipelines.augment import Augment
-from pipelines.catalogue import open_catalogue
+from pipelines.config import Augment
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.train_helpers import ROOT, arguments, call, module, small
 from tools.plot import plot
-from train import evaluate, finetune, loop, mae, setup
+from train import build, evaluate, finetune, loop, mae
 from train.config import FinetuneConfig
 from train.metrics import TIMING_COLUMNS, read_csv
+from train.presets import FINETUNE_PRESETS
 
 
 def fit(config, task) -> Path:
-    setup.check(config)
+    build.check(config)
     assert loop.fit(config, task) == 0
     return config.run.root / config.run.name
 
@@ -226,6 +227,37 @@ def test_torchrun_called_by_hand_refuses_other_settings_too(images: Path, tmp_pa
     assert done.stderr.count("error: ") == 1 and "optim.lr: 0.0005 -> 0.123" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("group", "values", "sentence"),
+    [
+        ("optim", {"batch": 0}, "optim.batch is 0; it must be at least 1$"),
+        ("optim", {"epochs": 0.0}, "optim.epochs is 0.0; it must be more than 0$"),
+        ("data", {"crop": 1.5}, "data.crop is 1.5; it must be more than 0 and at most 1$"),
+        ("data", {"scale": (-1, 0.5)}, "data.scale's first is -1; it must be more than 0 and at most 0.5"),
+        ("data", {"ratio": (2, 1)}, "data.ratio's first is 2; .* at most 1$"),
+        ("data", {"flip": 2}, "data.flip is 2; it must be at least 0 and at most 1"),
+        ("data", {"frames": 0}, "data.frames is 0"),
+        ("optim", {"ema": 1.0}, "optim.ema is 1.0; it must be at least 0 and less than 1"),
+        ("data", {"order": "sorted"}, "data.order is 'sorted'; it can be random, local"),
+        ("speed", {"device": "tpu"}, "speed.device is 'tpu'; it can be auto, cuda, cpu"),
+        ("speed", {"precision": "fp8"}, "speed.precision is 'fp8'"),
+        ("model", {"drop_path": 1.0}, "model.drop_path is 1.0; it must be at least 0 and less than 1"),
+        ("run", {"name": "../x"}, "run.name is '../x'; it must name a folder"),
+        ("run", {"name": "a b"}, "run.name is 'a b'; it must name a folder"),
+        ("run", {"name": "/x"}, "run.name is '/x'; it must name a folder"),
+        ("", {"smoothing": 2.0}, "smoothing is 2"),
+        ("", {"mixup": -1.0}, "mixup is -1"),
+        ("", {"views": (0, 3)}, "views is 0"),
+        ("", {"freeze": "all"}, "freeze is 'all'; it can be none, trunk"),
+    ],
+)
+def test_a_setting_out_of_range_gets_one_sentence(group: str, values: dict, sentence: str):
+    preset = FINETUNE_PRESETS["image-ft-pico"]
+    with pytest.raises(UserError, match=sentence) as caught:
+        replace(getattr(preset, group) if group else preset, **values)
+    assert "\n" not in str(caught.value)
+
+
 def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Path):
     good = small("image-mae-pico", images, tmp_path, "run")
 
@@ -233,42 +265,21 @@ def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Pa
         return replace(good, **{part: replace(getattr(good, part), **values)})
 
     (tmp_path / "empty").mkdir()
+    broken = tmp_path / "broken"
+    shutil.copytree(images, broken)
+    (broken / "val/000000.tar").unlink()
     cases = {
         "does not exist": changed("data", path=tmp_path / "nowhere"),
         "no dataset.json": changed("data", path=tmp_path / "empty"),
         "holds video shards": changed("data", path=clips),
-        "optim.batch is 0; it must be at least 1$": changed("optim", batch=0),
-        "optim.epochs is 0.0; it must be more than 0$": changed("optim", epochs=0.0),
-        "data.crop is 1.5; it must be more than 0 and at most 1$": changed("data", crop=1.5),
-        "data.scale's first is -1; it must be more than 0 and at most 0.5": changed("data", scale=(-1, 0.5)),
-        "data.ratio's first is 2; .* at most 1$": changed("data", ratio=(2, 1)),
-        "data.flip is 2; it must be at least 0 and at most 1": changed("data", flip=2),
-        "data.frames is 0": changed("data", frames=0),
-        "layers is -1": changed("data", augment=Augment(layers=-1)),
-        "optim.ema is 1.0; it must be at least 0 and less than 1": changed("optim", ema=1.0),
-        "data.order is 'sorted'; it can be random, local": changed("data", order="sorted"),
-        "can be auto, cuda or cpu": changed("speed", device="tpu"),
-        "speed.precision is 'fp8'": changed("speed", precision="fp8"),
+        "run.name is ''; it must name a folder": changed("run", name=""),
+        r"val/000000\.tar is missing": changed("data", path=broken),
     }
-    tuning = small("image-ft-pico", images, tmp_path, "run")
-    cases |= {
-        "smoothing is 2": replace(tuning, smoothing=2.0),
-        "mixup is -1": replace(tuning, mixup=-1.0),
-        "views is 0": replace(tuning, views=(0, 3)),
-        "freeze is 'all'; it can be none, trunk": replace(tuning, freeze="all"),
-        "run.name is '../x'; it must name a folder": replace(tuning, run=replace(tuning.run, name="../x")),
-        "run.name is 'a b'; it must name a folder": replace(tuning, run=replace(tuning.run, name="a b")),
-        "run.name is '/x'; it must name a folder": replace(tuning, run=replace(tuning.run, name="/x")),
-    }
-    broken = tmp_path / "broken"
-    shutil.copytree(images, broken)
-    (broken / "val/000000.tar").unlink()
-    cases[r"val/000000\.tar is missing"] = changed("data", path=broken)
     if not torch.cuda.is_available():
         cases["DEVICE=cpu"] = changed("speed", processes=2, device="auto")
     for expected, config in cases.items():
         with pytest.raises(UserError, match=expected) as caught:
-            setup.check(config)
+            build.check(config)
         assert "\n" not in str(caught.value)
     for expected, config in {
         "wants a mae_hiera_\\*": changed("model", name="hiera_pico_96"),
@@ -285,7 +296,7 @@ def test_damage_is_replaced_counted_and_bounded_on_every_rank(images: Path, tmp_
     """With every augmentation on: 1 and 2 processes count the same rows, and too many stop all of them."""
     data = tmp_path / "damaged"
     shutil.copytree(images, data)
-    catalogue = open_catalogue(data, "train")
+    catalogue = open_dataset(data, "train")
     for sample in (2, 9):
         with catalogue.tar_path(int(catalogue.shard[sample])).open("r+b") as tar:
             tar.seek(int(catalogue.offset[sample]))
@@ -312,7 +323,7 @@ def test_two_runs_cannot_share_a_folder(images: Path, tmp_path: Path):
     from train import rundir
 
     config = small("image-mae-pico", images, tmp_path, "run")
-    lock = rundir.lock_run(config)
+    lock = rundir.lock_run(config.run.folder)
     with pytest.raises(UserError, match="another process is training"):
         loop.fit(config, mae.make_task)
     lock.close()

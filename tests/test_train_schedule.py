@@ -14,11 +14,11 @@ import models
 from tests.pipelines_fixtures import image_dataset
 from tests.train_helpers import small
 from tools.report import state
-from train import optim, setup
+from train import build, finetune, optim
 from train.config import OptimConfig, to_dict
 from train.distributed import World
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
-from train.rundir import folder_of
+from train.rundir import Run
 
 PRESETS = {**MAE_PRESETS, **FINETUNE_PRESETS}
 IMAGENET, KINETICS = 1_281_167, 240_000  # training samples
@@ -132,15 +132,15 @@ def test_the_rate_is_full_where_warmup_ends_and_falls_smoothly_from_there(preset
     assert 0 < rate(steps - 1) < 1e-8 * full * 100
 
 
-def test_every_command_counts_the_same_steps(tmp_path):
+def test_every_command_counts_the_same_steps(tmp_path, capsys):
     """400 samples, batch 96, 30 epochs: the plan and the report say 125 steps, and nothing is rounded."""
     data = image_dataset(tmp_path / "data", 400, size=(8, 8))
     config = small("image-ft-pico", data, tmp_path, "run", batch=96, epochs=30.0)
-    catalogue = setup.open_catalogue(data, "train")
-    steps = optim.total_steps(config.optim, len(catalogue))
-    plan = "\n".join(setup.plan_words(config, World(0, 1, torch.device("cpu")), catalogue, None, steps))
+    world = World(0, 1, torch.device("cpu"))
+    build.log_plan(config, finetune.make_task(config, Run(world)), world)
+    plan = capsys.readouterr().out
     assert "125 steps = 30 epochs" in plan and "rounded up" not in plan
-    folder = folder_of(config)
+    folder = config.run.folder
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
     (folder / "data.json").write_text(json.dumps({"splits": {"train": {"samples": 400}}}))

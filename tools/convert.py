@@ -17,10 +17,10 @@ from models.errors import ModelError
 from models.factory import CONFIGS, SIZES
 from models.files import Weights, read_json, read_weights
 from models.formats import State, from_ours, is_autoencoder, stage_depths, to_ours
+from models.inputs import IMAGE_STATS
 from models.official import path_of
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text, atomic_write
-from pipelines.inputs import IMAGE_STATS
 
 RELEASED_DATA = {"crop": 224 / 256, "interpolation": "cubic"}  # how the released models are evaluated
 RESAMPLE = {"linear": 2, "triangular": 2, "cubic": 3}  # Pillow's numbers; transformers always antialiases

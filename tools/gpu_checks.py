@@ -6,6 +6,7 @@ Each takes a Place and returns a line for the table; it raises Problem, or whate
 import dataclasses
 import importlib.metadata
 import io
+import itertools
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +22,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipelines import graph, plans
-from pipelines.catalogue import open_catalogue
+from pipelines.config import DataConfig, DecodeConfig
+from pipelines.dataset import open_dataset
+from pipelines.decode import FILTERS, Decoder, Encoded, encode, gpu_index
+from pipelines.views import Rows, train_rows
 
 LIBRARIES = ("torch", "triton", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "timm")
 LEAST_DRIVER = 580  # CUDA 13
@@ -103,13 +107,14 @@ def decode(
     from nvidia.dali.pipeline import Pipeline
 
     place = "mixed" if device.type == "cuda" else "cpu"
-    pipeline = Pipeline(len(jpegs), 4, graph.gpu_index(device), prefetch_queue_depth=1)
+    pipeline = Pipeline(len(jpegs), 4, gpu_index(device), prefetch_queue_depth=1)
     with pipeline:
         encoded = fn.external_source(source=[jpegs], cycle=True, batch=True)
         if windows is None:
             pixels = fn.decoders.image(encoded, device=place, jpeg_fancy_upsampling=True)
         else:
-            starts, shapes = (fn.external_source(source=[v], cycle=True) for v in graph.corners(windows))
+            corners = (windows[:, :2].copy(), windows[:, 2:].copy())
+            starts, shapes = (fn.external_source(source=[v], cycle=True) for v in corners)
             pixels = fn.decoders.image_slice(
                 encoded, starts, shapes, device=place, jpeg_fancy_upsampling=True
             )
@@ -126,38 +131,44 @@ def most_apart(ones: list[NDArray], others: list[NDArray]) -> float:
     return max(np.abs(a.astype(int) - b).mean() if a.shape == b.shape else float("inf") for a, b in pairs)
 
 
-def feed_of(
+@dataclasses.dataclass(frozen=True)
+class Fed:
+    """A batch before it is decoded."""
+
+    config: DataConfig
+    rows: Rows
+    jpegs: list[NDArray[np.uint8]]
+
+    @property
+    def encoded(self) -> Encoded:
+        return encode(self.rows, self.jpegs, self.config.copies)
+
+
+def fed(
     path: Path, rows: int, frames: int = 1, copies: int = 1, kind: str = "triangular", size: int = 96
-) -> tuple[plans.ViewSpec, graph.Feed]:
-    """(view, feed) of the first `rows` samples of packed shards."""
-    catalogue = open_catalogue(path, "train")
-    view = plans.ViewSpec(size, frames=frames, interpolation=kind, repeats=copies, same_clip=copies > 1)
-    ids = np.repeat(np.arange(rows) % len(catalogue), copies)
-    plan = plans.train_plan(catalogue, view, 0, ids, np.tile(np.arange(copies), rows).astype(np.int64))
-    return view, plans.feed_of(catalogue, plan, view.copies)
+) -> Fed:
+    """The first `rows` samples of packed shards in random views."""
+    dataset = open_dataset(path, "train")
+    settings: dict[str, Any] = {"interpolation": kind, "repeats": copies, "same_clip": copies > 1}
+    config = DataConfig(size=size, frames=frames, scale=(0.08, 1.0), **settings)
+    ids = np.repeat(np.arange(rows) % len(dataset), copies)
+    drawn = train_rows(dataset, config, 0, ids, np.tile(np.arange(copies), rows).astype(np.int64))
+    jpegs = dataset.read(drawn.ids[:: config.copies], drawn.frames[:: config.copies])
+    return Fed(config, drawn, jpegs)
 
 
-def batches(view, feed, device: torch.device, load: float = 0.65, threads: int = 4) -> Iterator[Tensor]:  # noqa: ANN001
-    """The same batch again and again from the training pipeline, resized inside DALI also on the CPU."""
-    settings = graph.Settings(
-        samples=len(feed.jpegs) // view.frames,
-        clip=view.frames,
-        copies=view.copies,
-        size=view.size,
-        interpolation=view.interpolation,
-        device=device,
-        threads=threads,
-        hw_decoder_load=load,
-        resize_on_cpu=True,
-    )
-    pipeline = graph.build_pipeline(lambda _: feed, settings)
-    while True:
-        yield graph.run(pipeline, settings, [(None, feed)], graph.start_resampling(settings))
+def batches(batch: Fed, device: torch.device, load: float = 0.65, threads: int = 4) -> Iterator[Tensor]:
+    """The same batch again and again, decoded as in training, resized inside DALI also on the CPU."""
+    samples, copies = len(batch.jpegs) // batch.config.frames, batch.config.copies
+    settings = DecodeConfig(threads=threads, hw_decoder_load=load)
+    decoder = Decoder(batch.config, settings, device, samples, copies, ahead=2, resize_on_cpu=True)
+    for _, frames in decoder.stream(itertools.repeat((batch.rows, batch.jpegs))):
+        yield frames
 
 
 def whole_decoding(place: Place) -> str:
     """Pictures decoded on the GPU are those of the CPU."""
-    _, feed = feed_of(place.images, 64)
+    feed = fed(place.images, 64)
     apart = most_apart(decode(feed.jpegs, place.device), decode(feed.jpegs, torch.device("cpu")))
     need(apart < 1.5, f"a picture differs by {apart:.2f} levels on average from the CPU's")
     return f"at most {apart:.2f} levels on average; nvJPEG: {loaded_library('nvjpeg')}"
@@ -166,11 +177,11 @@ def whole_decoding(place: Place) -> str:
 def windows(place: Place) -> str:
     """Crops from the training pipeline are those of the CPU, for every filter and number of copies."""
     worst = 0.0
-    for kind in graph.FILTERS:
+    for kind in FILTERS:
         for path, frames, copies in ((place.images, 1, 1), (place.images, 1, 3), (place.clips, 4, 2)):
-            view, feed = feed_of(path, 32, frames, copies, kind)
-            ours = next(batches(view, feed, place.device)).cpu().float()
-            theirs = next(batches(view, feed, torch.device("cpu"))).float()
+            feed = fed(path, 32, frames, copies, kind)
+            ours = next(batches(feed, place.device)).cpu().float()
+            theirs = next(batches(feed, torch.device("cpu"))).float()
             apart = (ours - theirs).abs()
             worst = max(worst, apart.mean().item())
             high = apart.flatten().kthvalue(int(apart.numel() * 0.999)).values.item()
@@ -183,8 +194,8 @@ def windows(place: Place) -> str:
 
 def region_decoding(place: Place) -> str:
     """Decoding only a window (nvImageCodec report 55: it crashes on some GPUs). Training does not need it."""
-    _, feed = feed_of(place.images, 64)
-    ours, theirs = (decode(feed.jpegs, d, feed.boxes) for d in (place.device, torch.device("cpu")))
+    feed = fed(place.images, 64)
+    ours, theirs = (decode(feed.jpegs, d, feed.encoded.boxes) for d in (place.device, torch.device("cpu")))
     apart = most_apart(ours, theirs)
     need(apart < 1.5, f"a window differs by {apart:.2f} levels on average from the CPU's")
     return f"at most {apart:.2f} levels on average from the CPU's"
@@ -192,15 +203,14 @@ def region_decoding(place: Place) -> str:
 
 def order_independence(place: Place) -> str:
     """A sample's pixels do not depend on its place in the batch."""
-    view, feed = feed_of(place.images, 64)
-    first = next(batches(view, feed, place.device, load=0.0))
+    feed = fed(place.images, 64)
+    first = next(batches(feed, place.device, load=0.0))
     order = np.arange(64)[::-1].copy()
-    turned = graph.Feed(
-        [feed.jpegs[i] for i in order], feed.boxes[order], feed.windows[order], feed.flips[order]
-    )
+    rows, jpegs = Rows._make(column[order] for column in feed.rows), [feed.jpegs[i] for i in order]
+    turned = Fed(feed.config, rows, jpegs)
     apart = {}
     for load in (0.0, 0.65, 1.0) if place.gpu else (0.0,):
-        second = next(batches(view, turned, place.device, load)).flip(0)
+        second = next(batches(turned, place.device, load)).flip(0)
         apart[load] = (second.int() - first.int()).abs().max().item()
     need(apart[0.0] == 0, f"without decoding engines a pixel differs by {apart[0.0]} levels")
     return "largest difference by engine share: " + ", ".join(f"{k:g}: {v}" for k, v in apart.items())
@@ -208,9 +218,9 @@ def order_independence(place: Place) -> str:
 
 def buffer_lifetime(place: Place) -> str:
     """A batch keeps its bytes while later ones are made, also behind a kernel that takes long."""
-    view, feed = feed_of(place.images, 64)
+    feed = fed(place.images, 64)
     sums, kept = [], []
-    for number, pixels in zip(range(24), batches(view, feed, place.device), strict=False):
+    for number, pixels in zip(range(24), batches(feed, place.device), strict=False):
         if place.gpu and number % 4 == 0:
             torch.cuda._sleep(200_000_000)
         sums.append(pixels.sum(dtype=torch.int64))

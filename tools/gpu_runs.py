@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from pipelines.machine import usable_cores
-from tools.gpu_checks import Place, batches, feed_of, need
+from tools.gpu_checks import Place, batches, fed, need
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
 RECIPES = ("image-mae-base", "image-ft-base", "video-mae-base", "video-ft-base")
@@ -222,12 +222,12 @@ def nonfinite_steps(place: Place) -> str:
 def loading_rates(place: Place, path: Path, frames: int, rows: int) -> Rates:
     """Frames per second of the loading pipeline at 224 pixels by "threads, engine share"."""
     rates = {}
-    view, feed = feed_of(path, rows, frames, size=224)
+    feed = fed(path, rows, frames, size=224)
     grid = (
         ((4, 0.65), (8, 0.65), (12, 0.65), (12, 0.0), (12, 0.9)) if place.gpu else ((usable_cores(), 0.65),)
     )
     for threads, load in grid:
-        made = batches(view, feed, place.device, load, threads)
+        made = batches(feed, place.device, load, threads)
         rates[f"{threads} threads, engine share {load:g}"] = (
             rows * frames * per_second(functools.partial(next, made), place, 10)
         )

@@ -19,20 +19,18 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 
-from pipelines.catalogue import Catalogue, open_catalogue, read_info
+from models.inputs import NormalizedInput
+from pipelines.dataset import Dataset, open_dataset, read_info
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import Normalised
 from tools.images import SUFFIXES, BadImage, Packed
 from tools.pack_imagenet import load_image
 from tools.pack_kinetics import load_clip
 from tools.packing import settings
 from tools.shards import Load, Packing, Plan, Sample, finish, jobs_of, make_key, pack_shard, readable
 from tools.videos import clip_settings, load_video
-from train import distributed, setup
-from train.config import Config, FinetuneConfig, MaeConfig
-from train.distributed import World
-from train.evaluate import batches_of, load_model, read_config, weights_of
-from train.pictures import save_reconstructions
+from train.config import Config, FinetuneConfig
+from train.evaluate import load_model, open_task, read_config, weights_of
+from train.task import Task
 
 NOT_FINITE = "the model's probabilities for it are not finite"
 DRAWN = 24  # inputs in a reconstruction picture at most: they are one batch
@@ -74,17 +72,15 @@ def predict(
         places = [place for place, reason in enumerate(reasons) if not reason]
         read = [names[place] for place in places]
         if read:
-            catalogue = open_catalogue(folder, "val")
-            world = distributed.start(device)
-            torch.set_num_threads(distributed.torch_threads(world))
-            ready = load_model(config, weights, classes, world)
-            if isinstance(config, MaeConfig):
+            catalogue = open_dataset(folder, "val")
+            here, task = open_task(config, classes, device)
+            model = load_model(task.model, config, weights, classes, here)
+            if task.picture is not None:
                 path, rows = out or run / "predict.png", min(DRAWN, len(read))
-                save_reconstructions(config, world.device, path, ready, catalogue, rows)
+                task.picture(path, model, catalogue, rows)
                 print(f"{path}: {', '.join(read[:rows])}")
             else:
-                chances = chances_of(config, world, ready, catalogue)
-                for place, row in zip(places, chances.tolist(), strict=True):
+                for place, row in zip(places, probabilities(task, model, catalogue).tolist(), strict=True):
                     if not all(map(math.isfinite, row)):
                         reasons[place] = NOT_FINITE
                         continue
@@ -148,20 +144,14 @@ def pictures_of(path: Path) -> list[Path]:
     return sorted(file for file in inside if file.suffix.lower() in SUFFIXES) or [path]
 
 
-@torch.no_grad()
-def chances_of(config: FinetuneConfig, world: World, model: Normalised, catalogue: Catalogue) -> torch.Tensor:
+def probabilities(task: Task, model: NormalizedInput, catalogue: Dataset) -> torch.Tensor:
     """float32 [inputs, classes]: the softmax of an input's views, averaged, as evaluation does."""
-    autocast, _ = setup.precision(config, world)
-    views = config.views[0] * config.views[1]
-    chances, valid = [], 0
-    for batch in batches_of(config, world, catalogue, config.views):
-        with autocast():
-            logits = model(batch.pixels)
-        chances.append(logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1).cpu())
-        valid += int(batch.valid[::views].sum())
-    if valid < len(catalogue):  # another sample stands in for it, whose classes would be taken for its own
+    assert task.probabilities is not None
+    batches = task.probabilities(model, catalogue, lambda: None)
+    found = torch.cat([rows[valid].cpu() for _, valid, rows in batches])
+    if len(found) < len(catalogue):
         raise UserError("an input that was read does not decode for the model; leave out the one named above")
-    return torch.cat(chances)[:valid]
+    return found
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def state(run: Path) -> str:
     try:
         config = json.loads((run / "config.json").read_text())
         words = [str(config["model"]["name"]), str(config["kind"])]
-        words += ["accuracy is of the TRAINING videos"] * bool(config.get("protocol"))
+        words += ["accuracy is of the TRAINING videos"] * (from_dict(config).data.eval_split == "train")
         step = read_csv(run / "metrics.csv")[-1]["step"]
         samples = json.loads((run / "data.json").read_text())["splits"]["train"]["samples"]
         total = total_steps(from_dict(config).optim, samples)

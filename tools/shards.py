@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.catalogue import FORMAT_VERSION, SCHEMA
+from pipelines.dataset import FORMAT_VERSION, SCHEMA
 from pipelines.files import atomic_text, atomic_write, sha256_of
 from tools.images import TRANSIENT, BadImage, Packed
 

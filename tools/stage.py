@@ -23,7 +23,7 @@ from pyarrow import fs
 from rich.console import Console
 from rich.progress import track
 
-from pipelines.catalogue import missing_shards, open_split, read_info
+from pipelines.dataset import missing_shards, open_split, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_write, lock, sha256_of
 from tools.shards import Row

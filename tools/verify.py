@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from pipelines.catalogue import DatasetInfo, missing_shards, open_split, read_info
+from pipelines.dataset import DatasetInfo, missing_shards, open_split, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import sha256_of
 from pipelines.machine import usable_cores

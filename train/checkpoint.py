@@ -1,19 +1,87 @@
-"""Atomic checkpoints with SHA-256; damaged ones are set aside with a warning."""
+"""The training state and its checkpoints: written atomically, with SHA-256; damaged ones are set aside."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, atomic_write, sha256_of
+from train.console import log
+from train.distributed import World
+from train.meters import Meters
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 DAMAGED = ".damaged"  # appended to a damaged checkpoint's name
 
 
+# ---- the state
+
+
+@dataclass
+class State:
+    """Everything that a resume needs. Random draws and the order of the data follow from seed and step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: "ModelEmaV3 | None"
+    meters: Meters
+    step: int = 0
+    elapsed: float = 0.0  # seconds of training over all resumes
+    row: dict[str, Any] | None = None  # this step's metric row until its evaluation is done
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and exported: the moving average if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def to_dict(self) -> dict:
+        """The state for a checkpoint. All processes must call it together: each has its own meters."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        values = {"step": self.step, "elapsed": self.elapsed, "row": self.row}
+        values |= {"model": self.model.state_dict(), "meters": self.meters.gathered()}
+        # By parameter name, without hyperparameters: those come from the configuration, also on resume.
+        values["optimizer"] = {names[parameter]: v for parameter, v in self.optimizer.state.items()}
+        return values | ({"ema": self.ema.module.state_dict()} if self.ema else {})
+
+    def restore(self, values: dict, world: World) -> None:
+        """The inverse of `to_dict`."""
+        self.model.load_state_dict(values["model"])
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        order = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+        saved, optimizer = values["optimizer"], self.optimizer.state_dict()
+        optimizer["state"] = {number: saved[name] for number, name in enumerate(order) if name in saved}
+        self.optimizer.load_state_dict(optimizer)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(values.get("ema", values["model"]))
+        self.meters.restore(values["meters"], world.rank, world.size)
+        self.step, self.elapsed, self.row = values["step"], values["elapsed"], values["row"]
+
+    def checksums(self) -> Tensor:
+        """An int64 for each tensor that must be equal on all ranks: weights, optimizer state, average."""
+        modules = (self.model, self.evaluated)
+        tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+        tensors += [v for values in self.optimizer.state.values() for v in values.values()]
+        sums = [_bits(tensor).sum(dtype=torch.int64).cpu() for tensor in tensors]
+        return torch.stack([torch.tensor(self.step), *sums])
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's memory as integers."""
+    flat = tensor.detach().contiguous().flatten()
+    return flat.view(torch.int32 if tensor.element_size() % 4 == 0 else torch.uint8)
+
+
+# ---- writing
+
+
 class Writer:
-    """Saves in the background: a step waits for the copy to host memory, and for the save before."""
+    """Saves in the background. A step waits only for the copy to host memory and for the save before."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
@@ -21,12 +89,12 @@ class Writer:
         self._last: Future[Path] | None = None
 
     def save(self, step: int, state: dict) -> None:
-        """Begin to write `state`; raises UserError when the one before could not be written."""
+        """Start to write `state`; raises UserError when the checkpoint before could not be written."""
         self.wait()
         self._last = self._pool.submit(save, self._folder, step, to_host(state), self._keep)
 
     def wait(self) -> None:
-        """Let the save under way finish."""
+        """Wait for the save that is under way."""
         last, self._last = self._last, None
         try:
             if last is not None:
@@ -34,14 +102,14 @@ class Writer:
         except OSError as error:
             raise UserError(
                 f"no checkpoint can be written to {self._folder} ({error.strerror}); free some space, then "
-                "run the same command to go on from the last one"
+                "run the same command to resume from the last checkpoint"
             ) from error
 
 
 def to_host(state: Any) -> Any:
-    """A copy of nested dicts and lists of tensors and values, on the CPU and out of training's reach.
+    """A copy of nested dicts and lists of tensors and values, on the CPU, which training does not change.
 
-    From a GPU all tensors are copied at once, into pinned memory, and waited for at the end.
+    From a GPU all tensors are copied into pinned memory without waiting; one wait follows at the end.
     """
     copied = _copy(state)
     if torch.cuda.is_initialized():
@@ -73,17 +141,22 @@ def save(folder: Path, step: int, state: dict, keep: int) -> Path:
     return path
 
 
-def choose(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint or None, and a sentence for each newer damaged one.
+# ---- reading
 
-    The damaged ones are renamed, so that `save` no longer counts them. Raises UserError, and changes nothing,
-    when there are checkpoints and none is valid.
+
+def choose(folder: Path) -> Path | None:
+    """The newest valid checkpoint, or None if there is none; damaged newer ones are renamed and logged.
+
+    After the renaming `save` no longer counts them. Raises UserError, and changes nothing, when there are
+    checkpoints and none is valid.
     """
     damaged = {}
     for path in reversed(_all(folder)):
         digest = _digest_path(path)
         if digest.exists() and sha256_of(path) == digest.read_text():
-            return path, [_set_aside(bad, problem) for bad, problem in damaged.items()]
+            for bad, problem in damaged.items():
+                _set_aside(bad, problem)
+            return path
         damaged[path] = "its SHA-256 does not match" if digest.exists() else f"{digest.name} is missing"
     found = [*damaged, *folder.glob(f"step-*{DAMAGED}")]
     if found:
@@ -91,21 +164,21 @@ def choose(folder: Path) -> tuple[Path | None, list[str]]:
             f"none of the checkpoints in {folder} is valid ({', '.join(p.name for p in found)}); "
             "restore one, choose another RUN, or delete that folder to train from step 0"
         )
-    return None, []
+    return None
 
 
-def _set_aside(path: Path, problem: str) -> str:
+def _set_aside(path: Path, problem: str) -> None:
     aside = path.with_name(path.name + DAMAGED)
     path.replace(aside)
     _digest_path(path).unlink(missing_ok=True)
-    return f"checkpoint {path} is damaged ({problem}); it is now {aside.name}, and an older one is used"
+    log(f"checkpoint {path} is damaged ({problem}); it is now {aside.name}, and an older one is used")
 
 
 def load(path: Path, device: torch.device) -> dict:
     """The state that `save` wrote, tensors and plain values only, on the CPU: a GPU would hold it twice.
 
-    device: where its values will be copied. For a GPU the file is mapped, so that the processes of a machine
-    share one copy of it.
+    device: where its values will be copied. For a GPU the file is memory-mapped, so that the processes of a
+    machine share one copy.
     """
     return torch.load(path, map_location="cpu", mmap=device.type == "cuda", weights_only=True)
 

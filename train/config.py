@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, presets by name, dotted overrides from the command line.
+"""Every setting: frozen dataclasses that check their values.
 
 On resume, settings in FREE may change, those in FIXED never, all others only if run.allow names them.
 """
@@ -6,58 +6,19 @@ On resume, settings in FREE may change, those in FIXED never, all others only if
 import dataclasses
 import difflib
 import json
-import sys
+import os
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from pipelines.augment import Augment
+from pipelines.config import ABOVE_0, ANY, BELOW_1, DataConfig, DecodeConfig, check_range, check_settings
 from pipelines.errors import UserError
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """What is read and how it is augmented."""
-
-    path: Path = Path("shards/imagenet")
-    """Folder made by tools.pack_imagenet or tools.pack_kinetics."""
-    size: int = 224
-    """Side of the square input in pixels."""
-    frames: int = 1
-    """Frames per clip; 1 means images."""
-    sampling: str = "stride"
-    """stride: a window of frames at `stride`; segments: a frame from each of `frames` equal parts of the clip
-    (SSv2), drawn in training, the middle in testing."""
-    stride: int = 4
-    """Frames from one clip frame to the next, at `stride_fps`; converted to the dataset's own frame rate."""
-    stride_fps: float = 30.0
-    """Frames per second that `stride` is stated for."""
-    scale: tuple[float, float] = (0.2, 1.0)
-    """Area share of the random resized crop."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect range of the random resized crop."""
-    flip: float = 0.5
-    """Probability of a horizontal flip; 0 where left and right mean something (SSv2)."""
-    interpolation: str = "triangular"
-    """Resize filter: triangular (antialiased, as torchvision), cubic or linear."""
-    crop: float = 224 / 256
-    """Evaluation: side of the centre window as a share of the short side."""
-    augment: Augment = field(default_factory=Augment)
-    """RandAugment, colour jitter and random erasing of training rows, alike in all frames of a clip."""
-    repeats: int = 1
-    """Rows made of each sample drawn (repeated sampling); optim.batch and epochs count rows."""
-    same_clip: bool = False
-    """The repeats of a clip share its frames, and one decode; else each is a clip of its own."""
-    order: str = "random"
-    """random (all samples permuted), or local (shards, then windows: for disks and network file systems)."""
-    window: int = 4096
-    """Samples shuffled together in local order."""
-    max_bad: float = 0.001
-    """Share of a split's samples that may be damaged: training replaces them, evaluation leaves them out."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which Hiera."""
 
@@ -77,8 +38,11 @@ class ModelConfig:
     reuse_encoder_norm: bool = False
     """A classifier's final norm starts from the autoencoder's (timm) instead of fresh (the authors)."""
 
+    def __post_init__(self) -> None:
+        check_settings(self, "model.", drop_path=(0, BELOW_1), dropout=(0, BELOW_1))
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer, warmup, cosine. The batch is global: all processes and accumulation together."""
 
@@ -90,7 +54,7 @@ class OptimConfig:
     """The batch that `lr` is stated for."""
     epochs: float = 100.0
     warmup_epochs: float = 5.0
-    name: str = "adamw"
+    name: Literal["adamw", "sgd"] = "adamw"
     """adamw, or sgd with `momentum` and `nesterov`."""
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.9
@@ -107,8 +71,12 @@ class OptimConfig:
     """Clip gradients to this norm; 0 = never."""
     min_lr: float = 0.0
 
+    def __post_init__(self) -> None:
+        ranges = {"epochs": (ABOVE_0, ANY), "clip_norm": (0, ANY), "layer_decay": (ABOVE_0, 1)}
+        check_settings(self, "optim.", batch=(1, ANY), lr_batch=(1, ANY), ema=(0, BELOW_1), **ranges)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where results go and how often."""
 
@@ -119,11 +87,11 @@ class RunConfig:
     log_every: int = 20
     """Steps between metric rows."""
     eval_every: int = 1000
-    """Steps between evaluations on the validation split; one always follows the last step."""
+    """Steps between evaluations on the validation split; the last step is always evaluated."""
     checkpoint_every: int = 500
-    """Steps between checkpoints: what a crash can cost at most."""
+    """Steps between checkpoints: a crash costs at most that many."""
     keep: int = 2
-    """How many checkpoints stay; the best weights stay besides, in best.safetensors."""
+    """How many checkpoints are kept; the best weights are kept in best.safetensors."""
     allow: tuple[str, ...] = ()
     """Settings that may differ from the run's on resume, such as optim.epochs; `data` for other shards."""
     detail: bool = False
@@ -131,12 +99,30 @@ class RunConfig:
     max_skipped: int = 10
     """Stop after so many non-finite steps in a row, at least 1."""
 
+    def __post_init__(self) -> None:
+        counts = ("log_every", "eval_every", "checkpoint_every", "keep", "max_skipped")
+        check_settings(self, "run.", **dict.fromkeys(counts, (1, ANY)))
+        parts = self.name.split("/")
+        # An absolute path starts with an empty part. make passes the name through a shell.
+        if self.name and ({"", ".", ".."} & set(parts) or re.search(r"[\s'\"]", self.name)):
+            raise UserError(
+                f"run.name is '{self.name}'; it must name a folder below {self.root}, without blanks or "
+                "quotes"
+            )
+        if (longest := max(len(os.fsencode(part)) for part in parts)) > 255:
+            raise UserError(f"run.name has a part of {longest} bytes; choose parts of at most 255 bytes")
 
-@dataclass(frozen=True)
-class SpeedConfig:
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.root / self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig(DecodeConfig):
     """How it is computed. Nothing here changes what is computed, rounding apart."""
 
-    device: str = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto (CUDA when there is one), cuda or cpu."""
     processes: int = 1
     """Processes to start on this machine, one per GPU. Leave it at 1 under torchrun."""
@@ -148,23 +134,23 @@ class SpeedConfig:
     """Samples per process per forward; gradients accumulate up to optim.batch."""
     eval_batch: int = 0
     """Views (images, or clips) per process per evaluation step; 0 = micro_batch."""
-    precision: str = "auto"
+    precision: Literal["auto", "bf16", "fp32", "tf32"] = "auto"
     """auto (bf16 autocast on CUDA, fp32 on the CPU), bf16, fp32 or tf32."""
-    compile: str = "auto"
+    compile: Literal["auto", "yes", "no"] = "auto"
     """torch.compile: auto (on CUDA), yes or no."""
-    attention: str = "auto"
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     """Attention on CUDA: auto (flash, or efficient where flash cannot), flash, efficient, cudnn or math."""
     deterministic: bool = False
     """Kernels without atomic adds on CUDA, slower: the same inputs then give the same step."""
-    threads: int = 0
-    """DALI threads per process; 0 = chosen from the machine."""
-    hw_decoder_load: float = 0.65
-    """Share of the JPEGs for the GPU's decoding engines, if it has them."""
-    decode: str = "whole"
-    """What a GPU decodes: whole pictures, or each window alone (window); the CPU always decodes windows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(
+            self, "speed.", micro_batch=(1, ANY), eval_batch=(0, ANY), timeout=(1, ANY), restarts=(0, ANY)
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Groups:
     """The groups of settings that both kinds of training have."""
 
@@ -175,7 +161,7 @@ class Groups:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MaeConfig(Groups):
     """Masked-autoencoder pretraining."""
 
@@ -187,11 +173,11 @@ class MaeConfig(Groups):
     """0 = the model's own: 16, as released; the paper says 8 for video."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(Groups):
     """Supervised finetuning."""
 
-    freeze: str = "none"
+    freeze: Literal["none", "trunk"] = "none"
     """none, or trunk: only the last norm and the head learn (a linear probe)."""
     smoothing: float = 0.1
     """Label smoothing."""
@@ -202,56 +188,20 @@ class FinetuneConfig(Groups):
     views: tuple[int, int] = (1, 1)
     """Temporal x spatial views averaged per clip in evaluation."""
     pretrained_epochs: int = 0
-    """Epochs of pretraining that the recipe's numbers are for; a run that starts from one of our pretraining
-    runs compares. 0 = any."""
-    protocol: str = ""
-    """Empty, or tiny-kinetics-reference: training clips begin at frame 10, and validation is on the TRAINING
-    videos from frame 40, as in the trainer this work started from: nothing is held out."""
+    """Epochs of pretraining that the recipe's numbers are for; a run that starts from another length warns.
+    0 = any."""
+
+    def __post_init__(self) -> None:
+        check_settings(self, "", smoothing=(0, BELOW_1), mixup=(0, ANY), cutmix=(0, ANY))
+        check_range("views", min(self.views), (1, ANY))
 
 
-REFERENCE = "tiny-kinetics-reference"
 Config = MaeConfig | FinetuneConfig
 KINDS: dict[str, type] = {"mae": MaeConfig, "finetune": FinetuneConfig}
 
 
-def parse(presets: Mapping[str, Config], program: str, not_given: Mapping[str, str] | None = None) -> Config:
-    """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words.
-
-    not_given: names of presets that do not exist, and why.
-    """
-    import tyro
-
-    name, *overrides = sys.argv[1:] or [""]
-    usage = f"usage: python -m {program} PRESET [--dotted.overrides]; presets: {', '.join(presets)}"
-    if name in ("-h", "--help"):
-        print(f"{usage}\nEvery setting of a preset: python -m {program} PRESET --help")
-        sys.exit(0)
-    if not name or name.startswith("-"):
-        raise UserError(f"name a preset first; {usage}")
-    if name not in presets:
-        if why := (not_given or {}).get(name):
-            raise UserError(f"there is no preset '{name}': {why}")
-        kind = "ft" if "-ft-" in name else "mae" if "-mae-" in name else ""
-        if kind and not any(f"-{kind}-" in known for known in presets):
-            raise UserError(f"'{name}' is for make train-{kind}; presets here: {', '.join(presets)}")
-        raise UserError(f"unknown preset '{name}'{_hint(name, presets)}; presets: {', '.join(presets)}")
-    preset = presets[name]
-    preset = dataclasses.replace(preset, run=dataclasses.replace(preset.run, name=name))
-    config, unknown = tyro.cli(
-        type(preset),
-        default=preset,
-        args=overrides,
-        prog=f"python -m {program} {name}",
-        return_unknown_args=True,
-        config=(tyro.conf.FlagConversionOff,),
-    )
-    if unknown:
-        flags = [f"--{key.replace('_', '-')}" for key in flatten(to_dict(preset))]
-        raise UserError(f"unknown argument '{unknown[0]}'{_hint(unknown[0].split('=')[0], flags)}")
-    return config
-
-
-def _hint(word: str, known: typing.Iterable[str]) -> str:
+def hint(word: str, known: typing.Iterable[str]) -> str:
+    """A suffix that names the known word most like this one, empty if none is."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
@@ -263,7 +213,10 @@ def to_dict(config: Config) -> dict:
 
 
 def from_dict(values: Mapping) -> Config:
-    """The inverse of `to_dict`."""
+    """The inverse of `to_dict`; ignores settings that no longer exist."""
+    if values.get("protocol"):  # of an older version: the reference trainer's, now ordinary settings
+        data = {**values["data"], "clip_start": 10, "eval_clip_start": 40, "eval_split": "train"}
+        values = {**values, "data": data}
     return _build(KINDS[values["kind"]], values)
 
 
@@ -292,29 +245,41 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-# Settings that may change on resume, because they leave the result as it is.
+# Settings that may change on resume, because they do not change the result.
 FREE = (
     "speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "run.log_every",
     "run.eval_every", "run.checkpoint_every", "run.max_skipped", "data.max_bad", "data.path",
 )  # fmt: skip
-# Settings that a run keeps, also with run.allow: its checkpoints would not fit others.
+# Settings that never change within a run, not even with run.allow: its checkpoints would not fit.
 FIXED = (
-    "kind", "protocol", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm",
+    "kind", "data.eval_split", "model.name", "model.abs_win", "model.init", "model.reuse_encoder_norm",
     "data.size", "data.frames", "data.repeats", "optim.name", "optim.batch", "decoder_heads",
 )  # fmt: skip
+# Settings of a machine: they may differ between the processes of a run.
+LOCAL = ("run.root", "data.path", "speed.device", "speed.threads", "speed.hw_decoder_load", "speed.decode")
 
 
-def differences(old: Mapping, new: Mapping) -> dict[str, str]:
+def shared_settings(config: Config) -> dict[str, object]:
+    """The settings that must be equal in all processes of a run."""
+    return {key: value for key, value in flatten(to_dict(config)).items() if key not in LOCAL}
+
+
+def differences(old: Config, new: Config) -> dict[str, str]:
     """The settings that change results and differ, as {"optim.lr": "0.1 -> 0.2"}."""
-    before, after = flatten(old), flatten(new)
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
     keys = [key for key in sorted(before.keys() | after.keys()) if not key.startswith(FREE)]
     return {k: f"{before.get(k)} -> {after.get(k)}" for k in keys if before.get(k) != after.get(k)}
 
 
-def allowed(config: Config) -> set[str]:
-    """The settings that run.allow names, and "data". Raises UserError for one that does not exist."""
-    known = {"data", *flatten(to_dict(config))}
-    names = {name.lstrip("-").replace("-", "_") for name in config.run.allow}
-    for name in sorted(names - known):
-        raise UserError(f"run.allow names '{name}', which is no setting{_hint(name, known)}")
-    return names
+def refused_changes(old: Config | None, new: Config) -> tuple[dict[str, str], dict[str, str]]:
+    """The differences that no run allows, and those that `new` does not allow; none without an `old`.
+
+    Raises UserError if run.allow names a setting that does not exist.
+    """
+    known = {"data", *flatten(to_dict(new))}
+    allowed = {name.lstrip("-").replace("-", "_") for name in new.run.allow}
+    for name in sorted(allowed - known):
+        raise UserError(f"run.allow names '{name}', which is no setting{hint(name, known)}")
+    changed = differences(old, new) if old else {}
+    fixed = {key: change for key, change in changed.items() if key in FIXED}
+    return fixed, {key: change for key, change in changed.items() if key not in allowed}

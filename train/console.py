@@ -1,20 +1,28 @@
-"""Console and log file of rank 0: lines on the screen and in log.txt, a progress bar on a terminal."""
+"""The command line, and the console and log file of rank 0.
 
+`log` prints a line, and appends it to log.txt while a run is open.
+"""
+
+import dataclasses
 import os
 import sys
+import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipelines.errors import UserError
+from train.config import Config, flatten, hint, to_dict
 
 BARS, CURVE = "▁▂▃▄▅▆▇█", 30
 
 
 class Output:
-    """stdout or stderr that keeps accepting text after its reader or terminal is gone."""
+    """stdout or stderr that keeps accepting text after its reader or terminal is closed."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self.closed_by_reader = stream, False
@@ -47,57 +55,140 @@ def survive_closed_output() -> None:
 
 
 class Screen:
-    """Prints to the screen and appends to `log`; on other ranks than 0 every method does nothing."""
+    """Lines on stdout and in log.txt, and on a terminal a progress bar. Only rank 0 prints."""
 
-    def __init__(self, speaks: bool, log: Path) -> None:
-        self._speaks = speaks
+    def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
-        self._file = log.open("a", buffering=1) if speaks else None
+        self._file: IO[str] | None = None
         self._progress: Progress | None = None
         self._losses: list[float] = []
         self._scores: list[str] = []
         self._noted = False
 
+    def open(self, path: Path) -> None:
+        """Append the lines from here on to `path`, until `close`."""
+        self.close()
+        self._file, self._losses, self._scores, self._noted = path.open("a", buffering=1), [], [], False
+
+    def close(self) -> None:
+        """Close the log file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
     def line(self, text: str) -> None:
-        if not self._speaks:
+        """Print a line, and append it to the log file if one is open."""
+        if not self._active:
             return
         self._console.print(text, markup=False)
         sys.stdout.flush()
-        if self._file:
+        if self._file is not None:
             if getattr(sys.stdout, "closed_by_reader", False) and not self._noted:
                 self._file.write("the output was closed by its reader; training continues, and logs here\n")
                 self._noted = True
             self._file.write(text + "\n")
 
+    @property
+    def _active(self) -> bool:
+        return os.environ.get("RANK", "0") == "0"
+
     @contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
         """Show a bar from step `done` to `total` while the block runs, if this is a terminal."""
-        if not (self._speaks and self._console.is_terminal):
+        if not (self._active and self._console.is_terminal):
             yield
             return
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=self._console) as self._progress:
-            self._task = self._progress.add_task("", total=total, completed=done)
-            yield
-        self._progress = None
+        try:
+            with Progress(*columns, console=self._console) as self._progress:
+                self._task = self._progress.add_task("", total=total, completed=done)
+                yield
+        finally:
+            self._progress = None
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Move the bar to `step`."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
     def show(self, row: Mapping[str, float | None], loss: str) -> None:
-        """Draw a metric row beside the bar: the curve of the column `loss`, the rate, the last evaluation."""
+        """Show a metric row next to the bar: curve of the column `loss`, samples/s, last evaluation."""
         self._losses = [*self._losses, row[loss] or 0.0][-CURVE:]
         scores = [f"{name} {row[name]:.4g}" for name in ("acc", "loss_val") if row.get(name) is not None]
         self._scores = scores or self._scores
         if self._progress is not None:
-            words = [curve(self._losses), f"{row['samples_per_s']:.1f} samples/s", *self._scores]
-            self._progress.update(self._task, description=" ".join(words))
+            texts = [curve(self._losses), f"{row['samples_per_s']:.1f} samples/s", *self._scores]
+            self._progress.update(self._task, description=" ".join(texts))
 
 
 def curve(values: list[float]) -> str:
-    """The last values as a line of bars."""
+    """The values as a line of bars."""
     low, high = min(values), max(values)
     step = (high - low) / (len(BARS) - 1) or 1.0
     return "".join(BARS[round((value - low) / step)] for value in values)
+
+
+screen = Screen()
+log = screen.line
+
+
+# ---- the command line
+
+
+def parse(presets: Mapping[str, Config], program: str, not_given: Mapping[str, str] | None = None) -> Config:
+    """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words.
+
+    not_given: names of presets that do not exist, and why.
+    """
+    import tyro
+
+    name, *overrides = sys.argv[1:] or [""]
+    usage = f"usage: python -m {program} PRESET [--dotted.overrides]; presets: {', '.join(presets)}"
+    if name in ("-h", "--help"):
+        print(f"{usage}\nEvery setting of a preset: python -m {program} PRESET --help")
+        sys.exit(0)
+    if not name or name.startswith("-"):
+        raise UserError(f"name a preset first; {usage}")
+    if name not in presets:
+        if why := (not_given or {}).get(name):
+            raise UserError(f"there is no preset '{name}': {why}")
+        kind = "ft" if "-ft-" in name else "mae" if "-mae-" in name else ""
+        if kind and not any(f"-{kind}-" in known for known in presets):
+            raise UserError(f"'{name}' is for make train-{kind}; presets here: {', '.join(presets)}")
+        raise UserError(f"unknown preset '{name}'{hint(name, presets)}; presets: {', '.join(presets)}")
+    preset = presets[name]
+    preset = dataclasses.replace(preset, run=dataclasses.replace(preset.run, name=name))
+    config, unknown = tyro.cli(
+        type(preset),
+        default=preset,
+        args=overrides,
+        prog=f"python -m {program} {name}",
+        return_unknown_args=True,
+        config=(tyro.conf.FlagConversionOff,),
+        registry=_any_choice(),
+    )
+    if unknown:
+        flags = [f"--{key.replace('_', '-')}" for key in flatten(to_dict(preset))]
+        raise UserError(f"unknown argument '{unknown[0]}'{hint(unknown[0].split('=')[0], flags)}")
+    return config
+
+
+def _any_choice() -> typing.Any:
+    """Let tyro accept any word for a Literal: the settings check it, and their error is one line."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if typing.get_origin(info.type) is not typing.Literal:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"{{{','.join(typing.get_args(info.type))}}}",
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda word: [word],
+        )
+
+    return registry

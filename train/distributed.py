@@ -1,43 +1,32 @@
-"""Processes and devices: starting them, summing over them, and stopping all of them at the same step."""
+"""Processes and their devices: start processes, choose a device, and exchange values between ranks."""
 
-import contextlib
 import ctypes
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError
-from pipelines.machine import usable_cores
+from pipelines.machine import World, usable_cores
 from train import ending
-from train.device import index, old_driver, resolve_device
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+DRIVER = Path("/proc/driver/nvidia/version")
+LEAST_DRIVER = 580  # CUDA 13 requires it, https://docs.nvidia.com/deploy/cuda-compatibility
 NUMBERING = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun's variables that number the processes
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")  # those that say where they meet
 START_OR_UNSET = "start the command with torchrun, which sets all of them, or unset them"
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all: rank of size, and the device it computes on."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def under_torchrun() -> bool:
@@ -66,7 +55,7 @@ def under_torchrun() -> bool:
 
 
 def local_rank() -> int:
-    """This process's number on its machine."""
+    """This process's rank among those of its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -74,8 +63,67 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def device_words(world: World) -> str:
-    """The device in words, with the reason if it is the CPU."""
+# ---- devices
+
+
+def resolve_device(name: str, processes: int) -> str:
+    """ "cuda" or "cpu" for `processes` on this machine; raises UserError when it has too few GPUs."""
+    if name not in ("auto", "cuda", "cpu"):
+        raise UserError(f"speed.device is '{name}'; it can be auto, cuda or cpu")
+    if processes < 1:
+        raise UserError(f"speed.processes (GPUS) is {processes}; it must be at least 1")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and gpus == 0 and processes == 1):
+        return "cpu"
+    if gpus == 0 and (problem := old_driver()):
+        raise UserError(f"{problem}; update it, or add DEVICE=cpu (--speed.device cpu) to use the CPU")
+    if processes > gpus and not one_each(gpus):
+        raise UserError(
+            f"{processes} GPUs were asked for and this machine has {gpus}; ask for fewer, or add DEVICE=cpu "
+            f"(--speed.device cpu) to run the same {processes} processes on the CPU"
+        )
+    return "cuda"
+
+
+def one_each(gpus: int) -> bool:
+    """Whether the launcher shows each process only its own GPU, as Slurm does with --gpus-per-task=1."""
+    return gpus == 1 and "LOCAL_RANK" in os.environ and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
+
+
+def index(local_rank: int) -> int:
+    """The index of this process's GPU among the GPUs that it sees."""
+    return 0 if one_each(torch.cuda.device_count()) else local_rank
+
+
+def old_driver() -> str:
+    """The problem with this machine's NVIDIA driver; empty if it is new enough or there is no driver."""
+    version = driver_version()
+    if not version or int(version.partition(".")[0]) >= LEAST_DRIVER:
+        return ""
+    return (
+        f"the NVIDIA driver {version} is too old for CUDA {torch.version.cuda or 13}, which requires "
+        f"{LEAST_DRIVER} or newer"
+    )
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version, from the kernel or from nvidia-smi; empty if there is no driver."""
+    text = DRIVER.read_text() if DRIVER.is_file() else ""
+    if found := re.search(r"Kernel Module.*?\s(\d+\.\d[\d.]*)\s", text):
+        return found[1]
+    if not (program := shutil.which("nvidia-smi")):
+        return ""
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.match(r"\d+\.[\d.]+", output)
+    return found[0] if found else ""
+
+
+def device_text(world: World) -> str:
+    """The device as text, with the reason if it is the CPU."""
     if world.device.type == "cuda":
         return f"CUDA, {torch.cuda.get_device_name(world.device)}"
     why = "" if torch.cuda.is_available() else f" ({old_driver() or 'no CUDA device here'})"
@@ -83,16 +131,19 @@ def device_words(world: World) -> str:
 
 
 def torch_threads(world: World) -> int:
-    """CPU threads of this process: its share of the machine, unless the device is a GPU."""
+    """The number of CPU threads for this process: on the CPU its share of the machine's cores."""
     if world.device.type == "cuda":
         return torch.get_num_threads()
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def launch(processes: int, restarts: int) -> None:
-    """Run this same command in `processes` processes by torchrun's engine and exit with their status.
+# ---- starting
 
-    When one of them fails all are ended, and started again up to `restarts` times.
+
+def launch(processes: int, restarts: int) -> None:
+    """Run this command in `processes` processes through torchrun's own `run`, and exit with their status.
+
+    If one process fails, torchrun ends all of them and starts them again, up to `restarts` times.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -101,30 +152,30 @@ def launch(processes: int, restarts: int) -> None:
     module = sys.modules["__main__"].__spec__
     name = module.name if module else sys.argv[0]
     counts = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-    # Under nohup SIGHUP is ignored; torchrun would handle it all the same.
+    # If SIGHUP is ignored, as under nohup, it must stay ignored; torchrun would handle it.
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     handled = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"] if ignored else []
     saving = "--shutdown-timeout=240"  # seconds to save; torchrun's own 30 are too few for a large model
     arguments = ["--standalone", *counts, *handled, saving, "-m", name, *sys.argv[1:]]
-    # One thread pool per process that together fill the machine; torchrun would otherwise force one thread.
+    # The processes share the cores; without this torchrun sets one thread per process.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
-    # A store that outlives a restart gives gloo the addresses of processes that are gone: one a start.
+    # Each start needs its own store: an old one gives gloo the addresses of processes that have ended.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         sys.exit(next((code for code in codes if code > 0), 1))
-    except SignalException as error:  # passed on to the processes, which have saved
+    except SignalException as error:  # torchrun passed the signal on, and the processes have saved
         sys.exit(128 + error.sigval)
     sys.exit(0)
 
 
 def start(device: str, timeout: float = 600.0) -> World:
-    """Join the process group that torchrun described, or be a world of one.
+    """Join the process group of torchrun's variables; without them this process trains alone.
 
-    timeout: seconds that a process waits for the others before it gives up. Raises UserError for incomplete
-    variables of torchrun and for missing GPUs.
+    timeout: seconds that a process waits for the others before it gives up. Raises UserError when torchrun's
+    variables are incomplete or a GPU is missing.
     """
     joins = under_torchrun()
     size = int(os.environ["WORLD_SIZE"]) if joins else 1
@@ -133,17 +184,17 @@ def start(device: str, timeout: float = 600.0) -> World:
     if kind == "cuda":
         torch.cuda.set_device(place)
     if joins:
-        # A launcher that is killed outright must not leave its processes training on: they save and stop.
+        # If the launcher is killed, its processes must not train on without it: they save and stop.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
         ending.watch(rank(), timeout)
-    return World(rank(), size, place)
+    world = World(rank(), size, place)
+    torch.set_num_threads(torch_threads(world))
+    return world
 
 
-def lost_another(error: Exception) -> bool:
-    """Whether an error means that another process ended or does not answer."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+# ---- exchange between ranks
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
@@ -168,9 +219,9 @@ def barrier() -> None:
 
 
 def on_rank_0(world: World, function: Callable[[], T]) -> T | None:
-    """The result of `function` on rank 0, None elsewhere. If it raises UserError, all processes end.
+    """The result of `function` on rank 0, None on the others. If it raises UserError, all processes end.
 
-    Only rank 0 raises it, so that the sentence is printed once; the others exit with its status, 2.
+    Only rank 0 raises the error, so that it is printed once; the other processes exit with the same code, 2.
     """
     result, failure = None, ""
     if world.is_main:
@@ -184,14 +235,14 @@ def on_rank_0(world: World, function: Callable[[], T]) -> T | None:
 
 
 def fail(world: World, sentence: str) -> NoReturn:
-    """End a process with `sentence` on rank 0 and silently elsewhere; all processes must call it."""
+    """End the process: with a UserError on rank 0, silently on the others. All processes must call it."""
     if world.is_main:
         raise UserError(sentence)
     sys.exit(2)
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's value, in all processes."""
+    """Rank 0's value, on all ranks."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
@@ -199,7 +250,7 @@ def broadcast(value: T) -> T:
 
 
 def check_agreement(world: World, what: str, value: object, advice: str) -> None:
-    """End all processes, with UserError on rank 0, unless `value` is equal in all of them."""
+    """End all processes, with a UserError on rank 0, unless `value` is equal on all ranks."""
     values: list[object] = [value]
     if dist.is_initialized():
         values = [None] * world.size
@@ -207,76 +258,3 @@ def check_agreement(world: World, what: str, value: object, advice: str) -> None
     others = [str(rank) for rank, other in enumerate(values) if other != values[0]]
     if others:
         fail(world, f"{what} of rank {', '.join(others)} differ from those of rank 0; {advice}")
-
-
-class Stopped(Exception):
-    """A signal ended the evaluation; its argument is the signal's number."""
-
-
-class StopSignal:
-    """A signal in STOPPING seen by any process, acted on by all of them at the same moment.
-
-    The processes exchange one flag per call of `agreed` in the background and read it one call later, so that
-    nothing waits. A SIGHUP that is ignored, as under nohup, stays ignored.
-    """
-
-    def __init__(self, world: World, timeout: float) -> None:
-        self.number = 0
-        self._reports = local_rank() == 0
-        self._group: dist.ProcessGroup | None = None
-        if world.size > 1:
-            self._group = dist.new_group(  # pyrefly: ignore
-                backend="gloo", timeout=timedelta(seconds=timeout)
-            )
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
-        self._before = {number: signal.getsignal(number) for number in STOPPING}
-        if self._before[signal.SIGHUP] == signal.SIG_IGN:
-            del self._before[signal.SIGHUP]
-        for number in self._before:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: object) -> None:
-        """Runs between two instructions of whatever the process is doing, hence os.write."""
-        # torchrun passes the first Ctrl-C on as SIGINT and the second as SIGTERM.
-        if self.number == signal.SIGINT and number in (signal.SIGINT, signal.SIGTERM):
-            os._exit(128 + signal.SIGINT)
-        if not self.number and self._reports:
-            again = "; press Ctrl-C again to stop at once without saving" if number == signal.SIGINT else ""
-            text = f"{signal.Signals(number).name}: stopping after this step and saving{again}\n"
-            with contextlib.suppress(OSError):
-                os.write(2, text.encode())
-        self.number = number
-
-    def agreed(self) -> int:
-        """The signal's number once every process knows of it, else 0. All must call it equally often."""
-        if self._group is None:
-            return self.number
-        previous = self.wait()
-        flag = torch.tensor([self.number])
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._pending = (work, flag) if work is not None else None
-        return previous
-
-    def restore(self) -> None:
-        """Give the signals back to whoever handled them before.
-
-        Not among several processes: torchrun may repeat a signal until the last of them has ended.
-        """
-        if self._group is not None:
-            return
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def check(self) -> None:
-        """`agreed` for use inside an evaluation: raises Stopped."""
-        if number := self.agreed():
-            raise Stopped(number)
-
-    def wait(self) -> int:
-        """Finish the exchange under way and return what it agreed on."""
-        if self._pending is None:
-            return 0
-        work, flag = self._pending
-        self._pending = None
-        work.wait()
-        return int(flag.item())

@@ -1,145 +1,27 @@
 """Evaluation, exact over any number of processes: python -m train.evaluate RUN [--weights FILE] [--data DIR].
 
-Every validation sample counts once, whatever the batch size and the number of processes.
+Every sample of the split counts once, whatever the batch size and the number of processes.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 import tyro
-from torch.nn import functional
+from torch import nn
 
-from pipelines.catalogue import Catalogue
+from models.inputs import NormalizedInput
 from pipelines.errors import UserError, run_cli
-from pipelines.files import atomic_write
-from pipelines.inputs import Normalised, to_device
-from pipelines.loader import Batch, clip_notes, damage_limit, eval_batches
-from pipelines.sampler import keep_units
-from train import distributed, ending, rundir, setup
+from pipelines.views import clip_notes
+from train import distributed, ending, finetune, mae, rundir
+from train.build import set_precision, warm_start
 from train.config import Config, FinetuneConfig, MaeConfig, from_dict
-from train.distributed import World
-from train.setup import Autocast
+from train.console import log
+from train.rundir import Run
+from train.task import Task, open_validation
 
-
-def batches_of(
-    config: Config, world: World, catalogue: Catalogue, views: tuple[int, int], samples: int = 0
-) -> Iterator[Batch]:
-    """This process's part of a split, in temporal x spatial `views`; `samples` a batch, 0: as configured."""
-    fitting = max(1, (config.speed.eval_batch or config.speed.micro_batch) // (views[0] * views[1]))
-    return eval_batches(
-        catalogue,
-        setup.view_spec(config, evaluation=True),
-        batch=samples or fitting,
-        rank=world.rank,
-        world=world.size,
-        device=world.device,
-        threads=config.speed.threads,
-        temporal=views[0],
-        spatial=views[1],
-        max_bad=config.data.max_bad,
-        hw_decoder_load=config.speed.hw_decoder_load,
-        decode=config.speed.decode,
-    )
-
-
-def check_damage(config: Config, catalogue: Catalogue, seen: int) -> None:
-    """Raise UserError when `seen`, the samples that all processes evaluated, leaves out too many."""
-    missing, limit = len(catalogue) - seen, damage_limit(catalogue, config.data.max_bad)
-    if missing > limit:
-        raise UserError(
-            f"{missing} of the {len(catalogue)} samples in {catalogue.parquet} are damaged, more than the "
-            f"{limit} that data.max_bad allows; run `make verify DATA={catalogue.info.root}` and pack them "
-            "again"
-        )
-
-
-@torch.no_grad()
-def classifier_evaluation(
-    config: FinetuneConfig,
-    world: World,
-    autocast: Autocast,
-    folder: Path | None,
-    model: Normalised,
-    catalogue: Catalogue,
-    check: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Top-1, top-5 and cross-entropy; the softmax of a sample's views is averaged first.
-
-    check: called once a batch; what it raises ends the evaluation.
-    Top-5 is left out for five classes or fewer, where it is always 1. A sample whose probabilities are not
-    all finite counts as wrong, and `loss_val` is NaN then. The counts of every class go to
-    `folder`/per_class.parquet if a folder is given. Raises UserError when too many samples are damaged.
-    """
-    views = config.views[0] * config.views[1]
-    classes = catalogue.info.classes
-    sums = torch.zeros(len(classes), 4, device=world.device, dtype=torch.float64)
-    model.eval()
-    for batch in batches_of(config, world, catalogue, config.views):
-        check()
-        with autocast():
-            logits = model(batch.pixels)
-        chances = logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
-        labels = to_device(batch.labels[::views], world.device)
-        valid = to_device(batch.valid[::views].copy(), world.device)
-        best = chances.topk(min(5, chances.shape[1])).indices == labels[:, None]
-        best &= chances.isfinite().all(1, keepdim=True)  # topk takes NaN for the largest
-        losses = functional.nll_loss(chances.clamp_min(1e-12).log(), labels, reduction="none")
-        counts = torch.stack([best[:, 0], best.any(1), losses, valid], dim=1)
-        counts = torch.where(valid[:, None], counts, 0.0)  # a product would keep the NaN of rows that pad
-        sums.index_add_(0, labels, counts.double())
-    top1, top5, loss, count = distributed.total(sums).cpu().T
-    check_damage(config, catalogue, int(count.sum()))
-    if world.is_main and folder is not None:
-        table = {
-            "class_name": classes,
-            "samples": count.long().numpy(),
-            "correct": top1.long().numpy(),
-            "correct5": top5.long().numpy(),
-            "accuracy": (top1 / count).numpy(),
-        }
-        with atomic_write(folder / "per_class.parquet") as temporary:
-            pq.write_table(pa.table(table), temporary)
-    every = max(1.0, count.sum().item())
-    held_out = {"held_out": int(not setup.by_reference(config))}
-    named = zip(("acc", "acc5", "loss_val"), (top1, top5, loss), strict=True)
-    scores = {name: part.sum().item() / every for name, part in named} | held_out
-    return {name: value for name, value in scores.items() if name != "acc5" or len(classes) > 5}
-
-
-@torch.no_grad()
-def mae_evaluation(
-    config: MaeConfig,
-    world: World,
-    autocast: Autocast,
-    model: Normalised,
-    catalogue: Catalogue,
-    check: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Reconstruction loss with each sample's own fixed mask: comparable between steps and runs.
-
-    NaN when the loss of any sample is. check: called once a batch; what it raises ends the evaluation.
-    Raises UserError when too many samples are damaged.
-    """
-    units, kept = setup.check_masking(config, model.model)
-    sums = torch.zeros(2, device=world.device, dtype=torch.float64)
-    model.eval()
-    for batch in batches_of(config, world, catalogue, (1, 1)):
-        check()
-        # In evaluation every epoch is -1, so a sample's mask never changes.
-        keep = to_device(keep_units(0, batch.epochs, batch.ids, units, kept), world.device)
-        with autocast():
-            output = model(batch.pixels, keep=keep)
-        losses = (output.pred.float() - output.label.float()).square().reshape(len(keep), -1).mean(1)
-        valid = to_device(batch.valid, world.device)
-        sums += torch.stack([torch.where(valid, losses, 0.0).sum(), valid.sum()])
-    loss, count = distributed.total(sums).tolist()
-    check_damage(config, catalogue, int(count))
-    return {"loss_val": loss / max(1.0, count)}
+TASKS: dict[type, Callable[..., Task]] = {MaeConfig: mae.task_of, FinetuneConfig: finetune.task_of}
 
 
 @dataclass(frozen=True)
@@ -158,7 +40,7 @@ class Arguments:
 
 
 def read_config(run: Path, data: Path | None = None) -> Config:
-    """A run's configuration, with other shards on demand. Raises UserError where there is none."""
+    """A run's configuration, with other shards if given. Raises UserError if the folder has none."""
     path = run / "config.json"
     if not path.exists():
         raise UserError(f"{path} does not exist; name a run folder made by train.mae or train.finetune")
@@ -167,51 +49,54 @@ def read_config(run: Path, data: Path | None = None) -> Config:
 
 
 def weights_of(run: Path, other: Path | None) -> Path:
-    """A run's final weights, or the `other` ones asked for. Raises UserError where there are none."""
+    """A run's final weights, or the `other` ones if given. Raises UserError if the file does not exist."""
     weights = other or run / "model.safetensors"
     if not weights.exists():
         raise UserError(f"{weights} does not exist; let the run finish, or name a file: WEIGHTS= (--weights)")
     return weights
 
 
+def open_task(
+    config: Config, classes: Sequence[str], device: str, folder: Path | None = None
+) -> tuple[Run, Task]:
+    """Join the other processes, set the precision, and make the task that a run was trained for.
+
+    folder: where its evaluation writes per_class.parquet; None: nowhere.
+    """
+    run = Run(distributed.start(device, config.speed.timeout), folder)
+    set_precision(config.speed, run.world.device)
+    return run, TASKS[type(config)](config, run, classes)
+
+
 def load_model(
-    config: Config, weights: Path, classes: Sequence[str], world: World, exactly: bool = True
-) -> Normalised:
-    """The configured model with such weights, which must be its own where `exactly`, ready to evaluate."""
-    config = replace(config, model=replace(config.model, init=str(weights)))
-    model = setup.build_model(config, len(classes))
-    report = setup.warm_start(model, config, whole=exactly, classes=classes)
-    if world.is_main:
-        print(report)
-    return Normalised(model, config.data.frames).to(world.device).eval()
+    model: nn.Module, config: Config, weights: Path, classes: Sequence[str], run: Run, whole: bool = True
+) -> NormalizedInput:
+    """The model with these weights, ready to evaluate; `whole`: they must be all of its weights."""
+    warm_start(model, replace(config.model, init=str(weights)), classes, whole)
+    return NormalizedInput(model, config.data.frames).to(run.world.device).eval()
 
 
 def evaluate(arguments: Arguments) -> dict[str, float]:
     """Load the run's configuration and weights and evaluate them; raises UserError.
 
-    Under torchrun the processes share the samples, and every one returns the same scores.
+    Under torchrun the processes share the samples, and all return the same scores.
     """
     config = read_config(arguments.run, arguments.data)
-    if arguments.views and isinstance(config, FinetuneConfig):
-        config = replace(config, views=arguments.views)
+    if arguments.views and hasattr(config, "views"):
+        config = replace(config, views=arguments.views)  # pyrefly: ignore
     weights = weights_of(arguments.run, arguments.weights)
-    world = distributed.start(arguments.device, config.speed.timeout)
-    torch.set_num_threads(distributed.torch_threads(world))
-    autocast, words = setup.precision(config, world)
-    if world.is_main:
-        print(words)
-    catalogue = setup.open_validation(config)
-    if catalogue is None:
+    dataset = open_validation(config.data)
+    if dataset is None:
         raise UserError(f"{config.data.path} has no validation samples")
-    rundir.check_classes(arguments.run, catalogue.info)
-    if world.is_main:
-        print("".join(f"{note}\n" for note in clip_notes(catalogue, setup.view_spec(config, True))), end="")
-    ready = load_model(config, weights, catalogue.info.classes, world)
-    if isinstance(config, MaeConfig):
-        return mae_evaluation(config, world, autocast, ready, catalogue)
-    # The run's own record stays as it is when something else is evaluated.
+    rundir.check_classes(arguments.run, dataset.info)
+    # The run's own per_class.parquet stays as it is when something else is evaluated.
     folder = None if arguments.weights or arguments.data or arguments.views else arguments.run
-    return classifier_evaluation(config, world, autocast, folder, ready, catalogue)
+    classes = dataset.info.classes
+    run, task = open_task(config, classes, arguments.device, folder)
+    for note in clip_notes(dataset, config.data):
+        log(note)
+    model = load_model(task.model, config, weights, classes, run)
+    return task.evaluate(model, dataset, lambda: None)
 
 
 def main() -> None:

@@ -3,51 +3,144 @@
 python -m train.mae image-mae-base --data.path shards/imagenet --speed.processes 4
 """
 
-import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pipelines.catalogue import Catalogue
-from pipelines.errors import run_cli
-from pipelines.inputs import to_device
+from models.inputs import NormalizedInput
+from pipelines.augment import to_device
+from pipelines.dataset import Dataset, open_dataset
+from pipelines.errors import UserError, run_cli
 from pipelines.loader import Batch
-from pipelines.sampler import keep_units, row_keys
-from train import loop, pictures, rundir, setup
-from train.config import Config, MaeConfig, parse
+from pipelines.order import keep_units, row_keys
+from train import distributed, loop
+from train.build import autocast_for
+from train.config import MaeConfig
+from train.console import parse
 from train.distributed import World
-from train.evaluate import mae_evaluation
 from train.metrics import MAE_COLUMNS
+from train.pictures import save_reconstructions
 from train.presets import MAE_PRESETS, NOT_GIVEN
-from train.setup import Autocast
+from train.rundir import Run
+from train.task import (
+    Check,
+    Task,
+    batches_of,
+    check_damage,
+    create_classifier,
+    create_model,
+    open_validation,
+)
 
 
-def make_task(config: Config, catalogue: Catalogue, world: World, autocast: Autocast) -> loop.Task:
-    """The model and the two functions that make the loop a masked autoencoder's."""
-    assert isinstance(config, MaeConfig)
-    model = setup.build_model(config)
-    units, kept = setup.check_masking(config, model)
-    seed = config.run.seed
+def make_task(config: MaeConfig, run: Run) -> Task:
+    """Pretraining on the configured data."""
+    from models.macs import forward_macs
 
-    def loss(wrapped: nn.Module, batch: Batch) -> torch.Tensor:
-        # Which units a sample keeps depends on (seed, epoch, sample) alone, so any process may draw it.
-        keep = to_device(keep_units(seed, batch.epochs, batch.ids, units, kept), world.device)
-        keys = to_device(row_keys(seed, batch.epochs, batch.ids), world.device)
-        return wrapped(batch.pixels, keep=keep, row_keys=keys).loss
+    train = open_dataset(config.data.path, "train")
+    task = task_of(config, run, train.info.classes)
+    macs = forward_macs(task.model.config, True, config.mask_ratio)  # pyrefly: ignore
+    operations = 6.0 * macs * config.optim.batch  # forward, and twice that backward
+    return replace(task, train=train, validation=open_validation(config.data), operations=operations)
 
-    return loop.Task(
+
+def task_of(config: MaeConfig, run: Run, classes: Sequence[str]) -> Task:
+    """The autoencoder with its loss, masks and evaluation; `classes` are those of its encoder's probes."""
+    if not config.model.name.startswith("mae_"):
+        raise UserError(
+            f"MAE pretraining wants a mae_hiera_* model, not {config.model.name}; python -m models.zoo lists "
+            "them"
+        )
+    heads = config.decoder_heads or None
+    model = create_model(config.data, config.model, decode_ratio=config.decode_ratio, decoder_heads=heads)
+    masking = masking_of(config.mask_ratio, model)
+    # The classifier that is probed keeps the autoencoder's last norm.
+    name = config.model.name.removeprefix("mae_")
+    encoder = replace(config.model, name=name, reuse_encoder_norm=True)
+    return Task(
         model=model,
-        loss=loss,
-        evaluate=functools.partial(mae_evaluation, config, world, autocast),
+        loss=partial(masked_loss, config.run.seed, masking),
+        evaluate=partial(evaluate, config, run, masking),
         columns=MAE_COLUMNS,
         loss_column="loss_train",
-        picture=functools.partial(
-            pictures.save_reconstructions,
-            config,
-            world.device,
-            rundir.folder_of(config) / "reconstruction.png",
-        ),
+        encoder=lambda: create_classifier(config.data, encoder, len(classes)),
+        picture=partial(draw, config, run.world, masking),
     )
+
+
+class Masking(NamedTuple):
+    """The number of mask units of a sample, and how many of them the encoder sees."""
+
+    units: int
+    kept: int
+
+
+def masking_of(mask_ratio: float, model: nn.Module) -> Masking:
+    """The masking of this model's samples; raises UserError for an impossible ratio."""
+    units = getattr(model, "num_mask_units", 0)
+    kept = int(units * (1 - mask_ratio))
+    if not 0 < kept < units:
+        raise UserError(
+            f"mask_ratio {mask_ratio} keeps {kept} of {units} mask units; keep at least 1 and hide 1"
+        )
+    return Masking(units, kept)
+
+
+def masked_loss(seed: int, masking: Masking, model: nn.Module, batch: Batch) -> Tensor:
+    """The reconstruction loss of a batch. A sample's mask follows from (seed, epoch, sample) alone."""
+    keep = to_device(keep_units(seed, batch.epochs, batch.ids, *masking), batch.pixels.device)
+    keys = to_device(row_keys(seed, batch.epochs, batch.ids), batch.pixels.device)
+    return model(batch.pixels, keep=keep, row_keys=keys).loss
+
+
+@torch.no_grad()
+def evaluate(
+    config: MaeConfig, run: Run, masking: Masking, model: NormalizedInput, dataset: Dataset, check: Check
+) -> dict[str, float]:
+    """Reconstruction loss with each sample's own fixed mask, comparable between steps and runs.
+
+    NaN when the loss of any sample is. check: called once per batch; an error that it raises ends the
+    evaluation. Raises UserError when too many samples are damaged.
+    """
+    world = run.world
+    sums = torch.zeros(2, device=world.device, dtype=torch.float64)
+    autocast = autocast_for(config.speed, world.device)
+    model.eval()
+    for batch in batches_of(config, world, dataset, (1, 1)):
+        check()
+        keep = evaluation_masks(batch, masking)
+        with autocast():
+            output = model(batch.pixels, keep=keep)
+        losses = (output.pred.float() - output.label.float()).square().reshape(len(keep), -1).mean(1)
+        valid = to_device(batch.valid, world.device)
+        sums += torch.stack([torch.where(valid, losses, 0.0).sum(), valid.sum()])
+    loss, count = distributed.total(sums).tolist()
+    check_damage(config.data, dataset, int(count))
+    return {"loss_val": loss / max(1.0, count)}
+
+
+def evaluation_masks(batch: Batch, masking: Masking) -> Tensor:
+    """The mask units that evaluation keeps, int64 [b, kept]: its epoch is always -1, so they never change."""
+    return to_device(keep_units(0, batch.epochs, batch.ids, *masking), batch.pixels.device)
+
+
+def draw(
+    config: MaeConfig,
+    world: World,
+    masking: Masking,
+    path: Path,
+    model: NormalizedInput,
+    dataset: Dataset,
+    samples: int,
+) -> None:
+    """Draw the reconstructions of the first samples of a split."""
+    batch = next(batches_of(config, World(0, 1, world.device), dataset, (1, 1), samples))
+    save_reconstructions(path, model, batch, evaluation_masks(batch, masking))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""What is measured along the way: sums on the device that nobody waits for, and a clock."""
+"""Metrics of a run: sums on the device that no step waits for, step timing, and the rows made of them."""
 
 import csv
+import math
 import resource
 import time
 from collections import deque
@@ -10,13 +11,18 @@ from pathlib import Path
 import torch
 
 from pipelines.loader import Batch, mark
+from train import distributed
+from train.config import RunConfig
+from train.console import log, screen
 from train.distributed import World, gather
+from train.metrics import TIMING_COLUMNS, MetricsWriter
 
 LOSS, NORM, BAD, GOOD, SKIPPED, IN_A_ROW = range(6)
+HIDDEN = (*TIMING_COLUMNS, "samples", "step", "skipped", "bad", "held_out")  # columns that are not printed
 
 
 class HostCopy:
-    """Device values on their way to the host, float64 [n]; only `tolist` waits, and for this copy alone."""
+    """Device values on their way to the host, float64 [n]; only `tolist` waits, and only for this copy."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._values = values.to("cpu", non_blocking=True)  # from CUDA into pinned memory, unfinished
@@ -31,10 +37,10 @@ class HostCopy:
 
 
 class Meters:
-    """Device-side metrics since the last row: the sum of losses and the number of good steps.
+    """Sums on the device since the last row: the losses, and the number of good steps.
 
-    Besides, over the whole run: the gradient norm of the last good step, replaced rows, skipped steps, and
-    skipped steps in a row up to now. A good step is one that was not skipped.
+    For the whole run it also has the gradient norm of the last good step, the replaced rows, the skipped
+    steps, and the number of skipped steps in a row up to now. A good step is one that was not skipped.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,7 +49,7 @@ class Meters:
         self._kept = torch.tensor(kept, device=device, dtype=torch.float64)
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor, bad: int) -> None:
-        """Count a step; `bad` is the number of its rows that stand in for damaged samples."""
+        """Count a step; `bad` is the number of its rows that replace damaged samples."""
         last = self.values
         good = 1.0 - skipped
         values = [
@@ -57,35 +63,35 @@ class Meters:
         self.values = torch.stack(values)
 
     def gathered(self) -> torch.Tensor:
-        """All processes' values [processes, 6], for a checkpoint; the loss is each one's own."""
+        """All processes' values [processes, 6], for a checkpoint; each process has its own loss."""
         return gather(self.values)
 
     def restore(self, rows: torch.Tensor, rank: int, processes: int) -> None:
-        """Take up this process's values again, or their mean where the number of processes changed."""
+        """Take this rank's values from a checkpoint; their mean if the number of processes changed."""
         values = rows[rank].clone() if len(rows) == processes else rows.mean(0)
         self.values = values.to(self.values.device)
         self.values[BAD] *= len(rows) / processes if len(rows) != processes else 1
 
-    def take(self) -> HostCopy:
-        """The values over all processes, the loss as a mean of good steps: NaN where there was none.
+    def flush(self) -> HostCopy:
+        """The values over all processes, the loss as the mean of good steps: NaN if there was none.
 
         Resets the loss and the number of good steps. Never waits for the device.
         """
         rows = self.gathered()
-        taken = rows.mean(0)
-        taken[LOSS] /= taken[GOOD]  # as many in every process, and the same norm
-        taken[BAD] *= len(rows)
+        means = rows.mean(0)
+        means[LOSS] /= means[GOOD]  # the number of good steps, like the norm, is equal on all ranks
+        means[BAD] *= len(rows)
         self.values = self.values * self._kept  # an assignment by a list of indices would wait for the device
-        return HostCopy(taken)
+        return HostCopy(means)
 
 
 class Clock:
-    """Elapsed training time over all resumes, and the time and data wait of the current interval.
+    """Training time over all resumes, and the step time and data wait of the current interval.
 
-    On a CPU the data wait is the time until the loader has given a batch. On CUDA the host runs ahead of the
-    device, and its waiting costs nothing while the device has work. There the data wait is how long the
-    device had nothing left to do until the batch was decoded: the time between two events on its stream.
-    A wait counts once the device has been through it, which may be a few steps later.
+    On the CPU the data wait is the time until the loader gives a batch. On CUDA the host runs ahead of the
+    device, and its waiting costs nothing while the device has work. There the data wait is the time between
+    two events on the device's stream: from when it had no work left to when the batch was decoded. The wait
+    is counted once the device has passed both events, which may be a few steps later.
     """
 
     def __init__(self, elapsed: float, device: torch.device | None = None) -> None:
@@ -97,32 +103,32 @@ class Clock:
         self.skip()
 
     def wait(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; the time that it took counts as data wait, on CUDA once the device got there."""
-        begin, asked = time.perf_counter(), mark(self._device)
+        """The next batch; its data wait is counted, on CUDA once the device has passed it."""
+        begin, start = time.perf_counter(), mark(self._device)
         batch = next(batches)
-        if asked is None or batch.decoded is None:
+        if start is None or batch.decoded is None:
             self.waited += time.perf_counter() - begin
         else:
-            self._coming.append((asked, batch.decoded))
+            self._coming.append((start, batch.decoded))
         self._count()
         return batch
 
     def _count(self) -> None:
-        """Add the waits that the device has been through; this waits for none."""
+        """Add the waits that the device has passed, without waiting for the device."""
         while self._coming and self._coming[0][1].query():
-            asked, decoded = self._coming.popleft()
-            self.waited += asked.elapsed_time(decoded) / 1e3
+            start, decoded = self._coming.popleft()
+            self.waited += start.elapsed_time(decoded) / 1e3
 
     def elapsed(self) -> float:
         return time.perf_counter() - self._begin
 
     def skip(self) -> None:
-        """Leave the time since the last mark or row (evaluation, saving) out of the step time."""
+        """Leave the time since the last row or skip (evaluation, saving) out of the step time."""
         self._count()
         self._mark, self._waited_before, self.steps = time.perf_counter(), self.waited, 0
 
     def row(self, step: int, batch: int, world: World, operations: float) -> dict:
-        """Timing columns of the steps since the last row; `operations` is what one of them computes."""
+        """Timing columns of the steps since the last row; `operations` is the cost of one step."""
         self._count()
         now, steps = time.perf_counter(), max(self.steps, 1)
         per_step = (now - self._mark) / steps
@@ -142,7 +148,7 @@ class Clock:
 
 
 class Detail:
-    """Every step of one process as rows of detail/rank-N-from-STEP.csv; a resume begins a file of its own."""
+    """Every step of one process as rows of detail/rank-N-from-STEP.csv; each resume starts a new file."""
 
     def __init__(self, folder: Path, rank: int, start: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +166,7 @@ class Detail:
         self._losses.append(loss)
 
     def write(self) -> None:
-        """Append the steps noted; the one wait for the device."""
+        """Append the noted steps; this waits for the device."""
         losses = torch.stack(self._losses).tolist() if self._losses else []
         for (step, seconds, waited), loss in zip(self._rows, losses, strict=True):
             self._csv.writerow((step, f"{seconds:.4f}", repr(loss), f"{waited:.3f}"))
@@ -168,8 +174,72 @@ class Detail:
         self._rows, self._losses = [], []
 
 
+class Recorder:
+    """Turns the meters into metric rows and printed lines; a row is read one step after it was begun."""
+
+    def __init__(
+        self, settings: RunConfig, world: World, loss_column: str, metrics: MetricsWriter | None, steps: int
+    ) -> None:
+        """metrics: on rank 0; steps: of the whole run."""
+        self._settings, self._world, self._loss_column = settings, world, loss_column
+        self._metrics, self._steps = metrics, steps
+        self._pending: tuple[dict, HostCopy] | None = None
+        self.saved = 0  # step of the last checkpoint
+
+    def begin(self, row: dict, meters: Meters) -> None:
+        """Begin a row; its values are copied to the host in the background."""
+        self._pending = (row, meters.flush())
+
+    def finish(self) -> dict | None:
+        """The row that `begin` began, complete except for scores, or None if there is none.
+
+        Raises UserError after run.max_skipped non-finite steps in a row, and when the run ends without a good
+        step.
+        """
+        if self._pending is None:
+            return None
+        row, values = self._pending
+        self._pending = None
+        loss, norm, bad, _, skipped, in_a_row = values.tolist()
+        if math.isnan(loss):  # every step since the last row was skipped
+            loss = norm = None
+        row |= {self._loss_column: loss, "grad_norm": norm, "skipped": int(skipped), "bad": round(bad)}
+        if in_a_row >= self._settings.max_skipped or skipped >= self._steps:
+            self._fail(row["step"], int(in_a_row))
+        return row
+
+    def settle(self) -> None:
+        """Write the row that `begin` began, if there is one."""
+        if (row := self.finish()) is not None:
+            self.write(row)
+
+    def write(self, row: dict) -> None:
+        """Append a complete row to the metrics and print it."""
+        if self._metrics is not None:
+            self._metrics.write(row)
+        shown = {k: v for k, v in row.items() if k not in HIDDEN and v is not None}
+        text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        wait = 100 * row["data_wait_ms"] / row["step_ms"]
+        text += f" | {row['samples_per_s']:.1f} samples/s, data wait {wait:.0f} %"
+        counts = {"steps skipped": row["skipped"], "damaged samples replaced": row["bad"]}
+        faults = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        log(f"step {row['step']}: {text}{faults}")
+        screen.show(row, self._loss_column)
+
+    def _fail(self, step: int, in_a_row: int) -> None:
+        log(f"step {step}: {in_a_row} steps in a row had non-finite gradients")
+        folder = self._settings.folder / "checkpoints"
+        last = f"the last checkpoint in {folder} is of step {self.saved}, before them"
+        distributed.fail(
+            self._world,
+            f"the last {in_a_row} steps up to step {step} had non-finite gradients "
+            f"({last if self.saved else 'no checkpoint was saved'}); lower optim.lr, set optim.clip_norm or "
+            "use speed.precision fp32",
+        )
+
+
 def _share_of_peak(operations_per_s: float, device: torch.device) -> float | None:
-    """Model FLOPs utilisation: the share of the device's bf16 peak, None where the peak is not known."""
+    """Model FLOPs utilization: the share of the device's bf16 peak, None if the peak is unknown."""
     if device.type != "cuda":
         return None
     from models.macs import bf16_peak
@@ -179,8 +249,8 @@ def _share_of_peak(operations_per_s: float, device: torch.device) -> float | Non
 
 
 def _memory_gb(device: torch.device) -> float:
-    """All that a GPU has in use now, DALI's and NCCL's memory included; on a CPU the process's peak."""
+    """GB that are in use on a GPU now, with DALI's and NCCL's memory; on the CPU the process's peak."""
     if device.type == "cuda":
-        free, every = torch.cuda.mem_get_info(device)
-        return (every - free) / 2**30
+        free, total = torch.cuda.mem_get_info(device)
+        return (total - free) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

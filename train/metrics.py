@@ -1,4 +1,4 @@
-"""Metric rows: a CSV that can be read while it grows, and the same rows as a Parquet dataset."""
+"""Metric rows on disk: a CSV that can be read while it grows, and the same rows as a Parquet dataset."""
 
 import csv
 import math
@@ -22,10 +22,10 @@ Row = Mapping[str, float | int | None]
 
 
 class MetricsWriter:
-    """Appends rows to `metrics.csv` at once and to `metrics/part-*.parquet` at each `commit`.
+    """Appends rows to `metrics.csv` at once, and to `metrics/part-*.parquet` at each `commit`.
 
-    For a run that resumes after `step`, it first drops every later row from both, because those steps will be
-    done again. `kept` are the rows that stay.
+    When a run resumes after `step`, the later rows are first dropped from both, because those steps are done
+    again. `kept` are the rows that remain.
     """
 
     def __init__(self, run: Path, columns: tuple[str, ...], step: int) -> None:
@@ -33,9 +33,8 @@ class MetricsWriter:
         self.folder = run / "metrics"
         self.folder.mkdir(exist_ok=True)
         path = run / "metrics.csv"
-        self.kept = rows = (
-            [row for row in read_csv(path) if row["step"] <= step] if path.exists() and step else []
-        )
+        resumes = path.exists() and step
+        self.kept = rows = [row for row in read_csv(path) if row["step"] <= step] if resumes else []
         with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
             csv.writer(file).writerows([columns, *[_texts(row, columns) for row in rows]])
         for part in self.folder.glob("*.parquet"):
@@ -52,7 +51,7 @@ class MetricsWriter:
         self._uncommitted.append(dict(row))
 
     def commit(self) -> None:
-        """Write the rows since the last commit as a Parquet part of their own."""
+        """Write the rows since the last commit as a Parquet part."""
         if self._uncommitted:
             path = self.folder / f"part-{self._uncommitted[-1]['step']:09d}.parquet"
             with atomic_write(path) as temporary:
@@ -66,7 +65,7 @@ class MetricsWriter:
         parts = sorted(self.folder.glob("part-*.parquet"))
         if len(parts) > 1:
             table = pa.concat_tables([pq.read_table(part) for part in parts])
-            # The merged file takes the last part's name, so a crash in between leaves at worst older parts,
+            # The merged file takes the last part's name. A crash before the next lines leaves older parts,
             # which the next start removes.
             with atomic_write(parts[-1]) as temporary:
                 pq.write_table(table, temporary)
@@ -75,7 +74,7 @@ class MetricsWriter:
 
 
 def score(row: Row) -> float:
-    """The value that the best evaluation maximises: accuracy, or minus the validation loss.
+    """The value that the best evaluation maximizes: accuracy, or minus the validation loss.
 
     -inf without an evaluation, or if it gave NaN.
     """
@@ -86,13 +85,13 @@ def score(row: Row) -> float:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of a metrics.csv: numbers parsed, empty fields None; lines that are no row are dropped."""
+    """The rows of a metrics.csv: numbers parsed, empty fields None; incomplete lines are dropped."""
     rows = []
     with path.open(newline="", errors="replace") as file:
         reader = csv.reader(line for line in file if line.endswith("\n"))
         header = next(reader, [])
         for row in reader:
-            with suppress(ValueError):  # a line cut off or damaged
+            with suppress(ValueError):  # a line that was cut off or damaged
                 rows.append({k: _number(k, v) for k, v in zip(header, row, strict=True)})
     return rows
 

@@ -1,76 +1,55 @@
 """Mixup and cutmix (arXiv 1710.09412, 1905.04899), drawn for all rows of a step's global batch.
 
-Every group of 2 * repeats consecutive rows of the global batch is mixed within itself: row k with row
+In every group of 2 * repeats consecutive rows of the global batch, row k is mixed with row
 (k + repeats) % (2 * repeats), so that a sample is not mixed with its own copy. The two rows of a pair share
-one draw. A process or micro batch takes the draws of its rows, so their number does not change the result.
+one draw. Each process and micro batch uses the draws of its rows, so their number does not change the result.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import sampler
-from pipelines.inputs import to_device
+from pipelines import order
+from pipelines.augment import to_device
 from train.config import FinetuneConfig
 
 # Columns of `draw_pairs`: the partner's share of the label, of the pixels outside the box, and the box.
 LABEL, OUTSIDE, TOP, BOTTOM, LEFT, RIGHT = range(6)
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """What is mixed and how; `mixup` and `cutmix` are Beta parameters, 0 = off, not both off."""
-
-    mixup: float
-    cutmix: float
-    smoothing: float  # of the labels
-    classes: int
-    repeats: int  # consecutive rows that show the same sample
-    batch: int  # rows of a step over all processes, a multiple of 2 * repeats
-    seed: int
-
-
-def make_mixing(config: FinetuneConfig, classes: int) -> Mixing | None:
-    """The mixing that the configuration asks for; None when mixup and cutmix are both off."""
-    if not (config.mixup or config.cutmix):
-        return None
-    repeats, batch, seed = config.data.repeats, config.optim.batch, config.run.seed
-    return Mixing(config.mixup, config.cutmix, config.smoothing, classes, repeats, batch, seed)
-
-
 def mix(
-    mixing: Mixing, pixels: Tensor, labels: Tensor, positions: NDArray[np.int64]
+    config: FinetuneConfig, classes: int, pixels: Tensor, labels: Tensor, positions: NDArray[np.int64]
 ) -> tuple[Tensor, Tensor]:
     """Mix consecutive rows of one step: pixels uint8 [b, (T,) H, W, 3] and labels int64 [b], on one device.
 
-    positions: int64 [b], see Batch; the first is the first of a group, and b is a multiple of 2 * repeats.
-    Gives float32 pixels, all frames of a clip mixed alike, and soft labels float32 [b, classes].
+    config: mixup and cutmix are not both 0. positions: int64 [b], see Batch; the first row is the first of a
+    group, and b is a multiple of 2 * repeats.
+    Returns float32 pixels, all frames of a clip mixed alike, and soft labels float32 [b, classes].
     """
     height, width = pixels.shape[-3:-1]
-    step, first = divmod(int(positions[0]), mixing.batch)
+    repeats = config.data.repeats
+    step, first = divmod(int(positions[0]), config.optim.batch)
     rows = first + np.arange(len(positions))
-    drawn = draw_pairs(mixing, step, height, width)[pairs_of(rows, mixing.repeats)]
+    drawn = draw_pairs(config, step, height, width)[pairs_of(rows, repeats)]
     columns = to_device(drawn, pixels.device)
     share = pixel_shares(columns, height, width)
     share = share.view(len(share), *[1] * (pixels.dim() - 4), height, width, 1)
-    mixed = pixels.to(torch.float32, copy=True).lerp_(partners(pixels, mixing.repeats).float(), share)
-    soft = soft_labels(labels, mixing.classes, mixing.smoothing)
-    return mixed, torch.lerp(soft, partners(soft, mixing.repeats), columns[:, LABEL, None])
+    mixed = pixels.to(torch.float32, copy=True).lerp_(partners(pixels, repeats).float(), share)
+    soft = soft_labels(labels, classes, config.smoothing)
+    return mixed, torch.lerp(soft, partners(soft, repeats), columns[:, LABEL, None])
 
 
-def draw_pairs(mixing: Mixing, step: int, height: int, width: int) -> NDArray[np.float32]:
+def draw_pairs(config: FinetuneConfig, step: int, height: int, width: int) -> NDArray[np.float32]:
     """The draws of all pairs of a step, float32 [batch / 2, 6]; they depend on (seed, step) alone.
 
-    With both on, a pair is mixed by either with probability 1/2. Cutmix's box has the share 1 - lambda of the
-    area before the border clips it, and the label follows what is left of it.
+    If mixup and cutmix are both on, each is applied with probability 1/2. Cutmix's box has the share
+    1 - lambda of the area before the border clips it; the label follows the clipped area.
     """
-    key = sampler.keys_of(mixing.seed, sampler.STREAM_MIX, step, np.arange(2))
-    generator, pairs = np.random.Generator(np.random.Philox(key=key)), mixing.batch // 2
-    cuts = generator.random(pairs) < (0.5 if mixing.mixup else 1.0) * (mixing.cutmix > 0)
-    alphas = np.where(cuts, mixing.cutmix, mixing.mixup)
+    key = order.keys_of(config.run.seed, order.STREAM_MIX, step, np.arange(2))
+    generator, pairs = np.random.Generator(np.random.Philox(key=key)), config.optim.batch // 2
+    cuts = generator.random(pairs) < (0.5 if config.mixup else 1.0) * (config.cutmix > 0)
+    alphas = np.where(cuts, config.cutmix, config.mixup)
     partner = 1 - generator.beta(alphas, alphas)
     edges = []
     for size in (height, width):

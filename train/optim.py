@@ -1,9 +1,8 @@
-"""Optimizer, learning-rate schedule and the seed of the initialisation."""
+"""Optimizer, learning-rate schedule and the update of the weights."""
 
 import math
 from fractions import Fraction
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -83,11 +82,3 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, skipped
-
-
-def seed_weights(seed: int) -> None:
-    """Seed torch's generator for the initialisation of the weights.
-
-    A training step draws nothing from it: its draws depend on (seed, step or epoch, sample) alone.
-    """
-    torch.manual_seed(int(np.random.SeedSequence([seed, 0, 0]).generate_state(1, np.uint64)[0]))

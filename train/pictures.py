@@ -1,46 +1,31 @@
-"""Pictures of what a masked autoencoder sees and fills in."""
+"""Pictures of the input, the kept patches and the reconstruction of a masked autoencoder."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import nn
+from torch import Tensor, nn
 
-from pipelines.catalogue import Catalogue
+from models.inputs import NormalizedInput
 from pipelines.files import atomic_write
-from pipelines.inputs import Normalised
-from pipelines.sampler import keep_units
-from train import setup
-from train.config import MaeConfig
-from train.distributed import World
-from train.evaluate import batches_of
+from pipelines.loader import Batch
 
-SHOWN_SAMPLES, SHOWN_FRAMES = 6, 4
+SHOWN_FRAMES = 4
 GAP, HEADER = 4, 16
 
 
 @torch.no_grad()
-def save_reconstructions(
-    config: MaeConfig,
-    device: torch.device,
-    path: Path,
-    model: Normalised,
-    catalogue: Catalogue,
-    rows: int = SHOWN_SAMPLES,
-) -> None:
-    """Write a PNG: input, what was kept, and reconstruction of the first `rows` samples; clips as strips.
+def save_reconstructions(path: Path, model: NormalizedInput, batch: Batch, keep: Tensor) -> None:
+    """Write a PNG with a row per valid sample: input, kept patches, reconstruction; clips as strips.
 
-    The prediction is in units of each patch's own mean and deviation, so the true ones colour it: the picture
-    says so in its title.
+    keep: int64 [b, kept], the mask units that the model sees. It predicts each patch up to its mean and
+    deviation, so the picture uses the true ones, and says so in its last line.
     """
     from models.mae import reconstruct
 
-    units, kept = setup.check_masking(config, model.model)
-    batch = next(batches_of(config, World(0, 1, device), catalogue, (1, 1), rows))
     count = int(batch.valid.sum())
-    inputs = model.normalise(batch.pixels)[:count]
-    keep = torch.from_numpy(keep_units(0, batch.epochs, batch.ids, units, kept))[:count].to(device)
+    inputs, keep = model.normalize(batch.pixels)[:count], keep[:count]
     model.eval()
     filled = reconstruct(model.model, inputs, keep)  # pyrefly: ignore
     if inputs.ndim == 5:
@@ -51,7 +36,7 @@ def save_reconstructions(
         _grid(columns).save(temporary, format="png")
 
 
-def _visible(model: nn.Module, keep: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+def _visible(model: nn.Module, keep: Tensor, inputs: Tensor) -> Tensor:
     """Bool [b, 1, (t), h, w]: which pixels belong to kept mask units."""
     grid: tuple[int, ...] = model.mask_units  # pyrefly: ignore
     mask = torch.zeros(len(keep), model.num_mask_units, device=keep.device)  # pyrefly: ignore
@@ -59,7 +44,7 @@ def _visible(model: nn.Module, keep: torch.Tensor, inputs: torch.Tensor) -> torc
     return nn.functional.interpolate(mask, size=inputs.shape[2:], mode="nearest") > 0.5
 
 
-def _pixels(x: torch.Tensor) -> np.ndarray:
+def _pixels(x: Tensor) -> np.ndarray:
     """[b, (t), h, w, 3] of 0 to 255 -> uint8 [b, h, columns, 3], frames side by side."""
     if x.ndim == 5:
         frames = np.linspace(0, x.shape[1] - 1, SHOWN_FRAMES).round().astype(int).tolist()

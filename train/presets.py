@@ -2,31 +2,26 @@
 
 Numbers are from the Hiera paper (arXiv 2306.00989, appendix), MAE-st and SlowFast's configurations;
 docs/which.md lists them. Where the paper's numbers depend on the length of pretraining, a suffix gives it in
-epochs, such as `video-ft-large-800`. `pico` is this project's own size (train/pico.py).
+epochs, such as `video-ft-large-800`. `pico` is this project's own size, for CPUs and first trials; its
+numbers were tuned on the demo data.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from pipelines.augment import Augment
-from train.config import (
-    REFERENCE,
-    Config,
-    DataConfig,
-    FinetuneConfig,
-    MaeConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    SpeedConfig,
-)
-from train.pico import CLIPS, IMAGES, image_ft_pico, image_mae_pico, video_ft_pico, video_mae_pico
+from pipelines.config import Augment, DataConfig
+from train.config import FinetuneConfig, MaeConfig, ModelConfig, OptimConfig, RunConfig, SpeedConfig
 
+IMAGES, CLIPS, SSV2 = Path("shards/imagenet"), Path("shards/kinetics"), Path("shards/ssv2")
 IMAGE_SIZES = ("tiny", "small", "base", "base_plus", "large", "huge")
 VIDEO_SIZES = ("base", "base_plus", "large", "huge")
-SSV2 = Path("shards/ssv2")
 VIDEO_AUGMENT = Augment(layers=2, magnitude=7.0, magnitude_std=0.5)
+
+
+def at_batch(batch: int, lr: float, **settings: Any) -> OptimConfig:
+    """Optimizer settings whose learning rate is stated for the recipe's own batch."""
+    return OptimConfig(batch=batch, lr=lr, lr_batch=batch, **settings)
 
 
 def image_mae(size: str) -> MaeConfig:
@@ -39,8 +34,8 @@ def image_mae(size: str) -> MaeConfig:
     drop_path = {"tiny": 0.0, "small": 0.0, "huge": 0.3}.get(size, 0.2)
     return MaeConfig(
         data=DataConfig(path=IMAGES, scale=(0.2, 1.0), interpolation="cubic"),
-        model=ModelConfig(f"mae_hiera_{size}_224", drop_path),
-        optim=OptimConfig(4096, 8e-4, 4096, epochs=400, warmup_epochs=40, betas=(0.9, 0.95)),
+        model=ModelConfig(name=f"mae_hiera_{size}_224", drop_path=drop_path),
+        optim=at_batch(4096, 8e-4, epochs=400, warmup_epochs=40, betas=(0.9, 0.95)),
         mask_ratio=0.6,
     )
 
@@ -60,9 +55,16 @@ def video_mae(size: str, epochs: int = 800) -> MaeConfig:
     drop_path = 0.4 if longest else {"base": 0.1, "huge": 0.3}.get(size, 0.2)
     lr = 3.2e-4 if longest else 8e-4
     return MaeConfig(
-        data=DataConfig(CLIPS, frames=16, scale=(0.5, 1.0), repeats=4),
-        model=ModelConfig(f"mae_hiera_{size}_16x224", drop_path),
-        optim=OptimConfig(512, lr, 512, epochs=epochs, warmup_epochs=120, betas=(0.9, 0.95), clip_norm=0.02),
+        data=DataConfig(path=CLIPS, frames=16, scale=(0.5, 1.0), repeats=4),
+        model=ModelConfig(name=f"mae_hiera_{size}_16x224", drop_path=drop_path),
+        optim=at_batch(
+            512,
+            lr,
+            epochs=epochs,
+            warmup_epochs=120,
+            betas=(0.9, 0.95),
+            clip_norm=0.02,
+        ),
         speed=SpeedConfig(micro_batch=32),
         mask_ratio=0.9,
     )
@@ -87,8 +89,8 @@ def image_ft(size: str, pretrained_epochs: int = 1600) -> FinetuneConfig:
 
     Size large depends on the length of pretraining: `image-ft-large` is for weights of 1600 epochs,
     `image-ft-large-400` for 400. Published top-1: tiny 82.8, small 83.8, base 84.5, base-plus 85.2,
-    large 86.1, huge 86.9. Random erasing at 0.25 is in the authors' unfinished code and not in the paper:
-    `data.augment.erase`; so is the last block at the head's rate: `optim.decay_last_block`.
+    large 86.1, huge 86.9. Not in the paper but in the authors' unfinished code are random erasing
+    at 0.25 (`data.augment.erase`) and the head's rate for the last block (`optim.decay_last_block`).
     make train-ft RECIPE=image-ft-base INIT=runs/image-mae-base/model.safetensors GPUS=8
     """
     shorter = size == "large" and pretrained_epochs == 400
@@ -98,13 +100,13 @@ def image_ft(size: str, pretrained_epochs: int = 1600) -> FinetuneConfig:
     lr = 2e-3 if size in ("tiny", "small", "base") else 1e-3
     return FinetuneConfig(
         data=DataConfig(
-            IMAGES,
+            path=IMAGES,
             scale=(0.08, 1.0),
             interpolation="cubic",
             augment=Augment(layers=2, magnitude=9.0, magnitude_std=0.5),
         ),
-        model=ModelConfig(f"hiera_{size}_224", drop_path),
-        optim=OptimConfig(1024, lr, 1024, epochs=epochs, warmup_epochs=5, layer_decay=decay),
+        model=ModelConfig(name=f"hiera_{size}_224", drop_path=drop_path),
+        optim=at_batch(1024, lr, epochs=epochs, warmup_epochs=5, layer_decay=decay),
         mixup=0.8,
         cutmix=1.0,
         pretrained_epochs=pretrained_epochs if size == "large" else 0,
@@ -121,7 +123,7 @@ def video_ft(size: str, pretrained_epochs: int = 3200) -> FinetuneConfig:
     """Finetuning on Kinetics-400 at batch 256 clips, paper table 11b, tested with 5 x 3 views.
 
     Layer decay depends on the length of pretraining: `video-ft-SIZE` is for 3200 epochs, as the released
-    weights have, `video-ft-SIZE-1600` for 1600, `-800` for 800 (large and huge).
+    weights, `video-ft-SIZE-1600` for 1600, `-800` for 800 (large and huge).
     Published top-1, 15 views: base 84.0, base-plus 85.0, large 87.3, huge 87.8.
     RandAugment (7, 0.5) is the paper's. It names neither the crop area nor the number of operations, and
     follows MAE-st: area 0.08 to 1, 2 operations. Every clip that is decoded gives two augmented rows.
@@ -130,13 +132,16 @@ def video_ft(size: str, pretrained_epochs: int = 3200) -> FinetuneConfig:
     big = size in ("large", "huge")
     return FinetuneConfig(
         data=DataConfig(
-            CLIPS, frames=16, scale=(0.08, 1.0), repeats=2, same_clip=True, augment=VIDEO_AUGMENT
+            path=CLIPS, frames=16, scale=(0.08, 1.0), repeats=2, same_clip=True, augment=VIDEO_AUGMENT
         ),
-        model=ModelConfig(f"hiera_{size}_16x224", 0.3 if size == "huge" else 0.2, 0.5 if big else 0.3),
-        optim=OptimConfig(
-            batch=256,
-            lr=4e-4 if size == "huge" else 8e-4,
-            lr_batch=256,
+        model=ModelConfig(
+            name=f"hiera_{size}_16x224",
+            drop_path=0.3 if size == "huge" else 0.2,
+            dropout=0.5 if big else 0.3,
+        ),
+        optim=at_batch(
+            256,
+            4e-4 if size == "huge" else 8e-4,
             epochs=100 if big else 150,
             warmup_epochs=10,
             layer_decay=VIDEO_DECAY[size][pretrained_epochs],
@@ -162,13 +167,12 @@ def video_ft_ssv2(frames: int = 16) -> FinetuneConfig:
     batch, lr = (256, 0.16) if short else (128, 0.08)
     return FinetuneConfig(
         data=DataConfig(
-            SSV2, frames=frames, sampling="segments", scale=(0.08, 1.0), flip=0.0, augment=VIDEO_AUGMENT
+            path=SSV2, frames=frames, sampling="segments", scale=(0.08, 1.0), flip=0.0, augment=VIDEO_AUGMENT
         ),
-        model=ModelConfig("hiera_large_16x224", 0.1 if short else 0.2, 0.5),
-        optim=OptimConfig(
-            batch=batch,
-            lr=lr,
-            lr_batch=batch,
+        model=ModelConfig(name="hiera_large_16x224", drop_path=0.1 if short else 0.2, dropout=0.5),
+        optim=at_batch(
+            batch,
+            lr,
             epochs=40,
             warmup_epochs=3,
             name="sgd",
@@ -184,21 +188,81 @@ def video_ft_ssv2(frames: int = 16) -> FinetuneConfig:
 
 
 def tiny_kinetics_reference() -> FinetuneConfig:
-    """The reference trainer's finetuning of Tiny-Kinetics-400, its accuracy not of held-out videos.
+    """The reference trainer's finetuning of Tiny-Kinetics-400, evaluated on the TRAINING videos as it does.
 
-    15,000 steps of 8 clips x 10 accumulated, AdamW at 1e-4, no augmentation. It reports 0.15 from scratch
-    (`--freeze none`) and 0.8575 from K400 MAE weights with the trunk frozen
-    (`--model.init mae_hiera_base_16x224:mae_k400`).
+    15,000 steps of 8 clips x 10 accumulated, AdamW at 1e-4, no augmentation. Training clips begin at frame
+    10, and evaluation starts at frame 40. It reports 0.15 from scratch (`--freeze none`) and 0.8575 from K400
+    MAE weights with the trunk frozen (`--model.init mae_hiera_base_16x224:mae_k400`).
     """
     return FinetuneConfig(
-        data=DataConfig(CLIPS, frames=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0),
-        model=ModelConfig("hiera_base_16x224"),
-        optim=OptimConfig(80, 1e-4, 80, epochs=3000, warmup_epochs=0, min_lr=1e-4),
+        data=DataConfig(
+            path=CLIPS,
+            frames=16,
+            clip_start=10,
+            eval_clip_start=40,
+            eval_split="train",
+            scale=(1.0, 1.0),
+            ratio=(1.0, 1.0),
+            flip=0.0,
+        ),
+        model=ModelConfig(name="hiera_base_16x224"),
+        optim=at_batch(80, 1e-4, epochs=3000, warmup_epochs=0, min_lr=1e-4),
         run=RunConfig(log_every=1000, eval_every=1000),
         speed=SpeedConfig(micro_batch=8),
         freeze="trunk",
         smoothing=0.0,
-        protocol=REFERENCE,
+    )
+
+
+PICO_RUN = RunConfig(log_every=10, eval_every=100, checkpoint_every=50)
+
+
+def image_mae_pico() -> MaeConfig:
+    """MAE for a CPU: 96-pixel images; expect minutes on 2 cores for a few thousand images.
+
+    With twice this lr the third stage's outputs become nearly constant, and finetuning starts badly.
+    """
+    return MaeConfig(
+        data=DataConfig(path=IMAGES, size=96),
+        model=ModelConfig(name="mae_hiera_pico_96"),
+        optim=at_batch(64, 5e-4, epochs=20, warmup_epochs=2, betas=(0.9, 0.95)),
+        run=PICO_RUN,
+        speed=SpeedConfig(micro_batch=32),
+    )
+
+
+def video_mae_pico() -> MaeConfig:
+    """MAE for a CPU: clips of 16 frames of 64 pixels at stride 2; for its lr see image_mae_pico."""
+    return MaeConfig(
+        data=DataConfig(path=CLIPS, size=64, frames=16, stride=2, scale=(0.5, 1.0)),
+        model=ModelConfig(name="mae_hiera_pico_16x64"),
+        optim=at_batch(16, 4e-4, epochs=20, warmup_epochs=2, betas=(0.9, 0.95), clip_norm=1.0),
+        run=PICO_RUN,
+        speed=SpeedConfig(micro_batch=8),
+        mask_ratio=0.75,
+    )
+
+
+def image_ft_pico() -> FinetuneConfig:
+    """Finetuning for a CPU; pairs with image-mae-pico."""
+    return FinetuneConfig(
+        data=DataConfig(path=IMAGES, size=96, scale=(0.35, 1.0)),
+        model=ModelConfig(name="hiera_pico_96"),
+        optim=at_batch(32, 1e-3, epochs=20, warmup_epochs=2, layer_decay=0.8, clip_norm=1.0),
+        run=PICO_RUN,
+        speed=SpeedConfig(micro_batch=16),
+    )
+
+
+def video_ft_pico() -> FinetuneConfig:
+    """Finetuning for a CPU; pairs with video-mae-pico."""
+    return FinetuneConfig(
+        data=DataConfig(path=CLIPS, size=64, frames=16, stride=2, scale=(0.5, 1.0)),
+        model=ModelConfig(name="hiera_pico_16x64"),
+        optim=at_batch(8, 6e-4, epochs=20, warmup_epochs=1, layer_decay=0.75, clip_norm=1.0),
+        run=PICO_RUN,
+        speed=SpeedConfig(micro_batch=8),
+        smoothing=0.0,
     )
 
 
@@ -239,27 +303,3 @@ NOT_GIVEN = {  # presets that do not exist because the paper leaves their cells 
         for size in ("base", "base-plus")
     },
 }
-
-
-def pretraining_notes(config: Config) -> list[str]:
-    """A warning where the starting weights are a run's of another length than the recipe is for."""
-    init = Path(config.model.init)
-    if isinstance(config, MaeConfig) or not config.pretrained_epochs or not config.model.init:
-        return []
-    run = init if init.is_dir() else init.parent
-    try:
-        values = json.loads((run / "config.json").read_text())
-        kind, epochs = values["kind"], float(values["optim"]["epochs"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return []  # not a run folder of ours
-    if kind != "mae" or epochs == config.pretrained_epochs:
-        return []
-    alike = ((name, p) for name, p in FINETUNE_PRESETS.items() if p.model.name == config.model.name)
-    same = {name: preset.pretrained_epochs for name, preset in alike}
-    fitting = [name for name, length in same.items() if length == epochs]
-    lengths = " and ".join(map(str, sorted({*same.values()} - {0})))
-    what = f"use RECIPE={fitting[0]}" if fitting else f"the paper gives numbers for {lengths} epochs only"
-    return [
-        f"warning: {run} was pretrained for {epochs:g} epochs, and this recipe's numbers are for "
-        f"{config.pretrained_epochs}; {what}"
-    ]

@@ -1,12 +1,11 @@
-"""How much a model knows of the classes without being told: python -m train.probe RUN.
+"""k-NN and linear probes of frozen features: python -m train.probe RUN.
 
-Features of the encoder, one centre view a sample, are taken of both splits. The kNN probe lets the training
-samples nearest to each validation sample vote (Wu et al. 2018, arXiv 1805.01978); the linear probe fits one
-linear layer to the training features. Neither changes the encoder: a pretraining run shows what it learns.
+The encoder computes the features of one centre view per sample, for both splits. In the k-NN probe the
+nearest training samples of each validation sample vote (Wu et al. 2018, arXiv 1805.01978). The linear probe
+fits one linear layer to the training features.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,15 +13,18 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipelines.catalogue import Catalogue, open_catalogue
+from models.inputs import NormalizedInput
+from pipelines.augment import to_device
+from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UserError, run_cli
-from pipelines.inputs import Normalised, to_device
-from pipelines.loader import clip_notes
-from train import distributed, ending, setup
-from train.config import Config, FinetuneConfig, MaeConfig
+from pipelines.views import clip_notes
+from train import distributed, ending
+from train.build import autocast_for
+from train.config import Config
+from train.console import log
 from train.distributed import World
-from train.evaluate import batches_of, check_damage, load_model, read_config, weights_of
-from train.setup import Autocast
+from train.evaluate import load_model, open_task, read_config, weights_of
+from train.task import batches_of, check_damage
 
 TEMPERATURE = 0.07
 
@@ -51,26 +53,27 @@ def probe(arguments: Arguments) -> dict[str, float]:
     nothing to probe, or when features of the training split are not finite.
     """
     config = read_config(arguments.run, arguments.data)
-    splits = [open_catalogue(config.data.path, split) for split in ("train", "val")]
-    if any((catalogue.label < 0).any() or not len(catalogue) for catalogue in splits):
+    splits = [open_dataset(config.data.path, split) for split in ("train", "val")]
+    if any((dataset.label < 0).any() or not len(dataset) for dataset in splits):
         raise UserError(
             f"{config.data.path} has samples without a class, or an empty split; give other --data"
         )
-    print("".join(f"{note}\n" for note in clip_notes(splits[1], setup.view_spec(config, True))), end="")
     weights = weights_of(arguments.run, arguments.weights)
-    world = distributed.start(arguments.device, config.speed.timeout)
-    torch.set_num_threads(distributed.torch_threads(world))
-    autocast, _ = setup.precision(config, world)
-    model = encoder(config, weights, splits[0].info.classes, world)
-    (known, classes), (asked, answers) = (features(config, world, autocast, model, c) for c in splits)
+    names = splits[0].info.classes
+    run, task = open_task(config, names, arguments.device)
+    for note in clip_notes(splits[1], config.data):
+        log(note)
+    encoder = task.encoder() if task.encoder else task.model
+    model = load_model(encoder, config, weights, names, run, whole=False)
+    (known, classes), (queries, answers) = (features(config, run.world, model, split) for split in splits)
     if broken := int((~known.isfinite().all(1)).sum()):
         raise UserError(
             f"{broken} of {len(known)} training samples have features that are not finite; use other "
             "weights: WEIGHTS= (--weights)"
         )
-    answers = torch.where(asked.isfinite().all(1), answers, -1)  # which no probe ever gives
-    voted = neighbours(known, classes, asked, arguments.k)
-    fitted = linear(known, classes, asked, arguments.decay)
+    answers = torch.where(queries.isfinite().all(1), answers, -1)  # no probe gives -1
+    voted = neighbours(known, classes, queries, arguments.k)
+    fitted = linear(known, classes, queries, arguments.decay)
     return {"knn": accuracy(voted, answers), "linear": accuracy(fitted, answers)}
 
 
@@ -79,54 +82,44 @@ def accuracy(found: Tensor, answers: Tensor) -> float:
     return (found == answers).float().mean().item()
 
 
-def encoder(config: Config, weights: Path, classes: Sequence[str], world: World) -> Normalised:
-    """A classifier with the run's encoder, to take its features; an autoencoder's last norm is kept."""
-    if isinstance(config, MaeConfig):
-        name = config.model.name.removeprefix("mae_")
-        shared = {part: getattr(config, part) for part in ("data", "optim", "run", "speed")}
-        config = FinetuneConfig(**shared, model=replace(config.model, name=name, reuse_encoder_norm=True))
-    return load_model(config, weights, classes, world, exactly=False)
-
-
 @torch.no_grad()
-def features(
-    config: Config, world: World, autocast: Autocast, model: Normalised, catalogue: Catalogue
-) -> tuple[Tensor, Tensor]:
+def features(config: Config, world: World, model: NormalizedInput, dataset: Dataset) -> tuple[Tensor, Tensor]:
     """The features, float32 [n, width], and classes, int64 [n], of all samples but damaged ones, by id.
 
-    Over several processes each computes its part, and all get the whole.
+    Each process computes a part, and all processes get all features.
     """
-    seen = torch.zeros(len(catalogue), device=world.device)
+    autocast = autocast_for(config.speed, world.device)
+    seen = torch.zeros(len(dataset), device=world.device)
     table: Tensor | None = None  # one row for each sample of the split, zero until it is computed
-    for batch in batches_of(config, world, catalogue, (1, 1)):
+    for batch in batches_of(config, world, dataset, (1, 1)):
         rows = to_device(batch.valid.nonzero()[0], world.device)
         ids = to_device(batch.ids[batch.valid], world.device)
         with autocast():
-            found = model.model.features(model.normalise(batch.pixels)).float()  # pyrefly: ignore
-        table = found.new_zeros(len(catalogue), found.shape[1]) if table is None else table
+            found = model.model.features(model.normalize(batch.pixels)).float()  # pyrefly: ignore
+        table = found.new_zeros(len(dataset), found.shape[1]) if table is None else table
         table[ids], seen[ids] = found[rows], 1.0
     assert table is not None  # every process has the same number of batches, and the split is not empty
     whole = distributed.total(seen) > 0
-    check_damage(config, catalogue, int(whole.sum()))
-    labels = to_device(torch.as_tensor(catalogue.label, dtype=torch.int64), world.device)
+    check_damage(config.data, dataset, int(whole.sum()))
+    labels = to_device(torch.as_tensor(dataset.label, dtype=torch.int64), world.device)
     return distributed.total(table)[whole], labels[whole]
 
 
-def neighbours(known: Tensor, classes: Tensor, asked: Tensor, k: int) -> Tensor:
-    """The class each of `asked` gets from its k most similar of `known`: int64 [m]."""
-    known, asked = functional.normalize(known, dim=1), functional.normalize(asked, dim=1)
+def neighbours(known: Tensor, classes: Tensor, queries: Tensor, k: int) -> Tensor:
+    """The class that the k most similar of `known` give to each query: int64 [m]."""
+    known, queries = functional.normalize(known, dim=1), functional.normalize(queries, dim=1)
     found = []
-    for part in asked.split(1024):
-        likeness, nearest = (part @ known.T).topk(min(k, len(known)), dim=1)
+    for part in queries.split(1024):
+        similarity, nearest = (part @ known.T).topk(min(k, len(known)), dim=1)
         votes = torch.zeros(len(part), int(classes.max()) + 1, device=part.device)
-        found.append(votes.scatter_add_(1, classes[nearest], (likeness / TEMPERATURE).exp()).argmax(dim=1))
+        found.append(votes.scatter_add_(1, classes[nearest], (similarity / TEMPERATURE).exp()).argmax(dim=1))
     return torch.cat(found)
 
 
-def linear(known: Tensor, classes: Tensor, asked: Tensor, decay: float, steps: int = 100) -> Tensor:
-    """The class each of `asked` gets from a linear layer fitted to `known` by L-BFGS: int64 [m]."""
+def linear(known: Tensor, classes: Tensor, queries: Tensor, decay: float, steps: int = 100) -> Tensor:
+    """The class that a linear layer, fitted to `known` by L-BFGS, gives to each query: int64 [m]."""
     mean, deviation = known.mean(dim=0), known.std(dim=0) + 1e-6
-    known, asked = (known - mean) / deviation, (asked - mean) / deviation
+    known, queries = (known - mean) / deviation, (queries - mean) / deviation
     layer = nn.Linear(known.shape[1], int(classes.max()) + 1, device=known.device)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -140,7 +133,7 @@ def linear(known: Tensor, classes: Tensor, asked: Tensor, decay: float, steps: i
 
     solver.step(loss)  # pyrefly: ignore
     with torch.no_grad():
-        return layer(asked).argmax(dim=1)
+        return layer(queries).argmax(dim=1)
 
 
 def main() -> None:

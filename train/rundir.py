@@ -1,4 +1,4 @@
-"""The run folder: one writer, one configuration, and a record of where the numbers came from."""
+"""The run folder: one writer, one configuration, and the record of every start."""
 
 import importlib.metadata
 import json
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
@@ -17,65 +18,104 @@ from typing import IO
 
 import torch
 
-from pipelines.catalogue import DatasetInfo, read_info
+from pipelines.dataset import DatasetInfo, read_info
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, lock, sha256_of
 from pipelines.machine import usable_cores
-from train import checkpoint
-from train.config import FIXED, Config, allowed, differences, to_dict
+from train import checkpoint, distributed
+from train.config import Config, from_dict, refused_changes, shared_settings, to_dict
+from train.console import log, screen
+from train.distributed import World
 from train.optim import total_steps
 
 UNLOCKED = "a second training process in this folder would not be noticed"
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "webdataset", "pyarrow", "numpy")
 
 
-def folder_of(config: Config) -> Path:
-    return config.run.root / config.run.name
+@dataclass(frozen=True)
+class Run:
+    """This process's place in a run."""
+
+    world: World
+    folder: Path | None = None
+    """Where results go; None for commands that leave the run folder as it is."""
+    data: Mapping[str, object] = field(default_factory=dict)
+    """The contents of data.json."""
+    newest: Path | None = None
+    """The checkpoint to resume from."""
+    finished: bool = False
+    lock: IO[str] | None = None
+    """Rank 0's lock of the folder, held until it is closed."""
+
+    def close(self) -> None:
+        """Close the log file and release the lock of the folder."""
+        screen.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
-def enter(config: Config, data: Mapping[str, object]) -> tuple[IO[str], bool, Path | None, list[str]]:
-    """Take the run folder: its lock, whether the run is finished, its newest checkpoint, what to print.
+def start_run(config: Config) -> Run:
+    """Join the other processes, lock the run folder, open its log; rank 0 chooses the checkpoint.
+
+    Raises UserError when the processes do not agree on settings and data, or the folder is not for this run.
+    """
+    world, folder = distributed.start(config.speed.device, config.speed.timeout), config.run.folder
+    data = data_identity(read_info(config.data.path))
+    settings = shared_settings(config)
+    distributed.check_agreement(world, "the settings", settings, "start every process with the same command")
+    distributed.check_agreement(world, "the shards", data, "stage the same dataset on every machine")
+    entered = distributed.on_rank_0(world, lambda: enter(config, data))
+    finished, newest = distributed.broadcast(entered[1:] if entered else (False, None))
+    if not finished:
+        log(f"run {folder}: {world.size} process(es) on {distributed.device_text(world)}")
+    return Run(world, folder, data, newest, finished, entered[0] if entered else None)
+
+
+def enter(config: Config, data: Mapping[str, object]) -> tuple[IO[str], bool, Path | None]:
+    """Lock the run folder and open its log; gives the lock, whether the run is finished, its checkpoint.
 
     Raises UserError when the folder is not for this run or has nothing to resume from.
     """
-    held = lock_run(config)
+    folder = config.run.folder
+    held = lock_run(folder)
     check_config(config)
-    if is_finished(config):
+    exported = exported_step(folder)
+    if exported == last_step(config):
+        log(f"{folder} is finished; for another run choose another RUN (--run.name)")
         held.close()
-        return held, True, None, []
+        return held, True, None
     check_data(config, data)
-    newest, words = checkpoint.choose(folder_of(config) / "checkpoints")
-    if newest is None and exported_step(folder_of(config)):
+    screen.open(folder / "log.txt")
+    newest = checkpoint.choose(folder / "checkpoints")
+    if newest is None and exported:
         raise UserError(
-            f"{folder_of(config)} has final weights and no checkpoint to resume from; choose another RUN, "
+            f"{folder} has final weights and no checkpoint to resume from; choose another RUN, "
             "with INIT= (--model.init) for these weights"
         )
-    return held, False, newest, words
+    return held, False, newest
 
 
 def check_config(config: Config) -> None:
-    """Raise UserError if the run folder holds results of other settings that may not change."""
-    may_change = allowed(config)
-    path = folder_of(config) / "config.json"
-    if not path.exists() or not (
-        exported_step(path.parent) or any(path.parent.glob("checkpoints/step-*.pt*"))
-    ):
-        return
-    try:
-        changed = differences(json.loads(path.read_text()), to_dict(config))
-    except (ValueError, OSError) as error:
+    """Raise UserError if the run folder has results of other settings that may not change."""
+    folder = config.run.folder
+    path, old = folder / "config.json", None
+    if path.exists() and (exported_step(folder) or any(folder.glob("checkpoints/step-*.pt*"))):
+        try:
+            old = from_dict(json.loads(path.read_text()))
+        except (ValueError, LookupError, TypeError, OSError, UserError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); move the folder away or use another RUN"
+            ) from error
+    fixed, refused = refused_changes(old, config)
+    if fixed:
         raise UserError(
-            f"{path} cannot be read ({error}); move the folder away or use another RUN"
-        ) from error
-    if fixed := {key: change for key, change in changed.items() if key in FIXED}:
-        raise UserError(
-            f"{path.parent} holds a run with other settings ({_listed(fixed)}), which cannot change within a "
-            "run; choose another RUN (--run.name)"
+            f"{folder} holds a run with other settings ({_listed(fixed)}), which cannot change within a run; "
+            "choose another RUN (--run.name)"
         )
-    if refused := {key: change for key, change in changed.items() if key not in may_change}:
+    if refused:
         raise UserError(
-            f"{path.parent} holds a run with other settings ({_listed(refused)}); run the old command to "
-            "resume it, choose another RUN (--run.name), or name what may change with "
+            f"{folder} holds a run with other settings ({_listed(refused)}); run the old command to resume "
+            "it, choose another RUN (--run.name), or name what may change with "
             f"--run.allow {' '.join(refused)}"
         )
 
@@ -84,9 +124,9 @@ def _listed(changes: Mapping[str, str]) -> str:
     return "; ".join(f"{key}: {change}" for key, change in changes.items())
 
 
-def exported_step(run: Path) -> int:
+def exported_step(folder: Path) -> int:
     """The step of a run folder's final weights, 0 if there are none yet."""
-    path = run / "model.safetensors"
+    path = folder / "model.safetensors"
     if not path.exists():
         return 0
     from safetensors import SafetensorError, safe_open
@@ -101,31 +141,34 @@ def exported_step(run: Path) -> int:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run has its final weights, of the last step that its epochs give on this data."""
-    samples = read_info(config.data.path).splits["train"]["samples"]
-    return exported_step(folder_of(config)) == total_steps(config.optim, samples)
+    """Whether the run has final weights of its last step."""
+    return exported_step(config.run.folder) == last_step(config)
 
 
-def check_classes(run: Path, info: DatasetInfo) -> None:
+def last_step(config: Config) -> int:
+    """The last step of the run on its data."""
+    return total_steps(config.optim, read_info(config.data.path).splits["train"]["samples"])
+
+
+def check_classes(folder: Path, info: DatasetInfo) -> None:
     """Raise UserError unless `info` has the classes, in their order, that the run was trained on."""
-    path = run / "data.json"
+    path = folder / "data.json"
     known = json.loads(path.read_text())["classes"] if path.exists() else list(info.classes)
     if known == list(info.classes):
         return
     pairs = enumerate(zip_longest(known, info.classes, fillvalue="none"))
     number, (mine, theirs) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
     raise UserError(
-        f"{info.root} has other classes than {run} was trained on ({path}): its class {number} is "
+        f"{info.root} has other classes than {folder} was trained on ({path}): its class {number} is "
         f"{theirs}, the run's is {mine}; evaluate on data packed with the same classes"
     )
 
 
-def lock_run(config: Config) -> IO[str]:
-    """Create the run folder and lock it until the file that is returned is closed.
+def lock_run(folder: Path) -> IO[str]:
+    """Create the run folder and lock it until the returned file is closed.
 
     Raises UserError when another process trains there or the folder cannot be written.
     """
-    folder = folder_of(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = (folder / ".lock").open("w")
@@ -142,26 +185,30 @@ def lock_run(config: Config) -> IO[str]:
 
 
 def data_identity(info: DatasetInfo) -> dict[str, object]:
-    """What data.json holds: classes, counts, and the SHA-256 of each catalogue, which lists all checksums."""
+    """The contents of data.json: classes, counts, and the SHA-256 of each catalogue."""
     checksums = {split: sha256_of(info.root / f"{split}.parquet") for split in info.splits}
     return {"classes": list(info.classes), "splits": info.splits, "sha256": checksums}
 
 
 def check_data(config: Config, data: Mapping[str, object]) -> None:
     """Raise UserError if the run has checkpoints of other data and run.allow does not name "data"."""
-    folder = folder_of(config)
+    folder = config.run.folder
     kept = folder / "data.json"
-    resumes = any(folder.glob("checkpoints/step-*.pt*")) and kept.exists() and "data" not in allowed(config)
-    if resumes and json.loads(kept.read_text())["sha256"] != data["sha256"]:
+    allowed = {"data", "--data"} & set(config.run.allow)
+    resumes = any(folder.glob("checkpoints/step-*.pt*")) and kept.exists()
+    if resumes and not allowed and json.loads(kept.read_text())["sha256"] != data["sha256"]:
         raise UserError(
             f"{config.data.path} is not the data that {folder} was trained on so far (see {kept}); restore "
             "it, choose another RUN, or add --run.allow data"
         )
 
 
+# ---- the record of every start
+
+
 def record_start(config: Config, data: Mapping[str, object], start: Mapping[str, object]) -> None:
     """Write config.json and data.json, and append this start to env.json."""
-    folder = folder_of(config)
+    folder = config.run.folder
     starts = folder / "env.json"
     before = []
     with suppress(OSError, ValueError):
@@ -174,7 +221,7 @@ def record_start(config: Config, data: Mapping[str, object], start: Mapping[str,
 
 
 def environment() -> dict[str, object]:
-    """Versions, hardware and commit: what a number needs to be believed."""
+    """Versions, hardware and commit, which a reader needs to reproduce a number."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -191,7 +238,7 @@ def environment() -> dict[str, object]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Which version of each package is installed, None where it is not."""
+    """The installed version of each package, None if it is not installed."""
     installed = {one.name: one.version for one in importlib.metadata.distributions()}
     return {name: installed.get(name) for name in packages}
 

@@ -23,13 +23,14 @@ import torch.distributed as dist
 import torch.nn.parallel.distributed as ddp
 
 import train  # sets OpenMP's waiting before torch is imported  # noqa: F401
-from pipelines import graph, loader
+from pipelines import loader
+from pipelines.decode import Decoder
 from pipelines.errors import UserError, run_cli
 from tests.train_helpers import small
-from train import evaluate, finetune, loop, mae
+from train import finetune, loop, mae
 from train.config import Config, MaeConfig, from_dict, to_dict
+from train.meters import Recorder
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
-from train.recorder import Recorder
 
 RUNTIME = ctypes.CDLL(None)
 HANG_S = 40
@@ -50,6 +51,18 @@ def imitate(lag_ms: int = 0, memory_mb: int = 80 << 10, hang_s: int = 0) -> None
 # ---- what cannot run on the imitated runtime is replaced
 
 
+class UploadingDecoder(Decoder):
+    """A decoder whose DALI graph runs on the CPU and whose frames are uploaded."""
+
+    def __post_init__(self) -> None:
+        self.target, self.device, self.resize_on_cpu = self.device, torch.device("cpu"), True
+        super().__post_init__()
+
+    def take(self):
+        rows, frames = super().take()
+        return rows, frames.pin_memory().to(self.target, non_blocking=True)
+
+
 def replace_parts() -> None:
     """Route around cuDNN, DALI's GPU operators, and checks of values that a device computes or exchanges.
 
@@ -58,21 +71,10 @@ def replace_parts() -> None:
     """
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
-    build, run = graph.build_pipeline, graph.run
-    cpu = torch.device("cpu")
-
-    def on_cpu(settings):
-        return dataclasses.replace(settings, device=cpu, resize_on_cpu=True)
-
-    def run_and_upload(pipeline, settings, *rest):
-        pixels = run(pipeline, on_cpu(settings), *rest)
-        return pixels.pin_memory().to(settings.device, non_blocking=True)
-
-    graph.build_pipeline = lambda source, settings: build(source, on_cpu(settings))
-    graph.run = run_and_upload
+    loader.Decoder = UploadingDecoder
     init = dist.init_process_group
     dist.init_process_group = lambda backend, **rest: init(f"cpu:gloo,cuda:{backend}", **rest)
-    evaluate.check_damage = lambda *_: None
+    mae.check_damage = finetune.check_damage = lambda *_: None
     ddp._verify_param_shape_across_processes = lambda *_, **__: None
 
 
@@ -234,26 +236,22 @@ def launches(_: Setup) -> dict:
 
 def forward_backward(config: Config, compiled: bool) -> None:
     """One training step's forward and backward of a recipe's model, on black pictures."""
-    from pipelines.inputs import Normalised
-    from train import setup
+    from models.inputs import NormalizedInput
+    from train.build import autocast_for, set_precision
     from train.distributed import World
+    from train.evaluate import TASKS
+    from train.rundir import Run
 
     device = torch.device("cuda", 0)
-    model = setup.build_model(config, 400).to(device)
-    ready = Normalised(model, config.data.frames).to(device).train()
+    set_precision(config.speed, device)
+    task = TASKS[type(config)](config, Run(World(0, 1, device)), ["a"] * 400)
+    ready = NormalizedInput(task.model, config.data.frames).to(device).train()
     if compiled:
         ready.compile(fullgraph=True)
     rows = config.speed.micro_batch
-    batch = loader.blank_batch(setup.view_spec(config), rows, device)
-    keys = torch.arange(rows, device=device)
-    autocast, _ = setup.precision(config, World(0, 1, device))
-    with autocast():
-        if isinstance(config, MaeConfig):
-            _, kept = setup.check_masking(config, model)
-            keep = torch.arange(kept, device=device).expand(rows, kept).contiguous()
-            loss = ready(batch.pixels, keep=keep, row_keys=keys).loss
-        else:
-            loss = ready(batch.pixels, row_keys=keys).float().logsumexp(1).mean()
+    batch = loader.blank_batch(config.data, rows, device)
+    with autocast_for(config.speed, device)():
+        loss = task.loss(ready, batch)
     loss.backward()
 
 

@@ -15,8 +15,8 @@ def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-class Normalised(nn.Module):
-    """A model with its normalisation in front, so that bytes cross from the loader and one graph does both.
+class NormalizedInput(nn.Module):
+    """A model with normalization in front, so that bytes cross from the loader and one graph does both.
 
     model takes float32 [b, 3, (T,) H, W]; this takes [b, (T,) H, W, 3] of 0 to 255, uint8 or float.
     """
@@ -31,14 +31,14 @@ class Normalised(nn.Module):
         self.register_buffer("offset", mean, persistent=False)
         self.register_buffer("factor", 1 / deviation, persistent=False)
 
-    def normalise(self, pixels: Tensor) -> Tensor:
+    def normalize(self, pixels: Tensor) -> Tensor:
         """(x / 255 - mean) / deviation, channels first."""
         return ((pixels.float() - self.offset) * self.factor).movedim(-1, 1)
 
     def restore(self, x: Tensor) -> Tensor:
-        """The inverse of `normalise`: float32 [b, (T,) H, W, 3] of 0 to 255 and a little beyond."""
+        """The inverse of `normalize`: float32 [b, (T,) H, W, 3] of 0 to 255 and a little beyond."""
         return x.movedim(1, -1) / self.factor + self.offset
 
     def forward(self, pixels: Tensor, **given: Tensor) -> object:
         """What the model gives for these pixels."""
-        return self.model(self.normalise(pixels), **given)
+        return self.model(self.normalize(pixels), **given)

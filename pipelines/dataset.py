@@ -66,7 +66,7 @@ class DatasetInfo:
 
 
 @dataclass(frozen=True, eq=False)
-class Catalogue:
+class Dataset:
     """The readable samples of one split; a sample's id is its row here, N samples, F frames in all.
 
     Frames of sample `i` are `first_frame[i]:first_frame[i + 1]` of `offset`, `size` and `crc`.
@@ -236,13 +236,13 @@ def check_shards(info: DatasetInfo) -> None:
             raise UserError(f"{tar} {what}; restore it, or pack {info.root} again")
 
 
-def open_catalogue(root: Path | str, split: str) -> Catalogue:
+def open_dataset(root: Path | str, split: str) -> Dataset:
     """Open the readable samples of a split. Raises UserError when something is missing or damaged."""
     return open_split(read_info(root), split)
 
 
-def open_split(info: DatasetInfo, split: str) -> Catalogue:
-    """`open_catalogue` of a dataset whose dataset.json has been read."""
+def open_split(info: DatasetInfo, split: str) -> Dataset:
+    """`open_dataset` of a dataset whose dataset.json has been read."""
     path = info.root / f"{split}.parquet"
     if split not in info.splits:
         raise UserError(f"{info.root} has no split {split!r}, only {', '.join(sorted(info.splits))}")
@@ -259,4 +259,4 @@ def open_split(info: DatasetInfo, split: str) -> Catalogue:
         columns = load_columns(path, Bounds(len(info.classes), counts["samples"], tar_bytes))
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); pack this dataset again") from error
-    return Catalogue(info, split, **columns)
+    return Dataset(info, split, **columns)
