@@ -202,7 +202,7 @@ class Machine(Checks, RuleBasedStateMachine):
     def refuse_a_locked_change(self, change: tuple[str, object]):
         key, value = change
         if key == "decoder_heads" and self.kind is KINDS["finetune"]:
-            key = "optim.batch"
+            key, value = "optim.batch", 8
         if key == "model.name" and self.kind is KINDS["mae"]:
             value = f"mae_{value}"
         self.refuse({} if key == "kind" else {key: value}, (key,), other_kind=key == "kind")
