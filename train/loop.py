@@ -253,6 +253,8 @@ def fit(config: Config, make_task: MakeTask) -> int:
     if signal_number:
         what = f"stopped after step {state.step}; the last checkpoint is of step {recorder.saved}"
         screen.line(f"signal {signal_number}: {what}; run the same command to resume")
+        # torchrun sends SIGTERM once a process has ended: until rank 0 has saved, none may end.
+        distributed.barrier()
         stop.restore()
         return signal_number
     if metrics is not None and entered is not None:
