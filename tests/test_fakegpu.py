@@ -80,8 +80,10 @@ def found(lines: Lines, name: str, folder: Path) -> dict:
 def alone(runtime, images: Path, clips: Path, tmp_path_factory) -> tuple[Lines, Path, int]:
     """One process: what the scenarios found, its folder, its exit code."""
     folder = tmp_path_factory.mktemp("alone") / "0"
-    names = ("controls", *TRAININGS, "resume", "launches", "out_of_memory")
-    code = start(runtime, folder, names, images, clips).wait(timeout=600)
+    names = ("controls", *TRAININGS, "resume", "launches", "compiled_draws", "out_of_memory")
+    caches = {name: str(folder.parent / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    caches["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    code = start(runtime, folder, names, images, clips, **caches).wait(timeout=600)
     return lines_of(folder), folder, code
 
 
@@ -126,6 +128,12 @@ def test_a_resumed_run_needs_no_more_memory(alone):
     seen = found(lines, "resume", folder)
     assert seen["after"] == seen["before"]
     assert seen["loading"] <= 1.1 * seen["before"]
+
+
+def test_the_random_draws_of_the_models_compile_for_a_gpu(alone):
+    """Triton computes products of indices in 32 bits and refuses larger constants in them."""
+    lines, folder, _ = alone
+    assert found(lines, "compiled_draws", folder)["refused"] == 0
 
 
 def test_too_little_device_memory_is_one_sentence(alone):

@@ -48,6 +48,7 @@ def place(images: Path, clips: Path, tmp_path: Path) -> Place:
         gpu_checks.buffer_lifetime,
         gpu_checks.hostile_pictures,
         gpu_models.augmentations,
+        gpu_models.random_draws,
         gpu_models.models_fp32,
         gpu_models.models_bf16,
     ],

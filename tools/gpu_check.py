@@ -61,6 +61,7 @@ CHECKS: dict[str, Check] = {
     "buffer lifetime": Check(gpu_checks.buffer_lifetime, 60),
     "hostile pictures": Check(gpu_checks.hostile_pictures, 60),
     "augmentations": Check(gpu_models.augmentations, 60),
+    "random draws": Check(gpu_models.random_draws, 90),
     "models in fp32": Check(gpu_models.models_fp32, 60),
     "models in bf16": Check(gpu_models.models_bf16, 60),
     "flash attention": Check(gpu_models.attention_flash, 60, gpus=1),
