@@ -137,7 +137,14 @@ def feed_of(
     return view, plans.feed_of(catalogue, plan, view.copies)
 
 
-def batches(view, feed, device: torch.device, load: float = 0.65, threads: int = 4) -> Iterator[Tensor]:  # noqa: ANN001
+def batches(
+    view: plans.ViewSpec,
+    feed: graph.Feed,
+    device: torch.device,
+    load: float = 0.65,
+    threads: int = 4,
+    decode: str = "whole",
+) -> Iterator[Tensor]:
     """The same batch again and again from the training pipeline, resized inside DALI also on the CPU."""
     settings = graph.Settings(
         samples=len(feed.jpegs) // view.frames,
@@ -149,6 +156,7 @@ def batches(view, feed, device: torch.device, load: float = 0.65, threads: int =
         threads=threads,
         hw_decoder_load=load,
         resize_on_cpu=True,
+        decode=decode,
     )
     pipeline = graph.build_pipeline(lambda _: feed, settings)
     while True:

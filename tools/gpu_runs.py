@@ -219,29 +219,27 @@ def nonfinite_steps(place: Place) -> str:
 # ---- rates
 
 
-def loading_rates(place: Place, path: Path, frames: int, rows: int) -> Rates:
-    """Frames per second of the loading pipeline at 224 pixels by "threads, engine share"."""
-    rates = {}
+def loading_rates(place: Place, path: Path, frames: int, rows: int, decode: str) -> Rates:
+    """Frames per second of the loading pipeline at 224 pixels by "threads, engine share, what is decoded"."""
+    rates: Rates = {}
     view, feed = feed_of(path, rows, frames, size=224)
-    grid = (
-        ((4, 0.65), (8, 0.65), (12, 0.65), (12, 0.0), (12, 0.9)) if place.gpu else ((usable_cores(), 0.65),)
-    )
-    for threads, load in grid:
-        made = batches(view, feed, place.device, load, threads)
-        rates[f"{threads} threads, engine share {load:g}"] = (
+    grid = ((4, 0.65), (8, 0.65), (12, 0.65), (12, 0.0), (12, 0.9))
+    for threads, load in grid if place.gpu else ((usable_cores(), 0.65),):
+        made = batches(view, feed, place.device, load, threads, decode)
+        rates[f"{threads} threads, engine share {load:g}, {decode}"] = (
             rows * frames * per_second(functools.partial(next, made), place, 10)
         )
     return rates
 
 
-def loading_pictures(place: Place) -> Rates:
+def loading_pictures(place: Place, decode: str = "whole") -> Rates:
     """Pictures per second from the loading pipeline."""
-    return loading_rates(place, place.images, 1, 256 if place.gpu else 64)
+    return loading_rates(place, place.images, 1, 256 if place.gpu else 64, decode)
 
 
-def loading_clips(place: Place) -> Rates:
+def loading_clips(place: Place, decode: str = "whole") -> Rates:
     """Frames per second from the loading pipeline, clips of 16."""
-    return loading_rates(place, place.clips, 16, 16 if place.gpu else 4)
+    return loading_rates(place, place.clips, 16, 16 if place.gpu else 4, decode)
 
 
 def step_rates(recipe: str, place: Place) -> Rates:
