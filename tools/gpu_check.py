@@ -186,7 +186,12 @@ def gpu_check(
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         work = Path(folder)
-        place = Place(torch.device(device), work / "shards/images", work / "shards/clips", work)
+        place = Place(
+            torch.device("cuda", 0) if gpus else torch.device("cpu"),
+            work / "shards/images",
+            work / "shards/clips",
+            work,
+        )
         rows = [tell(console, run("data", place, 180 * (1 if gpus else CPU_FACTOR)))]
         chosen = CHECKS | (RATES if rates else {}) if rows[0].state == "ok" else {}
         for name, check in chosen.items():
