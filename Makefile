@@ -92,16 +92,18 @@ clean:  ## remove the environment, caches and demo results; your shards and runs
 	rm -rf .venv .uv .pytest_cache .ruff_cache data/demo shards/demo-images shards/demo-clips runs/demo-*
 
 # ---- the environment: uv makes .venv from the lock file; uv is downloaded if it is missing
+# Its files are byte-compiled once. Otherwise every process compiles what it imports (15 s for torch and timm)
+# if PYTHONDONTWRITEBYTECODE is set or .venv is read-only, and all ranks do so at the first start.
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 
 env: .venv/.ready  ## make .venv from requirements.lock
 
 env-ray: env  ## add Ray to .venv, for make shards EXECUTOR=ray
-	$(UV) pip install -q --require-hashes --python $(PY) -r requirements-ray.lock
+	$(UV) pip install -q --compile-bytecode --require-hashes --python $(PY) -r requirements-ray.lock
 
 .venv/.ready: requirements.lock | $(filter .uv/bin/uv,$(UV))
 	$(UV) venv -q --clear --python '>=3.11,<3.14' .venv
-	$(UV) pip sync -q --require-hashes --python $(PY) requirements.lock
+	$(UV) pip sync -q --compile-bytecode --require-hashes --python $(PY) requirements.lock
 	touch $@
 
 .uv/bin/uv:

@@ -26,8 +26,11 @@ def uniform(keys: Tensor, stream: int, count: int) -> Tensor:
     """Draws in [0, 1), float32 [b, count] in steps of 2**-24, of each key int64 [b].
 
     Draws of two streams are independent, and those of a smaller count are the first ones of a larger count.
+    count: at most 50,000.
     """
-    counters = torch.arange(1, count + 1, device=keys.device) * GOLDEN
+    counter = torch.arange(1, count + 1, device=keys.device)
+    # counter * GOLDEN in two parts: Triton computes products of indices in 32 bits.
+    counters = ((counter * (GOLDEN >> 16)) << 16) + counter * (GOLDEN & 0xFFFF)
     low, high = keys[:, None] & MASK, (keys[:, None] >> 32) & MASK
     x = mix((counters + low) & MASK)
     x = mix((x + high + stream * GOLDEN) & MASK)

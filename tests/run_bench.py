@@ -205,13 +205,19 @@ class Bench:
         return self.root / f"{name}-{next(self._numbers)}"
 
     def start(
-        self, kind: Kind, settings: Mapping, run: Path, layout: Layout, moment: Moment | None = None
+        self,
+        kind: Kind,
+        settings: Mapping,
+        run: Path,
+        layout: Layout,
+        moment: Moment | None = None,
+        slow: str = "",
     ) -> Ended:
         """Run the command with these settings in the folder `run`."""
         place = {"run.root": run.parent, "run.name": run.name, "speed.micro_batch": layout.micro}
         words = words_of(kind.preset, {**SPEED, **settings, **place})
         out = run.with_name(f"{run.name}.out")
-        ended = launch(Job(kind.program, words, run, out, layout.processes, moment))
+        ended = launch(Job(kind.program, words, run, out, layout.processes, moment, slow=slow))
         what = f"{layout.processes} processes"
         self.counts[what] += 1
         self.seconds[what] += ended.seconds

@@ -61,6 +61,8 @@ class Job:
     processes: int = 1
     moment: Moment | None = None
     port: int = 0
+    slow: str = ""
+    """A file of the run with this in its path takes a second to be opened, as when much is written."""
 
 
 @dataclass
@@ -97,6 +99,7 @@ class Watch:
     def __init__(self, job: Job, rank: int) -> None:
         self.moment = job.moment if job.moment and rank in job.moment.ranks else None
         self.run, self.note = str(job.run), job.out / f"note-{rank}.json"
+        self.slow = job.slow
         self.seen, self.struck = Counter(), False
         self.groups: list[list[dict]] = []
         register_optimizer_step_pre_hook(self._step)
@@ -122,6 +125,8 @@ class Watch:
         if event in FILE_EVENTS and isinstance(arguments[0], (str, os.PathLike)):
             path = os.fspath(arguments[0])
             if isinstance(path, str) and path.startswith(self.run):
+                if self.slow and event == "open" and self.slow in path:
+                    time.sleep(1)
                 self._happened(f"file {path[len(self.run) :]}")
 
     def _happened(self, what: str) -> None:

@@ -81,8 +81,10 @@ def found(lines: Lines, name: str, folder: Path) -> dict:
 def alone(runtime, images: Path, clips: Path, tmp_path_factory) -> tuple[Lines, Path, int]:
     """One process: what the scenarios found, its folder, its exit code."""
     folder = tmp_path_factory.mktemp("alone") / "0"
-    names = ("controls", *TRAININGS, "resume", "launches", "out_of_memory")
-    code = start(runtime, folder, names, images, clips).wait(timeout=600)
+    names = ("controls", *TRAININGS, "resume", "launches", "compiled_draws", "out_of_memory")
+    caches = {name: str(folder.parent / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    caches["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    code = start(runtime, folder, names, images, clips, **caches).wait(timeout=600)
     return lines_of(folder), folder, code
 
 
@@ -127,6 +129,12 @@ def test_a_resumed_run_needs_no_more_memory(alone):
     seen = found(lines, "resume", folder)
     assert seen["after"] == seen["before"]
     assert seen["loading"] <= 1.1 * seen["before"]
+
+
+def test_the_random_draws_of_the_models_compile_for_a_gpu(alone):
+    """Triton computes products of indices in 32 bits and refuses larger constants in them."""
+    lines, folder, _ = alone
+    assert found(lines, "compiled_draws", folder)["refused"] == 0
 
 
 def test_too_little_device_memory_is_one_sentence(alone):
@@ -227,7 +235,7 @@ def test_dali_serialises_the_graph_of_a_gpu(interpolation: str, copies: int):
 def test_recipes_compile_for_a_gpu(
     runtime, images: Path, clips: Path, tmp_path: Path, capability: str, happened
 ):
-    """Inductor, Triton and ptxas compile the base recipes: one graph each, no launch refused."""
+    """Inductor, Triton and ptxas compile the base recipes: once for training, once for evaluation."""
     recipes = child.RECIPES if capability == "90" else child.RECIPES[:1]
     caches = {
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
@@ -241,6 +249,9 @@ def test_recipes_compile_for_a_gpu(
     process = start(runtime, tmp_path / "0", ("compile_recipes",), images, clips, **caches, **more)
     assert process.wait(timeout=3000) == 0
     seen = found(lines_of(tmp_path / "0"), "compile_recipes", tmp_path / "0")
-    assert {recipe: seen[recipe]["graphs"] for recipe in recipes} == dict.fromkeys(recipes, 1)
+    for recipe in recipes:
+        assert seen[recipe]["graphs"] == 2, seen[recipe]
+        (reason,) = seen[recipe]["recompiles"]
+        assert "GLOBAL_STATE changed: grad_mode" in reason, reason
     assert seen["refused"] == 0 and "FAKEGPU refused" not in (tmp_path / "0/log").read_text()
-    happened(f"sm_{capability}: {len(recipes)} recipes, one graph each")
+    happened(f"sm_{capability}: {len(recipes)} recipes, one recompile each, for evaluation (grad_mode)")

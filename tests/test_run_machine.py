@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from tests.machine_checks import Checks
-from tests.run_bench import KINDS, Bench, Layout, Leg, damage_frame, snapshot
+from tests.run_bench import KINDS, Bench, Layout, Leg, damage_frame, snapshot, valid_checkpoints
 from tests.run_machine import Moment, warm_up
 from tests.train_helpers import make_images
 
@@ -202,7 +202,7 @@ class Machine(Checks, RuleBasedStateMachine):
     def refuse_a_locked_change(self, change: tuple[str, object]):
         key, value = change
         if key == "decoder_heads" and self.kind is KINDS["finetune"]:
-            key = "optim.batch"
+            key, value = "optim.batch", 8
         if key == "model.name" and self.kind is KINDS["mae"]:
             value = f"mae_{value}"
         self.refuse({} if key == "kind" else {key: value}, (key,), other_kind=key == "kind")
@@ -304,6 +304,16 @@ def explore(bench: Bench, sequences: int, steps: int, begin: int | None = None, 
     seconds = {what: f"{bench.seconds[what] / bench.counts[what]:.1f} s" for what in bench.seconds}
     said = ", ".join(f"{count} {what}" for what, count in sorted(bench.counts.items()))
     return f"{said}; a start took {seconds}"
+
+
+def test_no_process_ends_while_rank_0_saves(bench: Bench):
+    """torchrun sends SIGTERM once a process has ended, which after a Ctrl-C aborts the others at once."""
+    run, kind = bench.folder("run"), KINDS["mae"]
+    settings = {**dict(kind.base), "data.path": bench.clean, "run.checkpoint_every": 100}
+    moment = Moment("SIGINT", "train", 4, (0,))
+    ended = bench.start(kind, settings, run, Layout(processes=2), moment, slow="checkpoints/.step")
+    assert ended.codes == [130, 130] and "run the same command to resume" in ended.stdout, str(ended)
+    assert len(valid_checkpoints(run)) == 1, str(ended)
 
 
 def test_a_few_sequences(bench: Bench, happened: Callable[[str], None]):

@@ -21,11 +21,15 @@ RATES = {
         "micro 64, upstream": 5000.0,
     },
     "loading pictures (pictures/s)": {
-        "4 threads, engine share 0.65": 900.0,
-        "12 threads, engine share 0.9": 1200.0,
+        "4 threads, engine share 0.65, whole": 900.0,
+        "12 threads, engine share 0.9, whole": 1200.0,
     },
+    "loading pictures by windows (pictures/s)": {"12 threads, engine share 0.65, window": 1100.0},
 }
-FLAGS = "--speed.micro-batch 128 --speed.threads 12 --speed.hw-decoder-load 0.9"
+FLAGS = (
+    "--speed.attention flash --speed.micro-batch 128 --speed.threads 12 --speed.hw-decoder-load 0.9 "
+    "--speed.decode whole"
+)
 
 
 @pytest.fixture
@@ -44,6 +48,7 @@ def place(images: Path, clips: Path, tmp_path: Path) -> Place:
         gpu_checks.buffer_lifetime,
         gpu_checks.hostile_pictures,
         gpu_models.augmentations,
+        gpu_models.random_draws,
         gpu_models.models_fp32,
         gpu_models.models_bf16,
     ],
@@ -100,6 +105,14 @@ def test_settings_are_the_smallest_micro_batch_near_the_best_and_training_accept
     monkeypatch.setattr("sys.argv", ["train.mae", *words])
     speed = console.parse(MAE_PRESETS, "train.mae").speed
     assert (speed.micro_batch, speed.threads, speed.hw_decoder_load) == (128, 12, 0.9)
+    assert (speed.attention, speed.decode) == ("flash", "whole")
+
+
+def test_cudnn_and_windows_are_recommended_when_they_are_faster():
+    rates = {"micro 64, flash": 900.0, "micro 64, cuDNN": 950.0, "micro 128, cuDNN": 960.0}
+    assert gpu_check.step_flags(rates) == ["--speed.attention", "cudnn", "--speed.micro-batch", "64"]
+    loading = {"8 threads, engine share 0.65, whole": 1.0, "12 threads, engine share 0.65, window": 2.0}
+    assert gpu_check.loading_flags(loading)[-1] == "window"
 
 
 def test_data_is_drawn_for_pictures_and_clips(tmp_path: Path):

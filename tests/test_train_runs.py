@@ -110,9 +110,7 @@ def test_accumulation_and_processes_do_not_change_the_result(images: Path, tmp_p
                 assert a["loss_val"] == pytest.approx(b["loss_val"], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("preset", "processes"), [("image-ft-pico", 1), ("video-mae-pico", 1), ("image-mae-pico", 2)]
-)
+@pytest.mark.parametrize(("preset", "processes"), [("video-mae-pico", 1), ("image-ft-pico", 2)])
 def test_sigkill_at_a_random_step_then_resume_is_bit_identical(
     images: Path, clips: Path, tmp_path: Path, preset: str, processes: int
 ):
@@ -178,13 +176,12 @@ def descendants(parent: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_finishes_the_step_saves_and_says_so(images: Path, tmp_path: Path, processes: int):
+def test_two_processes_finish_the_step_and_save_on_sigterm(images: Path, tmp_path: Path):
     config = small("image-mae-pico", images, tmp_path, "stopped", epochs=60.0)
     config = replace(
         config, run=replace(config.run, checkpoint_every=100_000, eval_every=100_000, log_every=1)
     )
-    config = replace(config, speed=replace(config.speed, processes=processes))
+    config = replace(config, speed=replace(config.speed, processes=2))
     command = module("train.mae", "image-mae-pico", *arguments(config))
     assert kill_at_row(command, tmp_path / "stopped" / "metrics.csv", 3, signal.SIGTERM) == 143
     assert "run the same command to resume" in (tmp_path / "stopped" / "log.txt").read_text()

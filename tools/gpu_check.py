@@ -61,6 +61,7 @@ CHECKS: dict[str, Check] = {
     "buffer lifetime": Check(gpu_checks.buffer_lifetime, 60),
     "hostile pictures": Check(gpu_checks.hostile_pictures, 60),
     "augmentations": Check(gpu_models.augmentations, 60),
+    "random draws": Check(gpu_models.random_draws, 90),
     "models in fp32": Check(gpu_models.models_fp32, 60),
     "models in bf16": Check(gpu_models.models_bf16, 60),
     "flash attention": Check(gpu_models.attention_flash, 60, gpus=1),
@@ -77,6 +78,12 @@ CHECKS: dict[str, Check] = {
 RATES: dict[str, Check] = {
     "loading pictures (pictures/s)": Check(gpu_runs.loading_pictures, 90),
     "loading clips (frames/s)": Check(gpu_runs.loading_clips, 90),
+    "loading pictures by windows (pictures/s)": Check(
+        functools.partial(gpu_runs.loading_pictures, decode="window"), 90, required=False
+    ),
+    "loading clips by windows (frames/s)": Check(
+        functools.partial(gpu_runs.loading_clips, decode="window"), 90, required=False
+    ),
     **{
         f"steps of {recipe} (samples/s)": Check(functools.partial(gpu_runs.step_rates, recipe), 90, gpus=1)
         for recipe in gpu_runs.RECIPES
@@ -179,7 +186,12 @@ def gpu_check(
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         work = Path(folder)
-        place = Place(torch.device(device), work / "shards/images", work / "shards/clips", work)
+        place = Place(
+            torch.device("cuda", 0) if gpus else torch.device("cpu"),
+            work / "shards/images",
+            work / "shards/clips",
+            work,
+        )
         rows = [tell(console, run("data", place, 180 * (1 if gpus else CPU_FACTOR)))]
         chosen = CHECKS | (RATES if rates else {}) if rows[0].state == "ok" else {}
         for name, check in chosen.items():
@@ -223,28 +235,34 @@ def recommended(rates: dict[str, dict[str, float]]) -> dict[str, list[str]]:
     """The flags of each base recipe, from what was measured; empty without rates of steps."""
     found = {}
     for recipe in gpu_runs.RECIPES:
-        steps = {
-            k: v for k, v in rates.get(f"steps of {recipe} (samples/s)", {}).items() if "upstream" not in k
-        }
-        if not steps:
-            continue
-        loading = rates.get(
-            "loading clips (frames/s)" if "video" in recipe else "loading pictures (pictures/s)", {}
-        )
-        flags = ["--speed.micro-batch", smallest_near_best(steps, r"micro (\d+)")]
-        if loading:
-            best = max(loading, key=lambda name: loading[name])
-            threads, share = re.findall(r"[\d.]+", best)
-            flags += ["--speed.threads", threads, "--speed.hw-decoder-load", share]
-        found[recipe] = flags
+        what = "loading clips" if "video" in recipe else "loading pictures"
+        loading: dict[str, float] = {}
+        for name in (name for name in rates if name.startswith(what)):
+            loading |= rates[name]
+        if steps := rates.get(f"steps of {recipe} (samples/s)"):
+            found[recipe] = step_flags(steps) + loading_flags(loading)
     return found
 
 
-def smallest_near_best(rates: dict[str, float], pattern: str) -> str:
-    """The smallest number in the names whose rate is within 3 % of the best: larger ones cost memory."""
-    best = max(rates.values())
-    near = [re.findall(pattern, name)[0] for name, rate in rates.items() if rate >= 0.97 * best]
-    return min(near, key=int)
+def step_flags(rates: dict[str, float]) -> list[str]:
+    """Attention, and the smallest micro batch within 3 % of its best rate: larger ones cost memory.
+
+    cuDNN's attention has open faults, so it must be 3 % faster than flash to be chosen.
+    """
+    ours = {name: re.findall(r"micro (\d+), (\w+)", name)[0] for name in rates if "upstream" not in name}
+    best = {kind: max(rates[name] for name in ours if ours[name][1] == kind) for _, kind in ours.values()}
+    chosen = max(best, key=lambda kind: best[kind] * (1.03 if kind == "flash" else 1))
+    near = [ours[name][0] for name in ours if ours[name][1] == chosen and rates[name] >= 0.97 * best[chosen]]
+    return ["--speed.attention", chosen.lower(), "--speed.micro-batch", min(near, key=int)]
+
+
+def loading_flags(rates: dict[str, float]) -> list[str]:
+    """Threads, share of the decoding engines and what is decoded, as they were when loading was fastest."""
+    if not rates:
+        return []
+    best = max(rates, key=lambda name: rates[name])
+    ((threads, share, decode),) = re.findall(r"(\d+) threads, engine share ([\d.]+), (\w+)", best)
+    return ["--speed.threads", threads, "--speed.hw-decoder-load", share, "--speed.decode", decode]
 
 
 def table_of(rows: list[Row], device: str) -> Table:

@@ -14,7 +14,7 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -157,10 +157,16 @@ def fed(
     return Fed(config, drawn, jpegs)
 
 
-def batches(batch: Fed, device: torch.device, load: float = 0.65, threads: int = 4) -> Iterator[Tensor]:
+def batches(
+    batch: Fed,
+    device: torch.device,
+    load: float = 0.65,
+    threads: int = 4,
+    decode: Literal["whole", "window"] = "whole",
+) -> Iterator[Tensor]:
     """The same batch again and again, decoded as in training, resized inside DALI also on the CPU."""
     samples, copies = len(batch.jpegs) // batch.config.frames, batch.config.copies
-    settings = DecodeConfig(threads=threads, hw_decoder_load=load)
+    settings = DecodeConfig(threads=threads, hw_decoder_load=load, decode=decode)
     decoder = Decoder(batch.config, settings, device, samples, copies, ahead=2, resize_on_cpu=True)
     for _, frames in decoder.stream(itertools.repeat((batch.rows, batch.jpegs))):
         yield frames

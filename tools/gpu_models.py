@@ -102,3 +102,22 @@ def attention_cudnn(place: Place) -> str:
 def models_compiled(place: Place) -> str:
     """bf16, compiled whole."""
     return compare_models(place, bf16=True, compiled=True)
+
+
+def random_draws(place: Place) -> str:
+    """Drop path, dropout and the decoded share draw the CPU's numbers, eager and compiled."""
+    from models import draws
+
+    def drawn(keys: Tensor) -> list[Tensor]:
+        ones, ids = keys.new_ones(len(keys), 1024).float(), torch.arange(300, device=keys.device)
+        scales = draws.drop_path_scales(ones, 0.2, 24, keys)[1:]
+        share = draws.random_share(ids.expand(len(keys), -1), 0.5, keys)
+        return [*(scale for scale in scales if scale is not None), draws.dropout(ones, 0.1, keys), share]
+
+    keys = torch.arange(8) * 123_456_789_012_345
+    wanted = drawn(keys)
+    for name, function in (("eager", drawn), ("compiled", torch.compile(drawn, fullgraph=True))):
+        found = [part.cpu() for part in function(keys.to(place.device))]
+        wrong = sum(not torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        need(wrong == 0, f"{name}: {wrong} of {len(wanted)} tensors differ from the CPU's")
+    return f"{len(wanted)} tensors equal the CPU's"

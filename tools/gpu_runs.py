@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ RECIPES = ("image-mae-base", "image-ft-base", "video-mae-base", "video-ft-base")
 SHORT = ("--speed.compile", "no", "--optim.batch", "64", "--speed.micro-batch", "32", "--run.log-every", "1")
 CLASSES = ("first", "second")
 Rates = dict[str, float]
+Decode = Literal["whole", "window"]
 
 # The program below trains with PyTorch's own watch: any operation of a step that waits for the device raises.
 WATCHED = """
@@ -219,29 +221,27 @@ def nonfinite_steps(place: Place) -> str:
 # ---- rates
 
 
-def loading_rates(place: Place, path: Path, frames: int, rows: int) -> Rates:
-    """Frames per second of the loading pipeline at 224 pixels by "threads, engine share"."""
-    rates = {}
+def loading_rates(place: Place, path: Path, frames: int, rows: int, decode: Decode) -> Rates:
+    """Frames per second of the loading pipeline at 224 pixels by "threads, engine share, what is decoded"."""
+    rates: Rates = {}
     feed = fed(path, rows, frames, size=224)
-    grid = (
-        ((4, 0.65), (8, 0.65), (12, 0.65), (12, 0.0), (12, 0.9)) if place.gpu else ((usable_cores(), 0.65),)
-    )
-    for threads, load in grid:
-        made = batches(feed, place.device, load, threads)
-        rates[f"{threads} threads, engine share {load:g}"] = (
+    grid = ((4, 0.65), (8, 0.65), (12, 0.65), (12, 0.0), (12, 0.9))
+    for threads, load in grid if place.gpu else ((usable_cores(), 0.65),):
+        made = batches(feed, place.device, load, threads, decode)
+        rates[f"{threads} threads, engine share {load:g}, {decode}"] = (
             rows * frames * per_second(functools.partial(next, made), place, 10)
         )
     return rates
 
 
-def loading_pictures(place: Place) -> Rates:
+def loading_pictures(place: Place, decode: Decode = "whole") -> Rates:
     """Pictures per second from the loading pipeline."""
-    return loading_rates(place, place.images, 1, 256 if place.gpu else 64)
+    return loading_rates(place, place.images, 1, 256 if place.gpu else 64, decode)
 
 
-def loading_clips(place: Place) -> Rates:
+def loading_clips(place: Place, decode: Decode = "whole") -> Rates:
     """Frames per second from the loading pipeline, clips of 16."""
-    return loading_rates(place, place.clips, 16, 16 if place.gpu else 4)
+    return loading_rates(place, place.clips, 16, 16 if place.gpu else 4, decode)
 
 
 def step_rates(recipe: str, place: Place) -> Rates:

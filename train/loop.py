@@ -288,6 +288,6 @@ def finish(trainer: Trainer) -> None:
         path = export(state.evaluated, config, "model.safetensors", trainer.steps)  # last: it ends the run
         log(f"done: {path} after {trainer.clock.elapsed():.0f} s of training")
     trainer.run.close()
-    if not trainer.signal:
-        distributed.barrier()
+    # torchrun sends SIGTERM to the others once a process has ended: none may end before rank 0 has saved.
+    distributed.barrier()
     trainer.stop.restore()

@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import logging
 import os
 import sys
 import time
@@ -229,13 +230,19 @@ def launches(_: Setup) -> dict:
     for name in RECIPES:
         config = {**MAE_PRESETS, **FINETUNE_PRESETS}[name]
         before = RUNTIME.fakegpu_refused()
-        forward_backward(config, compiled=False)
+        forward_backward(config)
         found[name] = RUNTIME.fakegpu_refused() - before
     return found
 
 
-def forward_backward(config: Config, compiled: bool) -> None:
+def forward_backward(config: Config) -> None:
     """One training step's forward and backward of a recipe's model, on black pictures."""
+    step, _ = passes(config, compiled=False)
+    step()
+
+
+def passes(config: Config, compiled: bool) -> tuple[Callable[[], None], Callable[[], None]]:
+    """A training step's forward and backward, and a forward of the evaluation, of a recipe's model."""
     from models.inputs import NormalizedInput
     from train.build import autocast_for, set_precision
     from train.distributed import World
@@ -245,14 +252,43 @@ def forward_backward(config: Config, compiled: bool) -> None:
     device = torch.device("cuda", 0)
     set_precision(config.speed, device)
     task = TASKS[type(config)](config, Run(World(0, 1, device)), ["a"] * 400)
-    ready = NormalizedInput(task.model, config.data.frames).to(device).train()
+    model = NormalizedInput(task.model, config.data.frames).to(device)
     if compiled:
-        ready.compile(fullgraph=True)
+        model.compile(fullgraph=True)
     rows = config.speed.micro_batch
     batch = loader.blank_batch(config.data, rows, device)
-    with autocast_for(config.speed, device)():
-        loss = task.loss(ready, batch)
-    loss.backward()
+    given = {}
+    if isinstance(config, MaeConfig):
+        kept = int(task.model.num_mask_units * (1 - config.mask_ratio))
+        given["keep"] = torch.arange(kept, device=device).expand(rows, kept).contiguous()
+    autocast = autocast_for(config.speed, device)
+
+    def step() -> None:
+        model.train()
+        with autocast():
+            loss = task.loss(model, batch)
+        loss.backward()
+
+    @torch.no_grad()
+    def evaluate_once() -> None:
+        model.eval()
+        with autocast():
+            model(batch.pixels, **given)
+
+    return step, evaluate_once
+
+
+def compiled_draws(_: Setup) -> dict:
+    """Triton and ptxas compile the random draws of the models. Their values are not computed here."""
+    from models import draws
+
+    def drawn(keys):
+        ones = torch.ones(len(keys), 1024, device=keys.device)
+        share = draws.random_share(torch.arange(300, device=keys.device).expand(len(keys), -1), 0.5, keys)
+        return draws.drop_path_scales(ones, 0.2, 24, keys)[1:], draws.dropout(ones, 0.1, keys), share
+
+    torch.compile(drawn, fullgraph=True)(torch.arange(8, device="cuda"))
+    return {}
 
 
 def out_of_memory(setup: Setup) -> dict:
@@ -285,21 +321,32 @@ def rank_fails(setup: Setup) -> dict:
 
 
 def compile_recipes(_: Setup) -> dict:
-    """Compile the recipes in $RECIPES; gives the graphs compiled of each, and why any was compiled again."""
+    """Compile the recipes in $RECIPES; gives each one's graphs, and why any was compiled again.
+
+    Every recipe trains, evaluates and trains again.
+    """
     import torch._dynamo
     from torch._dynamo.utils import counters
 
+    reasons: list[str] = []
+    torch._logging.set_logs(recompiles=True)
+    handler = logging.Handler()
+    handler.emit = lambda record: reasons.append(record.getMessage())
+    logging.getLogger("torch._dynamo.guards.__recompiles").addHandler(handler)
     found = {}
     for name in os.environ["RECIPES"].split():
         torch._dynamo.reset()
         counters.clear()
+        reasons.clear()
         begin = time.monotonic()
         config = {**MAE_PRESETS, **FINETUNE_PRESETS}[name]
-        forward_backward(
-            dataclasses.replace(config, speed=dataclasses.replace(config.speed, micro_batch=4)), True
-        )
+        config = dataclasses.replace(config, speed=dataclasses.replace(config.speed, micro_batch=4))
+        step, evaluate_once = passes(config, compiled=True)
+        for call in (step, step, evaluate_once, evaluate_once, step):
+            call()
         found[name] = {
             "graphs": counters["stats"]["unique_graphs"],
+            "recompiles": list(reasons),
             "seconds": round(time.monotonic() - begin),
         }
     return found
