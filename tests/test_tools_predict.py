@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from models.inputs import NormalizedInput
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
+from tests.pipelines_fixtures import read_rows
 from tests.train_helpers import CLASSES, picture, small
 from tools.pack_imagenet import pack_imagenet
 from tools.predict import predict
@@ -74,7 +75,7 @@ def expected(run: Path) -> dict[str, list[float]]:
     model = setup.build_model(config, len(catalogue.info.classes))
     setup.warm_start(model, config, whole=True)
     ready = NormalizedInput(model, config.data.frames).eval()
-    sources = pq.read_table(catalogue.parquet, columns=["source"])["source"].to_pylist()
+    sources = [row["source"] for row in read_rows(config.data.path, "val")]
     found, views = {}, config.views[0] * config.views[1]
     for batch in evaluate.batches_of(config, distributed.start("cpu"), catalogue, config.views):
         rows = ready(batch.pixels).softmax(-1).unflatten(0, (-1, views)).mean(1)

@@ -44,7 +44,7 @@ def check_damage(config: Config, catalogue: Dataset, seen: int) -> None:
     missing, limit = len(catalogue) - seen, damage_limit(catalogue, config.data.max_bad)
     if missing > limit:
         raise UserError(
-            f"{missing} of the {len(catalogue)} samples in {catalogue.parquet} are damaged, more than the "
+            f"{missing} of the {len(catalogue)} samples in {catalogue.catalogue} are damaged, more than the "
             f"{limit} that data.max_bad allows; run `make verify DATA={catalogue.info.root}` and pack them "
             "again"
         )

@@ -19,7 +19,7 @@ import torch
 
 from pipelines.dataset import DatasetInfo, read_info
 from pipelines.errors import UserError
-from pipelines.files import atomic_text, lock, sha256_of
+from pipelines.files import atomic_text, lock
 from pipelines.machine import usable_cores
 from train import checkpoint
 from train.config import FIXED, Config, allowed, differences, to_dict
@@ -143,8 +143,7 @@ def lock_run(config: Config) -> IO[str]:
 
 def data_identity(info: DatasetInfo) -> dict[str, object]:
     """What data.json holds: classes, counts, and the SHA-256 of each catalogue, which lists all checksums."""
-    checksums = {split: sha256_of(info.root / f"{split}.parquet") for split in info.splits}
-    return {"classes": list(info.classes), "splits": info.splits, "sha256": checksums}
+    return {"classes": list(info.classes), "splits": info.splits, "sha256": info.catalogue_sha256}
 
 
 def check_data(config: Config, data: Mapping[str, object]) -> None:
