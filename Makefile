@@ -65,13 +65,13 @@ predict: env  ## classify INPUT="FILE [FOLDER ...]" with RUN=NAME (MAE: reconstr
 	$(PY) -m tools.predict 'runs/$(NAMED)' $(or $(INPUT),$(error name files or folders with INPUT=)) $(OTHER) $(ARGS)
 
 bench: env  ## compare speed with other implementations: BENCH=all|loader|model|training|packing IMAGES=DIR
-	$(PY) -m tools.bench $(BENCH) $(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)') $(ARGS)
+	$(PY) -m benchmarks $(BENCH) $(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)') $(ARGS)
 
 test: check  ## run check, then the tests, WORKERS=2 at a time, without the long ones of make faults
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 gpu-check: env  ## check and measure this machine's GPU; DEVICE=cpu runs the checks that need none
-	$(PY) -m tools.gpu_check $(if $(DEVICE),--device $(DEVICE)) $(if $(OUT),--out '$(OUT)') $(ARGS)
+	$(PY) -m benchmarks.gpu_check $(if $(DEVICE),--device $(DEVICE)) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 faults: env  ## all reliability tests, half an hour: kill, pause, starve and corrupt runs; KILLS=50 random kills per test
 	$(PY) -m pytest -m fault --kills $(or $(KILLS),50) $(ARGS)

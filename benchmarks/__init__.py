@@ -1,4 +1,4 @@
-"""Speed, side by side with peers; `python -m tools.bench` runs them."""
+"""Comparisons of speed with other implementations: `python -m benchmarks`. Checks of a GPU: `gpu_check`."""
 
 from pipelines.errors import catch_ctrl_c_during_imports
 

@@ -1,4 +1,4 @@
-"""Opens catalogues the size of Kinetics-400 and ImageNet-21k: python -m tools.bench catalogue
+"""Opens catalogues the size of Kinetics-400 and ImageNet-21k: python -m benchmarks catalogue
 
 Synthetic rows, 240,000 clips of 300 frames and 14 million pictures; no shards are needed to open them. The
 table has the time to open them (first, and again from the page cache), the memory of one process and of eight

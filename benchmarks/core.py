@@ -1,4 +1,4 @@
-"""What the training loop itself costs: python -m tools.bench core
+"""What the training loop itself costs: python -m benchmarks core
 
 A model of a single weight is trained on one black batch, once by the loop with its logging, metrics, meters
 and progress, once by a bare `for` over the same loss and optimizer. The difference per step is the loop's own

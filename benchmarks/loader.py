@@ -1,6 +1,6 @@
 """Measures the loader against torchvision and webdataset, side by side in one run, on real pictures.
 
-    python -m tools.bench loader --images data/imagenet/train --work /tmp/bench
+    python -m benchmarks loader --images data/imagenet/train --work /tmp/bench
 
 From pictures below `--images` it makes 500-pixel originals and 340 x 256 clips, packs them, and lets every
 contender make batches in turn, several rounds of each, warm cache, the same output and augmentation.

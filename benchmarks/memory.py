@@ -1,4 +1,4 @@
-"""Which micro batch fits a GPU, computed and not measured: python -m tools.bench memory
+"""Which micro batch fits a GPU, computed and not measured: python -m benchmarks memory
 
 For training with AdamW a parameter takes 16 bytes (itself, its gradient, two moments) and 2 more as bf16
 autocast's copy. What autograd keeps of a sample's forward pass is added up over tensors that have shapes but

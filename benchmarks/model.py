@@ -1,4 +1,4 @@
-"""Times our models beside other implementations: `python -m tools.bench model`.
+"""Times our models beside other implementations: `python -m benchmarks model`.
 
 One step is forward and backward in training mode, bf16 autocast on CUDA, float32 on the CPU. The variants of
 a model take turns within every round, so that whatever else the machine does hits them alike. Memory is the

@@ -1,4 +1,4 @@
-"""Times packing beside img2dataset's way of resizing: python -m tools.bench packing
+"""Times packing beside img2dataset's way of resizing: python -m benchmarks packing
 
 Ours is tools.pack_imagenet: strict decoding, checks, tar, index, catalogue, checksums, fsync. The other is
 benchmarks/plain_packing.py, by OpenCV (where it is installed) or Pillow. Both are commands of their own,
@@ -30,7 +30,7 @@ def run(
     """Let every contender pack the same 500-pixel pictures in turn, start-up included.
 
     Args:
-        work: the data of `tools.bench loader`, made from `images` where it is missing.
+        work: the data of `benchmarks.loader`, made from `images` where it is missing.
         images: folder of JPEG pictures, searched through.
         workers: processes.
         rounds: how often each packs.

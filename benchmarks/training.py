@@ -1,4 +1,4 @@
-"""Times whole training beside other ways to train, a process each: python -m tools.bench training
+"""Times whole training beside other ways to train, a process each: python -m benchmarks training
 
 Ours is `python -m train.mae` or `train.finetune` on packed shards; the others are benchmarks/plain_loop.py
 on the unpacked files. All train a model of pico size on the same pictures with the same crops, batch and
@@ -98,7 +98,7 @@ def run(
     """Let every contender train in turn.
 
     Args:
-        work: the data of `tools.bench loader`, made from `images` where it is missing.
+        work: the data of `benchmarks.loader`, made from `images` where it is missing.
         images: folder of JPEG pictures, searched through.
         steps: of each training; the first few do not count for the rate.
         rounds: trainings of each contender.

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import benchmarks.__main__ as bench
 from benchmarks import learning, plain_loop, playback
 from benchmarks.results import markdown, ratio, summary
-from tools import bench
 from tools.pack_kinetics import read_annotations
 from train import console
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS

@@ -88,11 +88,11 @@ def call_make(*words: str) -> str:
 
 def test_imports_go_one_way():
     allowed = {"pipelines": set(), "models": set(), "train": {"pipelines", "models"}}
+    allowed["tools"] = {"pipelines", "models", "train"}  # benchmarks may import all of them
     for package, others in allowed.items():
         for path in (ROOT / package).glob("*.py"):
-            found = set(
-                re.findall(r"^\s*(?:from|import) (pipelines|models|train|tools)\b", path.read_text(), re.M)
-            )
+            packages = r"^\s*(?:from|import) (pipelines|models|train|tools|benchmarks)\b"
+            found = set(re.findall(packages, path.read_text(), re.M))
             assert found <= {package} | others, path
 
 
@@ -112,7 +112,7 @@ def test_no_file_is_long():
         for package in ("pipelines", "models", "train", "tools")
         for path in (ROOT / package).glob("*.py")
     ]
-    assert len(paths) > 50
+    assert len(paths) > 40
     assert [path.name for path in paths if path.read_text().count("\n") > 400] == []
 
 

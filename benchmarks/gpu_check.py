@@ -1,6 +1,6 @@
 """make gpu-check: does this machine's GPU do what the project promises? One table, one JSON file, settings.
 
-    python -m tools.gpu_check [--device cpu] [--out FOLDER] [--only NAME ...]
+    python -m benchmarks.gpu_check [--device cpu] [--out FOLDER] [--only NAME ...]
 
 Every check runs in a process of its own with a time limit, so that a crash or a hang becomes a row of the
 table. The order is such that a failure explains later ones.
@@ -29,10 +29,10 @@ from rich.table import Table
 from rich.text import Text
 
 import train  # sets OpenMP's waiting  # noqa: F401
+from benchmarks import gpu_checks, gpu_models, gpu_runs
+from benchmarks.gpu_checks import Place
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
-from tools import gpu_checks, gpu_models, gpu_runs
-from tools.gpu_checks import Place
 from train.rundir import environment
 
 RESULT = "RESULT "
@@ -132,7 +132,13 @@ def run(name: str, place: Place, seconds: int, flags: list[str] | None = None) -
         "clips": str(place.clips),
         "work": str(place.work),
     }
-    command = [sys.executable, "-m", "tools.gpu_check", "--child", json.dumps([name, values, flags or []])]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_check",
+        "--child",
+        json.dumps([name, values, flags or []]),
+    ]
     begin = time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.gpu_checks import Place, batches, fed, need
 from pipelines.machine import usable_cores
-from tools.gpu_checks import Place, batches, fed, need
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
 RECIPES = ("image-mae-base", "image-ft-base", "video-mae-base", "video-ft-base")

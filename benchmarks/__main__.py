@@ -1,8 +1,7 @@
-"""Measures speed side by side with peers: python -m tools.bench all|loader|model|training|packing|core|...
+"""Compare speed with other implementations: python -m benchmarks all|loader|model|training|packing|core|...
 
-`all` measures the first five, writes benchmarks/results/DATE-HARDWARE.json and the tables of docs/speed.md
-and the README.
-Any one alone prints its tables: `python -m tools.bench loader --help` lists its flags.
+`all` runs the first five, then writes benchmarks/results/DATE-HARDWARE.json and the tables of docs/speed.md
+and of README.md. A single benchmark prints its tables; `python -m benchmarks loader --help` lists its flags.
 """
 
 import datetime
@@ -32,13 +31,16 @@ BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 
 
 def main() -> None:
-    """Run one benchmark with its flags, or all; raises UserError on an unknown name."""
+    """Run one benchmark with its flags, or all; raises UserError for an unknown name."""
     name, *flags = sys.argv[1:] or ["all"]
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return
     if name == "all":
-        tyro.cli(compare_all, args=flags, prog="python -m tools.bench all")
+        tyro.cli(compare_all, args=flags, prog="python -m benchmarks all")
         return
     if name not in (*COMPARED, *OTHERS):
-        raise UserError(f"unknown benchmark '{name}'; it can be all, {', '.join((*COMPARED, *OTHERS))}")
+        raise UserError(f"there is no benchmark '{name}'; choose all, {', '.join((*COMPARED, *OTHERS))}")
     sys.exit(subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *flags], check=False).returncode)
 
 

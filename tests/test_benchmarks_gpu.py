@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu_check, gpu_checks, gpu_models, gpu_runs
+from benchmarks.gpu_checks import Place
 from tests.test_project import call_make
-from tools import gpu_check, gpu_checks, gpu_models, gpu_runs
-from tools.gpu_checks import Place
 from train import console
 from train.presets import MAE_PRESETS
 

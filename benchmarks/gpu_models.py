@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu_checks import Place, need
 from models.mae import MaskedAutoencoder
-from tools.gpu_checks import Place, need
 
 MODELS = ("mae_hiera_pico_96", "hiera_pico_16x64", "mae_hiera_base_224")
 
