@@ -35,7 +35,7 @@ demo: env  ## generate pictures and clips, pack, pretrain, finetune, evaluate an
 	$(PY) -m tools.demo $(ARGS)
 
 shards: env  ## pack IMAGES=DIR and FRAMES=DIR or VIDEOS=DIR, whichever exist, into OUT=shards; EXECUTOR=ray RAY=HOST:PORT
-	$(PY) -m tools.pack --images '$(IMAGES)' --frames '$(FRAMES)' $(PACKING) $(ARGS)
+	$(PY) -m tools.pack all --images '$(IMAGES)' --frames '$(FRAMES)' $(PACKING) $(ARGS)
 
 verify: env  ## check all checksums, indexes and labels of DATA=shards/imagenet, and decode every frame
 	$(PY) -m tools.verify '$(or $(DATA),shards/imagenet)' $(ARGS)

@@ -25,7 +25,8 @@ from models.inputs import NormalizedInput
 from pipelines.dataset import open_dataset
 from pipelines.errors import run_cli
 from pipelines.loader import Batch, blank_batch
-from tools.pack_imagenet import pack_imagenet
+from tools.imagenet import ImageOptions
+from tools.pack import pack_images
 from train import loop
 from train.config import Config
 from train.metrics import MAE_COLUMNS, read_csv
@@ -117,7 +118,7 @@ def run(steps: int = 2000, rounds: int = 5) -> Results:
             path = work / "source" / f"{number}.jpg"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(np.full((40, 40, 3), 4 * number, np.uint8)).save(path)
-        pack_imagenet(work / "source", work / "shards", workers=1, val_fraction=0.0)
+        pack_images(work / "source", work / "shards", ImageOptions(workers=1, val_fraction=0.0))
         config = MAE_PRESETS["image-mae-pico"]
         config = replace(config, data=replace(config.data, path=work / "shards", size=32))
         config = replace(config, speed=replace(config.speed, device="cpu", micro_batch=64))

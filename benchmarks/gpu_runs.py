@@ -68,8 +68,8 @@ def draw_data(work: Path) -> tuple[Path, Path]:
         with (work / f"tiny_{split}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("label", "youtube_id", "time_start", "time_end", "split", "is_cc")])
             csv.writer(file).writerows(row for row in rows if row[4] == split)
-    run("tools.pack_imagenet", "--source", work / "images", "--out", images, "--val-fraction", 0)
-    run("tools.pack_kinetics", "--frames", work / "frames", "--annotations", work, "--out", clips)
+    run("tools.pack", "images", "--source", work / "images", "--out", images, "--val-fraction", 0)
+    run("tools.pack", "clips", "--frames", work / "frames", "--annotations", work, "--out", clips)
     return images, clips
 
 

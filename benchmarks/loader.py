@@ -56,8 +56,9 @@ def data_in(work: Path, images: Path) -> Path:
 
 def make_data(images: Path, work: Path, pictures: int = 512, clips: int = 24) -> None:
     """Write 500-pixel originals and 340 x 256 clips as their published trees, and pack both."""
-    from tools.pack_imagenet import pack_imagenet
-    from tools.pack_kinetics import pack_kinetics
+    from tools.imagenet import ImageOptions
+    from tools.kinetics import ClipOptions
+    from tools.pack import pack_clips, pack_images
 
     found = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     if len(found) < pictures:
@@ -81,9 +82,10 @@ def make_data(images: Path, work: Path, pictures: int = 512, clips: int = 24) ->
         with (work / "annotations" / f"{split}.csv").open("w", newline="") as file:
             csv.writer(file).writerows(rows)
     for name, side in (("as-is", 10_000), ("short256", 256)):
-        pack_imagenet(work / "originals", work / name, 2, side, 128)
+        pack_images(work / "originals", work / name, ImageOptions(workers=2, short_side=side, shard_size=128))
     unpack(work / "short256" / "train", work / "short256-files")
-    pack_kinetics(work / "frames", work / "annotations", work / "clips", 2, 256, 8)
+    options = ClipOptions(workers=2, shard_size=8)
+    pack_clips(work / "annotations", work / "clips", options, frames=work / "frames")
 
 
 def unpack(shards: Path, out: Path) -> None:

@@ -1,6 +1,6 @@
 """Times packing beside img2dataset's way of resizing: python -m benchmarks packing
 
-Ours is tools.pack_imagenet: strict decoding, checks, tar, index, catalogue, checksums, fsync. The other is
+Ours is `tools.pack images`: strict decoding, checks, tar, index, catalogue, checksums, fsync. The other is
 benchmarks/plain_packing.py, by OpenCV (where it is installed) or Pillow. Both are commands of their own,
 start-up included, to the same side and quality.
 """
@@ -40,7 +40,7 @@ def run(
     count = sum(1 for _ in source.rglob("*.JPEG"))
     plain = ["benchmarks.plain_packing", str(source), "{out}", "--by"]
     ways = {
-        "ours": ["tools.pack_imagenet", "--source", str(source), "--out", "{out}", "--shard-size", "128"],
+        "ours": ["tools.pack", "images", "--source", str(source), "--out", "{out}", "--shard-size", "128"],
         "Pillow, tar": [*plain, "pillow"],
     }
     if find_spec("cv2"):

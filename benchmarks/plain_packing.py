@@ -13,7 +13,7 @@ from typing import Literal
 import tyro
 from PIL import Image
 
-SIDE, QUALITY = 256, 90  # as tools.pack_imagenet has them
+SIDE, QUALITY = 256, 90  # as in tools.pack
 
 
 def by_opencv(data: bytes) -> bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from pipelines.errors import run_cli
-from tools.pack_kinetics import read_annotations
+from tools.kinetics import read_annotations
 
 FRAMES = 16
 ORDERS = ("smooth", "to and fro", "jumbled")
@@ -30,7 +30,7 @@ def order_of(label: str, draw: random.Random) -> list[int]:
 
 
 def playback(frames: Path, annotations: Path, out: Path) -> None:
-    """Write out/frames and out/annotations, for `tools.pack_kinetics`; clips of under 16 frames are left out.
+    """Write out/frames and out/annotations, for `tools.pack clips`; clips of under 16 frames are left out.
 
     Args:
         frames: folder with <label>/<youtube_id>_<start>_<end>/frame_00001.jpg ...

@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%A-%a.out
 # Packs in parts, one for each task of the array; docs/cluster.md explains it. Part 0 comes last and finishes:
-#   pack="docs/slurm-pack.sh tools.pack_imagenet --source /network/imagenet --out /network/shards/imagenet"
+#   pack="docs/slurm-pack.sh tools.pack images --source /network/imagenet --out /network/shards/imagenet"
 #   sbatch --dependency=afterok:$(sbatch --parsable $pack) --array=0 $pack
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"

@@ -68,7 +68,7 @@ class DataConfig:
     """What is read and how it is augmented."""
 
     path: Path = Path("shards/imagenet")
-    """Folder made by tools.pack_imagenet or tools.pack_kinetics."""
+    """Folder written by tools.pack."""
     size: int = 224
     """Side of the square input in pixels."""
     frames: int = 1

@@ -30,7 +30,7 @@ from train.task import Task
 CLEAN = multiprocessing.get_context("forkserver")  # its children are born with everything imported
 PRELOADED = (
     "tests.fault_helpers",
-    "tools.pack_kinetics",
+    "tools.pack",
     "models",
     "timm.optim",
     "timm.utils",

@@ -32,7 +32,7 @@ from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from tests.pipelines_fixtures import read_rows
 from tests.train_helpers import make_clips
-from tools.pack_kinetics import read_annotations
+from tools.kinetics import read_annotations
 from tools.val_labels import val_classes
 from tools.verify import check_shard, verify
 

@@ -79,7 +79,7 @@ def test_training_that_fails_is_not_queued_again(tmp_path):
 def test_an_array_packs_the_bytes_of_one_run(tmp_path):
     source = image_tree(tmp_path / "source", train=6, val=2)
     pack_images(source, tmp_path / "one", shard_size=2)
-    words = ["tools.pack_imagenet", "--source", source, "--out", tmp_path / "array", "--shard-size", "2"]
+    words = ["tools.pack", "images", "--source", source, "--out", tmp_path / "array", "--shard-size", "2"]
     command = ["bash", ROOT / "docs/slurm-pack.sh", *words]
     envs = [slurm(tmp_path, SLURM_ARRAY_TASK_ID=i, SLURM_CPUS_PER_TASK=1, PARTS=2) for i in (1, 2, 0)]
     tasks = [subprocess.Popen(command, env=env, stdout=-3) for env in envs[:2]]

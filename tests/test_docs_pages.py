@@ -93,17 +93,15 @@ def test_the_published_results_are_those_of_the_code(readme: str):
 
 def test_the_options_of_packing_are_those_of_the_commands():
     table = section("docs/data.md", "Which options does packing have?")
-    known = {
-        module: help_of(module) for module in ("tools.pack_imagenet", "tools.pack_kinetics", "tools.pack")
-    }
+    known = {f"tools.pack {kind}": help_of("tools.pack", kind) for kind in ("images", "clips", "all")}
     for cell, where in zip(cells(table, 0), cells(table, 3), strict=True):
         option = code_words(cell)[0].split()[0]
         for module in known if where == "all" else code_words(where):
             assert re.search(rf"{option}\b(?!-)", known[module]), (option, module)
 
 
-def help_of(module: str) -> str:
-    command = [sys.executable, "-m", module, "--help"]
+def help_of(*command: str) -> str:
+    command = [sys.executable, "-m", *command, "--help"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 

@@ -20,8 +20,9 @@ from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN, kill_until_done, speak_to
 from tests.test_train_runs import assert_same, descendants, fit, results
 from tests.train_helpers import ROOT, arguments, call, module, small
-from tools.pack_imagenet import pack_imagenet
-from tools.pack_kinetics import pack_kinetics
+from tools.imagenet import ImageOptions
+from tools.kinetics import ClipOptions
+from tools.pack import pack_clips, pack_images
 from train import finetune, mae
 from train.config import Config, FinetuneConfig
 from train.metrics import read_csv
@@ -84,9 +85,10 @@ def test_training_is_killed_at_any_moment(
 def pack(kind: str, source: Path, out: Path, log: Path) -> None:
     speak_to(log)
     if kind == "image":
-        pack_imagenet(source, out, workers=2, shard_size=8)
+        pack_images(source, out, ImageOptions(workers=2, shard_size=8))
     else:
-        pack_kinetics(source / "frames", source / "annotations", out, workers=2, shard_size=2)
+        options = ClipOptions(workers=2, shard_size=2)
+        pack_clips(source / "annotations", out, options, frames=source / "frames")
 
 
 @pytest.mark.parametrize("kind", ["image", pytest.param("video", marks=long)])
@@ -253,14 +255,14 @@ def test_memory_runs_out_in_a_step(images: Path, tmp_path: Path):
 def test_the_disk_is_full_while_packing(images: Path, tmp_path: Path, happened: Happened):
     """one sentence; with more room the same command ends byte for byte like one left alone"""
     source, rest = images.parent / "source", ["--workers", "1", "--shard-size", "8"]
-    words = ["--source", str(source), "--out"]
-    assert call("tools.pack_imagenet", *words, str(tmp_path / "whole"), *rest).returncode == 0
+    words = ["images", "--source", str(source), "--out"]
+    assert call("tools.pack", *words, str(tmp_path / "whole"), *rest).returncode == 0
     with small_disk(tmp_path / "disk", "100k") as disk:
-        failed = call("tools.pack_imagenet", *words, str(disk / "out"), *rest)
+        failed = call("tools.pack", *words, str(disk / "out"), *rest)
         assert failed.returncode == 2 and "the disk is full" in failed.stderr and "Trace" not in failed.stderr
         finished = len(list((disk / "out").rglob("*.tar")))
         remount(disk, "size=10m")
-        assert call("tools.pack_imagenet", *words, str(disk / "out"), *rest).returncode == 0
+        assert call("tools.pack", *words, str(disk / "out"), *rest).returncode == 0
         assert trees(disk / "out") == trees(tmp_path / "whole")
     happened(f"{finished} shards were kept, byte-equal in the end")
 

@@ -15,7 +15,6 @@ from pipelines.errors import UserError
 from tests.test_tools_pack import image_tree, pack_images, sums
 from tests.train_helpers import small
 from tools import stage
-from tools.packing import Spread
 from train import loop, mae, rundir
 
 NO_LOCKS = [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL]
@@ -83,7 +82,7 @@ def test_packing_continues_without_locks_and_writes_the_same_bytes(number, tmp_p
     assert pack_images(source, tmp_path / "calm") == 0
     refuse(monkeypatch, number)
     for part in ("1/2", "2/2", ""):
-        assert pack_images(source, tmp_path / "out", spread=Spread(shard_range=part)) == 0
+        assert pack_images(source, tmp_path / "out", shard_range=part) == 0
     assert sums(tmp_path / "out") == sums(tmp_path / "calm")
     said = capsys.readouterr().err
     assert said.count("does not support file locks") == 1 and str(tmp_path / "out") in said
@@ -92,7 +91,7 @@ def test_packing_continues_without_locks_and_writes_the_same_bytes(number, tmp_p
 def test_two_parts_that_note_their_plan_at_once_without_locks_agree(tmp_path, monkeypatch):
     source = image_tree(tmp_path / "source", train=2, val=1)
     refuse(monkeypatch, errno.ENOLCK)
-    assert pack_images(source, tmp_path / "out", spread=Spread(shard_range="1/2")) == 0
+    assert pack_images(source, tmp_path / "out", shard_range="1/2") == 0
     with (tmp_path / "out/.plan.json").open("a") as note:
         note.write((tmp_path / "out/.plan.json").read_text())  # the other part saw an empty file, too
     assert pack_images(source, tmp_path / "out") == 0

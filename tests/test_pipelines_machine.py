@@ -69,7 +69,7 @@ def test_every_count_of_cores_follows_the_quota(tmp_path, monkeypatch):
         learning,
     ):
         monkeypatch.setattr(user, "usable_cores", lambda: usable_cores(root))
-    assert packing.worker_count(None) == 6
+    assert packing.PackOptions().processes == 6
     assert distributed.torch_threads(distributed.World(0, 1, CPU)) == 6
     assert rundir.environment()["cpus"] == 6
     assert sizing(CPU).threads == 6

@@ -16,7 +16,8 @@ from pipelines.errors import UserError
 from pipelines.views import check_info, clip_notes, eval_rows, rounded, train_rows
 from tests.pipelines_fixtures import clip_dataset, evaluation
 from tests.train_helpers import make_clips, small
-from tools.pack_kinetics import pack_kinetics
+from tools.kinetics import ClipOptions
+from tools.pack import pack_clips
 from tools.predict import pack as pack_inputs
 from train import build, evaluate, finetune, loop
 from train.metrics import read_csv
@@ -147,11 +148,11 @@ def test_packing_records_the_rate_and_training_evaluation_and_prediction_use_it(
     """Folders of frames packed with --fps 15: stride 2 at 30 is one of their frames."""
     clips = make_clips(tmp_path, train=4, val=2)
     assert read_info(clips).packing["fps"] == 30.0
-    folders = (tmp_path / "frames", tmp_path / "annotations")
-    slow = tmp_path / "slow"
-    assert pack_kinetics(*folders, slow, workers=1, shard_size=8, fps=15.0) == 0
+    folders = {"frames": tmp_path / "frames", "annotations": tmp_path / "annotations"}
+    slow, options = tmp_path / "slow", ClipOptions(workers=1, shard_size=8, fps=15.0)
+    assert pack_clips(out=slow, options=options, **folders) == 0
     with pytest.raises(UserError, match=r"packed with fps 15\.0, not 30\.0"):
-        pack_kinetics(*folders, slow, workers=1, shard_size=8)
+        pack_clips(out=slow, options=replace(options, fps=30.0), **folders)
     config = small("video-ft-pico", slow, tmp_path, "run", epochs=1.0)
     build.check(config)
     assert loop.fit(config, finetune.make_task) == 0
@@ -175,10 +176,11 @@ def test_folders_packed_before_their_rate_was_recorded_are_still_agreed_with(tmp
     info = json.loads((clips / "dataset.json").read_text())
     del info["packing"]["fps"]
     (clips / "dataset.json").write_text(json.dumps(info))
-    folders = (tmp_path / "frames", tmp_path / "annotations", clips)
-    assert pack_kinetics(*folders, workers=1, shard_size=8) == 0
+    folders = {"frames": tmp_path / "frames", "annotations": tmp_path / "annotations"}
+    options = ClipOptions(workers=1, shard_size=8)
+    assert pack_clips(out=clips, options=options, **folders) == 0
     with pytest.raises(UserError, match=r"packed with fps 30\.0, not 12\.0"):
-        pack_kinetics(*folders, workers=1, shard_size=8, fps=12.0)
+        pack_clips(out=clips, options=replace(options, fps=12.0), **folders)
 
 
 # ---- segments --------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from PIL import Image
 
 from tests.train_helpers import ROOT
 from tools import demo_data as demo
-from tools.pack_imagenet import pack_imagenet
-from tools.pack_kinetics import pack_kinetics
+from tools.imagenet import ImageOptions
+from tools.kinetics import ClipOptions
+from tools.pack import pack_clips, pack_images
 
 LABELS = sorted(demo.MOTIONS)
 TRAIN, VAL = 60, 50  # clips a class
@@ -56,9 +57,9 @@ def test_the_trees_have_the_published_shape_and_pack_whole(tmp_path):
     assert list(rows[0]) == ["label", "youtube_id", "time_start", "time_end", "split", "is_cc"]
     assert {row["label"] for row in rows} == set(LABELS) and any(" " in label for label in LABELS)
     assert {row["youtube_id"][0] for row in rows} == {"-", "_"}
-    assert pack_imagenet(root / "images", tmp_path / "images", workers=1, max_reject=0.0) == 0
-    folders = clips / "data_30fps_frames", clips / "annotations"
-    assert pack_kinetics(*folders, tmp_path / "clips", workers=1, max_reject=0.0) == 0
+    assert pack_images(root / "images", tmp_path / "images", ImageOptions(workers=1, max_reject=0.0)) == 0
+    options, frames = ClipOptions(workers=1, max_reject=0.0), clips / "data_30fps_frames"
+    assert pack_clips(clips / "annotations", tmp_path / "clips", options, frames=frames) == 0
 
 
 def test_a_clip_is_drawn_from_its_own_seed():

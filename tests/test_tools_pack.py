@@ -20,9 +20,10 @@ from PIL import Image, ImageOps
 from pipelines_fixtures import read_rows
 
 from pipelines.errors import UserError, run_cli
-from tools.pack import pack
-from tools.pack_imagenet import pack_imagenet
-from tools.pack_kinetics import longest_run, pack_kinetics
+from tools import pack
+from tools.imagenet import ImageOptions
+from tools.kinetics import ClipOptions, longest_run
+from tools.packing import PackOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,12 +76,12 @@ CLIPS = {
 
 
 def pack_images(source: Path, out: Path, **options) -> int:
-    return pack_imagenet(source, out, **{"workers": 1, "shard_size": 8, **options})
+    return pack.pack_images(source, out, ImageOptions(**{"workers": 1, "shard_size": 8, **options}))
 
 
 def pack_clips(root: Path, out: Path, **options) -> int:
-    folders = root / "frames", root / "annotations"
-    return pack_kinetics(*folders, out, **{"workers": 1, "shard_size": 3, **options})
+    all_options = ClipOptions(**{"workers": 1, "shard_size": 3, **options})
+    return pack.pack_clips(root / "annotations", out, all_options, frames=root / "frames")
 
 
 def rows_of(out: Path, split: str = "train") -> list[dict]:
@@ -180,7 +181,7 @@ def test_killed_at_random_moments_it_still_ends_with_the_same_bytes(tmp_path):
     pack_images(source, tmp_path / "calm", shard_size=2)
     random = np.random.default_rng()  # another moment each time the test runs: any must do
     out = tmp_path / "killed"
-    words = ["tools.pack_imagenet", "--source", source, "--out", out, "--shard-size", "2", "--workers"]
+    words = ["tools.pack", "images", "--source", source, "--out", out, "--shard-size", "2", "--workers"]
     kept: dict[Path, int] = {}
     for workers in ("1", "2", "1"):
         goal = len(kept) + int(random.integers(1, 12))
@@ -480,12 +481,12 @@ def test_wrong_validation_labels_get_one_sentence(tmp_path):
         assert words in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"--val-labels .*nowhere cannot be read: No such file"):
         pack_images(source, out, val_labels=tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"only one of .* or tell tools.pack_imagenet .* with --val-labels"):
+    with pytest.raises(UserError, match=r"only one of .* or name the classes .* with --val-labels"):
         pack_images(source, out)
     with pytest.raises(UserError, match="give both or none"):
         pack_images(source, out, synsets=synsets)
     for other in (image_tree(tmp_path / "labelled", 1, 1), source / "train", source / "val"):
-        with pytest.raises(UserError, match=r"--val-labels is for a folder .*/val of loose pictures"):
+        with pytest.raises(UserError, match=r"/val is no folder of loose pictures; leave --val-labels out"):
             pack_images(other, out, val_labels=labels)
     assert not out.exists()
 
@@ -517,11 +518,13 @@ def test_each_wrong_use_gets_one_sentence(tmp_path):
     write(tmp_path / "only val/val/n01/a.jpg", encoded(pixels(1)))
     out, empty = tmp_path / "out", tmp_path / "empty"
     wrong = {
-        "--workers must be at least 1": lambda: pack_images(good, out, workers=0),
-        "--shard-size must be at least 1": lambda: pack_images(good, out, shard_size=0),
-        "--short-side must be at least 1": lambda: pack_clips(tmp_path / "clips", out, short_side=-5),
-        "--val-fraction must be": lambda: pack_images(good, out, val_fraction=1.0),
-        "--max-reject must be": lambda: pack_images(good, out, max_reject=2.0),
+        "--workers is 0; it must be at least 1": lambda: pack_images(good, out, workers=0),
+        "--shard-size is 0; it must be at least 1": lambda: pack_images(good, out, shard_size=0),
+        "--short-side is -5; it must be at least 1": lambda: pack_clips(
+            tmp_path / "clips", out, short_side=-5
+        ),
+        "--val-fraction is 1.0; it must be": lambda: pack_images(good, out, val_fraction=1.0),
+        "--max-reject is 2.0; it must be": lambda: pack_images(good, out, max_reject=2.0),
         "train": lambda: pack_images(tmp_path / "only val", out),
         "nowhere is not a folder": lambda: pack_images(tmp_path / "nowhere", out),
         "empty holds no pictures": lambda: pack_images(empty, out),
@@ -531,8 +534,10 @@ def test_each_wrong_use_gets_one_sentence(tmp_path):
         "holds other files; give a new": lambda: pack_images(good, tmp_path / "full"),
         "frames is not a folder": lambda: pack_clips(tmp_path / "nowhere", out),
         "has no column 'time_start'": lambda: pack_clips(tmp_path / "csv", out),
-        "none of the annotated videos is below": lambda: pack_clips(tmp_path / "absent", out),
-        "neither tiny_train.csv nor train.csv": lambda: pack_kinetics(empty, empty, out),
+        "has none of the annotated clips": lambda: pack_clips(tmp_path / "absent", out),
+        "neither tiny_train.csv nor train.csv": lambda: pack.pack_clips(
+            empty, out, ClipOptions(), frames=empty
+        ),
     }
     for words, call in wrong.items():
         with pytest.raises(UserError) as caught:
@@ -544,10 +549,10 @@ def test_each_wrong_use_gets_one_sentence(tmp_path):
 
 def test_packing_all_says_what_it_lacks(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a does not exist; check IMAGES=, FRAMES= and VIDEOS="):
-        pack(tmp_path / "a", tmp_path / "b")
+        pack.pack_all(PackOptions(), tmp_path / "a", tmp_path / "b")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"(?s)nothing to pack.*ImageNet-1K.*data/imagenet.*make demo"):
-        pack()
+        pack.pack_all(PackOptions())
 
 
 def test_the_command_line_gives_the_sentence_and_exit_code_2(tmp_path, capsys):
@@ -555,6 +560,6 @@ def test_the_command_line_gives_the_sentence_and_exit_code_2(tmp_path, capsys):
         run_cli(lambda: pack_images(tmp_path / "nowhere", tmp_path / "out"))
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: --source {tmp_path}/nowhere is not a folder")
-    run = [sys.executable, "-m", "tools.pack_imagenet", "--sauce", "x"]
+    run = [sys.executable, "-m", "tools.pack", "images", "--sauce", "x"]
     wrong = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "--sauce" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -11,7 +11,6 @@ from test_tools_pack_videos import pack_tree, tree
 
 from tests.test_tools_pack import CLIPS, clip_tree, image_tree, pack_clips, pack_images, rows_of, sums
 from tools import shards
-from tools.packing import Spread
 
 Pack = Callable[..., int]
 
@@ -55,7 +54,6 @@ def source_of(kind: str, root: Path) -> tuple[Pack, Path, str]:
     return pack_tree, tree(root, names), "id2x"
 
 
-REJECT = Spread(reject_unreadable=True)
 KINDS = ("images", "clips", "videos")
 
 
@@ -84,7 +82,7 @@ def test_what_cannot_be_read_is_left_to_a_rerun(kind, tmp_path, monkeypatch, cap
         assert not (out / "dataset.json").exists()
         done = {path: path.stat().st_mtime_ns for path in out.glob("*/*.parquet")}
         assert len(done) == len([*(tmp_path / "calm").glob("*/*.tar")]) - 1
-        assert pack(source, out, spread=Spread(shard_range="1/1")) == 1
+        assert pack(source, out, shard_range="1/1") == 1
     assert done.items() <= {path: path.stat().st_mtime_ns for path in out.glob("*/*.parquet")}.items()
     assert pack(source, out) == 0
     assert sums(out) == sums(tmp_path / "calm")
@@ -103,7 +101,7 @@ def test_a_file_that_stays_unreadable_can_be_rejected(tmp_path, monkeypatch):
         pack, source, word = source_of(kind, tmp_path / kind)
         with monkeypatch.context() as patch:
             Storage(patch, word, float("inf"), errno.EIO)
-            assert pack(source, tmp_path / "out" / kind, spread=REJECT, max_reject=0.5) == 0
+            assert pack(source, tmp_path / "out" / kind, reject_unreadable=True, max_reject=0.5) == 0
         (bad,) = [row for row in rows_of(tmp_path / "out" / kind) if row["status"] == "rejected"]
         assert bad["reason"] == "cannot be read: Input/output error"
 

@@ -17,23 +17,14 @@ from pipelines.errors import UserError
 from tests.test_project import requirements
 from tests.test_tools_pack import ROOT, image_tree, pack_images, sums
 from tools.executors import pack_on_node, wait_until_seen
-from tools.pack_imagenet import load_image, plan_images
-from tools.packing import Spread, _begun, settings
+from tools.imagenet import ImageOptions, load_image, plan_images
+from tools.packing import _begin
 from tools.shards import PLAN_FILE, Job, jobs_of
 
 
 def start(source: Path, out: Path, *words: object) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "tools.pack_imagenet",
-        "--source",
-        source,
-        "--out",
-        out,
-        "--shard-size",
-        2,
-    ]
+    command = [sys.executable, "-m", "tools.pack", "images", "--source", source, "--out", out]
+    command += ["--shard-size", 2]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*map(str, command), *map(str, words)], cwd=ROOT, **pipes)
 
@@ -76,25 +67,25 @@ def test_parts_side_by_side_and_a_last_run_give_the_bytes_of_one_run(tmp_path):
     numbers = sorted(int(path.stem) for path in out.glob("train/*.tar"))
     assert {number for number in range(60) if number % 3 != 2} <= {*numbers}, "two parts are whole"
     assert len(numbers) < 60, "and packed nothing of the third"
-    assert pack_images(source, out, shard_size=2, spread=Spread(shard_range="3/3")) == 0
+    assert pack_images(source, out, shard_size=2, shard_range="3/3") == 0
     assert pack_images(source, out, shard_size=2) == 0
     after = {path: path.stat().st_mtime_ns for path in out.glob("*/*.tar")}
     assert before.items() <= after.items() and len(after) == 75, "no shard was packed twice"
     assert sums(out) == sums(tmp_path / "one")
-    assert pack_images(source, out, shard_size=2, spread=Spread(shard_range="1/3")) == 0
+    assert pack_images(source, out, shard_size=2, shard_range="1/3") == 0
     assert sums(out) == sums(tmp_path / "one"), "a late part leaves a finished dataset alone"
 
 
 def test_of_two_plans_begun_at_once_one_holds(tmp_path):
     source = image_tree(tmp_path / "source", train=2, val=1)
-    plans = [plan_images(source, settings(side, 2, 10**8, 0.1, 0.0)) for side in (100, 200)]
+    plans = [plan_images(source, ImageOptions(short_side=side)) for side in (100, 200)]
     for attempt in range(40):
         began: list[int] = []
         barrier, leave = threading.Barrier(8), threading.Event()
 
         def begin(number: int, out: Path, began=began, barrier=barrier, leave=leave) -> None:
             barrier.wait()
-            with suppress(UserError), _begun(plans[number % 2], out, False):
+            with suppress(UserError), _begin(plans[number % 2], out, False):
                 began.append(number % 2)
                 leave.wait(20)
 
@@ -110,8 +101,8 @@ def test_of_two_plans_begun_at_once_one_holds(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["0/3", "4/3", "1", "a/b", "1/3/5", "-1/3", "1/0", "1 /3"])
 def test_a_wrong_range_gets_one_sentence(tmp_path, wrong):
-    with pytest.raises(UserError, match=r"--shard-range must be i/n with i from 1 to n, not .*\.$"):
-        pack_images(tmp_path, tmp_path / "out", spread=Spread(shard_range=wrong))
+    with pytest.raises(UserError, match=r"--shard-range is .*; it must be i/n with i from 1 to n\.$"):
+        pack_images(tmp_path, tmp_path / "out", shard_range=wrong)
 
 
 # ---- nodes -----------------------------------------------------------------------------------------------
@@ -121,7 +112,7 @@ def one_job(folder: Path) -> Job:
     source, out = image_tree(folder / "source", train=1, val=1), folder / "out"
     (out / "train").mkdir(parents=True)
     (out / PLAN_FILE).write_text("{}")
-    plan = plan_images(source, settings(256, 10, 10**8, 0.1, 0.0))
+    plan = plan_images(source, ImageOptions(shard_size=10))
     return jobs_of(plan, source, out, load_image)[0]
 
 
@@ -147,15 +138,15 @@ def test_a_node_that_differs_is_named_with_what_it_lacks(tmp_path):
 def test_ray_that_is_not_installed_or_not_there_gets_one_sentence(tmp_path, monkeypatch):
     source = image_tree(tmp_path / "source", train=1, val=1)
     pack = partial(pack_images, source, tmp_path / "out")
-    with pytest.raises(UserError, match=r"--ray host:1 is for --executor ray \(EXECUTOR=ray\)"):
-        pack(spread=Spread(ray="host:1"))
+    with pytest.raises(UserError, match=r"--ray host:1 needs --executor ray \(EXECUTOR=ray\)"):
+        pack(ray="host:1")
     if find_spec("ray"):
         for address in ("localhost:9", "nonsense", "auto"):
             with pytest.raises(UserError, match=rf"no Ray cluster can be joined at --ray {address} \("):
-                pack(spread=Spread("ray", address))
+                pack(executor="ray", ray=address)
     monkeypatch.setitem(sys.modules, "ray", None)  # as Python marks what cannot be imported
     with pytest.raises(UserError, match=r"needs Ray, which is not installed; run make env-ray\.$"):
-        pack_images(source, tmp_path / "none", spread=Spread("ray"))
+        pack_images(source, tmp_path / "none", executor="ray")
     assert not (tmp_path / "none").exists(), "a wrong use leaves nothing behind"
 
 

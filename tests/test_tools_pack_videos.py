@@ -4,6 +4,7 @@ import io
 import os
 import wave
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,15 +17,15 @@ from test_tools_pack import ROOT, dali_decode, encoded, exif, frames_of, pixels,
 
 from pipelines.errors import UserError
 from tools.images import BadImage, Packed
-from tools.pack import pack
-from tools.pack_kinetics import pack_kinetics
-from tools.packing import HERE, crew_of, run, settings
-from tools.shards import Packing, Plan, Sample
+from tools.kinetics import ClipOptions
+from tools.pack import pack_all, pack_clips
+from tools.packing import PackOptions, run
+from tools.shards import Packing, PackPlan, Sample, VideoPacking
 from tools.verify import verify
 from tools.videos import best_file, load_video, on_grid
 
 BITS = 7
-PACKING = Packing(256, 4, 1_000_000, 0.0, "")
+PACKING = VideoPacking(256, 4, 1_000_000, 0.0, "", 30.0, 60.0, "")
 
 
 def numbered(number: int, size: tuple[int, int] = (BITS * 16, 64)) -> Image.Image:
@@ -72,8 +73,8 @@ def mux_jpeg(container, stream, jpeg: bytes) -> None:
     container.mux(packet)
 
 
-def load(path: Path, packing: Packing = PACKING, fps: float = 30, max_seconds: float = 60) -> Packed:
-    return load_video(path.parent, path.name, packing, fps, max_seconds)
+def load(path: Path, **settings) -> Packed:
+    return load_video(path.parent, path.name, replace(PACKING, **settings))
 
 
 def reason(path: Path, **options) -> str:
@@ -94,9 +95,8 @@ def tree(root: Path, videos: dict[str, list[str]]) -> Path:
 
 
 def pack_tree(root: Path, out: Path, **options) -> int:
-    return pack_kinetics(
-        videos=root, annotations=root / "annotations", out=out, **{"workers": 1, "shard_size": 3, **options}
-    )
+    all_options = ClipOptions(**{"workers": 1, "shard_size": 3, **options})
+    return pack_clips(root / "annotations", out, all_options, videos=root)
 
 
 # ---- which frames ----------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_colours_are_those_that_were_filmed(tmp_path, matrix):
 def test_odd_sizes_are_kept_and_large_ones_scaled(tmp_path, size, wanted):
     picture = pixels(3, size).convert("L").convert("RGB")
     path = make(tmp_path / "a.mkv", [picture] * 2, "ffv1", pixel_format="bgr0")
-    packed = load(path, Packing(100, 4, 1_000_000, 0.0, ""))
+    packed = load(path, short_side=100)
     assert packed.size == wanted
     assert ("resized" in packed.change) == (size != wanted)
     assert distance(packed.frames[0], picture.resize(wanted, Image.Resampling.BICUBIC)) < 4
@@ -245,7 +245,7 @@ def test_fine_stripes_scale_to_gray(tmp_path):
     stripes = np.zeros((300, 400, 3), np.uint8)
     stripes[:, ::2] = 255
     path = make(tmp_path / "a.mkv", [Image.fromarray(stripes)], "ffv1", pixel_format="bgr0")
-    found = dali_decode(load(path, Packing(90, 4, 1_000_000, 0.0, "")).frames[:1])[0]
+    found = dali_decode(load(path, short_side=90).frames[:1])[0]
     assert found.shape == (90, 120, 3) and np.abs(found[:, 2:-2].astype(int) - 127).max() < 12
 
 
@@ -397,7 +397,7 @@ def test_what_is_no_video_is_named(tmp_path):
     assert reason(tmp_path / "absent.mp4") == "no video file"
     assert reason(tmp_path / "sound.wav") == unknown
     assert reason(tmp_path / "song.mp4") == "no video stream"
-    assert reason(short, packing=Packing(256, 4, 7000, 0.0, "")) == "more than --max-pixels 7000"
+    assert reason(short, max_pixels=7000) == "more than --max-pixels 7000"
     assert reason(short, max_seconds=0.1) == "longer than --max-seconds 0.1"
     assert len(load(short, max_seconds=0.14).frames) == 4
 
@@ -494,32 +494,31 @@ def crash(root: Path, source: str, packing: Packing) -> Packed:
 
 def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
     samples = [Sample(f"{n}", 0, "a", f"{n}.mp4") for n in range(4)]
-    plan = Plan("video", ["a"], {"train": samples}, settings(256, 1, 1, 0.0, 0.0))
+    options = ClipOptions(workers=2, shard_size=1)
+    plan = PackPlan("video", ["a"], {"train": samples}, options.packing(videos=True))
     with pytest.raises(UserError, match="or by a file that crashes its decoder"):
-        run(plan, tmp_path, tmp_path / "out", crash, crew_of(2, HERE), 0.0)
+        run(plan, tmp_path, tmp_path / "out", crash, options)
 
 
 def test_each_wrong_use_gets_one_sentence(tmp_path, monkeypatch):
     source = tree(
         tmp_path / "source", {"train": ["-id0_000007_000017.mp4"], "val": ["-id1_000007_000017.mp4"]}
     )
-    out, notes = tmp_path / "out", source / "annotations"
+    out, notes, options = tmp_path / "out", source / "annotations", ClipOptions()
     (tmp_path / "bare").mkdir()
     monkeypatch.chdir(tmp_path)
     wrong = {
-        "either --frames or --videos": lambda: pack_kinetics(source, notes, out, videos=source),
-        "with either --frames or --videos, and": lambda: pack_kinetics(annotations=notes, out=out),
-        "nowhere is not a folder": lambda: pack_kinetics(
-            videos=tmp_path / "nowhere", annotations=notes, out=out
+        "one of --frames and --videos": lambda: pack_clips(notes, out, options, source, source),
+        "from one of --frames and --videos": lambda: pack_clips(notes, out, options),
+        "nowhere is not a folder": lambda: pack_clips(notes, out, options, videos=tmp_path / "nowhere"),
+        "--fps is 0; it must be above 0": lambda: pack_tree(source, out, fps=0.0),
+        "--fps is nan; it must be above 0 ": lambda: pack_tree(source, out, fps=float("nan")),
+        "--max-seconds is inf; it must be": lambda: pack_tree(source, out, max_seconds=float("inf")),
+        "as bare/a_b/-id0_000007_000017.mp4; check": lambda: pack_clips(
+            notes, out, options, videos=Path("bare")
         ),
-        "--fps must be above 0": lambda: pack_tree(source, out, fps=0.0),
-        "--fps must be above 0 ": lambda: pack_tree(source, out, fps=float("nan")),
-        "--max-seconds must be": lambda: pack_tree(source, out, max_seconds=float("inf")),
-        "bare/a_b/-id0_000007_000017.mp4 was": lambda: pack_kinetics(
-            videos=tmp_path / "bare", annotations=notes, out=out
-        ),
-        "either FRAMES= or VIDEOS=": lambda: pack(frames=source, videos=source),
-        "nowhere does not exist; check": lambda: pack(videos=tmp_path / "nowhere"),
+        "one of FRAMES= and VIDEOS=": lambda: pack_all(options, frames=source, videos=source),
+        "nowhere does not exist; check": lambda: pack_all(options, videos=tmp_path / "nowhere"),
     }
     for words, call in wrong.items():
         with pytest.raises(UserError) as caught:
@@ -534,7 +533,7 @@ def test_make_shards_takes_videos(tmp_path, monkeypatch, capsys):
     tree(
         tmp_path / "k400", {"train": ["train/-id0_000007_000017.mp4"], "val": ["val/-id1_000007_000017.mp4"]}
     )
-    assert pack(videos=Path("k400"), workers=1) == 0
+    assert pack_all(PackOptions(workers=1), videos=Path("k400")) == 0
     assert rows_of(tmp_path / "shards/kinetics")[0]["frames"] == 4
     assert "no images packed" not in capsys.readouterr().out, "nobody named any"
     assert "$(if $(VIDEOS),--videos '$(VIDEOS)')" in (ROOT / "Makefile").read_text()

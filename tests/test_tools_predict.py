@@ -21,7 +21,8 @@ from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.pipelines_fixtures import read_rows
 from tests.train_helpers import CLASSES, picture, small
-from tools.pack_imagenet import pack_imagenet
+from tools.imagenet import ImageOptions
+from tools.pack import pack_images
 from tools.predict import predict
 from train import build, evaluate, finetune, loop
 from train.config import Config, FinetuneConfig, to_dict
@@ -49,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 path = root / "source" / split / name / f"{i}.{('jpg', 'png')[i % 2]}"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 image.save(path)
-    assert pack_imagenet(root / "source", root / "data", workers=1, short_side=40) == 0
+    assert pack_images(root / "source", root / "data", ImageOptions(workers=1, short_side=40)) == 0
     config = small("image-ft-pico", root / "data", root, "run", epochs=6.0, lr=2e-3)
     build.check(config)
     assert loop.fit(config, finetune.make_task) == 0

@@ -13,7 +13,8 @@ from test_tools_pack import encoded, hopeless, mangled, pack_images, peculiar, p
 from pipelines.config import DataConfig
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
-from tools.pack_kinetics import pack_kinetics
+from tools.kinetics import ClipOptions
+from tools.pack import pack_clips
 from tools.verify import verify
 
 NAMES = (
@@ -99,7 +100,7 @@ def test_as_many_classes_as_kinetics_and_every_numbering_of_frames(tmp_path):
                 write(folder / (pattern % frame), encoded(pixels(seed + place, (32, 24)), kind))
         write(tmp_path / f"annotations/{split}.csv", "\n".join([*lines, ""]).encode())
     out = tmp_path / "out"
-    assert pack_kinetics(tmp_path / "frames", tmp_path / "annotations", out, workers=2) == 0
+    assert pack_clips(tmp_path / "annotations", out, ClipOptions(workers=2), frames=tmp_path / "frames") == 0
     assert json.loads((out / "dataset.json").read_text())["classes"] == sorted(labels)
     rows = rows_of(out)
     assert {row["class_name"]: row["label"] for row in rows} == {n: i for i, n in enumerate(sorted(labels))}

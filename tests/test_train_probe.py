@@ -5,7 +5,8 @@ import torch
 
 from pipelines.errors import UserError
 from tests.train_helpers import small
-from tools.pack_imagenet import pack_imagenet
+from tools.imagenet import ImageOptions
+from tools.pack import pack_images
 from train import finetune, loop, mae, probe
 
 
@@ -55,7 +56,7 @@ def test_unlabelled_shards_cannot_be_probed(images, tmp_path):
     flat.mkdir()
     for number, picture in enumerate(sorted((images.parent / "source").rglob("*.JPEG"))):
         (flat / f"{number}.jpg").write_bytes(picture.read_bytes())
-    assert pack_imagenet(flat, tmp_path / "unlabelled", workers=1) == 0
+    assert pack_images(flat, tmp_path / "unlabelled", ImageOptions(workers=1)) == 0
     with pytest.raises(UserError, match="samples without a class"):
         probe.probe(probe.Arguments(tmp_path / "run", data=tmp_path / "unlabelled", device="cpu"))
     with pytest.raises(UserError, match="name a run folder"):

@@ -18,7 +18,8 @@ from models.inputs import NormalizedInput
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.loader import Batch
 from tests.train_helpers import CLASSES, picture, small
-from tools.pack_imagenet import pack_imagenet
+from tools.imagenet import ImageOptions
+from tools.pack import pack_images
 from train import build, finetune, loop, mae
 from train.config import Config
 from train.distributed import World
@@ -107,7 +108,7 @@ def test_validation_is_on_held_out_samples(tmp_path: Path):
             for number in range(count):
                 shown = label if split == "train" else 1 - label
                 (folder / f"{number}.JPEG").write_bytes(picture(shown, 100 * label + number))
-    assert pack_imagenet(tmp_path / "source", tmp_path / "images", workers=1) == 0
+    assert pack_images(tmp_path / "source", tmp_path / "images", ImageOptions(workers=1)) == 0
     config = small("image-ft-pico", tmp_path / "images", tmp_path, "held-out", epochs=6.0, lr=2e-3)
     loop.fit(config, finetune.make_task)
     assert read_csv(tmp_path / "held-out" / "metrics.csv")[-1]["acc"] < 0.1

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tools.pack_imagenet import pack_imagenet
-from tools.pack_kinetics import pack_kinetics
+from tools.imagenet import ImageOptions
+from tools.kinetics import ClipOptions
+from tools.pack import pack_clips, pack_images
 from train.config import Config, flatten, to_dict
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
@@ -39,7 +40,7 @@ def make_images(root: Path, train: int = 20, val: int = 7) -> Path:
                 (folder / f"{i}.JPEG").write_bytes(
                     picture(label, 1000 * label + i + (500 if split == "val" else 0))
                 )
-    assert pack_imagenet(root / "source", root / "images", workers=1, shard_size=16) == 0
+    assert pack_images(root / "source", root / "images", ImageOptions(workers=1, shard_size=16)) == 0
     return root / "images"
 
 
@@ -58,7 +59,8 @@ def make_clips(root: Path, train: int = 10, val: int = 3, frames: int = 20) -> P
                     for f in range(frames):
                         seed = 10_000 * label + 100 * i + f + (5000 if split == "val" else 0)
                         (folder / f"frame_{f + 1:05d}.jpg").write_bytes(picture(label, seed))
-    assert pack_kinetics(root / "frames", root / "annotations", root / "clips", workers=1, shard_size=8) == 0
+    options = ClipOptions(workers=1, shard_size=8)
+    assert pack_clips(root / "annotations", root / "clips", options, frames=root / "frames") == 0
     return root / "clips"
 
 

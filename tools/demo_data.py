@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines.errors import run_cli
 from pipelines.files import atomic_write
-from tools.packing import worker_count, writing_to
+from tools.packing import PackOptions, writing_to
 
 IMAGE_SIDE = 128
 IMAGES = {"train": 50, "val": 25}  # a class
@@ -113,7 +113,7 @@ def demo_data(out: Path, workers: int | None = None) -> None:
         out: folder to write images/ and clips/ to.
         workers: processes; one a core unless given.
     """
-    processes = worker_count(workers)
+    processes = PackOptions(workers=workers).processes
     with writing_to(out):
         clips = out / "clips"
         (clips / "annotations").mkdir(parents=True, exist_ok=True)

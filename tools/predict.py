@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,21 @@ import tyro
 from models.inputs import NormalizedInput
 from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, run_cli
+from tools.imagenet import ImageOptions, load_image
 from tools.images import SUFFIXES, BadImage, Packed
-from tools.pack_imagenet import load_image
-from tools.pack_kinetics import load_clip
-from tools.packing import settings
-from tools.shards import Load, Packing, Plan, Sample, finish, jobs_of, make_key, pack_shard, readable
-from tools.videos import clip_settings, load_video
+from tools.kinetics import ClipOptions, load_clip
+from tools.shards import (
+    Packing,
+    PackPlan,
+    Sample,
+    VideoPacking,
+    finish,
+    jobs_of,
+    make_key,
+    pack_shard,
+    readable,
+)
+from tools.videos import load_video
 from train.config import Config, FinetuneConfig
 from train.evaluate import load_model, open_task, read_config, weights_of
 from train.task import Task
@@ -112,30 +121,33 @@ def read_run(run: Path) -> tuple[Config, Sequence[str], Mapping[str, Any]]:
 
 
 def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out: Path) -> list[str]:
-    """Make `out` a dataset of the inputs; gives for each why it was left out, "" where it was not."""
+    """Make `out` a dataset of the inputs; return the reason for each that was rejected, "" for the others.
+
+    packing: how the run's data was packed; defaults replace what is missing.
+    """
     clips = config.data.frames > 1
-    how = settings(packing.get("short_side", 256), 1000, packing.get("max_pixels", 100_000_000), 0.0, 0.0)
+    kind = ClipOptions if clips else ImageOptions
+    options = kind(**{field.name: packing[field.name] for field in fields(kind) if field.name in packing})
+    how = options.packing(videos=True) if isinstance(options, ClipOptions) else options.packing()
     samples = [Sample(make_key(i, path.stem), -1, "", str(path)) for i, path in enumerate(inputs)]
-    fps = packing.get("fps", 30.0)
-    how = clip_settings(how, fps) if clips else how
-    plan = Plan("video" if clips else "image", (), {"val": samples}, how)
-    video = partial(load_video, fps=fps, max_seconds=packing.get("max_seconds", 60.0))
+    plan = PackPlan("video" if clips else "image", (), {"val": samples}, how)
     (out / "val").mkdir()
-    for job in jobs_of(plan, Path(), out, partial(load, video=video if clips else None), True):
+    for job in jobs_of(plan, Path(), out, load, reject_unreadable=True):
         pack_shard(job)
     finish(plan, out)
     listed = read_batch(out / "val.arrow", ["key", "reason"]).to_pylist()
     return [row["reason"] for row in sorted(listed, key=lambda row: row["key"])]  # keys begin with the index
 
 
-def load(root: Path, source: str, packing: Packing, video: Load | None) -> Packed:
-    """Read one input, a clip where `video` reads those of one file. Raises `BadImage` or `OSError`."""
-    if video and (root / source).is_dir():
+def load(root: Path, source: str, packing: Packing) -> Packed:
+    """Read one picture, or for clips a video or a folder of frames. Raises `BadImage` or `OSError`."""
+    clips = isinstance(packing, VideoPacking)
+    if clips and (root / source).is_dir():
         return load_clip(root, source, packing)
     try:
-        return (video or load_image)(root, source, packing)
+        return (load_video if clips else load_image)(root, source, packing)
     except BadImage as error:
-        raise BadImage(f"{error} (this run takes {'clips' if video else 'pictures'})") from error
+        raise BadImage(f"{error} (this run takes {'clips' if clips else 'pictures'})") from error
 
 
 def pictures_of(path: Path) -> list[Path]:

@@ -1,10 +1,10 @@
-"""Writes a packed dataset: WebDataset tars, a DALI index and an Arrow catalogue (shards/README.md).
+"""Write a packed dataset: WebDataset tars, a DALI index and an Arrow catalogue (shards/README.md).
 
 `python -m tools.shards NAME` converts a dataset of format 2, whose catalogue was a Parquet file.
 
-One shard is one call of `pack_shard`, a plain function of a picklable job, so that any scheduler can run it.
-It is a fixed slice of the plan and the plan a function of the source listing: its bytes depend neither
-on the workers nor on how often the run was interrupted.
+`pack_shard` writes one shard. It is a plain function of a picklable job, so that any scheduler can run it. A
+shard is a fixed slice of the plan, and the plan depends only on the list of source files. So the bytes of a
+shard do not depend on the number of workers or interruptions.
 """
 
 import hashlib
@@ -32,26 +32,34 @@ from pipelines.files import atomic_text, atomic_write, sha256_of
 from tools.images import TRANSIENT, BadImage, Packed
 
 PLAN_FILE = ".plan.json"
-PAUSES = (0.2, 1.0, 5.0)  # seconds before a sample is read again that the storage failed to deliver
-TOLD = ("label", "class_name", "source", "width", "height", "frames")  # what KEY.json repeats of a row
+PAUSES = (0.2, 1.0, 5.0)  # seconds before a failed read is repeated
+JSON_FIELDS = ("label", "class_name", "source", "width", "height", "frames")  # columns copied to KEY.json
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What decides a shard's bytes, beside the source files."""
+    """What decides the bytes of a shard, besides the source files."""
 
     short_side: int
     shard_size: int
     max_pixels: int
     val_fraction: float
-    pillow: str  # another version may encode other bytes
+    pillow: str  # version; others may encode other bytes
 
 
 @dataclass(frozen=True)
 class ClipPacking(Packing):
-    """What decides the bytes of a shard of clips, and their frame rate."""
+    """The same for clips."""
 
     fps: float  # stored frames per second
+
+
+@dataclass(frozen=True)
+class VideoPacking(ClipPacking):
+    """The same for clips decoded from videos."""
+
+    max_seconds: float
+    av: str  # version; others may decode other pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +87,12 @@ class Job:
     kind: str
     packing: Packing
     load: Load
-    reject_unreadable: bool = False  # else a shard waits for samples that the storage fails to deliver
+    reject_unreadable: bool = False  # otherwise the shard is not written if the storage fails
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A whole dataset to pack: per split the samples in their final order."""
+class PackPlan:
+    """A dataset to pack: the samples of each split in their final order."""
 
     kind: str
     classes: Sequence[str]
@@ -92,7 +100,7 @@ class Plan:
     packing: Packing
 
     def settings(self) -> dict[str, object]:
-        """What must agree for a run to go on with the shards of an earlier one."""
+        """What must be equal for a run to keep the shards of an earlier one."""
         return {**asdict(self.packing), "source_sha256": self._fingerprint()}
 
     def _fingerprint(self) -> str:
@@ -104,12 +112,12 @@ class Plan:
 
 
 def make_key(index: int, name: str) -> str:
-    """A sample key that tar, WebDataset and DALI all take: unique by its index, readable by its name."""
+    """A sample key that tar, WebDataset and DALI accept: a unique index and a readable name."""
     return f"{index:08d}-{re.sub(r'[^A-Za-z0-9_-]+', '-', name)[:60]}"
 
 
 def shuffled(count: int) -> np.ndarray:
-    """A fixed permutation [count]: shards of samples sorted by class would ruin training."""
+    """A fixed permutation [count]. Samples sorted by class would ruin training."""
     return np.argsort(np.random.PCG64(0).random_raw(count), kind="stable")
 
 
@@ -122,7 +130,7 @@ def samples_of(listed: Sequence[tuple[str, str, str]], labels: Mapping[str, int]
 
 
 def readable(text: str) -> str:
-    """A file name as valid Unicode; undecodable bytes of odd file systems become question marks."""
+    """A file name as valid Unicode; bytes that cannot be decoded become question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -130,12 +138,12 @@ def readable(text: str) -> str:
 
 
 class Result(NamedTuple):
-    """What became of a shard's samples; while some are unreadable the shard is not written."""
+    """Counts of a shard's samples. If some are unreadable, the shard is not written."""
 
     packed: int
     rejected: int
     unreadable: int = 0
-    example: str = ""  # an unreadable source, and why
+    example: str = ""  # an unreadable source and the reason
 
 
 class _UnreadableError(Exception):
@@ -143,9 +151,9 @@ class _UnreadableError(Exception):
 
 
 def pack_shard(job: Job) -> Result:
-    """Write one shard's tar, index and, last, its rows, unless the storage fails to deliver some samples.
+    """Write the tar, the index and the rows of a shard, unless the storage fails to deliver some samples.
 
-    The rows are the mark that the shard is done. Raises `OSError` where the shard cannot be written.
+    The rows are written last: they mark the shard as done. Raises `OSError` if the shard cannot be written.
     """
     stem = job.folder / f"{job.shard:06d}"
     rows: list[Row] = []
@@ -168,7 +176,7 @@ def pack_shard(job: Job) -> Result:
 
 
 def load_sample(job: Job, source: str, pauses: Sequence[float]) -> Packed:
-    """Read a sample; repeat it after each of the `pauses` (seconds) while the storage fails.
+    """Read a sample; if the storage fails, read it again after each of the `pauses` (seconds).
 
     Raises `BadImage` or `OSError`.
     """
@@ -185,10 +193,10 @@ def load_sample(job: Job, source: str, pauses: Sequence[float]) -> Packed:
 def _add_sample(
     tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[Row], unreadable: list[str]
 ) -> str:
-    """Append one sample to the tar and its row to `rows`; return its index line, "" if rejected.
+    """Append one sample to the tar and its row to `rows`; return its index line, "" if it is rejected.
 
-    A sample that the storage fails to deliver is named in `unreadable`, and those after it are not repeated:
-    an outage is waited for once in a shard.
+    If the storage fails to deliver the sample, it is added to `unreadable`. Later samples of the shard are
+    then read only once, so that a shard waits for an outage once.
     """
     row: Row = asdict(sample) | {"source": readable(sample.source), "frames": 0, "shard": -1}
     row |= {"status": "rejected", "reason": "", "change": "", "width": 0, "height": 0, "sha256": ""}
@@ -219,7 +227,7 @@ def _add_sample(
 
 def _members(row: Row, frames: Sequence[bytes], kind: str) -> list[tuple[str, bytes]]:
     """A sample's (extension, bytes) in the order of the tar: frames, label, description."""
-    description = json.dumps({name: row[name] for name in TOLD}, ensure_ascii=False)
+    description = json.dumps({name: row[name] for name in JSON_FIELDS}, ensure_ascii=False)
     contents = [*frames, b"%d" % row["label"], description.encode()]
     return [*zip(member_names(kind, len(frames)), contents, strict=True)]
 
@@ -230,7 +238,7 @@ def member_names(kind: str, frames: int) -> list[str]:
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a file with fixed times and owner; return the byte offset of its content."""
+    """Append a file with fixed time and owner; return the byte offset of its content."""
     header = tarfile.TarInfo(name)
     header.size = len(data)
     offset = tar.offset + tarfile.BLOCKSIZE
@@ -241,7 +249,7 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 # ---- all shards of a dataset -----------------------------------------------------------------------------
 
 
-def jobs_of(plan: Plan, root: Path, out: Path, load: Load, reject_unreadable: bool = False) -> list[Job]:
+def jobs_of(plan: PackPlan, root: Path, out: Path, load: Load, reject_unreadable: bool = False) -> list[Job]:
     """Every shard of the plan, in order; training shards first."""
     size, rest = plan.packing.shard_size, (plan.kind, plan.packing, load, reject_unreadable)
     return [
@@ -252,12 +260,12 @@ def jobs_of(plan: Plan, root: Path, out: Path, load: Load, reject_unreadable: bo
 
 
 def is_done(job: Job) -> bool:
-    """Whether an earlier run wrote this shard; its rows are written last."""
+    """True if an earlier run wrote this shard."""
     return (job.folder / f"{job.shard:06d}.parquet").exists()
 
 
-def finish(plan: Plan, out: Path) -> None:
-    """Merge the shards' rows into a catalogue per split and write dataset.json, which makes it a dataset."""
+def finish(plan: PackPlan, out: Path) -> None:
+    """Merge the rows of all shards into a catalogue per split; write dataset.json last."""
     splits = {split: merge(out, split) for split in plan.splits}
     tars = {split: sorted((out / split).glob("[0-9]*.tar")) for split in plan.splits}
     info = {
@@ -284,7 +292,7 @@ def merge(out: Path, split: str) -> dict[str, int]:
 
 
 def write_catalogue(path: Path, rows: pa.Table) -> None:
-    """Write rows [SCHEMA] as one record batch, the packed samples first, each kind in its order."""
+    """Write rows [SCHEMA] as one record batch: packed samples first, then rejected ones, each in order."""
     packed = pc.equal(rows["status"], "ok")  # pyrefly: ignore
     ordered = pa.concat_tables([rows.filter(packed), rows.filter(pc.invert(packed))])  # pyrefly: ignore
     columns = [pa.concat_arrays(column.chunks or [pa.array([], column.type)]) for column in ordered.columns]
@@ -296,9 +304,9 @@ def write_catalogue(path: Path, rows: pa.Table) -> None:
 
 
 def convert(root: tyro.conf.Positional[Path]) -> None:
-    """Convert the catalogues of a dataset of format 2; its tars stay as they are, nothing is decoded.
+    """Convert the catalogues of a dataset of format 2. Its tars are not changed; nothing is decoded.
 
-    Raises UserError for a dataset of another format or one that is damaged.
+    Raises UserError if the dataset has another format or is damaged.
     """
     path = root / "dataset.json"
     try:

@@ -38,7 +38,7 @@ def stage(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path],
     """Copy the dataset at `source` to the folder `target`; raises UserError when it cannot be completed.
 
     Args:
-        source: folder or URI of a dataset that tools.pack_* wrote.
+        source: folder or URI of a packed dataset.
         target: folder on a local disk.
         workers: files under way at once.
     """

@@ -27,7 +27,7 @@ from rich.progress import track
 from pipelines.dataset import SCHEMA, DatasetInfo, missing_shards, open_split, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.machine import usable_cores
-from tools.shards import TOLD, Row, member_names
+from tools.shards import JSON_FIELDS, Row, member_names
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
@@ -222,7 +222,7 @@ def sample_faults(info: DatasetInfo, tar: np.ndarray, row: Row, places: Sequence
     if not 0 <= row["label"] + 1 < len(known) or row["class_name"] != known[row["label"] + 1]:
         yield f"dataset.json has no class {row['class_name']!r} with label {row['label']}"
     try:
-        if json.loads(told) != {name: row[name] for name in TOLD}:
+        if json.loads(told) != {name: row[name] for name in JSON_FIELDS}:
             yield "its .json differs from the catalogue"
     except (ValueError, RecursionError):
         yield "its .json is damaged"

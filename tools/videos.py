@@ -1,7 +1,7 @@
-"""Clips kept as video files: finding them below a folder, decoding them to frames at a constant rate.
+"""Find video files below a folder and decode them to JPEG frames at a constant rate.
 
-Frames are chosen by their timestamps, so that any frame rate, also a varying one, plays at the right speed.
-What a decoder calls damaged is never packed: a clip ends there, and is rejected where that is too early.
+Frames are chosen by their timestamps, so that videos of any frame rate, also a varying one, keep their speed.
+Damaged frames are never packed: the clip ends before the damage. If less than half is left, it is rejected.
 """
 
 import errno
@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from io import FileIO
 from pathlib import Path
@@ -26,12 +26,11 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image
 
-from pipelines.errors import UserError
 from tools.images import BadImage, Packed, encode, fitted, mode_of
 from tools.packing import walk
-from tools.shards import ClipPacking, Packing
+from tools.shards import Packing, VideoPacking
 
-# Playlists, scripts and streams stay out: they open other files, or the network.
+# Without playlists, scripts and streams, which open other files or the network.
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,rm,mxf,dv,nut"
 PREFERRED = frozenset(
     {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".wmv", ".3gp", ".gif"}
@@ -52,42 +51,19 @@ TURNS = {  # by the signs of a display matrix: x' = a x + c y, y' = b x + d y, a
     (0, -1, -1, 0): TURNED.TRANSVERSE,
 }
 HALF = Fraction(1, 2)
-AS_NEAR = Fraction(1, 1000)  # seconds: many containers round their times to it
-WHOLE = Fraction(95, 100)  # of its declared duration a clip has without a word
+TIME_STEP = Fraction(1, 1000)  # seconds; many containers round their times to it
+COMPLETE = Fraction(95, 100)  # share of the declared duration from which a clip counts as complete
 
 Name = tuple[str, int, int]  # video, start and end, seconds
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class VideoPacking(ClipPacking):
-    """What decides the bytes of a shard of decoded videos."""
-
-    max_seconds: float
-    av: str  # another version may decode other pixels
-
-
 @dataclass
 class Decoded:
-    """How far a clip was decoded, filled in while its frames are read."""
+    """How much of a clip was decoded; updated while its frames are read."""
 
     seconds: Fraction = Fraction(0)
     damaged: bool = False
-
-
-def clip_settings(packing: Packing, fps: float) -> ClipPacking:
-    """`packing` with the frame rate. Raises `UserError`."""
-    if not 0 < fps <= 1000:
-        raise UserError(f"--fps must be above 0 and at most 1000, not {fps:g}.")
-    return ClipPacking(**asdict(packing), fps=fps)
-
-
-def video_settings(packing: Packing, fps: float, max_seconds: float) -> VideoPacking:
-    """`packing` with what decoding needs. Raises `UserError`."""
-    clips = clip_settings(packing, fps)
-    if not 0 < max_seconds < float("inf"):
-        raise UserError(f"--max-seconds must be above 0, not {max_seconds:g}.")
-    return VideoPacking(**asdict(clips), max_seconds=max_seconds, av=av.__version__)
 
 
 def find_videos(top: Path) -> dict[Name, list[str]]:
@@ -101,7 +77,7 @@ def find_videos(top: Path) -> dict[Name, list[str]]:
 
 
 def best_file(paths: Sequence[str], folders: Sequence[str]) -> str:
-    """Of files with one name the one in the most of `folders`; videos before what else lies beside them."""
+    """Of files with the same name, the one in the most of `folders`; videos before other files."""
 
     def rank(path: str) -> tuple[int, bool, str]:
         place = Path(path)
@@ -113,14 +89,15 @@ def best_file(paths: Sequence[str], folders: Sequence[str]) -> str:
 # ---- one clip --------------------------------------------------------------------------------------------
 
 
-def load_video(root: Path, source: str, packing: Packing, fps: float, max_seconds: float) -> Packed:
-    """Decode one clip to JPEGs, `fps` a second. Raises `BadImage` or `OSError`."""
+def load_video(root: Path, source: str, packing: Packing) -> Packed:
+    """Decode one clip to JPEGs as a `VideoPacking` requires. Raises `BadImage` or `OSError`."""
+    assert isinstance(packing, VideoPacking)
     path = root / source
     if not S_ISREG(mode := mode_of(path)):
         raise BadImage("not a regular file" if mode else "no video file")
     with SourceFile(path) as file:
         try:
-            packed = _decode_file(file, packing, fps, max_seconds)
+            packed = _decode_file(file, packing)
         except BadImage:
             if file.error is None:
                 raise
@@ -131,7 +108,7 @@ def load_video(root: Path, source: str, packing: Packing, fps: float, max_second
 
 
 class SourceFile(FileIO):
-    """A file for FFmpeg. It keeps a read error, which FFmpeg takes for damage or for the end of the file."""
+    """A file for FFmpeg that keeps a read error. FFmpeg takes it for damage or for the end of the file."""
 
     error: OSError | None = None
 
@@ -146,20 +123,20 @@ class SourceFile(FileIO):
         try:
             return super().seek(offset, whence)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # a damaged file may send FFmpeg to impossible places
+            if error.errno != errno.EINVAL:  # a damaged file may make FFmpeg seek to impossible positions
                 self.error = error
             return -1
 
 
-def _decode_file(file: SourceFile, packing: Packing, fps: float, max_seconds: float) -> Packed:
+def _decode_file(file: SourceFile, packing: VideoPacking) -> Packed:
     """`load_video` of an open file. Raises `BadImage`."""
     try:
         with _open(file) as container:
-            return _convert(container, packing, Fraction(fps), Fraction(max_seconds))
+            return _convert(container, packing)
     except BadImage:
         raise
     except Exception as error:
-        # Out of memory by FFmpeg's word is a damaged file's absurd size, by Python's it is the machine.
+        # FFmpeg calls the absurd size of a damaged file out of memory; Python means the machine's memory.
         if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
             raise
         raise BadImage("damaged: it cannot be decoded") from error
@@ -173,23 +150,23 @@ def _open(file: SourceFile) -> InputContainer:
         raise BadImage("not a video, or its header is damaged or missing") from error
 
 
-def _convert(container: InputContainer, packing: Packing, fps: Fraction, max_seconds: Fraction) -> Packed:
+def _convert(container: InputContainer, packing: VideoPacking) -> Packed:
     stream = _picture_stream(container)
     declared = _declared(container, stream)
-    if declared > max_seconds:
-        raise _too_long(max_seconds)
+    if declared > Fraction(packing.max_seconds):
+        raise _too_long(packing)
     decoded = Decoded()
     to_rgb = VideoReformatter()
     jpegs: list[bytes] = []
     changes = [f"{stream.codec_context.name} to JPEG"]
     goal = last = turn = size = None
-    for frame in on_grid(_good_frames(container, stream, packing, max_seconds, decoded), fps):
+    for frame in on_grid(_good_frames(container, stream, packing, decoded), Fraction(packing.fps)):
         if frame is not last:
             if goal is None:
                 goal, turn = fitted((frame.width, frame.height), packing.short_side), _turn(frame)
             if (frame.width, frame.height) != goal:
                 changes.append("resized")
-            # Scaled here, not by Pillow, a frame of 720 lines takes a fifth of the time.
+            # For a frame of 720 lines, scaling here takes a fifth of the time that Pillow takes.
             picture = to_rgb.reformat(frame, *goal, "rgb24", interpolation=ACCURATE, threads=1).to_image()
             upright = picture.transpose(turn) if turn is not None else picture
             size = upright.size
@@ -205,13 +182,13 @@ def _convert(container: InputContainer, packing: Packing, fps: Fraction, max_sec
         changes.append("turned upright")
     if decoded.damaged:
         changes.append("damaged part left out")
-    elif decoded.seconds < WHOLE * declared:
+    elif decoded.seconds < COMPLETE * declared:
         changes.append("shorter than it declares")
     return Packed(jpegs, size, ", ".join(dict.fromkeys(changes)))
 
 
 def _picture_stream(container: InputContainer) -> VideoStream:
-    """The first video stream that is not a cover picture, set to decode in this thread alone."""
+    """The first video stream that is not a cover picture; it decodes in this thread."""
     streams = [
         stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
     ]
@@ -224,23 +201,23 @@ def _picture_stream(container: InputContainer) -> VideoStream:
 
 
 def _declared(container: InputContainer, stream: VideoStream) -> Fraction:
-    """Seconds the file says its video lasts; 0 where it says nothing."""
+    """Duration of the video in seconds, as the file declares it; 0 if it does not."""
     if stream.duration and stream.time_base:
         return stream.duration * stream.time_base
     tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)\0*", stream.metadata.get("DURATION", ""), re.ASCII)
-    if tag:  # Matroska's: the duration of the file would be that of its sound where it is longer
+    if tag:  # Matroska: the duration of the file may be that of a longer sound track
         return 3600 * Fraction(tag[1]) + 60 * Fraction(tag[2]) + Fraction(tag[3])
     return Fraction(container.duration or 0, av.time_base)
 
 
-def _too_long(max_seconds: Fraction) -> BadImage:
-    return BadImage(f"longer than --max-seconds {float(max_seconds):g}")
+def _too_long(packing: VideoPacking) -> BadImage:
+    return BadImage(f"longer than --max-seconds {packing.max_seconds:g}")
 
 
 def _good_frames(
-    container: InputContainer, stream: VideoStream, packing: Packing, max_seconds: Fraction, decoded: Decoded
+    container: InputContainer, stream: VideoStream, packing: VideoPacking, decoded: Decoded
 ) -> Iterator[tuple[Fraction, Fraction, VideoFrame]]:
-    """The (start, length, frame) of all frames from the first good one up to damage; seconds from 0."""
+    """(start, length, frame) of all frames from the first good one up to damage; in seconds from 0."""
     step = 1 / (stream.average_rate or Fraction(30))
     base = stream.time_base or Fraction(1)
     origin, start = Fraction(0), None
@@ -248,24 +225,24 @@ def _good_frames(
         if frame is None or frame.is_corrupt:
             decoded.damaged = True
             if start is None:
-                continue  # cut out of a longer video, a clip may begin with frames that need earlier ones
+                continue  # a clip cut from a longer video may begin with frames that need earlier ones
             return
         if frame.width * frame.height > packing.max_pixels:
             raise BadImage(f"more than --max-pixels {packing.max_pixels}")
         time = None if frame.pts is None else frame.pts * base
         if start is None:
             origin, start = time or Fraction(0), Fraction(0)
-        else:  # a clock that is missing or runs backwards goes on by one frame
+        else:  # if a time is missing or runs backwards, the frame starts one frame later
             start = time - origin if time is not None and time - origin > start else start + step
         length = frame.duration * base or step
         decoded.seconds = start + length
-        if decoded.seconds > max_seconds:
-            raise _too_long(max_seconds)
+        if decoded.seconds > Fraction(packing.max_seconds):
+            raise _too_long(packing)
         yield start, length, frame
 
 
 def _decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
-    """All frames of the stream in order; None where a part cannot be read or decoded."""
+    """All frames of the stream in order; None for a part that cannot be read or decoded."""
     packets = container.demux(stream)
     while True:
         try:
@@ -274,24 +251,23 @@ def _decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
             return
         except av.FFmpegError:
             with suppress(av.FFmpegError):
-                yield from stream.decode()  # the frames before, which the decoder still holds
+                yield from stream.decode()  # earlier frames that the decoder still holds
             stream.codec_context.flush_buffers()
             yield None
 
 
 def on_grid(timed: Iterable[tuple[Fraction, Fraction, T]], fps: Fraction) -> Iterator[T]:
-    """What shows at each tick of a clock of `fps`: the last item, or the next where that is nearer.
+    """The item at each tick of `fps` per second: the last one that started, or the next if it is nearer.
 
-    `timed`: (start, length, item) in order of start, the first at 0. An item half a tick or more ahead is not
-    shown yet, however long the last one has stood. The clock stops with the last item's end, half a tick
-    early or late; the first tick always counts.
+    `timed`: (start, length, item) in order of start, the first at 0. An item that starts half a tick or more
+    after the tick is not used. Ticks end within half a tick of the last item's end; there is at least one.
     """
     tick = 0
     half = HALF / fps
     before = None
     for start, length, item in timed:
         if before is not None:
-            switch = max((before[0] + start) / 2, start - half) + AS_NEAR
+            switch = max((before[0] + start) / 2, start - half) + TIME_STEP
             while tick <= switch * fps:
                 yield before[1]
                 tick += 1
@@ -302,11 +278,11 @@ def on_grid(timed: Iterable[tuple[Fraction, Fraction, T]], fps: Fraction) -> Ite
 
 
 def _turn(frame: VideoFrame) -> Image.Transpose | None:
-    """What turns the frame upright as its display matrix says, if anything."""
+    """The transpose that turns the frame upright, from its display matrix; None if it is upright."""
     try:
         data: Any = frame.side_data
         found = [bytes(item) for item in data if item.type is Type.DISPLAYMATRIX]
-    except ValueError:  # PyAV knows no name for other data beside it, such as EXIF
+    except ValueError:  # PyAV has no name for some other side data, such as EXIF
         return ANGLES[round(frame.rotation / 90) % 4]
     if not found:
         return None

@@ -45,7 +45,7 @@ def check(config: Config) -> None:
     info = read_info(config.data.path)
     check_info(info, config.data, getattr(config, "views", (1, 1))[0])
     if "train" not in info.splits:
-        raise UserError(f"{config.data.path} has no train split; pack one with tools.pack_*")
+        raise UserError(f"{config.data.path} has no train split; pack one with tools.pack")
     check_shards(info)
     distributed.resolve_device(config.speed.device, config.speed.processes)
 

@@ -1,33 +1,56 @@
-"""Packs clips kept as folders of frames or as video files, with annotations as Kinetics publishes them.
+"""List clips, kept as folders of frames or as video files, with annotations as Kinetics publishes them.
 
-    python -m tools.pack_kinetics --frames data/tiny-kinetics-400/data_30fps_frames \\
-        --annotations data/tiny-kinetics-400/annotations --out shards/tiny-kinetics-400
-    python -m tools.pack_kinetics --videos data/k400 --annotations data/k400/annotations --out shards/k400
-
-A clip with bad frames keeps its longest run of good ones, a damaged video what comes before the damage, where
-that is at least half the clip; otherwise it is rejected.
+If some frames of a clip are bad, its longest run of good frames is kept; of a damaged video, the part before
+the damage. If that is less than half of the clip, the clip is rejected.
 """
 
 import csv
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from stat import S_ISDIR
 
-import tyro
+import av
+import PIL
 
-from pipelines.errors import UserError, run_cli
+from pipelines.errors import UserError
 from tools.images import COPIED, SUFFIXES, TRANSIENT, BadImage, Packed, mode_of, prepare, read_file
-from tools.packing import HERE, Flags, crew_of, label_of, run, settings, source_folder
-from tools.shards import Packing, Plan, samples_of
-from tools.videos import best_file, clip_settings, find_videos, load_video, video_settings
+from tools.packing import PackOptions, label_of
+from tools.shards import ClipPacking, Packing, PackPlan, VideoPacking, samples_of
+from tools.videos import best_file, find_videos
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions(PackOptions):
+    """Options of packing clips. Raises UserError for a value out of its range."""
+
+    shard_size: int = 64
+    """clips per shard"""
+    fps: float = 30.0
+    """videos: frames per second to extract; folders of frames: the rate that they already have"""
+    max_seconds: float = 60.0
+    """longer videos are rejected"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.fps <= 1000:
+            raise UserError(f"--fps is {self.fps:g}; it must be above 0 and at most 1000.")
+        if not 0 < self.max_seconds < float("inf"):
+            raise UserError(f"--max-seconds is {self.max_seconds:g}; it must be above 0 and finite.")
+
+    def packing(self, videos: bool) -> ClipPacking:
+        """What decides the bytes of a shard."""
+        sizes = self.short_side, self.shard_size, self.max_pixels
+        clips = ClipPacking(*sizes, val_fraction=0.0, pillow=PIL.__version__, fps=self.fps)
+        if not videos:
+            return clips
+        return VideoPacking(**asdict(clips), max_seconds=self.max_seconds, av=av.__version__)
 
 
 @dataclass(frozen=True)
@@ -40,77 +63,28 @@ class Clip:
     end: int
 
     def name(self) -> str:
-        """The name of its folder of frames."""
+        """Name of its folder of frames."""
         return f"{self.video}_{self.start:06d}_{self.end:06d}"
 
 
-Place = Callable[[Clip, str], str]  # where a clip of a split should lie below the source folder
-
-
-def pack_kinetics(
-    frames: Path | None = None,
-    annotations: Path = tyro.MISSING,
-    out: Path = tyro.MISSING,
-    workers: int | None = None,
-    short_side: int = 256,
-    shard_size: int = 64,
-    max_pixels: int = 100_000_000,
-    max_reject: float = 0.01,
-    videos: Path | None = None,
-    fps: float = 30.0,
-    max_seconds: float = 60.0,
-    spread: Flags = HERE,
-) -> int:
-    """Pack folders of frames or video files into shards; run it again after an interruption to go on.
-
-    Args:
-        frames: folder with <label>/<youtube_id>_<start>_<end>/frame_00001.jpg ...
-        annotations: folder with tiny_train.csv and tiny_val.csv, or train.csv and val.csv.
-        out: folder to write, for example shards/tiny-kinetics-400.
-        workers: processes, one a core unless given; with Ray the shards under way.
-        short_side: frames whose shorter side is larger are scaled down to this.
-        shard_size: clips a shard.
-        max_pixels: larger frames are rejected.
-        max_reject: end with exit code 1 when more than this share is rejected.
-        videos: instead of frames, folder with <youtube_id>_<start>_<end>.mp4 ... in folders of any depth.
-        fps: frames per second: taken from videos; of folders of frames, the rate that they have.
-        max_seconds: longer videos are rejected.
-        spread: over what the shards are spread.
-    """
-    packing = settings(short_side, shard_size, max_pixels, 0.0, max_reject)
-    crew = crew_of(workers, spread)
-    if frames is not None and videos is None:
-        packing = clip_settings(packing, fps)
-        root = source_folder(frames, "--frames", "a folder for each label")
-        place, load = partial(_frame_folder, root), load_clip
-    elif videos is not None and frames is None:
-        packing = video_settings(packing, fps, max_seconds)
-        root = source_folder(videos, "--videos", "the video files")
-        place, load = _video_place(root), partial(load_video, fps=fps, max_seconds=max_seconds)
-    else:
-        raise UserError("give the clips with either --frames or --videos, and with one of them only.")
-    source_folder(annotations, "--annotations", "tiny_train.csv and tiny_val.csv")
-    plan = plan_clips(root, annotations, packing, place)
-    return run(plan, root, out, load, crew, max_reject)
-
-
-def plan_clips(root: Path, annotations: Path, packing: Packing, place: Place) -> Plan:
-    """Read the annotations and decide label, key and order of every clip. Raises `UserError`."""
+def plan_clips(root: Path, annotations: Path, options: ClipOptions, videos: bool) -> PackPlan:
+    """Read the annotations; decide label, key and order of every clip. Raises `UserError`."""
+    source_of = video_finder(root) if videos else partial(frame_folder, root)
     listed = {split: read_annotations(annotations, split) for split in ("train", "val")}
     classes = sorted({clip.label for clip in listed["train"]})
     labels = label_of(classes, [clip.label for clip in listed["val"]], str(annotations))
     splits = {
-        split: samples_of(sorted((place(clip, split), clip.label, clip.name()) for clip in clips), labels)
+        split: samples_of(sorted((source_of(clip, split), clip.label, clip.name()) for clip in clips), labels)
         for split, clips in listed.items()
     }
     if not any((root / sample.source).exists() for samples in splits.values() for sample in samples):
-        example = splits["train"][0].source
-        raise UserError(f"none of the annotated videos is below {root}; {root / example} was expected.")
-    return Plan("video", classes, splits, packing)
+        example = root / splits["train"][0].source
+        raise UserError(f"{root} has none of the annotated clips, such as {example}; check the folder.")
+    return PackPlan("video", classes, splits, options.packing(videos))
 
 
 def read_annotations(folder: Path, split: str) -> list[Clip]:
-    """The clips that tiny_<split>.csv, or else <split>.csv, names. Raises `UserError`."""
+    """The clips in tiny_<split>.csv, or otherwise in <split>.csv. Raises `UserError`."""
     paths = [folder / f"tiny_{split}.csv", folder / f"{split}.csv"]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -141,23 +115,26 @@ def _clip(row: dict[str, str | None], where: str) -> Clip:
     return clip
 
 
-def _frame_folder(frames: Path, clip: Clip, split: str) -> str:
-    """The clip's folder below `frames`: labels are published with underscores, some copies keep spaces."""
+def frame_folder(frames: Path, clip: Clip, split: str) -> str:
+    """The clip's folder below `frames`. Labels are published with underscores; some copies have spaces."""
     underscored = f"{clip.label.replace(' ', '_')}/{clip.name()}"
     spaced = f"{clip.label}/{clip.name()}"
     return spaced if spaced != underscored and S_ISDIR(mode_of(frames / spaced)) else underscored
 
 
-def _video_place(videos: Path) -> Place:
-    """Finds a clip's file: below its label, its split or neither; copies differ in that, and in suffixes."""
+def video_finder(videos: Path) -> Callable[[Clip, str], str]:
+    """A function from a clip and its split to the clip's file below `videos`.
+
+    Copies of Kinetics differ in folders (by label, by split or none) and in suffixes.
+    """
     found = find_videos(videos)
 
-    def place(clip: Clip, split: str) -> str:
+    def find(clip: Clip, split: str) -> str:
         label = clip.label.replace(" ", "_")
         paths = found.get((clip.video, clip.start, clip.end), [f"{label}/{clip.name()}.mp4"])
         return best_file(paths, (split, clip.label, label))
 
-    return place
+    return find
 
 
 def load_clip(root: Path, source: str, packing: Packing) -> Packed:
@@ -191,13 +168,13 @@ def _read(path: Path, packing: Packing) -> Packed | BadImage:
     except BadImage as error:
         return error
     except OSError as error:
-        if error.errno in TRANSIENT:  # the frame may be good: the clip must not lose it
+        if error.errno in TRANSIENT:  # the frame may be good, so it is read again
             raise
         return BadImage(f"cannot be read: {error.strerror}")
 
 
 def _frame_number(path: Path) -> tuple[int, str]:
-    """Frames follow the last number of their names, zero-padded or not."""
+    """Sort key of frames: the last number in the name, zero-padded or not."""
     numbers = re.findall(r"\d+", path.stem)
     return int(numbers[-1]) if numbers else -1, path.name
 
@@ -210,14 +187,10 @@ def longest_run(good: Sequence[bool]) -> tuple[int, int]:
 
 
 def _one_size(files: Sequence[Path], pictures: Sequence[Packed], packing: Packing) -> list[Packed]:
-    """Bring frames that differ to the size most of the clip has."""
+    """Resize frames of other sizes to the clip's most frequent size."""
     goal = Counter(picture.size for picture in pictures).most_common(1)[0][0]
     limits = (packing.short_side, packing.max_pixels, goal)
     return [
         picture if picture.size == goal else prepare(read_file(path), *limits)
         for path, picture in zip(files, pictures, strict=True)
     ]
-
-
-if __name__ == "__main__":
-    run_cli(lambda: sys.exit(tyro.cli(pack_kinetics)))
