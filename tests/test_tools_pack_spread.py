@@ -119,14 +119,14 @@ def one_job(folder: Path) -> Job:
 def test_a_node_that_differs_is_named_with_what_it_lacks(tmp_path):
     job = one_job(tmp_path)
     witness = job.root / job.samples[0].source
-    with pytest.raises(UserError, match=r"does not see .*/source/gone; source and --out must lie under the"):
+    with pytest.raises(UserError, match=r"does not see .*/source/gone; mount source and --out"):
         pack_on_node(job, job.root / "gone")
     with pytest.raises(
-        UserError, match=r"has pillow [0-9.]+, not 1\.0, and might write other bytes; .*lock\.$"
+        UserError, match=r"has pillow [0-9.]+, not 1\.0, which may write other bytes; .*lock on all nodes\.$"
     ):
         pack_on_node(replace(job, packing=replace(job.packing, pillow="1.0")), witness)
     assert not list(job.folder.iterdir()), "a wrong node writes nothing"
-    with pytest.raises(UserError, match=r"train/000000 was packed elsewhere and is not seen here"):
+    with pytest.raises(UserError, match=r"train/000000 was packed on another node, not seen here"):
         wait_until_seen([job], 0)
     assert pack_on_node(job, witness)[:2] == (3, 0)
     wait_until_seen([job], 0)

@@ -1,6 +1,6 @@
 """Where shards are packed: in this process, in processes of this machine, or on every core of a Ray cluster.
 
-An executor takes jobs and gives the `Result` of each shard as it ends, in any order.
+An executor takes jobs and yields the `Result` of each shard when it ends, in any order.
 """
 
 import multiprocessing
@@ -20,13 +20,13 @@ from typing import Any
 from pipelines.errors import UserError, first_line
 from tools.shards import PLAN_FILE, Job, Result, is_done, pack_shard
 
-RETRIES = 5  # of a shard whose Ray worker or node died
+RETRIES = 5  # for a shard whose Ray worker or node died
 CONNECT = 10.0  # seconds for a cluster to answer
-UNTIL_SEEN = 120.0  # seconds until a file written elsewhere is seen here; NFS remembers absence for 60
+UNTIL_SEEN = 120.0  # seconds until a file of another node is seen here; NFS caches absence for 60
 
 
 def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
-    """Pack in this process or in `workers` fresh ones."""
+    """Pack in this process, or in `workers` new ones."""
     if workers == 1 or len(jobs) < 2:
         yield from map(pack_shard, jobs)
         return
@@ -40,7 +40,7 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
 
 
 def _follow_parent() -> None:
-    """Worker start: die on Ctrl-C without a traceback, and with the parent, even one killed outright."""
+    """Start of a worker: it ends on Ctrl-C without a traceback, and with its parent, even a killed one."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
 
@@ -56,20 +56,20 @@ def _follow_parent() -> None:
 
 
 def on_ray(jobs: Sequence[Job], address: str, at_once: int | None) -> Iterator[Result]:
-    """Pack on a Ray cluster; a shard whose worker or node dies is packed again elsewhere.
+    """Pack on a Ray cluster; if a worker or node dies, its shard is packed again elsewhere.
 
-    `at_once` shards are under way, unless given two for every core there is. Raises `UserError`.
+    `at_once` shards are packed at the same time, by default two per core. Raises `UserError`.
     """
     ray = connect(address)
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(pack_on_node)
     sources = (job.root / sample.source for job in jobs for sample in job.samples)
-    witness = next(filter(Path.exists, sources), None)
-    waiting, running = iter(jobs), {}
-    written: list[Job] = []
+    example = next(filter(Path.exists, sources), None)
+    waiting, running, written = iter(jobs), {}, []
     try:
         while True:
-            room = (at_once or max(1, 2 * int(ray.cluster_resources().get("CPU", 0)))) - len(running)
-            running |= {task.remote(job, witness): job for job in islice(waiting, max(0, room))}
+            limit = at_once or max(1, 2 * int(ray.cluster_resources().get("CPU", 0)))
+            room = max(0, limit - len(running))
+            running |= {task.remote(job, example): job for job in islice(waiting, room)}
             if not running:
                 break
             for ended in ray.wait(list(running))[0]:
@@ -78,7 +78,7 @@ def on_ray(jobs: Sequence[Job], address: str, at_once: int | None) -> Iterator[R
                 written += [] if result.unreadable else [job]
                 yield result
     finally:
-        ray.shutdown()  # ends what is still running
+        ray.shutdown()  # ends the tasks that are still running
     wait_until_seen(written, UNTIL_SEEN)
 
 
@@ -99,51 +99,48 @@ def connect(address: str) -> Any:
 
 
 def _result(ray: Any, ended: Any, job: Job) -> Result:
-    """What a task gave, or what its node said against it."""
+    """A task's result. Raises the error of its function, or `UserError` if its worker died."""
     try:
         return ray.get(ended)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if cause is not None and not isinstance(cause, ray.exceptions.RayError):
             raise cause from error
-        advice = "a file may crash its decoder, or memory fall short: try fewer --workers"
+        advice = "a file may crash its decoder, or memory is short: try fewer --workers"
         if cause is not None:
-            advice = "all nodes need the folder of the code under the same path, and this must be run in it"
+            advice = "all nodes need the code under the same path, and the command must run in it"
         raise UserError(
             f"Ray could not pack shard {job.folder}/{job.shard:06d} in {RETRIES + 1} attempts "
-            f"({first_line(cause or error)}); {advice}. Run it again to go on, finished shards are kept."
+            f"({first_line(cause or error)}); {advice}. The same command keeps finished shards."
         ) from error
 
 
-def pack_on_node(job: Job, witness: Path | None) -> Result:
-    """`pack_shard` on another machine that must be like the first one.
+def pack_on_node(job: Job, example: Path | None) -> Result:
+    """`pack_shard` on a node of the cluster. Raises `UserError` with what the node lacks.
 
-    `witness` is a source file which that one sees. Raises `UserError` naming the machine and what it lacks.
+    `example` is a source file that the first machine sees.
     """
-    here = socket.gethostname()
-    for path in (job.folder.parent / PLAN_FILE, witness or job.root):
+    node = socket.gethostname()
+    for path in (job.folder.parent / PLAN_FILE, example or job.root):
         if not path.exists():
-            raise UserError(
-                f"{here} does not see {path}; source and --out must lie under the same path on all nodes."
-            )
+            raise UserError(f"{node} does not see {path}; mount source and --out on all nodes at one path.")
     for name in ("pillow", "av"):
         wanted = getattr(job.packing, name, None)
         if wanted and version(name) != wanted:
             raise UserError(
-                f"{here} has {name} {version(name)}, not {wanted}, and might write other bytes; "
-                "make the same environment on all nodes, from requirements.lock."
+                f"{node} has {name} {version(name)}, not {wanted}, which may write other bytes; "
+                "install requirements.lock on all nodes."
             )
     return pack_shard(job)
 
 
 def wait_until_seen(jobs: Sequence[Job], seconds: float) -> None:
-    """Wait until this machine sees the rows of all shards, too. Raises `UserError` after `seconds`."""
+    """Wait until this machine sees the rows of all shards. Raises `UserError` after `seconds`."""
     end = time.monotonic() + seconds
-    for job in jobs:
-        while not is_done(job):
-            if time.monotonic() > end:
-                raise UserError(
-                    f"shard {job.folder}/{job.shard:06d} was packed elsewhere and is not seen here; "
-                    "--out must be the same folder on all nodes. Then run the same command again."
-                )
-            time.sleep(1)
+    while missing := next((job for job in jobs if not is_done(job)), None):
+        if time.monotonic() > end:
+            raise UserError(
+                f"shard {missing.folder}/{missing.shard:06d} was packed on another node, not seen here; "
+                "mount --out on all nodes, then run the same command again."
+            )
+        time.sleep(1)

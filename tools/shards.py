@@ -73,6 +73,7 @@ class Sample:
 
 
 Row = dict[str, Any]  # one row of the catalogue
+Place = tuple[str, int, int]  # a file of a sample: its extension, offset and size in the tar (bytes)
 Load = Callable[[Path, str, Packing], Packed]
 
 
@@ -214,36 +215,31 @@ def _add_sample(
         return ""
     row |= {"status": "ok", "change": packed.change, "shard": job.shard, "frames": len(packed.frames)}
     row["width"], row["height"] = packed.size
-    places = [
-        (name, _add_member(tar, f"{sample.key}.{name}", data), len(data))
-        for name, data in _members(row, packed.frames, job.kind)
-    ]
-    row["offsets"] = [offset for _, offset, _ in places[: len(packed.frames)]]
-    row["sizes"] = [size for _, _, size in places[: len(packed.frames)]]
+    places = add_members(tar, row, packed.frames, job.kind)
+    frames = places[: len(packed.frames)]
+    row["offsets"], row["sizes"] = [offset for _, offset, _ in frames], [size for *_, size in frames]
     row["crcs"] = [zlib.crc32(frame) for frame in packed.frames]
     row["sha256"] = hashlib.sha256(b"".join(packed.frames)).hexdigest()
-    return " ".join(f"{name} {offset} {size} {sample.key}.{name}" for name, offset, size in places) + "\n"
+    return index_line(sample.key, places)
 
 
-def _members(row: Row, frames: Sequence[bytes], kind: str) -> list[tuple[str, bytes]]:
-    """A sample's (extension, bytes) in the order of the tar: frames, label, description."""
+def add_members(tar: tarfile.TarFile, row: Row, frames: Sequence[bytes], kind: str) -> list[Place]:
+    """Append a sample's frames, KEY.cls (label) and KEY.json, with fixed time and owner."""
+    names = ["jpg"] if kind == "image" else [f"f{n:04d}.jpg" for n in range(len(frames))]
     description = json.dumps({name: row[name] for name in JSON_FIELDS}, ensure_ascii=False)
     contents = [*frames, b"%d" % row["label"], description.encode()]
-    return [*zip(member_names(kind, len(frames)), contents, strict=True)]
+    places = []
+    for name, data in zip([*names, "cls", "json"], contents, strict=True):
+        header = tarfile.TarInfo(f"{row['key']}.{name}")
+        header.size = len(data)
+        places.append((name, tar.offset + tarfile.BLOCKSIZE, len(data)))
+        tar.addfile(header, BytesIO(data))
+    return places
 
 
-def member_names(kind: str, frames: int) -> list[str]:
-    """The extensions of a sample's files in the order of the tar."""
-    return [*(["jpg"] if kind == "image" else [f"f{n:04d}.jpg" for n in range(frames)]), "cls", "json"]
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a file with fixed time and owner; return the byte offset of its content."""
-    header = tarfile.TarInfo(name)
-    header.size = len(data)
-    offset = tar.offset + tarfile.BLOCKSIZE
-    tar.addfile(header, BytesIO(data))
-    return offset
+def index_line(key: str, places: Sequence[Place]) -> str:
+    """A sample's line in the DALI index."""
+    return " ".join(f"{name} {offset} {size} {key}.{name}" for name, offset, size in places) + "\n"
 
 
 # ---- all shards of a dataset -----------------------------------------------------------------------------

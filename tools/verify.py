@@ -1,11 +1,11 @@
-"""Checks a packed dataset down to every byte, label and frame: python -m tools.verify shards/NAME
+"""Check every byte, label and frame of a packed dataset: python -m tools.verify shards/NAME
 
-Held against each other: dataset.json, the catalogue, the tars, their DALI index and the labels inside. DALI
-decodes every frame. A sample that stands in two splits is a fault; one that a split holds twice is only told.
+dataset.json, the catalogue, the tars with their labels, and the DALI indexes are compared with each other.
+DALI decodes every frame. A sample that is in two splits is a fault; a sample that is twice in one split is
+counted.
 """
 
 import hashlib
-import json
 import sys
 import tarfile
 import zlib
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from io import BytesIO
 from itertools import chain, combinations, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,21 +28,19 @@ from rich.progress import track
 from pipelines.dataset import SCHEMA, DatasetInfo, missing_shards, open_split, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.machine import usable_cores
-from tools.shards import JSON_FIELDS, Row, member_names
+from tools.shards import Row, add_members, index_line
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
 
-Place = tuple[int, int]  # offset and size in a tar, bytes
-
-SHOWN = 10  # faults told in full
+SHOWN = 10  # faults that are printed
 FRAMES_AT_ONCE = 64
 BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass
 class Tally:
-    """What the catalogue of one split lists."""
+    """Counts of the catalogue of one split."""
 
     samples: int = 0
     rejected: int = 0
@@ -69,12 +68,12 @@ def verify(root: tyro.conf.Positional[Path]) -> int:
 
 
 def describe(info: DatasetInfo, tally: Tally) -> str:
-    """Counts, class balance and repeated samples of a split, in a line."""
+    """Counts, class balance and repeated samples of a split, in one line."""
     parts = [f"{tally.samples} samples, {tally.rejected} rejected, {tally.frames} frames"]
     if info.classes and tally.samples:
         counts = [tally.labels[label] for label in range(len(info.classes))]
-        empty = f", {counts.count(0)} without any" if not all(counts) else ""
-        several = "classes" if len(counts) > 1 else "class only, nothing to tell apart:"
+        empty = f", {counts.count(0)} of them empty" if not all(counts) else ""
+        several = "classes" if len(counts) > 1 else "class only, so nothing to classify:"
         parts.append(f"{len(counts)} {several} of {min(counts)} to {max(counts)} samples{empty}")
     if twice := len(tally.digests) - len(set(tally.digests)):
         parts.append(f"repeated samples: {twice}")
@@ -82,15 +81,15 @@ def describe(info: DatasetInfo, tally: Tally) -> str:
 
 
 def check_split(info: DatasetInfo, split: str, tally: Tally) -> Iterator[str]:
-    """Check every shard of a split, one sentence a fault; fill `tally`."""
-    said = info.splits[split]
+    """Check every shard of a split; yield one sentence per fault; fill `tally`."""
+    expected = info.splits[split]
     path = info.catalogue(split)
-    tars = [info.tar_path(split, shard) for shard in range(said["shards"])]
-    expected = {*tars, *(tar.with_suffix(".idx") for tar in tars)}
+    tars = [info.tar_path(split, shard) for shard in range(expected["shards"])]
+    files = {*tars, *(tar.with_suffix(".idx") for tar in tars)}
     for tar in (tars[shard] for shard in missing_shards(info, split)):
-        yield f"{tar} is missing or not of the length it was packed with; pack this dataset again"
-    for strange in sorted({*(info.root / split).glob("[!.]*")} - expected):
-        yield f"{strange} belongs to no shard; delete it"
+        yield f"{tar} is missing or does not have the length that was packed; pack this dataset again"
+    for unknown in sorted({*(info.root / split).glob("[!.]*")} - files):
+        yield f"{unknown} belongs to no shard; delete it"
     try:
         open_split(info, split)
         shards = track(tars, split, transient=True, console=Console(stderr=True))
@@ -100,12 +99,12 @@ def check_split(info: DatasetInfo, split: str, tally: Tally) -> Iterator[str]:
         yield str(error)
         return
     for name in ("samples", "rejected", "frames"):
-        if said[name] != (count := getattr(tally, name)):
-            yield f"{path} lists {count} {name}, dataset.json says {said[name]}; pack this dataset again"
+        if expected[name] != (count := getattr(tally, name)):
+            yield f"{path} has {count} {name}, dataset.json {expected[name]}; pack this dataset again"
 
 
 def rows_by_shard(path: Path, shards: int, tally: Tally) -> Iterator[list[Row]]:
-    """What `read_rows` gives, shard after shard; of one whose samples were all rejected nothing."""
+    """The rows of `read_rows` shard by shard; empty for a shard whose samples were all rejected."""
     listed = groupby(read_rows(path, tally), key=lambda row: row["shard"])
     number, rows = next(listed, (-1, iter(())))
     for shard in range(shards):
@@ -117,9 +116,9 @@ def rows_by_shard(path: Path, shards: int, tally: Tally) -> Iterator[list[Row]]:
 
 
 def read_rows(path: Path, tally: Tally) -> Iterator[Row]:
-    """The packed samples in order of a catalogue that opens; all rows are counted in `tally`.
+    """The packed samples of a catalogue in order; all rows are counted in `tally`.
 
-    Raises UserError for one that opens and yet cannot be read to its end.
+    Raises UserError if the catalogue opens but cannot be read to its end.
     """
     try:
         batch = read_batch(path, SCHEMA.names)
@@ -138,98 +137,72 @@ def read_rows(path: Path, tally: Tally) -> Iterator[Row]:
 
 
 def leaks(info: DatasetInfo, tallies: dict[str, Tally]) -> Iterator[str]:
-    """Name every sample that stands in two splits: a validation score is worth nothing with those."""
+    """Name every sample that is in two splits: with it, a validation score means nothing."""
     for one, other in combinations(tallies, 2):
         if common := set(tallies[one].digests) & set(tallies[other].digests):
             first, second = (holders(info.catalogue(split), common) for split in (one, other))
             for digest in sorted(common):
                 same = f"{second[digest]} in {other} has the same frames as {first[digest]} in {one}"
-                yield f"{same}; take one of them out of the source and pack it again"
+                yield f"{same}; remove one of them from the source and pack it again"
 
 
 def holders(path: Path, digests: set[int]) -> dict[int, str]:
-    """For each digest a sample that has it, as "KEY (SOURCE)"."""
+    """For each digest, a sample that has it, as "KEY (SOURCE)"."""
     rows = ((int(row["sha256"][:16], 16), row) for row in read_rows(path, Tally()))
     return {digest: f"{row['key']} ({row['source']})" for digest, row in rows if digest in digests}
 
 
 def check_shard(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterator[str]:
-    """Check a tar and its index against the catalogue's rows, which must be its samples in order."""
-    index = [f"v1.2 {len(rows)}"]
-    good = []
+    """Check a tar and its index against the catalogue's rows, which are its samples in order.
+
+    Each sample is written into a tar again, from its row and its frames, and compared byte for byte.
+    """
+    index, good, start = [f"v1.2 {len(rows)}\n"], [], 0
     try:
-        tar = np.frombuffer(path.read_bytes(), np.uint8)
+        data = path.read_bytes()
         indexed = path.with_suffix(".idx").read_text(errors="replace")
-        for row, names, places in walk(tar, info.kind, rows):
-            said = list(sample_faults(info, tar, row, places))
-            yield from (f"{path}: {row['key']}: {sentence}" for sentence in said)
-            good += [row] if not said else []
-            entries = zip(names, places, strict=True)
-            index.append(" ".join(f"{name} {at} {size} {row['key']}.{name}" for name, (at, size) in entries))
     except OSError as error:
         yield f"{path} or its .idx cannot be read: {error.strerror}; pack this dataset again"
         return
-    except ValueError as error:
-        yield f"{path}: {error}; pack this dataset again"
-        return
-    if indexed != "\n".join([*index, ""]):
-        yield f"{path.with_suffix('.idx')} does not fit its tar; pack this dataset again"
-    yield from (f"{path}: {sentence}" for sentence in decode_faults(tar, good))
-
-
-def walk(tar: np.ndarray, kind: str, rows: Sequence[Row]) -> Iterator[tuple[Row, list[str], list[Place]]]:
-    """Each sample, its files' extensions and places. Raises ValueError where the tar has something else."""
-    at = 0
     for row in rows:
-        names = member_names(kind, row["frames"])
-        places = []
-        for name in names:
-            offset, size = find_member(tar, at, f"{row['key']}.{name}")
-            places.append((offset, size))
-            at = offset + size + -size % BLOCK
-        yield row, names, places
-    if len(tar) < at + 2 * BLOCK or tar[at:].any():
-        raise ValueError(f"its end should come at byte {at}, where it is cut off, damaged or holds more")
+        frames = [data[at : at + size] for at, size in zip(row["offsets"], row["sizes"], strict=True)]
+        with tarfile.open(fileobj=(buffer := BytesIO()), mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            places = add_members(tar, row, frames, info.kind)
+            expected = buffer.getvalue()
+        found = data[start : start + len(expected)]
+        for name, at, size in places:
+            header, end = slice(at - BLOCK, at), at + size + -size % BLOCK
+            if found[header] != expected[header]:
+                where = f"{row['key']}.{name} is not at byte {start + at - BLOCK}"
+                yield f"{path}: {where}, the tar is cut off, damaged or another one; pack this dataset again"
+                return
+            if found[at:end] != expected[at:end]:
+                yield f"{path}: {row['key']}.{name} differs from the catalogue; pack this dataset again"
+        faults = list(sample_faults(info, row, frames))
+        yield from (f"{path}: {row['key']}: {fault}" for fault in faults)
+        good += [] if faults else [row]
+        index.append(index_line(row["key"], [(name, start + at, size) for name, at, size in places]))
+        start += len(expected)
+    end = -(start + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK
+    if data[start:] != bytes(end):
+        yield f"{path} does not end at byte {start}, it is cut off or damaged; pack this dataset again"
+    if indexed != "".join(index):
+        yield f"{path.with_suffix('.idx')} does not match its tar; pack this dataset again"
+    yield from (f"{path}: {fault}" for fault in decode_faults(np.frombuffer(data, np.uint8), good))
 
 
-def find_member(tar: np.ndarray, at: int, name: str) -> Place:
-    """The place of the file whose header is at byte `at`. Raises ValueError unless it is `name` and whole."""
-    block = tar[at : at + BLOCK].tobytes()
-    try:
-        header = tarfile.TarInfo(name)
-        header.size = tarfile.TarInfo.frombuf(block, "ascii", "strict").size
-        end = at + BLOCK + header.size
-        padded = end + -header.size % BLOCK
-        as_packed = block == header.tobuf(tarfile.USTAR_FORMAT)
-        if as_packed and padded <= len(tar) and not tar[end:padded].any():
-            return at + BLOCK, header.size
-    except (tarfile.HeaderError, ValueError):
-        pass
-    raise ValueError(f"{name} should stand at byte {at}, where the tar is cut off, damaged or holds another")
-
-
-def sample_faults(info: DatasetInfo, tar: np.ndarray, row: Row, places: Sequence[Place]) -> Iterator[str]:
-    """Check a sample's places, checksum and labels; whether its frames decode is looked at later."""
-    *frames, label, told = [tar[offset : offset + size].tobytes() for offset, size in places]
-    if places[:-2] != list(zip(row["offsets"], row["sizes"], strict=False)):
-        yield "its frames are not where the catalogue has them"
-    digests = (hashlib.sha256(b"".join(frames)).hexdigest(), [zlib.crc32(frame) for frame in frames])
-    if digests != (row["sha256"], row["crcs"]):
-        yield "its checksum differs: the frames are not those that were packed"
-    if label != b"%d" % row["label"]:
-        yield f"its .cls has label {label.decode('ascii', 'replace')}, the catalogue {row['label']}"
-    known = ("", *info.classes)
-    if not 0 <= row["label"] + 1 < len(known) or row["class_name"] != known[row["label"] + 1]:
-        yield f"dataset.json has no class {row['class_name']!r} with label {row['label']}"
-    try:
-        if json.loads(told) != {name: row[name] for name in JSON_FIELDS}:
-            yield "its .json differs from the catalogue"
-    except (ValueError, RecursionError):
-        yield "its .json is damaged"
+def sample_faults(info: DatasetInfo, row: Row, frames: Sequence[bytes]) -> Iterator[str]:
+    """Check a sample's checksums and class."""
+    sums = (hashlib.sha256(b"".join(frames)).hexdigest(), [zlib.crc32(frame) for frame in frames])
+    if sums != (row["sha256"], row["crcs"]):
+        yield "its checksum differs, so its frames are not those that were packed; pack this dataset again"
+    names = ("", *info.classes)
+    if not 0 <= row["label"] + 1 < len(names) or row["class_name"] != names[row["label"] + 1]:
+        yield f"dataset.json has no class {row['class_name']!r} with label {row['label']}; pack it again"
 
 
 def decode_faults(tar: np.ndarray, rows: Sequence[Row]) -> Iterator[str]:
-    """Decode every frame of `rows` as training will, and hold its size against the catalogue's."""
+    """Decode every frame of `rows` as training does; compare its size with the catalogue's."""
     frames = [
         (f"{row['key']}: frame {number} at byte {offset}", tar[offset : offset + size], row)
         for row in rows
@@ -240,25 +213,26 @@ def decode_faults(tar: np.ndarray, rows: Sequence[Row]) -> Iterator[str]:
         sizes = decode(jpegs) or [size for jpeg in jpegs for size in decode([jpeg]) or [(0, 0)]]
         for name, size, row in zip(names, sizes, owners, strict=True):
             if size == (0, 0):
-                yield f"{name} does not decode"
+                yield f"{name} does not decode; pack this dataset again"
             elif size != (row["width"], row["height"]):
-                yield f"{name} is {size[0]}x{size[1]}, in the catalogue {row['width']}x{row['height']}"
+                packed = f"in the catalogue {row['width']}x{row['height']}"
+                yield f"{name} is {size[0]}x{size[1]}, {packed}; pack this dataset again"
 
 
 def decode(jpegs: Sequence[np.ndarray]) -> list[tuple[int, int]]:
-    """The (width, height) of each decoded JPEG; an empty list if one fails, which DALI does not name."""
+    """(width, height) of each decoded JPEG; an empty list if one fails, since DALI does not say which."""
     try:
         decoder().feed_input("jpegs", list(jpegs))
         (pictures,) = decoder().run()
         return [(width, height) for height, width, _ in pictures.shape()]
     except RuntimeError:
-        decoder.cache_clear()  # a pipeline that failed once stays dead
+        decoder.cache_clear()  # a pipeline that failed cannot run again
         return []
 
 
 @cache
 def decoder() -> "Pipeline":
-    """A DALI pipeline from JPEGs fed as "jpegs" to pixels, on the CPU."""
+    """A DALI pipeline on the CPU that decodes the JPEGs fed as "jpegs"."""
     from nvidia.dali import fn
     from nvidia.dali.pipeline import Pipeline
 
