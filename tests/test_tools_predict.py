@@ -130,7 +130,7 @@ def test_clips_get_the_mean_of_their_views(clips: Path, tmp_path: Path, capsys):
     wanted = expected(run)
     assert predict(run, tuple(frames / source for source in wanted), device="cpu") == 0
     text = capsys.readouterr().out
-    assert "has no data.json that names its classes: they come from" in text
+    assert "has no data.json with its classes: they are read from" in text
     got = answers(text)
     for source, exact in wanted.items():
         assert [got[str(frames / source)][name] for name in CLASSES] == pytest.approx(exact, abs=1e-4)
@@ -219,7 +219,9 @@ def test_classes_outlive_the_data_and_their_loss_is_told(trained: Path, tmp_path
     (tmp_path / "a.jpg").write_bytes(picture(1, 3))
     assert predict(run, (tmp_path / "a.jpg",), device="cpu") == 0
     text = capsys.readouterr().out
-    assert "gone is not there" in text and set(answers(text)[str(tmp_path / "a.jpg")]) == set(CLASSES)
+    assert "gone cannot be read: inputs are packed with the default" in text and set(
+        answers(text)[str(tmp_path / "a.jpg")]
+    ) == set(CLASSES)
     (run / "data.json").unlink()
     with pytest.raises(UserError, match=r"has no data\.json that names its classes.*gone does not exist"):
         predict(run, (tmp_path / "a.jpg",), device="cpu")
@@ -229,8 +231,8 @@ def test_what_cannot_be_begun_gets_a_sentence(trained: Path, tmp_path: Path):
     some = (tmp_path / "a.jpg",)
     for expected_words, arguments in {
         "does not exist; name a run folder": (tmp_path, some),
-        "name at least one picture": (trained, ()),
-        "--top must be at least 1": (trained, some, 0),
+        "there are no inputs; name at least one picture": (trained, ()),
+        "--top is 0; it must be at least 1": (trained, some, 0),
         "nowhere does not exist": (trained, some, 5, tmp_path / "nowhere"),
     }.items():
         with pytest.raises(UserError, match=expected_words):

@@ -2,7 +2,7 @@
 
 SRC is a file or folder of any known format, or an official name such as `hiera_base_224:mae_in1k_ft_in1k`.
 DST ends in .safetensors or .pth. For transformers it may be a folder, which also gets config.json and
-preprocessor_config.json and opens with `from_pretrained` and `pipeline`.
+preprocessor_config.json, so that `from_pretrained` and `pipeline` open it.
 """
 
 import json
@@ -22,7 +22,7 @@ from models.official import path_of
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text, atomic_write
 
-RELEASED_DATA = {"crop": 224 / 256, "interpolation": "cubic"}  # how the released models are evaluated
+RELEASED_DATA = {"crop": 224 / 256, "interpolation": "cubic"}  # evaluation of the released models
 RESAMPLE = {"linear": 2, "triangular": 2, "cubic": 3}  # Pillow's numbers; transformers always antialiases
 USUAL_HEADS = {config.decoder_width: config.decoder_heads for config in CONFIGS.values()}
 
@@ -33,18 +33,20 @@ def convert(
     /,
     to: Literal["upstream", "timm", "transformers", "ours"],
 ) -> None:
-    """Convert weights to another implementation's names and file; raises UserError where it has none.
+    """Convert weights to the names and files of another implementation. Raises UserError.
 
     Args:
         source: a weights file of any known format, or an official name.
         target: file to write, *.safetensors or *.pth, or for transformers a folder.
-        to: whose names to write.
+        to: implementation whose names to write.
     """
     try:
         read = read_weights(path_of(source))
         state = to_ours(read.state)
         if "patch_embed.proj.weight" not in state:
-            raise UserError(f"{source} holds no Hiera weights: there is no patch_embed.proj.weight")
+            raise UserError(
+                f"{source} has no patch_embed.proj.weight; give a file with the weights of a Hiera"
+            )
         converted = from_ours(state, to)
     except ModelError as error:
         raise UserError(str(error)) from error
@@ -57,29 +59,29 @@ def convert(
     elif to == "transformers":
         notes += _write_folder(read, state, converted, target)
     else:
-        raise UserError(f"{target} must end in .safetensors or .pth")
+        raise UserError(f"the suffix of {target} is unknown; it must end in .safetensors or .pth")
     left_out = len(state) - len(converted)
-    why = f", {left_out} of the autoencoder's left out, since {to} has none" if left_out else ""
+    why = f"; {left_out} tensors of the autoencoder are left out: {to} has none" if left_out else ""
     print("\n".join([f"wrote {target}: {len(converted)} tensors for {to}{why}", *notes]))
 
 
 def _write_folder(read: Weights, state: State, converted: State, folder: Path) -> list[str]:
-    """Write a folder for transformers; gives a line for everything that had to be assumed."""
+    """Write a folder for transformers; return a line for every assumption."""
     notes = []
     heads = read.decoder_heads
     if is_autoencoder(state) and not heads:
         heads = USUAL_HEADS.get(state["decoder_pos_embed"].shape[2], 16)
         notes.append(
-            f"decoder_num_heads {heads} is assumed, since neither {read.path} nor its folder has it: "
-            "correct it in config.json if the model has another number"
+            f"decoder_num_heads {heads} is assumed: neither {read.path} nor its folder has it; "
+            "if the model has another number, correct config.json"
         )
     config = transformers_config(state, read.classes, heads)
     data = read_json(read.path.with_name("config.json")).get("data")
     if not isinstance(data, dict) or not data.keys() >= RELEASED_DATA.keys():
         data = RELEASED_DATA
         notes.append(
-            f"crop {data['crop']} and interpolation {data['interpolation']} are assumed, as in the released "
-            "models: correct preprocessor_config.json if the model is evaluated otherwise"
+            f"crop {data['crop']} and interpolation {data['interpolation']} are assumed, as for the "
+            "released models; if the model is evaluated differently, correct preprocessor_config.json"
         )
     processor = preprocessor_config(_side(state), data)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,11 +92,11 @@ def _write_folder(read: Weights, state: State, converted: State, folder: Path) -
 
 
 def _write(state: State, path: Path, to: str, decoder_heads: int = 0) -> None:
-    """Write weights; a safetensors file in our names also keeps the decoder heads, 0 if unknown."""
+    """Write weights. A safetensors file with our names also stores the decoder heads (0: unknown)."""
     import torch
     from safetensors.torch import save_file
 
-    about = {"format": "pt"}  # transformers and timm need it
+    about = {"format": "pt"}  # transformers and timm require it
     if to in ("ours", "upstream") and decoder_heads:
         about = {"hiera-train": json.dumps({"decoder_heads": decoder_heads})}
     with atomic_write(path) as temporary:
@@ -105,14 +107,14 @@ def _write(state: State, path: Path, to: str, decoder_heads: int = 0) -> None:
 
 
 def _side(state: State) -> int:
-    """Side of the square input in pixels, from an image model's weights."""
+    """Side of the square input (pixels), from the weights of an image model."""
     return 4 * isqrt(state["pos_embed"].shape[1])
 
 
 def preprocessor_config(side: int, data: Mapping[str, Any]) -> dict[str, object]:
-    """The preprocessor_config.json that makes transformers prepare pictures as evaluation does.
+    """The preprocessor_config.json with which transformers prepares pictures as our evaluation does.
 
-    side: of the model's input in pixels; data: a run's data settings `crop` and `interpolation`.
+    side: side of the model's input (pixels); data: the run's settings `crop` and `interpolation`.
     """
     mean, deviation = IMAGE_STATS
     return {
@@ -132,15 +134,16 @@ def preprocessor_config(side: int, data: Mapping[str, Any]) -> dict[str, object]
 
 
 def transformers_config(state: State, names: Sequence[str], decoder_heads: int) -> dict[str, object]:
-    """The config.json that transformers needs for weights in our names, with the class names if known.
+    """The config.json that transformers needs for weights with our names; `names` are the classes, if known.
 
-    Weights do not show the number of heads: the encoder's comes from the known size of that width, the
-    decoder's is given.
+    Weights do not contain the number of heads. The encoder's follows from its width; the decoder's is given.
     """
     width, depths = len(state["patch_embed.proj.bias"]), stage_depths(state)
     heads = {known: first for known, first, _ in SIZES.values()}.get(width)
     if heads is None:
-        raise UserError(f"no known size has width {width}, so its heads are unknown; write a file")
+        raise UserError(
+            f"no known size has width {width}, so its heads are unknown; write a file, not a folder"
+        )
     mae = is_autoencoder(state)
     config: dict[str, object] = {
         "architectures": ["HieraForPreTraining" if mae else "HieraForImageClassification"],

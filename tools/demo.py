@@ -1,6 +1,6 @@
-"""The whole job on drawn data, on any machine: python -m tools.demo (= make demo).
+"""Pack, train, evaluate and plot generated data on any machine: python -m tools.demo (= make demo).
 
-Every line it runs is printed first and can be pasted. Interrupted, it goes on where it was.
+Every command is printed before it runs and can be pasted. After an interruption, the demo continues.
 """
 
 import json
@@ -21,7 +21,7 @@ from train.metrics import read_csv
 
 @dataclass(frozen=True)
 class Kind:
-    """One half of the demo: what it is called and which recipes it runs."""
+    """One half of the demo: its name and its commands."""
 
     name: str
     pack: str
@@ -47,7 +47,7 @@ KINDS = (
 
 
 def commands(kind: Kind) -> list[str]:
-    """The kind's whole job, a module and its arguments a line."""
+    """All commands of a kind, each a module and its arguments."""
     shards, mae, finetune = (f"shards/demo-{kind.name}", f"demo-{kind.name}-mae", f"demo-{kind.name}-ft")
     return [
         f"{kind.pack} --out {shards}",
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def run(command: str) -> None:
-    """Run `python -m COMMAND`; raises UserError when it fails, whose own message stands above."""
+    """Run `python -m COMMAND`. Raises UserError if it fails; it has printed its own message."""
     print(f"\n$ python -m {command}", flush=True)
     code = subprocess.run([sys.executable, "-m", *shlex.split(command)], check=False).returncode
     if code:
@@ -78,7 +78,7 @@ def run(command: str) -> None:
 
 
 def closing_table(seconds: float) -> Table:
-    """What came out of it, read back from the run folders."""
+    """Table of results, read from the run folders."""
     table = Table("", *(kind.name for kind in KINDS), title=f"make demo: {seconds:.0f} s")
     results = [_results(kind) for kind in KINDS]
     for name in results[0]:

@@ -1,9 +1,9 @@
-"""Draws the demo's data: pictures whose class is their look, and clips whose class is their motion alone.
+"""Generate the demo's data: pictures whose class is their texture and hue, clips whose class is their motion.
 
     python -m tools.demo_data --out data/demo
 
-Every picture and clip has its own random appearance, drawn from a seed of its own; nothing is shared between
-training and validation. The trees have the shape of ImageNet and of Tiny-Kinetics-400.
+Every picture and clip is drawn from its own seed; training and validation share nothing. The folders have the
+layout of ImageNet and of Tiny-Kinetics-400.
 """
 
 import csv
@@ -20,10 +20,10 @@ from pipelines.files import atomic_write
 from tools.packing import PackOptions, writing_to
 
 IMAGE_SIDE = 128
-IMAGES = {"train": 50, "val": 25}  # a class
+IMAGES = {"train": 50, "val": 25}  # per class
 CLIP_SIDE = 80
 CLIP_FRAMES = 40
-CLIPS = {"train": 64, "val": 20}  # a class
+CLIPS = {"train": 64, "val": 20}  # per class
 QUALITY = 85
 
 Draw = np.random.Generator
@@ -37,12 +37,12 @@ TEXTURES = {
     "rings": lambda y, x: np.sin(np.hypot(y, x)),
     "stripes": lambda y, x: np.sin(y),
 }
-HUES = {"blue": 0.6, "orange": 0.08}  # centres; each picture strays from them
+HUES = {"blue": 0.6, "orange": 0.08}  # centres; each picture deviates from them
 PICTURE_CLASSES = [f"{hue}_{texture}" for hue in HUES for texture in TEXTURES]
 
 
 def draw_picture(draw: Draw, name: str) -> np.ndarray:
-    """One picture of class `name`, uint8 [128, 128, 3]: a turned and shifted texture in two colours."""
+    """One picture of class `name`, uint8 [128, 128, 3]: a rotated and shifted texture in two colours."""
     hue, texture = name.split("_")
     angle = draw.uniform(-0.4, 0.4)
     period = draw.uniform(14, 24)
@@ -58,7 +58,7 @@ def draw_picture(draw: Draw, name: str) -> np.ndarray:
 
 
 def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
-    """A colour [3] in 0..1; hue 0..1 round the circle from red."""
+    """A colour [3] in 0..1; hue 0..1 around the circle from red."""
     place = (hue * 6 + np.array([5.0, 3.0, 1.0])) % 6
     return value * (1 - saturation * np.clip(np.minimum(place, 4 - place), 0, 1))
 
@@ -76,16 +76,16 @@ def _uint8(picture: np.ndarray) -> np.ndarray:
 
 
 # ---- clips: class = motion -------------------------------------------------------------------------------
-# A clip is one picture on a torus, seen at offsets that change with time: it rests, drifts, or hops elsewhere
-# every so many frames. Whatever the motion, each single offset is uniform over the torus, so that one frame
-# has the same distribution in every class. Mirroring a clip does not change its class.
+# A clip is one picture on a torus at offsets that change with time: it rests, drifts, or jumps every few
+# frames. In every class, the offset of a single frame is uniform over the torus, so that one frame does not
+# show the class. Mirroring a clip does not change its class.
 
-HOPS = {"jumping wildly": 2, "hopping fast": 4, "hopping": 8, "hopping slowly": 16}  # frames from hop to hop
+HOPS = {"jumping wildly": 2, "hopping fast": 4, "hopping": 8, "hopping slowly": 16}  # frames between hops
 MOTIONS = ["drifting", *HOPS, "standing still"]
 
 
 def draw_clip(draw: Draw, label: str) -> np.ndarray:
-    """One clip of motion `label`, uint8 [40, 80, 80, 3]; what drifts does so by 1 to 2 pixels a frame."""
+    """One clip of motion `label`, uint8 [40, 80, 80, 3]; drifting is 1 to 2 pixels per frame."""
     picture, time = _patchwork(draw), np.arange(CLIP_FRAMES)
     offsets = np.tile(draw.uniform(0, CLIP_SIDE, 2), (CLIP_FRAMES, 1))
     if label == "drifting":
@@ -107,11 +107,11 @@ def _patchwork(draw: Draw) -> np.ndarray:
 
 
 def demo_data(out: Path, workers: int | None = None) -> None:
-    """Draw the demo's pictures and clips; the same files on every machine with the same lock.
+    """Generate the demo's pictures and clips: the same files on every machine with the same lock.
 
     Args:
         out: folder to write images/ and clips/ to.
-        workers: processes; one a core unless given.
+        workers: processes; default: one per core.
     """
     processes = PackOptions(workers=workers).processes
     with writing_to(out):
@@ -128,7 +128,7 @@ def demo_data(out: Path, workers: int | None = None) -> None:
 
 
 def _draw(*key: str | int) -> Draw:
-    """A generator of its own for each thing drawn."""
+    """The random generator of one picture or clip."""
     return np.random.default_rng(list("/".join(map(str, key)).encode()))
 
 

@@ -1,7 +1,7 @@
-"""Strict decoding: every frame that enters a shard is one that any JPEG decoder will accept.
+"""Strict decoding: every frame in a shard is a JPEG that all decoders accept.
 
-A single bad JPEG ends a DALI pipeline, so a file is either right already (and kept byte for byte), made
-right (and the change is named), or refused with a reason.
+One bad JPEG ends a DALI pipeline. So a correct file is kept byte for byte, another one is converted (and the
+change is recorded) or rejected (with a reason).
 """
 
 import errno
@@ -20,7 +20,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 QUALITY = 90
 COPIED = "copied"
-# Errors of storage that does not answer for the moment, whatever the file.
+# Errors of storage that is temporarily unavailable; they say nothing about the file.
 TRANSIENT = frozenset(
     {
         errno.EIO,
@@ -41,12 +41,12 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 class BadImage(Exception):
-    """A file that cannot be packed; its text is the reason, the same for all files of one kind."""
+    """A file that cannot be packed. Its text is the reason, the same for all files with one problem."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A sample's frames as JPEGs of one size, one for a picture, and what was done to them."""
+    """A sample's frames (for a picture, one) as JPEGs of one size, and what was changed."""
 
     frames: Sequence[bytes]
     size: tuple[int, int]  # width, height
@@ -54,14 +54,14 @@ class Packed:
 
 
 def read_file(path: Path) -> bytes:
-    """A file's bytes. Raises `OSError`, or `BadImage` for a pipe or device, which could block for ever."""
+    """A file's bytes. Raises `OSError`, or `BadImage` for a pipe or device, which could block forever."""
     if not S_ISREG(path.stat().st_mode):
         raise BadImage("not a regular file")
     return path.read_bytes()
 
 
 def mode_of(path: Path) -> int:
-    """`st_mode` of what is at a path, 0 when nothing is. Raises `OSError`, which `Path.is_dir` may hide."""
+    """`st_mode` of a path, 0 if it does not exist. Raises `OSError`, which `Path.is_dir` may hide."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -69,22 +69,22 @@ def mode_of(path: Path) -> int:
 
 
 def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int] | None = None) -> Packed:
-    """Decode `data` strictly; return it unchanged where it is right, else as a JPEG of quality 90.
+    """Decode `data` strictly; return it unchanged if it is correct, otherwise as a JPEG of quality 90.
 
-    `short_side`: larger pictures are scaled down to it, antialiased; smaller ones stay. `size`: force this
-    (width, height) instead. Raises `BadImage` with the reason.
+    If the shorter side is larger than `short_side`, the picture is scaled down to it, antialiased. `size`:
+    resize to this (width, height) instead. Raises `BadImage` with the reason.
     """
     data, changes = _whole_jpeg(data) if data[:2] == b"\xff\xd8" else (data, [])
     try:
         picture = _open(data, max_pixels)
         goal = size or fitted(_upright_size(picture), short_side)
-        # Lets the decoder shrink phone pictures 2, 4 or 8-fold, to no less than twice the goal.
+        # The decoder may shrink large pictures 2, 4 or 8-fold, but not below twice the goal.
         picture.draft(None, (2 * max(goal), 2 * max(goal)))
         picture.load()
         upright, made = _normal(picture)
     except (BadImage, MemoryError):
         raise
-    except Exception as error:  # decoders raise nearly every type on hostile bytes
+    except Exception as error:  # for hostile bytes, decoders raise nearly every type of error
         truncated = "truncated" in str(error).lower()
         raise BadImage("truncated" if truncated else "damaged: it cannot be decoded") from error
     changes += made
@@ -99,13 +99,13 @@ def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int]
 
 
 def fitted(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """The (width, height) with its shorter side brought down to `short_side` where it is larger."""
+    """(width, height), scaled so that its shorter side is at most `short_side`."""
     scale = min(1.0, short_side / min(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def encode(picture: Image.Image) -> bytes:
-    """A plain baseline JPEG of the pixels alone, without metadata."""
+    """A baseline JPEG of the pixels, without metadata."""
     picture.info = {}
     out = io.BytesIO()
     try:
@@ -139,13 +139,13 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _doubtful_exif(picture: Image.Image) -> bool:
-    """Whether another decoder may find an orientation in the EXIF data where Pillow does not."""
+    """True if another decoder may find an orientation in EXIF data in which Pillow finds none."""
     exif = picture.info.get("exif", b"")
     return _orientation(picture) == 0 and (b"\x01\x12" in exif or b"\x12\x01" in exif)
 
 
 def _normal(picture: Image.Image) -> tuple[Image.Image, list[str]]:
-    """The picture upright in mode L or RGB, and what that took."""
+    """The picture upright in mode L or RGB, and a list of the changes."""
     changes = []
     if picture.format not in ("JPEG", "MPO"):
         changes.append(f"{picture.format} to JPEG")
@@ -171,10 +171,10 @@ def _normal(picture: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 def _whole_jpeg(data: bytes) -> tuple[bytes, list[str]]:
-    """Follow the chain of JPEG markers to the end marker; cut off what comes after it.
+    """Follow the JPEG markers to the end marker; cut off what follows it.
 
-    Decoders differ on a damaged chain: Pillow takes a stream without an end marker and strays between the
-    segments of its header, DALI takes neither.
+    Decoders treat damaged markers differently: Pillow accepts a stream without an end marker, or with stray
+    bytes between the segments of its header; DALI accepts neither.
     """
     changes = []
     end = 0
@@ -195,10 +195,10 @@ _NEXT_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
 
 def _markers(data: bytes) -> Iterator[tuple[int, int, bool]]:
-    """(code, byte offset, whether strays precede it) of each marker up to the end marker, if it comes.
+    """(code, byte offset, stray bytes before it) of each marker up to the end marker, if there is one.
 
-    Coded pixels lie between a scan's header (0xDA) and the next marker; before the first scan each segment
-    must follow the last one directly.
+    Coded pixels are between the header of a scan (0xDA) and the next marker. Before the first scan, each
+    segment must follow the previous one directly.
     """
     position = 2
     in_header = True

@@ -1,4 +1,4 @@
-"""Draws the curves of one run or of several over each other: python -m tools.plot runs/A [runs/B ...]."""
+"""Plot the curves of one or several runs: python -m tools.plot runs/A [runs/B ...]."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Panel = tuple[str, tuple[str, ...], bool]
 Tables = dict[str, list[dict]]  # run name -> metric rows
-# (title, columns drawn into it, logarithmic); a panel that no run has numbers for is left out.
+# (title, columns, logarithmic); a panel without numbers is left out.
 PANELS: tuple[Panel, ...] = (
     ("loss", ("loss_train", "loss", "loss_val"), False),
     ("accuracy", ("acc", "acc5"), False),
@@ -27,16 +27,16 @@ PANELS: tuple[Panel, ...] = (
 
 
 def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> Path:
-    """Write a PNG of the runs' curves over steps.
+    """Write a PNG with the curves of all runs over steps.
 
     Args:
         runs: run folders.
-        out: picture to write; curves.png in the run's folder, or beside several, unless given.
+        out: picture to write; default: curves.png in the run folder, for several runs in their parent folder.
     """
     from matplotlib.figure import Figure
 
     if not runs:
-        raise UserError("name at least one run folder, such as runs/image-mae-pico")
+        raise UserError("there are no runs; name at least one run folder, such as runs/image-mae-pico")
     tables = {run.name: _read(run) for run in runs}
     panels = panels_of(tables)
     lines = math.ceil(len(panels) / 2)
@@ -52,13 +52,13 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
 
 
 def panels_of(tables: Tables) -> list[Panel]:
-    """The panels that any run has numbers for."""
+    """The panels for which any run has numbers."""
     filled = {name for rows in tables.values() for row in rows for name in row if row[name] is not None}
     return [panel for panel in PANELS if filled & {*panel[1]}]
 
 
 def draw(axis: "Axes", panel: Panel, tables: Tables) -> None:
-    """Draw every run's columns of one panel over steps."""
+    """Draw the columns of one panel over steps, for every run."""
     title, columns, logarithmic = panel
     for name, rows in tables.items():
         for column in columns:

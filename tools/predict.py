@@ -1,8 +1,8 @@
-"""What a trained run makes of pictures or clips: python -m tools.predict runs/NAME INPUT [INPUT ...].
+"""Predictions of a run for pictures or clips: python -m tools.predict runs/NAME INPUT [INPUT ...].
 
-A classifier gives an input's likeliest classes, a masked autoencoder a picture of what it fills in. An input
-is a picture, or for clips a video file or a folder of frames. Inputs are packed as training data is and read
-as validation data is, so that what comes out is what make eval counts.
+For a classifier, the most probable classes are printed. For a masked autoencoder, a picture of
+reconstructions is drawn. An input is a picture; for clips, it is a video file or a folder of frames. Inputs
+are packed like training data and read like validation data, so that predictions are those of `make eval`.
 """
 
 import json
@@ -41,7 +41,7 @@ from train.evaluate import load_model, open_task, read_config, weights_of
 from train.task import Task
 
 NOT_FINITE = "the model's probabilities for it are not finite"
-DRAWN = 24  # inputs in a reconstruction picture at most: they are one batch
+DRAWN = 24  # most inputs in a picture of reconstructions; they are one batch
 
 
 def predict(
@@ -52,24 +52,24 @@ def predict(
     out: Path | None = None,
     device: str = "auto",
 ) -> int:
-    """Print every input's classes, or draw reconstructions; returns 1 when an input has no answer.
+    """Print the classes of every input, or draw reconstructions; return 1 if an input has no result.
 
-    It has none when it cannot be read, or when the model's probabilities for it are not finite.
+    An input has none if it cannot be read or if the model's probabilities for it are not finite.
 
     Args:
         run: folder of a finished run, such as runs/image-ft-pico.
         inputs: pictures and folders of them; or video files and folders of frames.
-        top: how many classes to print.
-        weights: other weights than the run's model.safetensors.
-        out: where reconstructions are drawn; predict.png in the run folder unless given.
+        top: number of classes to print.
+        weights: weights file; default: model.safetensors of the run.
+        out: picture of reconstructions; default: predict.png in the run folder.
         device: auto, cuda or cpu.
     """
     if not inputs:
-        raise UserError("name at least one picture, video or folder")
+        raise UserError("there are no inputs; name at least one picture, video or folder")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("torchrun started several processes; start tools.predict without torchrun")
     if top < 1:
-        raise UserError("--top must be at least 1")
+        raise UserError(f"--top is {top}; it must be at least 1")
     config, classes, packing = read_run(run)
     if config.data.frames == 1:
         inputs = tuple(picture for path in inputs for picture in pictures_of(path))
@@ -77,23 +77,24 @@ def predict(
     names = [readable(str(path)) for path in inputs]
     with tempfile.TemporaryDirectory() as folder:
         reasons = pack(config, inputs, packing, Path(folder))
-        places = [place for place, reason in enumerate(reasons) if not reason]
-        read = [names[place] for place in places]
+        good = [number for number, reason in enumerate(reasons) if not reason]
+        read = [names[number] for number in good]
         if read:
             catalogue = open_dataset(folder, "val")
-            here, task = open_task(config, classes, device)
-            model = load_model(task.model, config, weights, classes, here)
+            place, task = open_task(config, classes, device)
+            model = load_model(task.model, config, weights, classes, place)
             if task.picture is not None:
                 path, rows = out or run / "predict.png", min(DRAWN, len(read))
                 task.picture(path, model, catalogue, rows)
                 print(f"{path}: {', '.join(read[:rows])}")
             else:
-                for place, row in zip(places, probabilities(task, model, catalogue).tolist(), strict=True):
-                    if not all(map(math.isfinite, row)):
-                        reasons[place] = NOT_FINITE
-                        continue
-                    best = sorted(zip(row, classes, strict=True), key=lambda pair: -pair[0])[:top]
-                    print("\n".join([names[place], *(f"{chance:9.2%}  {label}" for chance, label in best)]))
+                for number, row in zip(good, probabilities(task, model, catalogue).tolist(), strict=True):
+                    if all(map(math.isfinite, row)):
+                        best = sorted(zip(row, classes, strict=True), key=lambda pair: -pair[0])[:top]
+                        lines = [f"{chance:9.2%}  {label}" for chance, label in best]
+                        print("\n".join([names[number], *lines]))
+                    else:
+                        reasons[number] = NOT_FINITE
     for name, reason in zip(names, reasons, strict=True):
         if reason:
             print(f"error: {name}: {reason}", file=sys.stderr)
@@ -101,7 +102,7 @@ def predict(
 
 
 def read_run(run: Path) -> tuple[Config, Sequence[str], Mapping[str, Any]]:
-    """A run's settings, its classes, and how its data was packed, empty where the data is gone."""
+    """Configuration, classes and packing settings of a run; the latter are empty if its data is missing."""
     config, recorded = read_config(run), run / "data.json"
     classes, packing = (), {}
     try:
@@ -110,13 +111,13 @@ def read_run(run: Path) -> tuple[Config, Sequence[str], Mapping[str, Any]]:
     except UserError as error:
         if isinstance(config, FinetuneConfig) and not recorded.exists():
             raise UserError(
-                f"{run} has no data.json that names its classes, and its data: {error}"
+                f"{run} has no data.json with its classes, and its data cannot be read: {error}"
             ) from error
-        print(f"{config.data.path} is not there: inputs are scaled as packing does by default")
+        print(f"{config.data.path} cannot be read: inputs are packed with the default options")
     if recorded.exists():
         classes = json.loads(recorded.read_text())["classes"]
     elif classes:
-        print(f"{run} has no data.json that names its classes: they come from {config.data.path}")
+        print(f"{run} has no data.json with its classes: they are read from {config.data.path}")
     return config, classes, packing
 
 
@@ -151,18 +152,20 @@ def load(root: Path, source: str, packing: Packing) -> Packed:
 
 
 def pictures_of(path: Path) -> list[Path]:
-    """The pictures of a folder, by name; anything else is itself."""
+    """The pictures of a folder, sorted by name; for another path, the path."""
     inside = path.iterdir() if path.is_dir() else ()
     return sorted(file for file in inside if file.suffix.lower() in SUFFIXES) or [path]
 
 
 def probabilities(task: Task, model: NormalizedInput, catalogue: Dataset) -> torch.Tensor:
-    """float32 [inputs, classes]: the softmax of an input's views, averaged, as evaluation does."""
+    """float32 [inputs, classes]: softmax, averaged over the views of an input, as in evaluation."""
     assert task.probabilities is not None
     batches = task.probabilities(model, catalogue, lambda: None)
     found = torch.cat([rows[valid].cpu() for _, valid, rows in batches])
     if len(found) < len(catalogue):
-        raise UserError("an input that was read does not decode for the model; leave out the one named above")
+        raise UserError(
+            "an input was packed but does not decode for the model; leave out the one named above"
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Writes the table of recipes into docs/which.md from the presets: python -m tools.recipes [--check]."""
+"""Write the tables of recipes into docs/which.md from the presets: python -m tools.recipes [--check]."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ OWN = ("pico", "reference")  # presets without a column in the paper
 
 
 def column_of(config: Config) -> str:
-    """The table of the paper and the column in it that a preset is from, such as "14b, L after 400"."""
+    """Table and column of the paper from which a preset is, such as "14b, L after 400"."""
     pretraining, video = isinstance(config, MaeConfig), config.data.frames > 1
     ssv2 = config.data.sampling == "segments"
     table = f"{'12' if ssv2 else '11' if video else '14'}{'a' if pretraining else 'b'}"
@@ -81,7 +81,7 @@ def section() -> str:
 
 
 def table(columns: tuple[str, ...], rows: list[list]) -> list[str]:
-    """Lines of a Markdown table; presets that are equal share a row."""
+    """Lines of a Markdown table; equal presets share a row."""
     lines = [f"| preset | paper's table | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     names: dict[str, list[str]] = {}
     for config, name, cells in rows:
@@ -94,7 +94,7 @@ def main(check: bool = False) -> None:
     """Rewrite the table in docs/which.md.
 
     Args:
-        check: change nothing; fail if the page is out of date.
+        check: only check; fail if the page is out of date.
     """
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)

@@ -1,6 +1,6 @@
-"""One page about a run that opens anywhere: python -m tools.report runs/NAME -> runs/NAME/report.html.
+"""Write a page about a run: python -m tools.report runs/NAME -> runs/NAME/report.html.
 
-Everything is in the file: no script, no network. What the run has not written yet is named at the end.
+The page is one file without scripts and network access. Its end lists what the run has not written yet.
 """
 
 import base64
@@ -22,9 +22,9 @@ from train.config import flatten, from_dict
 from train.metrics import read_csv
 from train.optim import total_steps
 
-INK = "#010203"  # stands for the page's text colour, light or dark, while matplotlib draws
+INK = "#010203"  # placeholder of the page's text colour in matplotlib's drawings
 LOG_LINES, WEAKEST = 40, 20
-NUMBERS = {  # column -> (what it is called, how it is shown)
+NUMBERS = {  # column -> (name, format)
     "acc": ("top-1", "{:.1%}"),
     "acc5": ("top-5", "{:.1%}"),
     "loss_val": ("validation loss", "{:.4g}"),
@@ -39,14 +39,14 @@ NUMBERS = {  # column -> (what it is called, how it is shown)
 
 
 def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
-    """Write the page and return its path; raises UserError for a folder that is no run.
+    """Write the page and return its path. Raises UserError if the folder is no run.
 
     Args:
         run: run folder, such as runs/image-ft-pico.
-        out: file to write; report.html in the run folder unless given.
+        out: file to write; default: report.html in the run folder.
     """
     if not (run / "config.json").is_file():
-        raise UserError(f"{run} is no run folder: it has no config.json; name one, as in RUN=image-mae-pico")
+        raise UserError(f"{run} is no run folder, it has no config.json; name one, as in RUN=image-mae-pico")
     body, left_out = "", []
     for title, file, make in SECTIONS:
         try:
@@ -56,7 +56,9 @@ def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
                 left_out.append(f"{title} ({file} is empty so far)")
         except FileNotFoundError:
             left_out.append(f"{title} (there is no {file})")
-        except Exception as error:  # a half-written file fails in any way, and the rest is worth showing
+        except (
+            Exception
+        ) as error:  # a half-written file raises any error; the other sections are still useful
             left_out.append(f"{title} ({file} cannot be read: {error})")
     if left_out:
         body += f'<p class="quiet">Not in this report: {escape("; ".join(left_out))}.</p>'
@@ -68,7 +70,7 @@ def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
 
 
 def state(run: Path) -> str:
-    """One line: what is trained, and whether it is finished or at which step."""
+    """One line: the model, the kind of training, and its step or its end."""
     words, step, steps, total = [], 0, "", 0
     try:
         config = json.loads((run / "config.json").read_text())
@@ -79,13 +81,15 @@ def state(run: Path) -> str:
         total = total_steps(from_dict(config).optim, samples)
         steps = f" of {total}"
     except Exception:
-        pass  # as above: what was found until then is shown
-    finished = (run / "model.safetensors").is_file() and step >= total  # it is there while a run is extended
+        pass  # as above: what was found so far is shown
+    finished = (
+        run / "model.safetensors"
+    ).is_file() and step >= total  # the file also exists while a run is extended
     words.append(f"finished after {step} steps" if finished else f"not finished: at step {step}{steps}")
     return f"{', '.join(words)}, page made {time.strftime('%Y-%m-%d %H:%M')}"
 
 
-# ---- sections: a file of the run -> HTML, empty where there is nothing in it yet --------------------------
+# ---- sections: a file of the run -> HTML, empty if the file has no content yet ----------------------------
 
 
 def numbers(metrics: Path) -> str:
@@ -102,7 +106,7 @@ def numbers(metrics: Path) -> str:
 
 
 def speed_of(rows: list[dict]) -> tuple[float, ...]:
-    """Samples a second, ms of a step and of its wait: means over all rows but the first, which warms up."""
+    """Samples per second, step and data wait (ms): means over all rows except the first (warm-up)."""
     timed, names = rows[1:] or rows, ("samples_per_s", "step_ms", "data_wait_ms")
     return tuple(sum(row[name] for row in timed) / len(timed) for name in names)
 
@@ -124,15 +128,15 @@ def _svg(panel: Panel, tables: Tables) -> str:
     with rc_context({**look, **dict.fromkeys(inks, INK)}):
         figure = Figure(figsize=(5, 3), layout="constrained")
         draw(figure.subplots(), panel, tables)
-        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=unsaid)
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
-    # The names of groups would come back in every drawing, and a page may have each only once.
+    # Every drawing has the same group names, and an id may occur only once in a page.
     return re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :]).replace(INK, "currentColor")
 
 
 def reconstructions(picture: Path) -> str:
-    """The picture itself, once it is known to be whole."""
+    """The picture, after a check that its file is complete."""
     from PIL import Image
 
     with Image.open(picture) as image:
@@ -140,18 +144,18 @@ def reconstructions(picture: Path) -> str:
     data = base64.b64encode(picture.read_bytes()).decode()
     return (
         f'<figure><img alt="inputs and reconstructions" src="data:image/png;base64,{data}"><figcaption>'
-        "Input, what was kept of it, and the reconstruction. The model predicts each patch relative to its "
+        "Input, visible patches, and reconstruction. The model predicts each patch relative to its "
         "mean and deviation, so true patch statistics colour the prediction.</figcaption></figure>"
     )
 
 
 def classes(table: Path) -> str:
-    """Accuracy by class, the weakest first; what follows them opens on a click."""
+    """Accuracy per class, the weakest first; a click opens the others."""
     import pyarrow.parquet as pq
 
     every = pq.read_table(table).to_pylist()
     rows = [row for row in every if row["samples"]]
-    top5 = len(every) > 5  # with five classes or fewer it is always 1
+    top5 = len(every) > 5  # with at most five classes it is always 1
     lines = [
         f"<tr><th>{escape(row['class_name'])}</th><td>{row['samples']}</td>"
         f'<td style="--share: {row["accuracy"]:.0%} 100%">{row["accuracy"]:.1%}</td>'
@@ -167,7 +171,7 @@ def classes(table: Path) -> str:
 
 
 def settings(config: Path) -> str:
-    """Every setting, a table for each group."""
+    """All settings, one table per group."""
     groups: dict[str, dict] = {}
     for key, value in flatten(json.loads(config.read_text())).items():
         group, _, name = key.rpartition(".")
@@ -189,10 +193,10 @@ def log(path: Path) -> str:
 
 
 def _table(rows: Iterable[tuple[str, object]], caption: str) -> str:
-    def words(value: object) -> str:
+    def text(value: object) -> str:
         return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    lines = "".join(f"<tr><th>{escape(k)}</th><td>{escape(words(v)) or '–'}</td></tr>" for k, v in rows)
+    lines = "".join(f"<tr><th>{escape(k)}</th><td>{escape(text(v)) or '–'}</td></tr>" for k, v in rows)
     return f'<table class="settings"><caption>{escape(caption)}</caption>{lines}</table>'
 
 

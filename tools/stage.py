@@ -1,9 +1,9 @@
-"""Copies a packed dataset to a machine's own disk: python -m tools.stage s3://bucket/imagenet /local/imagenet
+"""Copy a packed dataset to a local disk: python -m tools.stage s3://bucket/imagenet /local/imagenet
 
-The source is a folder, or a URI of any store that Arrow reads: s3://, gs://, hdfs://. An S3-compatible store
-is named as s3://bucket/imagenet?endpoint_override=host:port&scheme=https, its keys come from the environment
-as for other S3 clients. Every sample is held against its checksum on arrival. Files that are there already
-stay, so running it again after an interruption goes on; dataset.json comes last and makes the copy whole.
+The source is a folder, or a URI of a store that Arrow reads: s3://, gs://, hdfs://. For an S3-compatible
+store, write s3://bucket/imagenet?endpoint_override=host:port&scheme=https; its keys come from the environment
+as for other S3 clients. The checksum of every sample is checked. Existing files are kept, so after an
+interruption the same command continues. dataset.json is written last; with it, the copy is complete.
 """
 
 import hashlib
@@ -35,27 +35,27 @@ BLOCK = 4 << 20  # bytes
 
 
 def stage(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path], /, workers: int = 8) -> None:
-    """Copy the dataset at `source` to the folder `target`; raises UserError when it cannot be completed.
+    """Copy the dataset at `source` to the folder `target`. Raises UserError if that fails.
 
     Args:
         source: folder or URI of a packed dataset.
         target: folder on a local disk.
-        workers: files under way at once.
+        workers: files that are copied at the same time.
     """
     store, top = open_store(source)
     if store.get_file_info(f"{top}/dataset.json").type != fs.FileType.File:
-        raise UserError(f"{top}/dataset.json does not exist; a packed dataset has one at its top")
+        raise UserError(f"{top}/dataset.json does not exist; give the top folder of a packed dataset")
     target.mkdir(parents=True, exist_ok=True)
     folder = os.open(target, os.O_RDONLY)
     try:
-        lock(folder, target, UNLOCKED, wait=True)  # where every process of a machine calls this, one copies
+        lock(folder, target, UNLOCKED, wait=True)  # if all processes of a machine call this, one copies
         copy_dataset(store, top, target, workers)
     finally:
         os.close(folder)
 
 
 def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> None:
-    """`stage`, with the target to itself."""
+    """`stage`, while the target is locked."""
     whole, waiting = target / "dataset.json", target / ".staging"
     waiting.mkdir(exist_ok=True)
     fetch(store, f"{top}/dataset.json", waiting / "dataset.json")
@@ -68,7 +68,7 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
         catalogue, checksum = info.catalogue(split), info.catalogue_sha256[split]
         if not catalogue.is_file() or sha256_of(catalogue) != checksum:
             came += fetch(store, f"{top}/{split}.arrow", catalogue, checksum)
-        open_split(info, split)  # raises UserError for a catalogue that cannot be used
+        open_split(info, split)  # raises UserError for a damaged catalogue
         missing = {*missing_shards(info, split)}
         kept += len(lengths) - len(missing)
         check_space(target, split, sum(lengths[shard] for shard in missing))
@@ -82,7 +82,7 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
             in_parallel(jobs, workers), split, len(missing), transient=True, console=Console(stderr=True)
         )
         came += sum(progress)
-        for leftover in (target / split).glob(".*.tmp-*"):  # of a copy that was killed
+        for leftover in (target / split).glob(".*.tmp-*"):  # of killed commands
             leftover.unlink()
     (waiting / "dataset.json").replace(whole)
     shutil.rmtree(waiting)
@@ -92,21 +92,23 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
 
 
 def open_store(source: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a folder or URI, and the path in it. Raises UserError for what Arrow cannot read."""
+    """The file system of a folder or URI, and the path in it. Raises UserError if Arrow cannot read it."""
     try:
         store, top = fs.FileSystem.from_uri(source if "://" in source else str(Path(source).absolute()))
         return store, top.rstrip("/")
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise UserError(f"{source} cannot be opened: {first_line(error)}") from error
+        raise UserError(
+            f"{source} cannot be opened ({first_line(error)}); check the folder or URI"
+        ) from error
 
 
 def fetch(
     store: fs.FileSystem, source: str, target: Path, checksum: str = "", rows: Sequence[Row] = ()
 ) -> int:
-    """Copy one file and give its size in bytes.
+    """Copy one file; return its size in bytes.
 
-    The copy must have the sha256 `checksum`, if there is one, and a tar's samples the checksums in `rows`. A
-    failure is tried again with growing pauses; then UserError.
+    The copy must have the sha256 `checksum`, if given, and the samples of a tar the checksums in `rows`.
+    After a failure, it is copied again with growing pauses. Raises UserError if all attempts fail.
     """
     reason = ""
     for attempt in range(ATTEMPTS):
@@ -124,11 +126,13 @@ def fetch(
             reason = first_line(error)
             if attempt + 1 < ATTEMPTS:
                 time.sleep(0.5 * 2**attempt)
-    raise UserError(f"{source} could not be copied to {target} ({reason}); run it again to go on")
+    raise UserError(
+        f"{source} could not be copied to {target} ({reason}); run the same command again to continue"
+    )
 
 
 def open_source(store: fs.FileSystem, source: str) -> pa.NativeFile:
-    """Open a file of the source. Raises UserError when it does not exist."""
+    """Open a file of the source. Raises UserError if it does not exist."""
     try:
         return store.open_input_stream(source)
     except FileNotFoundError as error:
@@ -148,28 +152,28 @@ def damaged_sample(tar: Path, rows: Sequence[Row]) -> str | None:
 
 
 def fetch_shard(store: fs.FileSystem, source: str, target: Path, rows: list[Row]) -> int:
-    """Copy a shard's index, then its tar, whose presence says that both are there; gives bytes."""
+    """Copy a shard's index, then its tar: if the tar exists, both are complete. Returns bytes copied."""
     index = fetch(store, f"{source}.idx", target.with_suffix(".idx"))
     return index + fetch(store, f"{source}.tar", target.with_suffix(".tar"), rows=rows)
 
 
 def in_parallel(jobs: Iterable[Callable[[], int]], workers: int) -> Iterator[int]:
-    """The sizes that came, with a few jobs ahead of the one waited for, so that memory stays small."""
-    under_way: deque[Future[int]] = deque()
+    """Results of the jobs in order; at most 2 * `workers` are submitted, so that memory stays small."""
+    pending: deque[Future[int]] = deque()
     pool = ThreadPoolExecutor(workers)
     try:
         for job in jobs:
-            under_way.append(pool.submit(job))
-            if len(under_way) >= 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            pending.append(pool.submit(job))
+            if len(pending) >= 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def check_space(target: Path, split: str, needed: int) -> None:
-    """Raise UserError when the `needed` bytes cannot fit on the target's disk."""
+    """Raise UserError if `needed` bytes do not fit on the target's disk."""
     free = shutil.disk_usage(target).free
     if needed > free:
         raise UserError(
