@@ -54,17 +54,17 @@ def compare_all(
     readme: Path = Path("README.md"),
     results: Path = Path("benchmarks/results"),
 ) -> None:
-    """Measure everything that has a peer and write it down.
+    """Run all comparisons and write their results.
 
     Args:
         images: folder of JPEG pictures, searched through.
-        work: folder for what is made from them; kept, and used again.
-        rounds: how often each contender is measured, in turn.
-        parts: measure these alone; for the others the last figures of this hardware stay.
-        quick: one round of the smallest models, under five minutes; prints, and writes nothing.
-        speed: the page whose tables are replaced.
-        readme: the page whose table of ratios is replaced.
-        results: folder for the figures of every round.
+        work: folder for generated data, which is kept and used again.
+        rounds: rounds per contender; they take turns.
+        parts: run only these; others keep the last results of this hardware.
+        quick: one round of the smallest models, under five minutes; the results are only printed.
+        speed: page whose tables are replaced.
+        readme: page whose table of ratios is replaced.
+        results: folder for the numbers of every round.
     """
     data = {"images": images, "work": work}
     small = ("mae_hiera_pico_96", "hiera_pico_96", "mae_hiera_pico_16x64", "hiera_pico_16x64")
@@ -79,7 +79,7 @@ def compare_all(
     for part in parts:
         print(f"{part} ...", file=sys.stderr, flush=True)
         module = importlib.import_module(f"benchmarks.{part}")
-        # A process each: what one leaves running or allocated does not weigh on the next.
+        # Each runs in a new process, so that its memory and threads do not affect the next.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             part_found: Results = pool.submit(module.run, **flags[part]).result()
         show(part_found)
@@ -89,7 +89,7 @@ def compare_all(
 
 
 def write(found: Results, where: dict, speed: Path, readme: Path, results: Path) -> None:
-    """Write the figures beside those that are not new, and put the tables into the pages."""
+    """Write the results, keep those of other parts, and put the tables into the pages."""
     new = list(found)
     gpus: list[str] = where["gpus"]
     hardware = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()) if gpus else f"{where['cpus']}-cores"

@@ -1,9 +1,9 @@
-"""Opens catalogues the size of Kinetics-400 and ImageNet-21k: python -m benchmarks catalogue
+"""Open catalogues of the size of Kinetics-400 and ImageNet-21k: python -m benchmarks catalogue
 
-Synthetic rows, 240,000 clips of 300 frames and 14 million pictures; no shards are needed to open them. The
-table has the time to open them (first, and again from the page cache), the memory of one process and of eight
-together, the time to draw an epoch's order, and what a cache of a share of the shards would have to fetch in
-an epoch, which is why shards are staged whole (tools.stage).
+The rows are synthetic: 240,000 clips of 300 frames, and 14 million pictures. Shards are not needed. The
+tables show the time to open a catalogue (cold, and from the page cache), the memory of one process and of
+eight, the time to draw the order of an epoch, and how much a cache of some of the shards would fetch per
+epoch. The last number is the reason why tools.stage copies all shards.
 """
 
 import json
@@ -29,14 +29,14 @@ from pipelines.files import sha256_of
 from tools.shards import write_catalogue
 
 PROCESSES = 8
-DATASETS = {  # name -> samples, frames a sample, samples a shard
+DATASETS = {  # name -> samples, frames per sample, samples per shard
     "kinetics-400": (240_000, 300, 64),
     "imagenet-21k": (14_000_000, 1, 1000),
 }
 
 
 def make(root: Path, samples: int, frames: int, per_shard: int) -> None:
-    """Write dataset.json and a train.arrow of made-up rows."""
+    """Write dataset.json and a train.arrow of synthetic rows."""
     root.mkdir(parents=True, exist_ok=True)
     at_once = max(1, 6_000_000 // frames // per_shard) * per_shard
     parts = [
@@ -58,7 +58,7 @@ def make(root: Path, samples: int, frames: int, per_shard: int) -> None:
 
 
 def rows(ids: np.ndarray, frames: int, per_shard: int) -> pa.Table:
-    """Dataset rows of the samples `ids`, whole shards of them."""
+    """Catalogue rows of the samples `ids`, which fill whole shards."""
     sizes = np.random.default_rng(int(ids[0])).integers(8_000, 18_000, (len(ids), frames)).astype(np.int32)
     places = np.cumsum(sizes.ravel() // 512 * 512 + 1024, dtype=np.int64).reshape(sizes.shape)
     places -= np.repeat(places[::per_shard, :1], per_shard, axis=0)[: len(ids)] - 512
@@ -80,7 +80,7 @@ def rows(ids: np.ndarray, frames: int, per_shard: int) -> pa.Table:
 
 
 def use(root: Path, rank: int, report: multiprocessing.Queue, end: Event) -> None:
-    """Open the catalogue in a process of its own and look samples up as a loader does; stay until `end`."""
+    """Open the catalogue in a new process and look up samples as a loader does; wait for `end`."""
     start = time.perf_counter()
     catalogue = open_dataset(root, "train")
     opened = time.perf_counter() - start
@@ -95,7 +95,7 @@ def use(root: Path, rank: int, report: multiprocessing.Queue, end: Event) -> Non
 
 
 def measure(root: Path, processes: int) -> tuple[float, float, float]:
-    """Seconds until the last process had it open, and MB of memory each, shared pages whole and shared."""
+    """Seconds until all processes have it open; MB per process with shared pages in full and as a share."""
     context = multiprocessing.get_context("spawn")
     report, end = context.Queue(), context.Event()
     started = [context.Process(target=use, args=(root, rank, report, end)) for rank in range(processes)]
@@ -115,7 +115,7 @@ def measure(root: Path, processes: int) -> tuple[float, float, float]:
 
 
 def order_seconds(samples: int) -> float:
-    """Seconds to draw one epoch's order."""
+    """Seconds to draw the order of an epoch."""
     start = time.perf_counter()
     for ids in epoch(order.make_order("random", np.empty(samples), 0, 4096), samples):
         ids.sum()
@@ -123,13 +123,13 @@ def order_seconds(samples: int) -> float:
 
 
 def epoch(arrange: order.Order, samples: int) -> Iterator[np.ndarray]:
-    """An epoch's ids, in parts."""
+    """The ids of an epoch, in parts."""
     for first in range(0, samples, 65_536):
         yield arrange(np.arange(first, min(samples, first + 65_536)))[1]
 
 
 def fetched(shards: np.ndarray, arrange: order.Order, share: float) -> float:
-    """How often an epoch fetches each shard through a cache of `share` of them, least recently used out."""
+    """Fetches per shard and epoch with an LRU cache of `share` of the shards."""
     count = int(shards[-1]) + 1
     cache: OrderedDict[int, None] = OrderedDict()
     misses = 0
@@ -149,7 +149,7 @@ def bench(work: Path = Path("/tmp/hiera-train-bench")) -> None:
     """Measure and print two tables.
 
     Args:
-        work: folder for the synthetic catalogues, about 5 GB; they are removed at the end.
+        work: folder for the synthetic catalogues (about 5 GB), which are removed at the end.
     """
     table = Table(
         title=f"catalogues; memory is of one process, and each of {PROCESSES} counting shared pages once"

@@ -1,8 +1,8 @@
-"""What the training loop itself costs: python -m benchmarks core
+"""Time that the training loop adds to a step: python -m benchmarks core
 
-A model of a single weight is trained on one black batch, once by the loop with its logging, metrics, meters
-and progress, once by a bare `for` over the same loss and optimizer. The difference per step is the loop's own
-cost; checkpoints and evaluation are left out.
+A model of one weight is trained on one black batch, by the loop with its log, metrics, meters and progress,
+and by a plain `for` with the same loss and optimizer. The difference per step is the cost of the loop.
+Checkpoints and evaluation are not included.
 """
 
 import tempfile
@@ -39,7 +39,7 @@ SAMPLES = 64  # pictures in the dataset
 
 
 class Nothing(nn.Module):
-    """A model of one weight and no work."""
+    """A model of one weight without computation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ class Nothing(nn.Module):
         self.weight = nn.Linear(1, 1)
 
     def no_weight_decay(self) -> set[str]:
-        """As Encoder has it."""
+        """As in Encoder."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """As Encoder has it."""
+        """As in Encoder."""
         return {"stem": "^weight", "blocks": r"^blocks\.(\d+)"}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def make_task(config: Config, _: Run) -> Task:
 
 
 def bare(config: Config, batch: Batch, steps: int) -> float:
-    """Seconds a step of a plain loop."""
+    """Seconds per step of a plain loop."""
     model = Nothing()
     optimizer = make_optimizer(model, config.optim)
     ready = NormalizedInput(model, 1)
@@ -88,7 +88,7 @@ def bare(config: Config, batch: Batch, steps: int) -> float:
 
 
 def ours(config: Config, batch: Batch) -> float:
-    """Seconds a step of the training core, from its own clock."""
+    """Seconds per step of the training core, from its own metrics."""
 
     def batches(*_: Any) -> Iterator[Batch]:
         while True:
@@ -105,11 +105,11 @@ def ours(config: Config, batch: Batch) -> float:
 
 
 def run(steps: int = 2000, rounds: int = 5) -> Results:
-    """Milliseconds a step of both; a millisecond of difference is 1 % of a 100 ms step.
+    """Milliseconds per step of both; a difference of 1 ms is 1 % of a step of 100 ms.
 
     Args:
-        steps: steps a round.
-        rounds: rounds of each, in turn.
+        steps: steps per round.
+        rounds: rounds of each; they take turns.
     """
     times: dict[str, list[float]] = {"our loop": [], "a bare loop": []}
     with tempfile.TemporaryDirectory() as folder:

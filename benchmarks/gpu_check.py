@@ -1,9 +1,9 @@
-"""make gpu-check: does this machine's GPU do what the project promises? One table, one JSON file, settings.
+"""make gpu-check: check and measure this machine's GPU; write a table, a JSON file and settings.
 
     python -m benchmarks.gpu_check [--device cpu] [--out FOLDER] [--only NAME ...]
 
-Every check runs in a process of its own with a time limit, so that a crash or a hang becomes a row of the
-table. The order is such that a failure explains later ones.
+Every check runs in a new process with a time limit, so that a crash or a hang becomes a row of the table.
+Earlier checks may explain failures of later ones.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import train  # sets OpenMP's waiting  # noqa: F401
+import train  # sets how OpenMP waits  # noqa: F401
 from benchmarks import gpu_checks, gpu_models, gpu_runs
 from benchmarks.gpu_checks import Place
 from pipelines.errors import UserError, run_cli
@@ -36,7 +36,7 @@ from pipelines.files import atomic_text
 from train.rundir import environment
 
 RESULT = "RESULT "
-CPU_FACTOR = 5  # how much more time a check gets on the CPU
+CPU_FACTOR = 5  # factor of the time limits on the CPU
 FAILED, NEEDS_GPU, NEEDS_GPUS = "FAILED", "needs a GPU", "needs two GPUs"
 
 
@@ -47,9 +47,9 @@ class Check:
     run: Callable[[Place], str | dict[str, float]]
     seconds: int
     gpus: int = 0
-    """GPUs it needs; 0: it also runs on the CPU."""
+    """GPUs that it needs; 0: it also runs on the CPU."""
     required: bool = True
-    """Whether its failure is a failure of gpu-check; training does not need the others."""
+    """If it fails, gpu-check fails; training does not need the others."""
 
 
 CHECKS: dict[str, Check] = {
@@ -93,7 +93,7 @@ RATES: dict[str, Check] = {
 
 @dataclass
 class Row:
-    """What a check gave: "ok", FAILED, NEEDS_GPU or NEEDS_GPUS, a text or rates, and the seconds it took."""
+    """Result of a check: "ok", FAILED, NEEDS_GPU or NEEDS_GPUS, a text or rates, and its seconds."""
 
     name: str
     state: str
@@ -106,7 +106,7 @@ class Row:
 
 
 def child(name: str, values: dict[str, str], flags: list[str]) -> None:
-    """The body of a check's process: prints its result as the last line."""
+    """Run one check in its process; print the result as the last line."""
     place = Place(torch.device(values["device"]), *(Path(values[key]) for key in ("images", "clips", "work")))
     if place.gpu:
         torch.cuda.set_device(place.device)
@@ -121,11 +121,11 @@ def child(name: str, values: dict[str, str], flags: list[str]) -> None:
         print(problem, file=sys.stderr)
         sys.exit(1)
     print(f"{RESULT}{json.dumps(result)}", flush=True)
-    os._exit(0)  # decoding threads need not be waited for
+    os._exit(0)  # without waiting for decoding threads
 
 
 def run(name: str, place: Place, seconds: int, flags: list[str] | None = None) -> Row:
-    """Run a check in a process of its own, which is killed with all that it started after `seconds`."""
+    """Run a check in a new process; after `seconds`, kill it with its child processes."""
     values = {
         "device": str(place.device),
         "images": str(place.images),
@@ -144,20 +144,20 @@ def run(name: str, place: Place, seconds: int, flags: list[str] | None = None) -
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
-        said, code = process.communicate(timeout=seconds)[0], process.returncode
+        printed, code = process.communicate(timeout=seconds)[0], process.returncode
     except subprocess.TimeoutExpired:
-        said, code = "", None
+        printed, code = "", None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     if code is None:
-        said = process.communicate()[0]
-    results = [line for line in said.splitlines() if line.startswith(RESULT)]
+        printed = process.communicate()[0]
+    results = [line for line in printed.splitlines() if line.startswith(RESULT)]
     took = time.monotonic() - begin
     if code == 0 and results:
         return Row(name, "ok", json.loads(results[-1].removeprefix(RESULT)), took)
     how = f"no answer after {seconds} s: " if code is None else f"signal {-code}: " if code < 0 else ""
-    return Row(name, FAILED, how + gpu_runs.last_line(said), took)
+    return Row(name, FAILED, how + gpu_runs.last_line(printed), took)
 
 
 # ---- all of them
@@ -174,8 +174,8 @@ def gpu_check(
     Args:
         device: cuda, or cpu to run the checks that can run there.
         out: folder for the JSON file and the recommended settings.
-        only: the checks whose names contain one of these words; all without it.
-        rates: measure also, not only check.
+        only: run only checks whose names contain one of these words.
+        rates: also measure rates.
     """
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     if device == "cuda" and not torch.cuda.is_available():
@@ -186,7 +186,7 @@ def gpu_check(
             else "no driver found"
         )
         raise UserError(
-            f"PyTorch sees no GPU ({why}); see docs/gpu.md, or add DEVICE=cpu for what runs on the CPU"
+            f"PyTorch sees no GPU ({why}); see docs/gpu.md, or run the CPU's checks with DEVICE=cpu"
         )
     console = Console()
     begin = time.monotonic()
@@ -198,14 +198,14 @@ def gpu_check(
             work / "shards/clips",
             work,
         )
-        rows = [tell(console, run("data", place, 180 * (1 if gpus else CPU_FACTOR)))]
+        rows = [show(console, run("data", place, 180 * (1 if gpus else CPU_FACTOR)))]
         chosen = CHECKS | (RATES if rates else {}) if rows[0].state == "ok" else {}
         for name, check in chosen.items():
             if not only or any(word in name for word in only):
-                rows.append(tell(console, row_of(name, check, place, gpus)))
+                rows.append(show(console, row_of(name, check, place, gpus)))
         flags = recommended({row.name: row.found for row in rows if isinstance(row.found, dict)})
         if rates and gpus and not only:
-            rows += [tell(console, run(recipe, place, 180, words)) for recipe, words in flags.items()]
+            rows += [show(console, run(recipe, place, 180, words)) for recipe, words in flags.items()]
     console.print(table_of(rows, device))
     write(rows, flags, device, out, console)
     failures = [row.name for row in rows if row.state == FAILED and row.required]
@@ -221,8 +221,8 @@ def row_of(name: str, check: Check, place: Place, gpus: int) -> Row:
     return row
 
 
-def tell(console: Console, row: Row) -> Row:
-    """Show a row as soon as it is there."""
+def show(console: Console, row: Row) -> Row:
+    """Print a row."""
     if row.state in ("ok", FAILED):
         console.print(Text(f"{row.state:7}{row.name:32}{row.seconds:5.0f} s  {text_of(row.found)}"[:200]))
     return row
@@ -238,7 +238,7 @@ def text_of(found: str | dict[str, float] | list) -> str:
 
 
 def recommended(rates: dict[str, dict[str, float]]) -> dict[str, list[str]]:
-    """The flags of each base recipe, from what was measured; empty without rates of steps."""
+    """Flags for each base recipe from the measured rates; empty without rates of steps."""
     found = {}
     for recipe in gpu_runs.RECIPES:
         what = "loading clips" if "video" in recipe else "loading pictures"
@@ -251,9 +251,9 @@ def recommended(rates: dict[str, dict[str, float]]) -> dict[str, list[str]]:
 
 
 def step_flags(rates: dict[str, float]) -> list[str]:
-    """Attention, and the smallest micro batch within 3 % of its best rate: larger ones cost memory.
+    """The attention, and the smallest micro batch within 3 % of its best rate, to save memory.
 
-    cuDNN's attention has open faults, so it must be 3 % faster than flash to be chosen.
+    cuDNN's attention has open bugs, so it is chosen only if it is 3 % faster than flash.
     """
     ours = {name: re.findall(r"micro (\d+), (\w+)", name)[0] for name in rates if "upstream" not in name}
     best = {kind: max(rates[name] for name in ours if ours[name][1] == kind) for _, kind in ours.values()}
@@ -263,7 +263,7 @@ def step_flags(rates: dict[str, float]) -> list[str]:
 
 
 def loading_flags(rates: dict[str, float]) -> list[str]:
-    """Threads, share of the decoding engines and what is decoded, as they were when loading was fastest."""
+    """Threads, share of the decoding engines, and decoding of the fastest loading."""
     if not rates:
         return []
     best = max(rates, key=lambda name: rates[name])
@@ -272,7 +272,7 @@ def loading_flags(rates: dict[str, float]) -> list[str]:
 
 
 def table_of(rows: list[Row], device: str) -> Table:
-    where = torch.cuda.get_device_name(0) if device == "cuda" else "the CPU: no figure here is a GPU's"
+    where = torch.cuda.get_device_name(0) if device == "cuda" else "the CPU (these are no numbers of a GPU)"
     table = Table("check", "", "s", "found", title=f"make gpu-check on {where}", show_lines=True)
     for row in rows:
         state = row.state if row.required or row.state != FAILED else "failed (not needed)"

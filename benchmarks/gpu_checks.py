@@ -1,6 +1,6 @@
 """The checks of `make gpu-check` on the machine and on decoding.
 
-Each takes a Place and returns a line for the table; it raises Problem, or whatever the library raises.
+Each takes a Place and returns a line for the table. It raises Problem, or an error of the library.
 """
 
 import dataclasses
@@ -32,17 +32,17 @@ LEAST_DRIVER = 580  # CUDA 13
 
 
 class Problem(Exception):
-    """A check found something wrong; the text goes into the table."""
+    """A check failed; the text goes into the table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What every check gets."""
+    """Device and data of all checks."""
 
     device: torch.device
     images: Path  # packed shards of pictures
     clips: Path  # packed shards of clips
-    work: Path  # a folder for what a check writes
+    work: Path  # folder for the files of checks
 
     @property
     def gpu(self) -> bool:
@@ -81,7 +81,7 @@ def machine(place: Place) -> str:
 
 
 def driver() -> str:
-    """The version that nvidia-smi gives, empty without it."""
+    """Driver version from nvidia-smi; empty without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return ""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -102,7 +102,7 @@ def loaded_library(word: str) -> str:
 def decode(
     jpegs: list[NDArray[np.uint8]], device: torch.device, windows: NDArray | None = None
 ) -> list[NDArray]:
-    """Decode JPEGs with DALI on `device`, whole or only the windows [n, 4] (x, y, width, height)."""
+    """Decode JPEGs with DALI on `device`: all pixels, or only windows [n, 4] (x, y, width, height)."""
     from nvidia.dali import fn
     from nvidia.dali.pipeline import Pipeline
 
@@ -126,7 +126,7 @@ def decode(
 
 
 def most_apart(ones: list[NDArray], others: list[NDArray]) -> float:
-    """The largest mean difference of two pictures, in levels; infinite where shapes differ."""
+    """Largest mean difference between two pictures, in levels; infinite if shapes differ."""
     pairs = zip(ones, others, strict=True)
     return max(np.abs(a.astype(int) - b).mean() if a.shape == b.shape else float("inf") for a, b in pairs)
 
@@ -164,7 +164,7 @@ def batches(
     threads: int = 4,
     decode: Literal["whole", "window"] = "whole",
 ) -> Iterator[Tensor]:
-    """The same batch again and again, decoded as in training, resized inside DALI also on the CPU."""
+    """The same batch repeatedly, decoded as in training; DALI resizes also on the CPU."""
     samples, copies = len(batch.jpegs) // batch.config.frames, batch.config.copies
     settings = DecodeConfig(threads=threads, hw_decoder_load=load, decode=decode)
     decoder = Decoder(batch.config, settings, device, samples, copies, ahead=2, resize_on_cpu=True)
@@ -173,7 +173,7 @@ def batches(
 
 
 def whole_decoding(place: Place) -> str:
-    """Pictures decoded on the GPU are those of the CPU."""
+    """Pictures decoded on the GPU are equal to those of the CPU."""
     feed = fed(place.images, 64)
     apart = most_apart(decode(feed.jpegs, place.device), decode(feed.jpegs, torch.device("cpu")))
     need(apart < 1.5, f"a picture differs by {apart:.2f} levels on average from the CPU's")
@@ -181,7 +181,7 @@ def whole_decoding(place: Place) -> str:
 
 
 def windows(place: Place) -> str:
-    """Crops from the training pipeline are those of the CPU, for every filter and number of copies."""
+    """Crops of the training pipeline are equal to the CPU's, for all filters and numbers of copies."""
     worst = 0.0
     for kind in FILTERS:
         for path, frames, copies in ((place.images, 1, 1), (place.images, 1, 3), (place.clips, 4, 2)):
@@ -199,7 +199,7 @@ def windows(place: Place) -> str:
 
 
 def region_decoding(place: Place) -> str:
-    """Decoding only a window (nvImageCodec report 55: it crashes on some GPUs). Training does not need it."""
+    """Decode only a window (nvImageCodec issue 55: it crashes on some GPUs). Training does not need it."""
     feed = fed(place.images, 64)
     ours, theirs = (decode(feed.jpegs, d, feed.encoded.boxes) for d in (place.device, torch.device("cpu")))
     apart = most_apart(ours, theirs)
@@ -223,7 +223,7 @@ def order_independence(place: Place) -> str:
 
 
 def buffer_lifetime(place: Place) -> str:
-    """A batch keeps its bytes while later ones are made, also behind a kernel that takes long."""
+    """A batch keeps its bytes while later ones are made, also during a long kernel."""
     feed = fed(place.images, 64)
     sums, kept = [], []
     for number, pixels in zip(range(24), batches(feed, place.device), strict=False):
@@ -238,7 +238,7 @@ def buffer_lifetime(place: Place) -> str:
 
 
 def hostile_pictures(place: Place) -> str:
-    """Gray, progressive, 4:4:4 and one-pixel pictures decode, and so does a batch after a damaged one."""
+    """Gray, progressive, 4:4:4 and one-pixel pictures decode, also after a damaged picture."""
     draw = np.random.default_rng(0)
     coarse = Image.fromarray(draw.integers(0, 256, (6, 8, 3), np.uint8))
     picture = coarse.resize((160, 120), Image.Resampling.BICUBIC)

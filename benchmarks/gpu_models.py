@@ -1,4 +1,4 @@
-"""The checks of `make gpu-check` on augmentations and models: the device beside the CPU."""
+"""The checks of `make gpu-check` on augmentations and models: the device compared with the CPU."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ MODELS = ("mae_hiera_pico_96", "hiera_pico_16x64", "mae_hiera_base_224")
 
 
 def augmentations(place: Place) -> str:
-    """Every operation of RandAugment gives the CPU's pixels."""
+    """Every operation of RandAugment has the CPU's pixels."""
     from pipelines import augment
 
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def loss_and_norm(model: nn.Module, x: Tensor, bf16: bool) -> tuple[float, float
 def compare_models(
     place: Place, bf16: bool, backend: SDPBackend | None = None, compiled: bool = False
 ) -> str:
-    """Loss and gradient norm beside those of the CPU in fp32."""
+    """Compare loss and gradient norm with the CPU's in fp32."""
     from models import create
 
     torch.backends.cudnn.allow_tf32 = False
@@ -57,7 +57,7 @@ def compare_models(
     texts = []
     for name in MODELS if place.gpu else MODELS[:2]:
         torch.manual_seed(0)
-        model = create(name).eval()  # nothing is dropped
+        model = create(name).eval()  # without dropping
         x = torch.randn(2, 3, *model.config.input_size)
         wanted, norm = loss_and_norm(model, x, bf16=False)
         model = model.to(place.device)
@@ -75,12 +75,12 @@ def compare_models(
 
 
 def models_fp32(place: Place) -> str:
-    """fp32 on the device gives the CPU's loss and gradient norm."""
+    """fp32: the CPU's loss and gradient norm."""
     return compare_models(place, bf16=False)
 
 
 def models_bf16(place: Place) -> str:
-    """bf16 autocast gives nearly the CPU's fp32 loss and gradient norm."""
+    """bf16 autocast: nearly the CPU's fp32 loss and gradient norm."""
     return compare_models(place, bf16=True)
 
 
@@ -100,7 +100,7 @@ def attention_cudnn(place: Place) -> str:
 
 
 def models_compiled(place: Place) -> str:
-    """bf16, compiled whole."""
+    """bf16, compiled as one graph."""
     return compare_models(place, bf16=True, compiled=True)
 
 

@@ -1,4 +1,4 @@
-"""The checks of `make gpu-check` that run training commands, its rates, and the data that it draws."""
+"""The checks of `make gpu-check` that run training commands, its rates, and its generated data."""
 
 import csv
 import functools
@@ -26,7 +26,7 @@ CLASSES = ("first", "second")
 Rates = dict[str, float]
 Decode = Literal["whole", "window"]
 
-# The program below trains with PyTorch's own watch: any operation of a step that waits for the device raises.
+# This program trains in PyTorch's sync debug mode: an operation of a step that waits for the device raises.
 WATCHED = """
 import train, torch
 from train import finetune, loop
@@ -47,7 +47,7 @@ finetune.main()
 
 
 def draw_data(work: Path) -> tuple[Path, Path]:
-    """Draw and pack 512 pictures and 64 clips of 40 frames, 4 for validation; returns their shards."""
+    """Generate and pack 512 pictures, and 64 clips of 40 frames (4 for validation); return their folders."""
     images, clips = work / "shards/images", work / "shards/clips"
     jobs = [
         (work / "images" / name / f"{i:03d}.JPEG", (label, i), 1)
@@ -76,7 +76,7 @@ def draw_data(work: Path) -> tuple[Path, Path]:
 def draw_frames(path: Path, key: tuple[int, int], frames: int) -> None:
     """Write JPEGs of 340 x 256 pixels: windows that move over one noisy picture.
 
-    path: a file, or for several frames a pattern that takes a number.
+    path: a file; for several frames, a pattern with {} for the number.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(key)
@@ -93,13 +93,13 @@ def draw_frames(path: Path, key: tuple[int, int], frames: int) -> None:
 
 
 def run(module: str, *words: object) -> str:
-    """Run a command of this project to its end and return what it printed; raises Problem if it fails."""
+    """Run a command of this project and return its output. Raises Problem if it fails."""
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, words)], capture_output=True, text=True, check=False
     )
-    said = done.stdout + done.stderr
-    need(done.returncode == 0, f"{module} ended with exit code {done.returncode}: {last_line(said)}")
-    return said
+    printed = done.stdout + done.stderr
+    need(done.returncode == 0, f"{module} ended with exit code {done.returncode}: {last_line(printed)}")
+    return printed
 
 
 def last_line(text: str) -> str:
@@ -159,11 +159,11 @@ def resume_and_stop(place: Place) -> str:
     )
     wait_for(lambda: len(rows_of(place, "stopped")) >= 4 or process.poll() is not None, 90)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
-    need(process.returncode == 143, f"exit code {process.returncode} after SIGTERM: {last_line(said)}")
+    printed = process.communicate(timeout=60)[0]
+    need(process.returncode == 143, f"exit code {process.returncode} after SIGTERM: {last_line(printed)}")
     before = float(rows_of(place, "stopped")[-1]["max_mem_gb"])
-    said = run(*words)
-    need("resumed from step" in said, f"it did not resume: {last_line(said)}")
+    printed = run(*words)
+    need("resumed from step" in printed, f"it did not resume: {last_line(printed)}")
     after = float(rows_of(place, "stopped")[-1]["max_mem_gb"])
     need(
         not place.gpu or after < before * 1.02 + 0.01,
@@ -179,17 +179,17 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def out_of_memory(place: Place) -> str:
-    """A micro batch that does not fit ends with one sentence and exit code 2."""
+    """A micro batch that does not fit ends the run with one line and exit code 2."""
     large = ("--optim.batch", 65536, "--speed.micro-batch", 65536, "--speed.compile", "no")
     words = train_words(place, "image-ft-base", "memory", *large)
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
     fine = done.returncode == 2 and "speed.micro_batch" in done.stderr and "Traceback" not in done.stderr
     need(fine, f"exit code {done.returncode}: {last_line(done.stderr)}")
-    return "one sentence, exit code 2"
+    return "one line, exit code 2"
 
 
 def ranks_end_together(place: Place) -> str:
-    """Two processes train together; when one is killed the other ends."""
+    """Two processes train together; if one is killed, the other exits."""
     more = ("--speed.processes", 2, "--optim.epochs")
     run(*train_words(place, "image-mae-pico", "two", *SHORT, *more, 1))
     words = train_words(place, "image-mae-pico", "killed", *SHORT, *more, 500)
@@ -207,7 +207,7 @@ def ranks_end_together(place: Place) -> str:
 
 
 def nonfinite_steps(place: Place) -> str:
-    """Steps with non-finite gradients are skipped, and ten in a row end the run with one sentence."""
+    """Steps with non-finite gradients are skipped; ten in a row end the run with one line."""
     more = ("--optim.lr", 1e30, "--optim.warmup-epochs", 0, "--optim.epochs", 3)
     words = train_words(place, "image-mae-pico", "nonfinite", *SHORT, *more)
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
@@ -215,14 +215,14 @@ def nonfinite_steps(place: Place) -> str:
         done.returncode == 2 and "non-finite gradients" in done.stderr,
         f"exit {done.returncode}: {last_line(done.stderr)}",
     )
-    return "skipped, then one sentence and exit code 2"
+    return "skipped, then one line and exit code 2"
 
 
 # ---- rates
 
 
 def loading_rates(place: Place, path: Path, frames: int, rows: int, decode: Decode) -> Rates:
-    """Frames per second of the loading pipeline at 224 pixels by "threads, engine share, what is decoded"."""
+    """Frames per second of the loading pipeline at 224 pixels, by "threads, engine share, decoding"."""
     rates: Rates = {}
     feed = fed(path, rows, frames, size=224)
     grid = ((4, 0.65), (8, 0.65), (12, 0.65), (12, 0.0), (12, 0.9))
@@ -277,7 +277,7 @@ def step_rates(recipe: str, place: Place) -> Rates:
 
 
 def per_second(call: Callable[[], object], place: Place, count: int) -> float:
-    """How often `call` runs per second, after three calls that do not count."""
+    """Calls per second, after three warm-up calls."""
     begin = 0.0
     for number in range(3 + count):
         if number == 3:
@@ -295,7 +295,7 @@ def finish(place: Place) -> None:
 
 
 def training_rates(recipe: str, place: Place, flags: list[str]) -> Rates:
-    """A real training of 40 steps, compiled, with the recommended settings: rate, MFU, data wait, memory."""
+    """A compiled training of 40 steps with the recommended settings: rate, MFU, data wait, memory."""
     micro = int(flags[flags.index("--speed.micro-batch") + 1])
     samples = 60 if recipe.startswith("video") else 512
     more = ("--optim.batch", micro, "--optim.epochs", 40 * micro / samples, "--run.log-every", 10)

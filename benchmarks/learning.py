@@ -1,10 +1,10 @@
-"""Does it learn, on real data: python -m benchmarks.learning images --data shards/imagenet
+"""Pretraining and finetuning against training from scratch: python -m benchmarks.learning images --data DIR
 
-For every seed a small masked autoencoder is pretrained and finetuned, and the same classifier is trained from
-scratch for as long as the finetuning took; images are also pretrained at other mask ratios and probed along
-the way, clips are also tested in 5 x 3 views and with their frames out of order. `playback` finetunes what
-`clips` has pretrained on the clips of benchmarks/playback.py, whose class is their frames' order. One run a
-core at a time; started again, it goes on where it was.
+For every seed, a small masked autoencoder is pretrained and finetuned, and the same classifier is trained
+from scratch for the time of the finetuning. Images are also pretrained at other mask ratios and probed
+during training. Clips are also evaluated in 5 x 3 views and with frames in another order. `playback`
+finetunes the autoencoders of `clips` on the clips of benchmarks/playback.py, whose class is the order of
+their frames. Each core runs one training at a time. After an interruption, the same command continues.
 """
 
 import json
@@ -42,9 +42,9 @@ RUNS = Path("runs/learning")
 
 @dataclass(frozen=True)
 class Recipe:
-    """The three trainings that are compared; scratch gets the rates that suited it best in trials."""
+    """The three trainings that are compared; scratch has the learning rates that were best in trials."""
 
-    pretrain: str  # nothing: take the autoencoders of `clips`
+    pretrain: str  # empty: use the autoencoders of `clips`
     finetune: str
     scratch: str
 
@@ -80,16 +80,16 @@ class Arguments:
 
     kind: tyro.conf.Positional[Kind]
     data: Path
-    """Packed shards, with labels and a validation split."""
+    """packed dataset with labels and a validation split"""
     seeds: int = 3
     mask_ratios: tuple[float, ...] = (0.5, 0.75)
-    """Also pretrain images with these shares hidden, at the first seed."""
+    """mask ratios for additional pretraining of images, with the first seed"""
     out: Path = Path("benchmarks/results/learning.json")
-    """Where the figures go; those of the other kind stay in it."""
+    """file for the results; it keeps the results of other kinds"""
 
 
 def chains_of(arguments: Arguments) -> list[list[str]]:
-    """Commands that follow each other, a list a core: pretraining, finetuning, training from scratch."""
+    """Chains of commands, one list per core: pretraining, finetuning, training from scratch."""
     recipe, kind = RECIPES[arguments.kind], arguments.kind
 
     def command(text: str, name: str, seed: int, *more: object) -> str:
@@ -116,7 +116,7 @@ def chains_of(arguments: Arguments) -> list[list[str]]:
 
 
 def run_all(chains: list[list[str]]) -> None:
-    """Run the chains, one a core at a time; raises UserError when a command fails."""
+    """Run the chains, one per core at a time. Raises UserError if a command fails."""
     free: SimpleQueue[int] = SimpleQueue()
     cores = sorted(os.sched_getaffinity(0))[: usable_cores()]
     for core in cores:
@@ -147,7 +147,7 @@ def run_on(core: int, command: str) -> None:
 
 
 class Reordered(nn.Module):
-    """A classifier of clips that gets the frames in another order: uint8 [b, T, H, W, 3] -> logits."""
+    """A classifier of clips that sees the frames in another order: uint8 [b, T, H, W, 3] -> logits."""
 
     def __init__(self, inner: nn.Module, order: Sequence[int]) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Reordered(nn.Module):
         return self.inner(pixels[:, self.order.to(pixels.device)])
 
 
-ORDERS = {  # of the 16 frames: as they are, in one fixed wrong order, and the middle one alone
+ORDERS = {  # of the 16 frames: correct, one fixed wrong order, and only the middle frame
     "in order": list(range(16)),
     "shuffled": torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist(),
     "reversed": list(range(15, -1, -1)),
@@ -166,7 +166,7 @@ ORDERS = {  # of the 16 frames: as they are, in one fixed wrong order, and the m
 
 
 def accuracy(run: Path, views: tuple[int, int] = (1, 1), order: str = "in order") -> float:
-    """Top-1 of a run's last weights with the validation clips' frames in another order, or in views."""
+    """Top-1 of a run's final weights, with the validation clips' frames in another order, or in views."""
     config = read_config(run)
     assert isinstance(config, FinetuneConfig)
     config = replace(config, views=views)
@@ -180,7 +180,7 @@ def accuracy(run: Path, views: tuple[int, int] = (1, 1), order: str = "in order"
     return task.evaluate(model, catalogue, lambda: None)["acc"]  # pyrefly: ignore
 
 
-# ---- what came out ---------------------------------------------------------------------------------------
+# ---- results ----------------------------------------------------------------------------------------------
 
 
 def last_accuracy(name: str) -> float:
@@ -188,13 +188,13 @@ def last_accuracy(name: str) -> float:
 
 
 def curve(name: str) -> list[tuple[int, float]]:
-    """Step and validation loss of a pretraining run."""
+    """(step, validation loss) of a pretraining run."""
     rows = read_csv(RUNS / name / "metrics.csv")
     return [(row["step"], row["loss_val"]) for row in rows if row["loss_val"] is not None]
 
 
 def image_results(arguments: Arguments) -> dict[str, list[float]]:
-    """Probes of the pretrained encoders: along the way, at the end of every seed, at other mask ratios."""
+    """Probes of the encoders: during pretraining, after each seed, and at other mask ratios."""
     run = RUNS / "images-mae-0"
     found = {}
     for weights in sorted((run / "checkpoints").glob("step-*.pt"))[:-1]:
@@ -221,7 +221,7 @@ def clip_results(arguments: Arguments) -> dict[str, list[float]]:
 
 
 def results(arguments: Arguments) -> dict[str, list[float]]:
-    """Validation accuracy, or probe accuracy, by name; one value a seed."""
+    """Validation accuracy or probe accuracy by name; one value per seed."""
     found = {
         title: [last_accuracy(f"{arguments.kind}-{name}-{seed}") for seed in range(arguments.seeds)]
         for title, name in (("pretrained + finetuned", "ft"), ("from scratch", "scratch"))
@@ -247,7 +247,7 @@ def main() -> None:
 
 
 def table_of(kind: Kind, found: dict[str, list[float]]) -> Table:
-    """Percent by name: mean, spread and every seed's."""
+    """Percent by name: mean, deviation, and the value of each seed."""
     table = Table(kind, "mean", "standard deviation", "each")
     for name, values in found.items():
         spread = f"{100 * stdev(values):.1f}" if len(values) > 1 else "-"

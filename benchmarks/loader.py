@@ -1,9 +1,10 @@
-"""Measures the loader against torchvision and webdataset, side by side in one run, on real pictures.
+"""Compare the loader with torchvision, webdataset and DALI alone, on real pictures.
 
     python -m benchmarks loader --images data/imagenet/train --work /tmp/bench
 
-From pictures below `--images` it makes 500-pixel originals and 340 x 256 clips, packs them, and lets every
-contender make batches in turn, several rounds of each, warm cache, the same output and augmentation.
+From the pictures below `--images`, it makes 500-pixel originals and 340 x 256 clips and packs them. Then all
+contenders make batches with the same output and augmentation. They take turns for several rounds, with a warm
+page cache.
 """
 
 import csv
@@ -48,14 +49,14 @@ Batches = Iterator[object]
 
 
 def data_in(work: Path, images: Path) -> Path:
-    """`work`, with the data in it: made from the pictures below `images` unless it is there."""
+    """`work`, with its data; missing data is made from the pictures below `images`."""
     if not (work / "clips" / "dataset.json").is_file():
         make_data(images, work)
     return work
 
 
 def make_data(images: Path, work: Path, pictures: int = 512, clips: int = 24) -> None:
-    """Write 500-pixel originals and 340 x 256 clips as their published trees, and pack both."""
+    """Write 500-pixel originals and 340 x 256 clips in the published layouts, and pack both."""
     from tools.imagenet import ImageOptions
     from tools.kinetics import ClipOptions
     from tools.pack import pack_clips, pack_images
@@ -117,7 +118,7 @@ def config_of(frames: int) -> DataConfig:
 
 
 class EndlessEvalLoader(EvalLoader):
-    """Evaluation again and again."""
+    """Evaluation batches, repeated."""
 
     def rows(self) -> Iterator[Rows]:
         while True:
@@ -126,14 +127,14 @@ class EndlessEvalLoader(EvalLoader):
 
 @dataclass(frozen=True)
 class Way:
-    """How the reference prepares a sample."""
+    """How the other implementation prepares a sample."""
 
-    centre: bool = False  # a central crop, else a random resized crop and flip
-    floats: bool = True  # normalise, as reference trainers do in their workers, else leave uint8
+    centre: bool = False  # a central crop, otherwise a random resized crop and flip
+    floats: bool = True  # normalize, as reference trainers do in their workers; otherwise uint8
 
 
 def pillow_frames(data: Sequence[bytes | Path], way: Way) -> torch.Tensor:
-    """Pillow decodes each frame, torchvision crops, resizes and flips them alike; of clips, 16 frames."""
+    """Pillow decodes; torchvision crops, resizes and flips all frames equally; clips have 16 frames."""
     from torchvision.transforms import RandomResizedCrop
     from torchvision.transforms import functional as tv
 
@@ -156,7 +157,7 @@ def pillow_frames(data: Sequence[bytes | Path], way: Way) -> torch.Tensor:
 
 
 def opencv_frames(data: Sequence[Path]) -> torch.Tensor:
-    """OpenCV decodes a picture, crops, resizes and flips it; bytes stay bytes."""
+    """OpenCV decodes, crops, resizes and flips a picture; the result is uint8."""
     import cv2  # pyrefly: ignore
     from torchvision.transforms import RandomResizedCrop
 
@@ -206,7 +207,7 @@ def webdataset_batches(tars: list[Path], way: Way, batch: int, workers: int) -> 
 
 
 def graph_alone(dataset: Packed, batch: int, threads: int) -> Batches:
-    """The graph by itself, on crops drawn beforehand and without torch's resizing."""
+    """Our DALI graph alone, with crops drawn in advance and without resizing by torch."""
     config = config_of(1)
     decoder = Decoder(config, DecodeConfig(threads=threads), CPU, batch, ahead=4)
     made = []
@@ -243,15 +244,15 @@ def bare_dali(tars: list[Path], batch: int, threads: int, resize: bool) -> Batch
 
 
 def race(contenders: dict[str, Batches], batch: int, rounds: int, batches: int) -> Race:
-    """Samples a second, and a CPU second, of each contender in every round; they take turns.
+    """Samples per second and per CPU second of each contender in every round; they take turns.
 
-    A noisy minute hits all alike; CPU seconds stay comparable even where others use the machine.
+    Noise affects all equally. CPU seconds are comparable even if other programs use the machine.
     """
     found: Race = {name: {"samples/s": [], "samples per CPU second": []} for name in contenders}
     for _ in range(rounds):
         for name, source in contenders.items():
             settle()
-            for _ in range(8):  # what was made ahead does not count
+            for _ in range(8):  # prefetched batches do not count
                 next(source)
             start, used = time.perf_counter(), cpu_seconds()
             for _ in range(batches):
@@ -263,7 +264,7 @@ def race(contenders: dict[str, Batches], batch: int, rounds: int, batches: int) 
 
 
 def settle() -> None:
-    """Wait until the contender before has filled its queues and rests."""
+    """Wait until the previous contender has filled its queues and is idle."""
     before = -1.0
     while cpu_seconds() - before > 0.02:
         before = cpu_seconds()
@@ -291,11 +292,11 @@ def run(
 
     Args:
         images: folder of JPEG pictures, searched through.
-        work: folder for what is made from them; kept, and used again.
-        batch: pictures a batch; clips take a quarter of it.
+        work: folder for generated data, which is kept and used again.
+        batch: pictures per batch; for clips, a quarter of it.
         workers: DataLoader workers, and our decoding threads.
-        rounds: how often each contender is measured.
-        only: measure the comparisons whose name contains this.
+        rounds: rounds per contender.
+        only: measure only comparisons whose name contains this.
     """
     data_in(work, images)
     few = max(1, batch // 4)

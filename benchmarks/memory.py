@@ -1,9 +1,9 @@
-"""Which micro batch fits a GPU, computed and not measured: python -m benchmarks memory
+"""Compute which micro batch fits a GPU; nothing is measured: python -m benchmarks memory
 
-For training with AdamW a parameter takes 16 bytes (itself, its gradient, two moments) and 2 more as bf16
-autocast's copy. What autograd keeps of a sample's forward pass is added up over tensors that have shapes but
-no memory, under bf16 autocast. What a GPU needs besides, such as workspaces and fragments, is taken as a
-tenth of it. torch.compile keeps less; numbers from a GPU would come in below these.
+With AdamW, a parameter takes 16 bytes (itself, its gradient, two moments) and 2 bytes for the bf16 copy of
+autocast. The tensors that autograd keeps of a forward pass are added up under bf16 autocast, with tensors
+that have shapes but no memory. A tenth of the GPU is reserved for workspaces and fragmentation.
+torch.compile keeps fewer tensors, so a GPU needs less than these numbers.
 """
 
 import math
@@ -35,17 +35,17 @@ class Need:
     a_sample: float
 
     def micro_batch(self, gigabytes: float) -> int:
-        """The most samples a forward that fit, rounded down to a power of two; 0: not even one."""
+        """Most samples per forward that fit, rounded down to a power of two; 0 if one does not fit."""
         most = int((gigabytes * 2**30 * USABLE - self.fixed) / self.a_sample)
         return 2 ** int(math.log2(most)) if most > 0 else 0
 
 
 def need_of(name: str, **overrides: object) -> Need:
-    """What training the model `name` takes; overrides as in models.create."""
+    """Memory for training the model `name`; overrides as in models.create."""
     with torch.device("meta"):
         model = create(name, **overrides).train()
     with FakeTensorMode():
-        for module in model.modules():  # to_empty cannot bring a meta tensor to a fake one
+        for module in model.modules():  # to_empty cannot convert a meta tensor to a fake one
             for key, t in module.named_parameters(recurse=False):
                 module._parameters[key] = nn.Parameter(torch.empty(t.shape))
             for key, t in module.named_buffers(recurse=False):
@@ -56,7 +56,7 @@ def need_of(name: str, **overrides: object) -> Need:
 
 
 def saved_bytes(model: nn.Module, batch: int) -> int:
-    """Bytes that autograd keeps for the backward pass of `batch` samples, parameters apart."""
+    """Bytes that autograd keeps for the backward pass of `batch` samples, without parameters."""
     own = {value.untyped_storage()._cdata for value in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -64,7 +64,7 @@ def saved_bytes(model: nn.Module, batch: int) -> int:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)  # else a later tensor's storage could take the same address
+            alive.append(tensor)  # otherwise the storage of a later tensor may get the same address
         return tensor
 
     alive: list[Tensor] = []
@@ -82,7 +82,7 @@ def saved_bytes(model: nn.Module, batch: int) -> int:
 
 
 def run(gigabytes: tuple[int, ...] = (16, 24, 40, 80, 141)) -> list[Need]:
-    """Compute every published model's need and print the table for GPUs of these sizes."""
+    """Compute the memory of every published model; print a table for GPUs of these sizes."""
     shapes = {"224": SIZES, "16x224": SIZES[2:]}
     needs = []
     table = Table("model", "state (GB)", "a sample (MB)", *(f"{size} GB" for size in gigabytes))

@@ -1,9 +1,9 @@
-"""Times our models beside other implementations: `python -m benchmarks model`.
+"""Compare the speed of our models with other implementations: `python -m benchmarks model`.
 
-One step is forward and backward in training mode, bf16 autocast on CUDA, float32 on the CPU. The variants of
-a model take turns within every round, so that whatever else the machine does hits them alike. Memory is the
-peak of a process that runs one variant alone: what the step adds to the process before the model was built,
-or the allocator's peak on CUDA.
+A step is forward and backward in training mode: bf16 autocast on CUDA, float32 on the CPU. The variants of
+a model take turns within every round, so that other load on the machine affects them equally. Memory is
+measured in a process that runs only one variant: on the CPU, what the step adds to the process before the
+model was built; on CUDA, the allocator's peak.
 """
 
 import math
@@ -31,7 +31,7 @@ PEERS = {"hiera-transformer": upstream_model, "timm": timm_model, "transformers"
 
 
 def variants_of(name: str, peers: bool, compiled: bool) -> list[str]:
-    """What to run for a model; ours comes first."""
+    """The variants to run for a model; ours is first."""
     mae, clips = name.startswith("mae_"), "16x" in name
     found = ["ours"] + ["ours decode_ratio=0.5"] * (mae and clips)
     if peers:
@@ -41,7 +41,7 @@ def variants_of(name: str, peers: bool, compiled: bool) -> list[str]:
 
 
 def make_step(name: str, variant: str, batch: int, device: torch.device) -> tuple[Callable[[], None], int]:
-    """A closure that does one forward and backward pass, and the variant's multiply-adds per sample."""
+    """A function that does one forward and backward pass, and the multiply-adds per sample."""
     torch.manual_seed(0)
     mae = name.startswith("mae_")
     overrides = {"decode_ratio": 0.5} if "decode_ratio" in variant else {}
@@ -57,7 +57,7 @@ def make_step(name: str, variant: str, batch: int, device: torch.device) -> tupl
     if peer in PEERS:
         model = PEERS[peer](config, mae)
         if mae and peer == "transformers":
-            given = {"noise": (~mask).float()}  # it hides the units of the greatest noise, the same share
+            given = {"noise": (~mask).float()}  # units with the largest noise are masked, the same share
         elif mae:
             given = {"mask": mask}
     else:
@@ -77,7 +77,7 @@ def make_step(name: str, variant: str, batch: int, device: torch.device) -> tupl
 
 
 def measure(name: str, variants: list[str], batch: int, rounds: int, device: torch.device) -> Race:
-    """Time the variants of one model, taking turns; their share of the bf16 peak counts their own work."""
+    """Time the variants of one model in turn; the share of the bf16 peak counts its own operations."""
     made = {variant: make_step(name, variant, batch, device) for variant in variants}
     race: Race = {variant: {"samples/s": []} for variant in variants}
     peak = bf16_peak(_device_name(device))
@@ -92,7 +92,7 @@ def measure(name: str, variants: list[str], batch: int, rounds: int, device: tor
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    """Wall time of a step; on CUDA the mean of ten, whose launches overlap."""
+    """Wall time of a step; on CUDA, the mean of ten steps, whose launches overlap."""
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.synchronize(device)
@@ -109,7 +109,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def memory_of(name: str, variant: str, batch: int, device: torch.device) -> float:
-    """Peak memory in MB of this process for two steps of one variant; meant for a process of its own."""
+    """Peak memory (MB) of this process during two steps of one variant; call it in a new process."""
     before = _resident("VmRSS")
     step, _ = make_step(name, variant, batch, device)
     for _ in range(2):
@@ -120,13 +120,13 @@ def memory_of(name: str, variant: str, batch: int, device: torch.device) -> floa
 
 
 def _resident(field: str) -> float:
-    """A size in MB from Linux's account of this process."""
+    """A size in MB from Linux's data about this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
 
 
 def _memory_in_child(name: str, variant: str, batch: int, device: str, threads: int) -> float:
-    """Run `memory_of` in a fresh process."""
+    """Run `memory_of` in a new process."""
     call = f"memory_of({name!r}, {variant!r}, {batch}, torch.device({device!r}))"
     code = f"import torch; from benchmarks.model import *; torch.set_num_threads({threads}); print({call})"
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -146,14 +146,14 @@ def run(
     memory: bool = True,
     threads: int = 2,
 ) -> Results:
-    """Time models beside hiera-transformer (the authors' package), timm's and transformers' where they exist.
+    """Compare models with hiera-transformer (the authors' package), timm and transformers, if installed.
 
     Args:
         names: models, as `python -m models.zoo` lists them.
-        peers: also time the others' models.
-        batch: samples a step; by default 2 images or 1 clip on the CPU, 64 or 8 on CUDA.
-        rounds: timed rounds after one to warm up.
-        device: "cpu" or "cuda"; CUDA where there is one.
+        peers: also time other implementations.
+        batch: samples per step; by default 2 images or 1 clip on the CPU, 64 or 8 on CUDA.
+        rounds: timed rounds, after one warm-up round.
+        device: "cpu" or "cuda"; default: CUDA if it exists.
         compiled: also time every variant under torch.compile.
         memory: also measure peak memory, in a process per variant.
         threads: CPU threads.

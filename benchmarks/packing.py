@@ -1,8 +1,8 @@
-"""Times packing beside img2dataset's way of resizing: python -m benchmarks packing
+"""Compare the speed of packing with img2dataset's way of resizing: python -m benchmarks packing
 
 Ours is `tools.pack images`: strict decoding, checks, tar, index, catalogue, checksums, fsync. The other is
-benchmarks/plain_packing.py, by OpenCV (where it is installed) or Pillow. Both are commands of their own,
-start-up included, to the same side and quality.
+benchmarks/plain_packing.py with Pillow, or with OpenCV if it is installed. Both are commands, timed with
+their start, with the same side and quality.
 """
 
 import os
@@ -27,14 +27,14 @@ def run(
     rounds: int = 5,
     copies: int = 8,
 ) -> Results:
-    """Let every contender pack the same 500-pixel pictures in turn, start-up included.
+    """All contenders pack the same 500-pixel pictures in turn; their start is included.
 
     Args:
-        work: the data of `benchmarks.loader`, made from `images` where it is missing.
+        work: the data of `benchmarks.loader`, made from `images` if it is missing.
         images: folder of JPEG pictures, searched through.
         workers: processes.
-        rounds: how often each packs.
-        copies: how often each picture is packed in a round; with too few of them start-up is all there is.
+        rounds: rounds per contender.
+        copies: how often each picture is packed per round; with few copies, the start dominates.
     """
     source = linked(data_in(work, images) / "originals", work / "originals-linked", copies)
     count = sum(1 for _ in source.rglob("*.JPEG"))
@@ -68,7 +68,7 @@ def run(
 
 
 def linked(source: Path, to: Path, copies: int) -> Path:
-    """A folder `to` that holds every picture of class folders several times, by hard links."""
+    """The folder `to`, with several hard links to every picture of class folders."""
     shutil.rmtree(to, ignore_errors=True)
     for path in source.rglob("*.JPEG"):
         folder = to / path.parent.name
@@ -79,7 +79,7 @@ def linked(source: Path, to: Path, copies: int) -> Path:
 
 
 def cpu_of_children() -> float:
-    """CPU time of this process and of those it has waited for."""
+    """CPU time of this process and of its finished child processes."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 

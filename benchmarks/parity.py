@@ -1,11 +1,11 @@
-"""Holds our models against three others on the same random weights: `python -m benchmarks.parity`.
+"""Compare our models with three others on the same random weights: `python -m benchmarks.parity`.
 
-hiera-transformer is the authors' code (all names); timm has the classifiers, transformers the image models.
-Greatest relative errors: outputs in float32 may differ by 1e-5; gradients by 1e-4, all parameters as one
-vector in float32 and every parameter by itself in float64. In float32 max pooling may pick the other of
-two values that rounding made equal, which is as right but sends that gradient elsewhere; chance does not
-repeat itself and a mistake does, so a miss is tried on two more inputs. Initial values are compared by mean
-and deviation per kind of parameter, in standard errors.
+hiera-transformer is the authors' code (all names). timm has the classifiers, transformers the image models.
+Limits are relative errors: outputs in float32 1e-5; gradients 1e-4, for all parameters as one vector in
+float32 and for each parameter in float64. In float32, max pooling may choose the other of two values that
+rounding made equal. That is correct, but its gradient differs. An accident does not repeat and a mistake
+does, so after a miss two more inputs are tried. Initial values are compared by mean and deviation per kind
+of parameter, in standard errors.
 """
 
 import re
@@ -38,7 +38,7 @@ class Peer:
     """Another implementation of one of our models: how to build, load and run it."""
 
     build: Callable[[HieraConfig, bool], nn.Module]
-    kind: str  # whose parameter names, as in models.formats
+    kind: str  # format of its parameter names, as in models.formats
     run: Callable[[nn.Module, Tensor, Tensor | None], list[Tensor]]
     video: bool = False
     mae: bool = False
@@ -46,7 +46,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Row:
-    """What one comparison found: greatest relative errors, and standard errors for initial values."""
+    """Result of a comparison: largest relative errors; standard errors for initial values."""
 
     name: str
     peer: str
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether all are within their bars."""
+        """True if all are within their limits."""
         gradients = max(self.gradient, self.gradients)
         return self.outputs <= OUTPUT_BAR and gradients <= GRADIENT_BAR and (self.init or 0) <= INIT_BAR
 
@@ -132,7 +132,7 @@ def transformers_model(config: HieraConfig, mae: bool) -> nn.Module:
 
 
 def run_ours(model: nn.Module, x: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """Logits and maps, or loss, predictions and labels."""
+    """Logits and feature maps, or loss, predictions and labels."""
     if mask is not None:
         return list(model(x, mask=mask)[:3])
     logits, maps = model(x, return_intermediates=True)
@@ -145,7 +145,7 @@ def _run_timm(model: Any, x: Tensor, mask: Tensor | None) -> list[Tensor]:
 
 
 def _run_transformers(model: Any, x: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """Its autoencoder takes no mask but the noise it draws one from, and gives no labels."""
+    """Its autoencoder takes noise instead of a mask, and returns no labels."""
     if mask is None:
         output = model(x, output_hidden_states=True)
         return [output.logits, *output.reshaped_hidden_states[1:]]
@@ -184,7 +184,7 @@ def compare(name: str, peer_name: str, stages: tuple[int, ...] | None = None, **
 
 
 def _gradients(theirs: nn.Module, ours: nn.Module, peer: Peer, x: Tensor, mask: Tensor | None) -> list[Pair]:
-    """Every parameter's gradient of the loss, or of a weighted sum of the logits: (theirs, ours)."""
+    """(theirs, ours): each parameter's gradient of the loss, or of a weighted sum of the logits."""
     found = []
     for model, run in ((theirs, peer.run), (ours, run_ours)):
         model.zero_grad(set_to_none=True)
@@ -206,7 +206,7 @@ def random_mask(model: MaskedAutoencoder) -> Tensor:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Give every parameter, norms and biases included, a random value of the size training gives it."""
+    """Give all parameters, also norms and biases, random values of the size that training produces."""
     for name, parameter in model.named_parameters():
         parameter.copy_(0.05 * torch.randn_like(parameter))
         if "norm" in name and name.endswith("weight"):
@@ -214,12 +214,12 @@ def randomise(model: nn.Module) -> None:
 
 
 def _worst(pairs: Iterable[Pair]) -> float:
-    """Greatest |a - b| / max |a| over pairs of tensors (a, b)."""
+    """Largest |a - b| / max |a| over pairs of tensors (a, b)."""
     return max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
 
 
 def _distance(pairs: list[Pair]) -> float:
-    """|a - b| / |a| of all tensors taken as one vector."""
+    """|a - b| / |a| of all tensors as one vector."""
     gap, size = (
         sum(t.square().sum().item() for t in ts) for ts in ([a - b for a, b in pairs], [a for a, _ in pairs])
     )
@@ -228,7 +228,7 @@ def _distance(pairs: list[Pair]) -> float:
 
 @torch.no_grad()
 def init_difference(theirs: nn.Module, ours: nn.Module) -> float:
-    """Greatest difference of mean or deviation, in standard errors, over kinds of parameters."""
+    """Largest difference of mean or deviation over kinds of parameters, in standard errors."""
     groups = [_by_kind(theirs), _by_kind(ours)]
     worst = 0.0
     for kind, a in groups[0].items():
@@ -240,7 +240,7 @@ def init_difference(theirs: nn.Module, ours: nn.Module) -> float:
 
 
 def _by_kind(model: nn.Module) -> dict[str, Tensor]:
-    """All values of the parameters that share a name but for the block number."""
+    """Values of all parameters whose names differ only in the block number."""
     found: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         found.setdefault(re.sub(r"\.\d+\.", ".N.", name), []).append(parameter.flatten())
@@ -248,7 +248,7 @@ def _by_kind(model: nn.Module) -> dict[str, Tensor]:
 
 
 def cases(full: bool) -> list[tuple[str, str, tuple[int, ...] | None, dict[str, object]]]:
-    """(name, peer, stages or None for all, overrides) of everything there is to compare."""
+    """(name, peer, stages or None for all, overrides) of all comparisons."""
     found = []
     for peer_name, peer in PEERS.items():
         for mae in (False, True)[: 1 + peer.mae]:
@@ -264,11 +264,11 @@ def cases(full: bool) -> list[tuple[str, str, tuple[int, ...] | None, dict[str, 
 
 
 def check_parity(match: str = "", full: bool = False, threads: int = 2) -> None:
-    """Compare every model with every peer and print a table; exit code 1 when a bar is missed.
+    """Compare every model with every peer and print a table; exit code 1 if a limit is exceeded.
 
     Args:
-        match: regular expression; only "NAME PEER" that it finds are compared.
-        full: all blocks of large and huge too (24 GB of memory and more).
+        match: regular expression; only matching "NAME PEER" are compared.
+        full: also all blocks of large and huge (at least 24 GB of memory).
         threads: CPU threads.
     """
     torch.set_num_threads(threads)

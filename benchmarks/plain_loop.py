@@ -1,7 +1,7 @@
-"""The training loop people write themselves: python -m benchmarks.plain_loop --model timm --data FOLDER
+"""A usual hand-written training loop: python -m benchmarks.plain_loop --model timm --data FOLDER
 
-Pillow and torchvision in DataLoader workers, a model, AdamW and a `for`; a line a step. The models are of
-this project's pico size, whoever built them. It is what benchmarks/training.py compares training with.
+Pillow and torchvision in DataLoader workers, a model, AdamW and a `for`, with one line per step. The models
+are of this project's pico size. benchmarks/training.py compares our training with it.
 """
 
 import itertools
@@ -27,10 +27,10 @@ Model = Literal["ours", "timm", "transformers"]
 
 @dataclass(frozen=True)
 class Arguments:
-    """What is trained, and on what."""
+    """Model and data."""
 
     data: Path
-    """Class folders of pictures, or of folders of frames."""
+    """class folders of pictures, or of folders of frames"""
     model: Model = "ours"
     mae: bool = False
     clips: bool = False
@@ -60,7 +60,7 @@ class Samples(Dataset):
         return torch.stack(self.views(frames[start : start + 31 : 2], 64, 0.5), dim=1)
 
     def views(self, paths: list[Path], size: int, smallest: float) -> list[Tensor]:
-        """The same random window and flip of every picture."""
+        """The same random window and flip for all frames."""
         from PIL import Image
         from torchvision.transforms import RandomResizedCrop
         from torchvision.transforms import functional as tv

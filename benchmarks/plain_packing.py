@@ -1,7 +1,7 @@
-"""Packing as img2dataset resizes: python -m benchmarks.plain_packing FOLDER OUT --by opencv
+"""Pack as img2dataset resizes: python -m benchmarks.plain_packing FOLDER OUT --by opencv
 
-Decode, resize, encode as JPEG, write into a tar; nothing is checked and nothing can be resumed. It is what
-benchmarks/packing.py compares packing with, and it imports no more than that takes.
+Decode, resize, encode as JPEG, write into a tar, without checks and without resume. benchmarks/packing.py
+compares our packing with it. It imports only what it needs.
 """
 
 import multiprocessing
@@ -56,8 +56,8 @@ def main(
 
     Args:
         source: the folder.
-        out: a new folder, for a tar a worker.
-        by: who decodes, resizes and encodes.
+        out: new folder for one tar per worker.
+        by: library that decodes, resizes and encodes.
         workers: processes.
     """
     out.mkdir()

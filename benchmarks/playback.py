@@ -1,8 +1,8 @@
-"""Makes clips whose class is their frames' order alone: python -m benchmarks.playback --help
+"""Generate clips whose class is only the order of their frames: python -m benchmarks.playback --help
 
-Every clip of a tree like Tiny-Kinetics-400 is written three times, with the same 16 frames: smooth, as they
-were filmed; to and fro, each pair of frames swapped; jumbled. Whoever ignores the order is right one time in
-three.
+Every clip of a tree like Tiny-Kinetics-400 is written three times with the same 16 frames: smooth (in order),
+to and fro (with each pair of frames swapped), and jumbled. A model that ignores the order has an accuracy of
+one third.
 """
 
 import csv
@@ -20,7 +20,7 @@ ORDERS = ("smooth", "to and fro", "jumbled")
 
 
 def order_of(label: str, draw: random.Random) -> list[int]:
-    """The 16 frames of a clip in the order that `label` names."""
+    """The 16 frames of a clip in the order of `label`."""
     frames = list(range(FRAMES))
     if label == "to and fro":
         return [index ^ 1 for index in frames]
@@ -30,7 +30,7 @@ def order_of(label: str, draw: random.Random) -> list[int]:
 
 
 def playback(frames: Path, annotations: Path, out: Path) -> None:
-    """Write out/frames and out/annotations, for `tools.pack clips`; clips of under 16 frames are left out.
+    """Write out/frames and out/annotations, for `tools.pack clips`; clips below 16 frames are left out.
 
     Args:
         frames: folder with <label>/<youtube_id>_<start>_<end>/frame_00001.jpg ...

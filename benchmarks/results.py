@@ -1,4 +1,4 @@
-"""What the benchmarks find, as tables: for a terminal, and for a README."""
+"""Tables of benchmark results, for a terminal and for Markdown pages."""
 
 import sys
 from statistics import median
@@ -12,13 +12,13 @@ Results = dict[str, Race]  # by comparison
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
-    """Ours over theirs, round by round: the median, and in brackets the least and the greatest."""
+    """Ours / theirs per round: the median, with minimum and maximum in brackets."""
     found = [a / b for a, b in zip(ours, theirs, strict=True)]
     return f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def rows_of(race: Race) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: every column's median, and behind the rates how many times as much ours has."""
+    """Headings and rows: the median of every column; after rates, the ratio of ours to it."""
     first, *_ = race.values()
     columns = list(dict.fromkeys(column for rounds in race.values() for column in rounds))
     heads = ["contender"]
@@ -37,12 +37,12 @@ def rows_of(race: Race) -> tuple[list[str], list[list[str]]]:
 
 
 def is_rate(column: str) -> bool:
-    """Whether more is better and a ratio is wanted."""
+    """True if more is better; such columns get a ratio."""
     return column.startswith("samples")
 
 
 def show(results: Results) -> None:
-    """Print a table a comparison."""
+    """Print one table per comparison."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     for title, race in results.items():
         heads, rows = rows_of(race)
@@ -55,7 +55,7 @@ def show(results: Results) -> None:
 
 
 def markdown(results: Results) -> str:
-    """The same for a README, every comparison under its name in bold."""
+    """The same as Markdown, with the name of each comparison in bold."""
     parts = []
     for title, race in results.items():
         heads, rows = rows_of(race)

@@ -1,9 +1,9 @@
-"""Plans an epoch of LAION-400M on 1,024 processes: python -m benchmarks.scale [--samples N --ranks N]
+"""Plan an epoch of LAION-400M on 1,024 processes: python -m benchmarks.scale [--samples N --ranks N]
 
-The catalogue's columns are sparse files of the size they would have, with true shard numbers; no picture is
-needed to plan. Told are the time until a process has its first batch, the time per batch at several ranks,
-the memory that takes, and the time that the order of a whole epoch takes, in which every sample must come
-exactly once. A run resumed in the middle, on half the processes, must draw the same rows.
+The columns of the catalogue are sparse files of the real size, with real shard numbers; pictures are not
+needed. The table shows the time until a process has its first batch, the time per batch at several ranks, the
+memory, and the time to draw the order of an epoch, in which every sample must occur exactly once. A run that
+resumes in the middle, on half the processes, must draw the same rows.
 """
 
 import shutil
@@ -28,13 +28,13 @@ TYPES: dict[str, type[np.number]] = {
     **dict.fromkeys(("first_frame", "offset"), np.int64),
     "crc": np.uint32,
 }
-PART = 65_536  # positions ordered at once: they fit a core's cache
+PART = 65_536  # positions that are ordered together; they fit into a core's cache
 WINDOW = 4096
 SEED = 0
 
 
 def make_columns(folder: Path, samples: int, per_shard: int) -> None:
-    """One file a column: shard numbers, and holes that read as zeros."""
+    """One file per column: shard numbers, and holes that read as zeros."""
     folder.mkdir(parents=True)
     for name, kind in TYPES.items():
         with (folder / name).open("wb") as file:
@@ -51,7 +51,7 @@ def open_columns(folder: Path) -> Dataset:
 
 
 def memory() -> dict[str, int]:
-    """This process's memory in MB: its own, and pages of files, which processes share."""
+    """Memory of this process in MB: its own, and pages of files, which processes share."""
     lines = Path("/proc/self/status").read_text().splitlines()
     held = dict(line.split(":", 1) for line in lines)
     return {name: int(held[name].split()[0]) // 1000 for name in ("RssAnon", "RssFile", "VmHWM")}
@@ -60,14 +60,14 @@ def memory() -> dict[str, int]:
 def rank_plan(
     catalogue: Dataset, arrange: order.Order, step: int, batch: int, rank: int, ranks: int, parts: int = 1
 ) -> Rows:
-    """What the loader works out for a rank's step, micro batches one after the other."""
+    """The rows of a rank's step, one micro batch after the other."""
     positions = order.batch_positions(step, batch, rank, ranks, parts).ravel()
     epochs, ids = arrange(positions)
     return train_rows(catalogue, DataConfig(), SEED, ids, epochs)
 
 
 def check_resume(catalogue: Dataset, arrange: order.Order, step: int, batch: int, ranks: int) -> None:
-    """Hold a step's rows on `ranks` processes against those on half as many with two micro batches."""
+    """Compare a step's rows on `ranks` processes with those on half as many with two micro batches."""
     drawn = []
     for count, parts in ((ranks, 1), (ranks // 2, 2)):
         plans = [rank_plan(catalogue, arrange, step, batch, rank, count, parts) for rank in range(count)]
@@ -81,7 +81,7 @@ def check_resume(catalogue: Dataset, arrange: order.Order, step: int, batch: int
 
 
 def whole_epoch(arrange: order.Order, samples: int) -> float:
-    """Seconds to order a whole epoch; as many draws as samples, none missing: each exactly once."""
+    """Seconds to order an epoch. Checks that every sample occurs exactly once."""
     seen = np.zeros(samples, bool)
     seconds = 0.0
     for first in range(0, samples, PART):
@@ -105,14 +105,14 @@ def bench(
     per_shard: int = 1000,
     work: Path = Path("/tmp/hiera-train-scale"),
 ) -> None:
-    """Measure and print a table; raises UserError when an order is not exact.
+    """Measure and print a table; raises UserError if an order is not exact.
 
     Args:
         samples: pictures in the catalogue.
         ranks: processes, an even number that divides batch.
         batch: samples of a step over all processes.
         per_shard: pictures in a shard.
-        work: folder for the columns, of which the shard numbers take 4 bytes a picture; removed at the end.
+        work: folder for the columns (4 bytes per picture for shard numbers), removed at the end.
     """
     if ranks % 2 or batch % ranks:
         raise UserError(f"--ranks {ranks} must be even and divide --batch {batch}.")
@@ -130,7 +130,7 @@ def bench(
     try:
         make_columns(work, samples, per_shard)
         for name in ("random", "local"):
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
             before, start = memory(), time.perf_counter()
             catalogue = open_columns(work)
             arrange = order.make_order(name, catalogue.shard, SEED, WINDOW)

@@ -1,8 +1,9 @@
-"""Times whole training beside other ways to train, a process each: python -m benchmarks training
+"""Compare the speed of training with plain loops: python -m benchmarks training
 
 Ours is `python -m train.mae` or `train.finetune` on packed shards; the others are benchmarks/plain_loop.py
 on the unpacked files. All train a model of pico size on the same pictures with the same crops, batch and
-threads, and say each step; they take turns. The first step is timed from the start of the process.
+threads, and print every step. Each runs in a new process; they take turns. The first step is timed from the
+start of the process.
 """
 
 import os
@@ -23,12 +24,12 @@ BATCH = {"images": 32, "clips": 8}
 
 
 def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[str]]]:
-    """Module and arguments of every contender, by comparison; ours comes first."""
+    """Module and arguments of all contenders, by comparison; ours is first."""
 
     def ours(program: str, preset: str, shards: str, kind: str) -> list[str]:
         place = ["--data.path", str(work / shards), "--run.root", str(runs)]
         length = ["--optim.batch", str(BATCH[kind]), "--run.log-every", "1", "--optim.warmup-epochs", "0"]
-        # Half a step less, so that the rounded quotient still gives exactly `steps`.
+        # Half a step less, so that the rounded quotient is exactly `steps`.
         epochs = ["--optim.epochs", str((steps - 0.5) * BATCH[kind] / samples(work / shards))]
         return [program, preset, *place, *length, *epochs, "--speed.micro-batch", str(BATCH[kind])]
 
@@ -65,7 +66,7 @@ def samples(shards: Path) -> int:
 
 
 def trial(command: list[str], batch: int) -> dict[str, float]:
-    """Run `python -m COMMAND` and time the lines "step N: ..." it prints; raises UserError when it fails.
+    """Run `python -m COMMAND` and time the lines "step N: ..." that it prints. Raises UserError if it fails.
 
     Memory is that of the largest process.
     """
@@ -81,7 +82,7 @@ def trial(command: list[str], batch: int) -> dict[str, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"python -m {' '.join(command)} failed: {''.join(said)[-500:]}")
-    seconds = marks[-2] - marks[WARM - 1]  # our last line also waits for the evaluation
+    seconds = marks[-2] - marks[WARM - 1]  # our last line also includes the evaluation
     rate = batch * (len(marks) - 1 - WARM) / seconds
     per_cpu = batch * len(marks) / (usage.ru_utime + usage.ru_stime)
     columns = ("samples/s", "samples per CPU second", "first step (s)", "memory (MB)")
@@ -95,14 +96,14 @@ def run(
     rounds: int = 5,
     only: str = "",
 ) -> Results:
-    """Let every contender train in turn.
+    """All contenders train in turn.
 
     Args:
-        work: the data of `benchmarks.loader`, made from `images` where it is missing.
+        work: the data of `benchmarks.loader`, made from `images` if it is missing.
         images: folder of JPEG pictures, searched through.
-        steps: of each training; the first few do not count for the rate.
-        rounds: trainings of each contender.
-        only: measure the comparisons whose name contains this.
+        steps: steps per training; the first do not count for the rate.
+        rounds: trainings per contender.
+        only: measure only comparisons whose name contains this.
     """
     data_in(work, images)
     found: Results = {}

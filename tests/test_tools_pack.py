@@ -222,7 +222,7 @@ def test_a_finished_dataset_is_left_alone_and_other_settings_are_refused(tmp_pat
     with pytest.raises(UserError, match="packed with shard-size 8, not 4"):
         pack_images(source, tmp_path / "out", shard_size=4)
     write(source / "train/n01/one_more.JPEG", encoded(pixels(9)))
-    with pytest.raises(UserError, match="another listing of source files"):
+    with pytest.raises(UserError, match="another list of source files"):
         pack_images(source, tmp_path / "out")
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert after == before

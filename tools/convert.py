@@ -44,9 +44,7 @@ def convert(
         read = read_weights(path_of(source))
         state = to_ours(read.state)
         if "patch_embed.proj.weight" not in state:
-            raise UserError(
-                f"{source} has no patch_embed.proj.weight; give a file with the weights of a Hiera"
-            )
+            raise UserError(f"{source} holds no Hiera weights, such as patch_embed.proj.weight; give others")
         converted = from_ours(state, to)
     except ModelError as error:
         raise UserError(str(error)) from error
