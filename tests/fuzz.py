@@ -32,8 +32,8 @@ from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from tests.pipelines_fixtures import read_rows
 from tests.train_helpers import make_clips
+from tools.imagenet import val_classes
 from tools.kinetics import read_annotations
-from tools.val_labels import val_classes
 from tools.verify import check_shard, verify
 
 SECONDS = 20  # a case may take, on a machine that does other things too
@@ -139,7 +139,7 @@ def use(root: Path) -> None:
 
 
 def check(root: Path) -> None:
-    """What tools.verify does with a shard: whatever is changed in it or in its index is a fault."""
+    """tools.verify of a shard: every change in its tar or index is a fault."""
     rows = read_rows(root)
     tar = root / "train/000000.tar"
     whole = hashlib.sha256(tar.read_bytes() + tar.with_suffix(".idx").read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, and that what they start can be started."""
+"""The arithmetic of the benchmarks, and the commands that they start."""
 
 import json
 import shlex
@@ -21,7 +21,7 @@ RACE = {
 }
 
 
-def test_ratios_are_taken_within_a_round():
+def test_ratios_are_computed_within_a_round():
     assert ratio([10.0, 30.0, 20.0], [5.0, 10.0, 40.0]) == "2.00 (0.50 to 3.00)"
     assert "| theirs | 10 | 2.00 (0.50 to 3.00) | - |" in markdown({"a race": RACE})
     assert "| a race | theirs | 2.00 (0.50 to 3.00) |" in summary({"a race": RACE})
@@ -66,7 +66,7 @@ def test_every_model_trains_in_the_plain_loop(model: plain_loop.Model, mae: bool
 
 
 @pytest.mark.parametrize("kind", ["images", "clips", "playback"])
-def test_what_learning_starts_is_understood(kind: learning.Kind, monkeypatch: pytest.MonkeyPatch):
+def test_the_commands_of_learning_are_accepted(kind: learning.Kind, monkeypatch: pytest.MonkeyPatch):
     chains = learning.chains_of(learning.Arguments(kind, Path("shards/x"), seeds=2))
     commands = [shlex.split(command) for chain in chains for command in chain]
     names = set()
@@ -81,7 +81,7 @@ def test_what_learning_starts_is_understood(kind: learning.Kind, monkeypatch: py
     assert len(names) == len(commands) == {"images": 2 * 3 + 2, "clips": 2 * 3, "playback": 2 * 2}[kind]
 
 
-def test_playback_differs_in_the_order_of_the_frames_alone(tmp_path: Path):
+def test_playback_differs_only_in_the_order_of_frames(tmp_path: Path):
     (tmp_path / "annotations").mkdir()
     for split, video, count in (("train", "long", 20), ("val", "short", 15)):
         folder = tmp_path / "frames" / "some_one" / f"{video}_000000_000002"
@@ -102,7 +102,7 @@ def test_playback_differs_in_the_order_of_the_frames_alone(tmp_path: Path):
     assert not list((tmp_path / "out").rglob("short*"))
 
 
-def test_frames_are_put_into_the_order_asked_for():
+def test_frames_are_put_into_the_given_order():
     frames = torch.arange(16).view(1, 16, 1, 1, 1).expand(1, 16, 2, 2, 3)
     for order in learning.ORDERS.values():
         seen = learning.Reordered(nn.Identity(), order)(frames)

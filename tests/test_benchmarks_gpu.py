@@ -1,4 +1,4 @@
-"""make gpu-check with the CPU in the GPU's place: its checks run, and what goes wrong becomes a row."""
+"""make gpu-check on the CPU: its checks run, and failures become rows of the table."""
 
 import json
 import shlex
@@ -108,13 +108,13 @@ def test_settings_are_the_smallest_micro_batch_near_the_best_and_training_accept
     assert (speed.attention, speed.decode) == ("flash", "whole")
 
 
-def test_cudnn_and_windows_are_recommended_when_they_are_faster():
+def test_cudnn_and_windows_are_recommended_if_they_are_faster():
     rates = {"micro 64, flash": 900.0, "micro 64, cuDNN": 950.0, "micro 128, cuDNN": 960.0}
     assert gpu_check.step_flags(rates) == ["--speed.attention", "cudnn", "--speed.micro-batch", "64"]
     loading = {"8 threads, engine share 0.65, whole": 1.0, "12 threads, engine share 0.65, window": 2.0}
     assert gpu_check.loading_flags(loading)[-1] == "window"
 
 
-def test_data_is_drawn_for_pictures_and_clips(tmp_path: Path):
+def test_data_is_generated_for_pictures_and_clips(tmp_path: Path):
     gpu_runs.draw_frames(tmp_path / "a" / "{}.jpg", (0, 1), 3)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["1.jpg", "2.jpg", "3.jpg"]

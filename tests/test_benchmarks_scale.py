@@ -1,4 +1,4 @@
-"""The check of an order at scale can fail, and a small one passes."""
+"""The check of an order at scale: a correct order passes, a wrong one fails."""
 
 import subprocess
 import sys

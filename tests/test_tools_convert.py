@@ -1,4 +1,4 @@
-"""Folders for transformers: the decoder's heads, and the picture processor that `pipeline` needs."""
+"""Folders for transformers: the decoder's heads, and the image processor that `pipeline` needs."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def test_a_runs_decoder_keeps_its_heads(images, tmp_path, capsys):
         load_weights(default, tmp_path / "hf-0", quiet=True)
 
 
-def test_decoder_heads_come_from_what_is_in_the_folder(tmp_path, capsys):
+def test_decoder_heads_are_read_from_the_folder(tmp_path, capsys):
     source = wide_decoder(tmp_path / "run")
     config = small("image-mae-pico", tmp_path, tmp_path, "run")
     assert isinstance(config, MaeConfig)
@@ -84,7 +84,7 @@ def test_decoder_heads_come_from_what_is_in_the_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("target", ["run", "run/model.safetensors"])
-def test_a_folder_is_not_converted_onto_itself(tmp_path, target):
+def test_converting_into_the_source_folder_is_refused(tmp_path, target):
     source = wide_decoder(tmp_path / "run")
     (tmp_path / "run/config.json").write_text("{}")
     before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
@@ -95,7 +95,7 @@ def test_a_folder_is_not_converted_onto_itself(tmp_path, target):
 
 
 @pytest.mark.parametrize("interpolation", ["triangular", "cubic"])
-def test_a_pipeline_answers_as_evaluation_does(tmp_path, interpolation):
+def test_a_pipeline_predicts_what_evaluation_predicts(tmp_path, interpolation):
     config = small("image-ft-pico", tmp_path, tmp_path, "run")
     data = replace(config.data, size=64, crop=0.8, interpolation=interpolation)
     config = replace(config, data=data, model=replace(config.model, drop_path=0.0))

@@ -1,4 +1,4 @@
-"""The demo's data: the same files on every run, and clips whose class no single frame gives away."""
+"""The demo's data: the same files on every run, and clips whose class is not visible in one frame."""
 
 import csv
 import hashlib
@@ -48,7 +48,7 @@ def test_the_files_do_not_depend_on_the_workers_and_all_differ(tmp_path):
     assert len(pictures) == len(set(pictures)) == 3 * len(demo.PICTURE_CLASSES)
 
 
-def test_the_trees_have_the_published_shape_and_pack_whole(tmp_path):
+def test_the_folders_have_the_published_layout_and_are_packed_completely(tmp_path):
     root = draw_some(tmp_path / "demo", 2)
     clips = root / "clips"
     assert sorted(path.name for path in (root / "images").iterdir()) == ["train", "val"]
@@ -130,14 +130,14 @@ def logistic_regression(x: np.ndarray, y: np.ndarray, other: np.ndarray) -> np.n
 
 @pytest.mark.parametrize("classify", [nearest_centroid, logistic_regression])
 @pytest.mark.parametrize("features", [small_pictures, colour_histograms, textures])
-def test_one_frame_is_worth_no_more_than_a_guess(pairs, features, classify):
+def test_one_frame_does_not_show_the_class(pairs, features, classify):
     frames, labels, training = pairs
     x = features(frames[:, 0])
     guessed = classify(x[training], labels[training], x[~training])
     assert (guessed == labels[~training]).mean() < chance_at_most()
 
 
-def test_the_same_classifiers_find_a_class_that_shows(pairs):
+def test_the_same_classifiers_find_a_visible_class(pairs):
     """The tests above can fail: a class a little brighter than the rest is found at once."""
     frames, labels, training = pairs
     x = small_pictures(frames[:, 0]).mean(1, keepdims=True) + 0.2 * labels[:, None]
@@ -145,7 +145,7 @@ def test_the_same_classifiers_find_a_class_that_shows(pairs):
     assert (guessed == labels[~training]).mean() > 1.5 * chance_at_most()
 
 
-def test_two_frames_tell_more(pairs):
+def test_two_frames_show_more_than_one(pairs):
     """Two frames tell whether it rested, drifted or hopped; how often it hops takes more of them."""
     frames, labels, training = pairs
     x = np.stack([two_frame_features(*pair.astype(float)) for pair in frames])

@@ -1,4 +1,4 @@
-"""Packing: other readers agree, bytes do not depend on the run, bad input is named and never lost."""
+"""Packing: other readers read the tars, bytes do not depend on the run, bad input is named and never lost."""
 
 import hashlib
 import io
@@ -135,7 +135,7 @@ def by_dali(tars: list[Path], names: list[str]) -> list[tuple[bytes, ...]]:
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_webdataset_and_dali_read_what_the_catalogue_says(tmp_path, kind):
+def test_webdataset_and_dali_read_what_the_catalogue_lists(tmp_path, kind):
     if kind == "image":
         assert pack_images(image_tree(tmp_path / "source"), tmp_path / "out") == 0
         frames = ["jpg"]
@@ -176,7 +176,7 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
     assert sums(tmp_path / "1") == sums(tmp_path / "2")
 
 
-def test_killed_at_random_moments_it_still_ends_with_the_same_bytes(tmp_path):
+def test_after_kills_at_random_moments_the_bytes_are_the_same(tmp_path):
     source = image_tree(tmp_path / "source", train=40, val=10, size=(500, 400))
     pack_images(source, tmp_path / "calm", shard_size=2)
     random = np.random.default_rng()  # another moment each time the test runs: any must do
@@ -210,7 +210,7 @@ def wait_until_quiet(out: Path) -> None:
         seen.append((max(path.stat().st_mtime for path in paths), paths))
 
 
-def test_a_finished_dataset_is_left_alone_and_other_settings_are_refused(tmp_path, capsys):
+def test_a_finished_dataset_is_not_changed_and_other_settings_are_refused(tmp_path, capsys):
     source = image_tree(tmp_path / "source", train=3, val=1)
     pack_images(source, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -293,7 +293,7 @@ def mangled() -> dict[str, bytes]:
     return files | {f"random {k}.jpg": b"\xff\xd8\xff" * (k % 2) + random.bytes(500 * k) for k in range(20)}
 
 
-def test_every_hostile_picture_is_accounted_for_and_what_is_packed_decodes(tmp_path):
+def test_every_hostile_picture_is_listed_and_packed_ones_decode(tmp_path):
     told = {**peculiar(), **hopeless()}
     files = {name: data for name, (data, _) in told.items()} | mangled()
     for name, data in files.items():
@@ -387,7 +387,7 @@ def test_annotated_but_absent_videos_are_rejected_by_name(tmp_path):
     assert info["splits"]["train"] == {"samples": 8, "rejected": 2, "frames": 48, "shards": 4}
 
 
-def test_published_names_are_found_and_frames_follow_their_numbers(tmp_path):
+def test_published_names_are_found_and_frames_are_sorted_by_number(tmp_path):
     clip_tree(tmp_path, CLIPS, frames=1)
     folder = tmp_path / "frames/riding_a_bike/-id0_000007_000017"
     for number in (2, 9, 10, 11, 100):
@@ -439,7 +439,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize("kind", LABELS)
-def test_a_flat_val_folder_takes_its_classes_from_a_file(tmp_path, kind):
+def test_the_classes_of_a_flat_val_folder_are_read_from_a_file(tmp_path, kind):
     source = flat_val(tmp_path / "source")
     write(tmp_path / "labels", LABELS[kind].encode())
     write(tmp_path / "synsets", b"b kit fox\nc\na\n")
@@ -449,7 +449,7 @@ def test_a_flat_val_folder_takes_its_classes_from_a_file(tmp_path, kind):
     assert [(row["class_name"], row["label"]) for row in rows] == [("b", 1), ("a", 0), ("b", 1), ("b", 1)]
 
 
-def test_wrong_validation_labels_get_one_sentence(tmp_path):
+def test_wrong_validation_labels_end_with_one_line(tmp_path):
     source = flat_val(tmp_path / "source")
     labels, synsets, out = tmp_path / "labels", tmp_path / "synsets", tmp_path / "out"
     wrong = {
@@ -502,7 +502,7 @@ def test_too_many_rejected_ends_with_exit_code_1_and_a_table(tmp_path, capsys):
     assert pack_images(tmp_path / "source", tmp_path / "out", max_reject=0.1) == 0
 
 
-def test_each_wrong_use_gets_one_sentence(tmp_path):
+def test_each_wrong_use_ends_with_one_line(tmp_path):
     good = image_tree(tmp_path / "good", train=1, val=1)
     clip_tree(tmp_path / "clips", CLIPS, frames=1)
     (tmp_path / "empty").mkdir()
@@ -547,7 +547,7 @@ def test_each_wrong_use_gets_one_sentence(tmp_path):
     assert not out.exists(), "a wrong use leaves nothing behind"
 
 
-def test_packing_all_says_what_it_lacks(tmp_path, monkeypatch):
+def test_packing_without_data_explains_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a does not exist; check IMAGES=, FRAMES= and VIDEOS="):
         pack.pack_all(PackOptions(), tmp_path / "a", tmp_path / "b")
     monkeypatch.chdir(tmp_path)
@@ -555,7 +555,7 @@ def test_packing_all_says_what_it_lacks(tmp_path, monkeypatch):
         pack.pack_all(PackOptions())
 
 
-def test_the_command_line_gives_the_sentence_and_exit_code_2(tmp_path, capsys):
+def test_the_command_line_prints_the_error_and_exits_with_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         run_cli(lambda: pack_images(tmp_path / "nowhere", tmp_path / "out"))
     assert caught.value.code == 2

@@ -1,4 +1,4 @@
-"""Packing from storage that fails for a while: it retries, and what stays unreadable is left to a rerun."""
+"""Packing from storage that fails temporarily: reads are repeated; the rest is packed by the next run."""
 
 import errno
 import os
@@ -69,7 +69,7 @@ def test_a_read_that_fails_for_a_while_is_repeated(kind, number, tmp_path, monke
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_read_is_left_to_a_rerun(kind, tmp_path, monkeypatch, capsys):
+def test_unreadable_samples_are_packed_when_the_command_runs_again(kind, tmp_path, monkeypatch, capsys):
     pack, source, word = source_of(kind, tmp_path / "source")
     assert pack(source, tmp_path / "calm") == 0
     out = tmp_path / "out"
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_left_to_a_rerun(kind, tmp_path, monkeypatch, cap
     assert sums(out) == sums(tmp_path / "calm")
 
 
-def test_an_outage_is_waited_for_once_a_shard_and_counted(tmp_path, monkeypatch, capsys, short_pauses):
+def test_a_shard_waits_for_an_outage_once(tmp_path, monkeypatch, capsys, short_pauses):
     source = image_tree(tmp_path / "source", train=6, val=2)
     Storage(monkeypatch, "train_", float("inf"), errno.ESTALE)
     assert pack_images(source, tmp_path / "out", shard_size=9) == 1
@@ -106,7 +106,7 @@ def test_a_file_that_stays_unreadable_can_be_rejected(tmp_path, monkeypatch):
         assert bad["reason"] == "cannot be read: Input/output error"
 
 
-def test_what_will_not_become_readable_is_rejected_at_once(tmp_path, monkeypatch, short_pauses):
+def test_permanently_unreadable_files_are_rejected_at_once(tmp_path, monkeypatch, short_pauses):
     source = image_tree(tmp_path / "source", train=4, val=1)
     (source / "train/n01/gone.JPEG").symlink_to("nowhere")
     Storage(monkeypatch, "n02 with spaces/train_1", float("inf"), errno.EACCES)
@@ -116,7 +116,7 @@ def test_what_will_not_become_readable_is_rejected_at_once(tmp_path, monkeypatch
     assert short_pauses == []
 
 
-def test_a_stat_that_fails_is_not_taken_for_a_missing_file(tmp_path, monkeypatch):
+def test_a_failing_stat_does_not_count_as_a_missing_file(tmp_path, monkeypatch):
     for kind in KINDS:
         pack, source, word = source_of(kind, tmp_path / kind)
         assert pack(source, tmp_path / "calm" / kind) == 0

@@ -1,4 +1,4 @@
-"""Packing on several machines: parts and Ray give the bytes of one machine; bad nodes are named."""
+"""Packing on several machines: parts and Ray write the bytes of one machine; bad nodes are named."""
 
 import signal
 import subprocess
@@ -39,7 +39,7 @@ def wait_for(condition, seconds: float = 60.0) -> None:
 # ---- parts -----------------------------------------------------------------------------------------------
 
 
-def test_parts_side_by_side_and_a_last_run_give_the_bytes_of_one_run(tmp_path):
+def test_parallel_parts_and_a_last_run_write_the_bytes_of_one_run(tmp_path):
     source = image_tree(tmp_path / "source", train=40, val=10, size=(500, 400))
     pack_images(source, tmp_path / "one", shard_size=2)
     out = tmp_path / "parts"
@@ -76,7 +76,7 @@ def test_parts_side_by_side_and_a_last_run_give_the_bytes_of_one_run(tmp_path):
     assert sums(out) == sums(tmp_path / "one"), "a late part leaves a finished dataset alone"
 
 
-def test_of_two_plans_begun_at_once_one_holds(tmp_path):
+def test_of_two_plans_started_together_only_one_is_used(tmp_path):
     source = image_tree(tmp_path / "source", train=2, val=1)
     plans = [plan_images(source, ImageOptions(short_side=side)) for side in (100, 200)]
     for attempt in range(40):
@@ -100,7 +100,7 @@ def test_of_two_plans_begun_at_once_one_holds(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["0/3", "4/3", "1", "a/b", "1/3/5", "-1/3", "1/0", "1 /3"])
-def test_a_wrong_range_gets_one_sentence(tmp_path, wrong):
+def test_a_wrong_range_is_refused(tmp_path, wrong):
     with pytest.raises(UserError, match=r"--shard-range is .*; it must be i/n with i from 1 to n\.$"):
         pack_images(tmp_path, tmp_path / "out", shard_range=wrong)
 
@@ -116,7 +116,7 @@ def one_job(folder: Path) -> Job:
     return jobs_of(plan, source, out, load_image)[0]
 
 
-def test_a_node_that_differs_is_named_with_what_it_lacks(tmp_path):
+def test_a_different_node_is_named_with_what_it_lacks(tmp_path):
     job = one_job(tmp_path)
     witness = job.root / job.samples[0].source
     with pytest.raises(UserError, match=r"does not see .*/source/gone; mount source and --out"):
@@ -135,7 +135,7 @@ def test_a_node_that_differs_is_named_with_what_it_lacks(tmp_path):
         pack_on_node(job, witness)
 
 
-def test_ray_that_is_not_installed_or_not_there_gets_one_sentence(tmp_path, monkeypatch):
+def test_missing_ray_or_cluster_ends_with_one_line(tmp_path, monkeypatch):
     source = image_tree(tmp_path / "source", train=1, val=1)
     pack = partial(pack_images, source, tmp_path / "out")
     with pytest.raises(UserError, match=r"--ray host:1 needs --executor ray \(EXECUTOR=ray\)"):
@@ -150,7 +150,7 @@ def test_ray_that_is_not_installed_or_not_there_gets_one_sentence(tmp_path, monk
     assert not (tmp_path / "none").exists(), "a wrong use leaves nothing behind"
 
 
-def test_the_lock_of_ray_fits_beside_the_first_one():
+def test_the_lock_of_ray_agrees_with_the_main_lock():
     text = (ROOT / "requirements-ray.lock").read_text()
     assert "://" not in text and "index-url" not in text and "--hash=sha256:" in text
     base = {pin.name: str(pin.specifier) for pin in requirements("requirements.lock")}
@@ -160,7 +160,7 @@ def test_the_lock_of_ray_fits_beside_the_first_one():
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: make env-ray")
-def test_on_ray_a_node_dies_and_the_bytes_are_those_of_one_machine(tmp_path):
+def test_on_ray_a_dying_node_does_not_change_the_bytes(tmp_path):
     from ray.cluster_utils import Cluster
 
     source = image_tree(tmp_path / "source", train=40, val=10, size=(500, 400))

@@ -125,7 +125,7 @@ def shown(times: list[Fraction], ticks: int) -> list[int]:
         ("a.flv", "flv", 30, "yuv420p"),  # no length for its last frame
     ],
 )
-def test_any_frame_rate_is_brought_to_30_by_time(tmp_path, name, codec, rate, pixel_format):
+def test_any_frame_rate_is_sampled_at_30_by_time(tmp_path, name, codec, rate, pixel_format):
     path = make(tmp_path / name, [numbered(n) for n in range(2 * rate)], codec, rate, pixel_format)
     packed = load(path)
     assert [number_of(jpeg) for jpeg in packed.frames] == shown(
@@ -136,7 +136,7 @@ def test_any_frame_rate_is_brought_to_30_by_time(tmp_path, name, codec, rate, pi
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
-def test_varying_frame_rates_play_at_their_speed(tmp_path, name):
+def test_varying_frame_rates_keep_their_speed(tmp_path, name):
     times = [Fraction(ms, 1000) for ms in (0, 40, 300, 320, 340, 1000, 1050, 2000)]
     path = make(tmp_path / name, [numbered(n) for n in range(8)], "libx264", times=times, bf="0")
     found = [number_of(jpeg) for jpeg in load(path).frames]
@@ -158,7 +158,7 @@ def test_on_grid():
     assert list(on_grid([], Fraction(30))) == []
 
 
-def test_clocks_that_run_backwards_go_on_by_one_frame(tmp_path):
+def test_times_that_run_backwards_advance_by_one_frame(tmp_path):
     with av.open(str(tmp_path / "a.ts"), "w") as container:
         stream = container.add_stream("mpeg2video", rate=30)
         stream.width, stream.height, stream.pix_fmt = 112, 64, "yuv420p"
@@ -196,7 +196,7 @@ def distance(jpeg: bytes, picture: Image.Image) -> float:
         ({"degrees": 90, "vflip": True}, lambda picture: ImageOps.flip(picture.rotate(90, expand=True))),
     ],
 )
-def test_display_matrices_are_honoured(tmp_path, turned, wanted):
+def test_display_matrices_are_applied(tmp_path, turned, wanted):
     picture = pixels(1, (160, 96))
     packed = load(make(tmp_path / "a.mp4", [picture] * 3, turned=turned, qscale="2"))
     assert packed.change == "mpeg4 to JPEG, turned upright"
@@ -216,7 +216,7 @@ def test_motion_jpegs_turned_by_exif_are_turned(tmp_path):
 
 
 @pytest.mark.parametrize("matrix", [None, av.video.reformatter.Colorspace.ITU709])
-def test_colours_are_those_that_were_filmed(tmp_path, matrix):
+def test_colours_are_those_of_the_source(tmp_path, matrix):
     picture = pixels(2, (320, 240))
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=30, options={"crf": "1"})
@@ -249,7 +249,7 @@ def test_fine_stripes_scale_to_gray(tmp_path):
     assert found.shape == (90, 120, 3) and np.abs(found[:, 2:-2].astype(int) - 127).max() < 12
 
 
-def test_other_streams_are_passed_over(tmp_path):
+def test_other_streams_are_skipped(tmp_path):
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         container.metadata["title"] = "a title"
         sound = container.add_stream("aac", rate=16000, layout="mono")
@@ -332,7 +332,7 @@ def zeros(packet: bytes) -> bytes:
     return bytes(len(packet))
 
 
-def test_a_frame_that_the_decoder_had_to_guess_is_not_packed(tmp_path):
+def test_a_frame_that_the_decoder_concealed_is_not_packed(tmp_path):
     path = make(tmp_path / "a.avi", [pixels(n, (112, 64)) for n in range(20)])
 
     def bent(packet: bytes) -> bytes:
@@ -344,7 +344,7 @@ def test_a_frame_that_the_decoder_had_to_guess_is_not_packed(tmp_path):
     assert reason(damaged(path, range(5, 6), bent)) == HOPELESS[0]
 
 
-def test_what_cannot_be_decoded_is_left_out_at_the_start(tmp_path):
+def test_undecodable_frames_at_the_start_are_left_out(tmp_path):
     path = make(
         tmp_path / "a.webm", [numbered(n) for n in range(40)], "libvpx-vp9", g="10", lag_in_frames="0"
     )
@@ -364,7 +364,7 @@ def test_frames_that_need_earlier_ones_are_left_out_at_the_start(tmp_path):
     assert numbers == list(range(numbers[0], 40)) and numbers[0] in (10, 20)
 
 
-def test_what_is_no_video_is_named(tmp_path):
+def test_files_that_are_no_videos_are_named(tmp_path):
     short = make(tmp_path / "short.avi", [numbered(n) for n in range(4)])
     with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
         file.setparams((1, 2, 8000, 0, "NONE", ""))
@@ -402,7 +402,7 @@ def test_what_is_no_video_is_named(tmp_path):
     assert len(load(short, max_seconds=0.14).frames) == 4
 
 
-def test_a_clock_that_leaps_does_not_fill_the_memory(tmp_path):
+def test_a_jump_in_time_does_not_fill_the_memory(tmp_path):
     times = [Fraction(0), Fraction(1, 10), Fraction(200_000)]
     path = make(tmp_path / "a.mkv", [numbered(n) for n in range(3)], "ffv1", pixel_format="bgr0", times=times)
     data = path.read_bytes()
@@ -413,7 +413,7 @@ def test_a_clock_that_leaps_does_not_fill_the_memory(tmp_path):
     assert reason(path) == "longer than --max-seconds 60"
 
 
-def test_damage_at_random_never_escapes(tmp_path):
+def test_random_damage_is_rejected_or_cut_off(tmp_path):
     random = np.random.default_rng(3)
     seen = set()
     for name, codec in (("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.ts", "mpeg2video"), ("a.gif", "gif")):
@@ -466,7 +466,7 @@ def test_every_layout_is_found_and_bytes_do_not_depend_on_workers(tmp_path):
     assert verify(tmp_path / "1") == 0
 
 
-def test_of_files_with_one_name_the_nearest_is_taken():
+def test_of_files_with_one_name_the_nearest_is_used():
     assert best_file(["val/l/x.mp4", "train/l/x.mp4"], ("train", "l")) == "train/l/x.mp4"
     assert best_file(["k/x.mp4", "l/x.mp4"], ("train", "l")) == "l/x.mp4"
     assert best_file(["l/x.json", "l/x.webm"], ("train", "l")) == "l/x.webm"
@@ -492,7 +492,7 @@ def crash(root: Path, source: str, packing: Packing) -> Packed:
     os.abort()
 
 
-def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
+def test_a_dying_worker_ends_the_run_with_one_line(tmp_path):
     samples = [Sample(f"{n}", 0, "a", f"{n}.mp4") for n in range(4)]
     options = ClipOptions(workers=2, shard_size=1)
     plan = PackPlan("video", ["a"], {"train": samples}, options.packing(videos=True))
@@ -500,7 +500,7 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence(tmp_path):
         run(plan, tmp_path, tmp_path / "out", crash, options)
 
 
-def test_each_wrong_use_gets_one_sentence(tmp_path, monkeypatch):
+def test_each_wrong_use_ends_with_one_line(tmp_path, monkeypatch):
     source = tree(
         tmp_path / "source", {"train": ["-id0_000007_000017.mp4"], "val": ["-id1_000007_000017.mp4"]}
     )

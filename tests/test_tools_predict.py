@@ -1,4 +1,4 @@
-"""Prediction: the numbers of evaluation for files as they come, a sentence for those that cannot be read."""
+"""Prediction: the numbers of evaluation for any files; unreadable files are named."""
 
 import io
 import json
@@ -101,7 +101,7 @@ def answers(text: str) -> dict[str, dict[str, float]]:
     return {name: classes for name, classes in found.items() if classes}
 
 
-def test_pictures_get_what_evaluation_gives_them(trained: Path, capsys):
+def test_pictures_get_the_predictions_of_evaluation(trained: Path, capsys):
     source = trained.parent / "source"
     inputs = sorted((source / "val").rglob("*.*"))
     assert predict(trained, tuple(inputs), device="cpu") == 0
@@ -165,7 +165,7 @@ def test_an_autoencoder_draws_its_inputs(trained: Path, clips: Path, tmp_path: P
     assert drawn.height == 2 * HEADER + 3 * (64 + GAP) and not (run / "predict.png").exists()
 
 
-def test_wrong_inputs_are_named_and_the_others_answered(trained: Path, tmp_path: Path, capsys):
+def test_wrong_inputs_are_named_and_the_others_are_predicted(trained: Path, tmp_path: Path, capsys):
     good, text, empty, missing = (tmp_path / name for name in ("ü-good.jpg", "no.jpg", "empty", "gone.jpg"))
     good.write_bytes(picture(1, 3))
     text.write_text("not a picture")
@@ -182,7 +182,7 @@ def test_wrong_inputs_are_named_and_the_others_answered(trained: Path, tmp_path:
     assert predict(trained, (missing,), device="cpu") == 1  # nothing left to answer
 
 
-def test_an_input_whose_probabilities_are_nan_has_no_answer(images: Path, tmp_path: Path, capsys):
+def test_an_input_with_nan_probabilities_has_no_prediction(images: Path, tmp_path: Path, capsys):
     run = untrained(small("image-ft-pico", images, tmp_path, "run"), 2)
     weights = load_file(run / "model.safetensors")
     weights["head.projection.weight"][0], weights["head.projection.weight"][1] = 3e38, -3e38  # overflows
@@ -210,7 +210,7 @@ def test_an_empty_folder_of_frames_is_named(clips: Path, tmp_path: Path, capsys)
     assert capsys.readouterr().err == f"error: {tmp_path}/empty: no frames in its folder\n"
 
 
-def test_classes_outlive_the_data_and_their_loss_is_told(trained: Path, tmp_path: Path, capsys):
+def test_classes_are_kept_without_the_data_and_their_loss_is_reported(trained: Path, tmp_path: Path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     config = json.loads((run / "config.json").read_text())
@@ -227,7 +227,7 @@ def test_classes_outlive_the_data_and_their_loss_is_told(trained: Path, tmp_path
         predict(run, (tmp_path / "a.jpg",), device="cpu")
 
 
-def test_what_cannot_be_begun_gets_a_sentence(trained: Path, tmp_path: Path):
+def test_wrong_arguments_end_with_one_line(trained: Path, tmp_path: Path):
     some = (tmp_path / "a.jpg",)
     for expected_words, arguments in {
         "does not exist; name a run folder": (tmp_path, some),

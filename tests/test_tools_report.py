@@ -1,4 +1,4 @@
-"""The report of a run: whole, under way, damaged, hostile; and the model card."""
+"""The report of finished, unfinished, damaged and hostile runs, and the model card."""
 
 import base64
 import json
@@ -81,7 +81,7 @@ def words(page: str) -> str:
     return unescape(re.sub(r"<style.*?</style>|<[^>]+>", " ", page, flags=re.S))
 
 
-def test_a_finished_run_is_told_whole(run: Path):
+def test_the_report_of_a_finished_run_is_complete(run: Path):
     path = report(run)
     assert path == run / "report.html" and sorted(run.glob(".*")) == []
     page = path.read_text()
@@ -100,7 +100,7 @@ def test_a_finished_run_is_told_whole(run: Path):
     assert "smoothing" in text and "9.9" in text
 
 
-def test_what_comes_from_outside_stays_text(run: Path):
+def test_text_of_the_run_is_escaped(run: Path):
     page = report(run).read_text()
     assert "<script" not in page and "<img src=x" not in page and "<run>" not in page
     assert words(page).count("document.title='owned'") == LOG_LINES + 3  # log, path, command, class
@@ -116,7 +116,7 @@ def test_nothing_is_fetched(run: Path):
     assert len(identities) > 5 and all(not name.startswith(("figure", "axes")) for name in identities)
 
 
-def test_a_run_under_way_and_its_damage_are_told(run: Path):
+def test_an_unfinished_run_and_damaged_files_are_reported(run: Path):
     (run / "model.safetensors").unlink()
     (run / "per_class.parquet").write_bytes(b"PAR1 half")
     (run / "reconstruction.png").write_bytes(PNG[:50])
@@ -133,7 +133,7 @@ def test_a_run_under_way_and_its_damage_are_told(run: Path):
     assert "Curves" not in told and "75.0%" in text
 
 
-def test_a_run_that_has_only_begun(tmp_path: Path):
+def test_a_run_that_has_just_started(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(MAE_PRESETS["image-mae-pico"])))
     text = words(report(tmp_path, tmp_path / "page.html").read_text())
     assert "mae_hiera_pico_96, mae, not finished: at step 0" in text
@@ -144,7 +144,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path):
     assert "Settings (config.json cannot be read" in words(report(tmp_path).read_text())
 
 
-def test_accuracy_that_is_not_held_out_says_so(tmp_path: Path):
+def test_accuracy_of_training_videos_is_marked(tmp_path: Path):
     preset = FINETUNE_PRESETS["video-ft-pico"]
     reference = replace(preset, data=replace(preset.data, eval_split="train"))
     (tmp_path / "config.json").write_text(json.dumps(to_dict(reference)))
@@ -153,7 +153,7 @@ def test_accuracy_that_is_not_held_out_says_so(tmp_path: Path):
     assert "TRAINING videos" not in report(tmp_path).read_text()
 
 
-def test_a_folder_that_is_no_run_gets_one_sentence(tmp_path: Path):
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     done = call("tools.report", str(tmp_path / "nowhere"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is no run folder" in done.stderr
     with pytest.raises(UserError, match="no run folder"):
@@ -162,7 +162,7 @@ def test_a_folder_that_is_no_run_gets_one_sentence(tmp_path: Path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_a_browser_opens_it_without_complaint(run: Path, tmp_path: Path):
+def test_a_browser_opens_it_without_errors(run: Path, tmp_path: Path):
     def browse(page: Path) -> tuple[str, str]:
         where = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
         command = [CHROMIUM, *where, "--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri()]
@@ -192,7 +192,7 @@ def started_from(init: str) -> str:
     )
 
 
-def test_the_card_says_what_the_weights_are():
+def test_the_card_describes_the_weights():
     text = started_from("")
     assert "hiera_pico_96, a classifier" in text and ": 7 steps" in text and "96 x 96" in text
     data, recipe, metrics = map(json.loads, text.split("```json\n")[1].split("\n```\n")[0].splitlines())

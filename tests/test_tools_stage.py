@@ -1,4 +1,4 @@
-"""Copying a dataset to a local disk: whole, checked, gone on with, from folders and from S3."""
+"""Copying a dataset to a local disk, from folders and from S3: complete, checked, and resumed."""
 
 import http.server
 import json
@@ -29,7 +29,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def test_a_copy_is_whole_and_a_second_run_copies_nothing(clips, tmp_path, capsys):
+def test_a_copy_is_complete_and_a_second_run_copies_nothing(clips, tmp_path, capsys):
     stage.stage(str(clips), tmp_path / "copy")
     assert contents(tmp_path / "copy") == contents(clips)
     assert verify(tmp_path / "copy") == 0
@@ -94,7 +94,7 @@ def test_shards_come_from_an_s3_compatible_store(clips, tmp_path, monkeypatch):
     assert Store.asked > Store.fail_every
 
 
-def test_a_damaged_shard_never_gets_its_name(tmp_path, monkeypatch):
+def test_a_damaged_shard_is_never_renamed_into_place(tmp_path, monkeypatch):
     monkeypatch.setattr(stage.time, "sleep", lambda _: None)
     source = make_images(tmp_path, train=10)
     catalogue = open_dataset(source, "train")
@@ -108,7 +108,7 @@ def test_a_damaged_shard_never_gets_its_name(tmp_path, monkeypatch):
     assert not (tmp_path / "copy/dataset.json").exists()
 
 
-def test_killed_in_the_middle_it_goes_on(tmp_path):
+def test_after_a_kill_the_same_command_continues(tmp_path):
     source = make_images(tmp_path, train=150, val=10)
     copy = tmp_path / "copy"
     kills = 0
@@ -131,7 +131,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     assert contents(copy) == contents(source)
 
 
-def test_wrong_use_gets_one_sentence(clips, tmp_path, monkeypatch):
+def test_wrong_use_ends_with_one_line(clips, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"dataset\.json does not exist"):
         stage.stage(str(tmp_path), tmp_path / "copy")
     with pytest.raises(UserError, match="ftp://x cannot be opened"):
@@ -164,7 +164,7 @@ def test_a_second_run_copies_a_catalogue_only_when_it_differs(tmp_path, monkeypa
     assert contents(copy) == contents(source)
 
 
-def test_a_damaged_catalogue_never_gets_its_name(tmp_path, monkeypatch):
+def test_a_damaged_catalogue_is_never_renamed_into_place(tmp_path, monkeypatch):
     monkeypatch.setattr(stage.time, "sleep", lambda _: None)
     source = make_images(tmp_path, train=10)
     with (source / "val.arrow").open("r+b") as file:
@@ -175,7 +175,7 @@ def test_a_damaged_catalogue_never_gets_its_name(tmp_path, monkeypatch):
     assert verify(source) == 1
 
 
-def test_a_target_that_vanishes_is_not_called_a_missing_source(clips, tmp_path, monkeypatch):
+def test_a_vanishing_target_is_not_reported_as_a_missing_source(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(stage.time, "sleep", lambda _: None)
     store, top = stage.open_store(str(clips))
     with pytest.raises(UserError, match=r"train\.arrow could not be copied to .*/gone/train\.arrow"):

@@ -1,4 +1,4 @@
-"""Names, links, numberings and damage as real folders have them: packed, verified, read for an epoch."""
+"""Names, links, numbers and damage as in real folders: packed, verified, and read for an epoch."""
 
 import itertools
 import json
@@ -63,7 +63,7 @@ def test_any_name_and_link_is_packed(tmp_path):
     one_epoch(tmp_path / "out", DataConfig(size=16))
 
 
-def test_damage_of_every_kind_is_accounted_for(tmp_path):
+def test_every_kind_of_damage_is_listed(tmp_path):
     """Odd and hopeless files, truncations at every 5 %, flips all over, 200 files of random bytes."""
     random = np.random.default_rng(1)
     files = {name: data for name, (data, _) in {**peculiar(), **hopeless()}.items()} | mangled()
@@ -110,7 +110,7 @@ def test_as_many_classes_as_kinetics_and_every_numbering_of_frames(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [2, 8])
-def test_a_class_order_once_written_is_checked_ever_after(tmp_path, workers):
+def test_the_order_of_classes_is_checked_on_every_later_run(tmp_path, workers):
     """A class that appears or goes would move all those after it; that needs another dataset."""
     for name in ("b", "c"):
         write(tmp_path / "source" / name / "1.jpg", encoded(pixels(1)))

@@ -1,4 +1,4 @@
-"""Verification finds every kind of damage, names it, and has nothing against a good dataset."""
+"""Verification finds and names every kind of damage, and accepts a good dataset."""
 
 import hashlib
 import json
@@ -85,7 +85,7 @@ def faults(root: Path, capsys) -> list[str]:
     return found
 
 
-def test_good_datasets_pass_with_one_line_a_split(good_images, good_clips, capsys):
+def test_good_datasets_pass_with_one_line_per_split(good_images, good_clips, capsys):
     assert verify(good_images) == verify(good_clips) == 0
     assert capsys.readouterr().out.splitlines() == [
         "train: 18 samples, 1 rejected, 18 frames; 3 classes of 6 to 6 samples; faults: 0",
@@ -212,7 +212,7 @@ def test_a_frame_that_does_not_decode_is_named(clips, capsys):
     assert fault.startswith(f"{tar}: {row['key']}: frame 2 at byte {start} does not decode; pack")
 
 
-def test_a_size_the_catalogue_has_wrong_is_found(images, capsys):
+def test_a_wrong_size_in_the_catalogue_is_found(images, capsys):
     before = change_row(images, "val", 2, width=99)
     assert any(".json differs" in fault for fault in faults(images, capsys))
     tar = np.fromfile(images / "val/000000.tar", np.uint8)
@@ -221,7 +221,7 @@ def test_a_size_the_catalogue_has_wrong_is_found(images, capsys):
     assert fault.endswith("is 80x60, in the catalogue 99x60; pack this dataset again")
 
 
-def test_a_sample_in_two_splits_is_a_fault_and_twice_in_one_is_told(tmp_path, capsys):
+def test_a_sample_in_two_splits_is_a_fault_and_repeats_are_counted(tmp_path, capsys):
     source = image_tree(tmp_path / "source", train=3, val=2)
     same = encoded(pixels(77))
     for place in ("train/n01/one.jpg", "train/n01/two.jpg", "val/n03/three.jpg"):
@@ -235,7 +235,7 @@ def test_a_sample_in_two_splits_is_a_fault_and_twice_in_one_is_told(tmp_path, ca
     assert "repeated samples: 1" in train and "repeated" not in val
 
 
-def test_many_faults_are_cut_short_and_classes_without_samples_told(images, capsys):
+def test_many_faults_are_cut_short_and_empty_classes_are_counted(images, capsys):
     for index in range(18):
         change_row(images, "train", index, source="elsewhere")
     info = json.loads((images / "dataset.json").read_text())
@@ -248,7 +248,7 @@ def test_many_faults_are_cut_short_and_classes_without_samples_told(images, caps
     assert "4 classes of 0 to 6 samples, 1 of them empty" in lines[0]
 
 
-def test_what_is_no_dataset_gets_one_sentence(tmp_path):
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist"):
         verify(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no dataset\.json"):

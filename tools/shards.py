@@ -102,14 +102,11 @@ class PackPlan:
 
     def settings(self) -> dict[str, object]:
         """What must be equal for a run to keep the shards of an earlier one."""
-        return {**asdict(self.packing), "source_sha256": self._fingerprint()}
-
-    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for split, samples in self.splits.items():
             for sample in samples:
                 digest.update(json.dumps([split, *asdict(sample).values()]).encode())
-        return digest.hexdigest()
+        return {**asdict(self.packing), "source_sha256": digest.hexdigest()}
 
 
 def make_key(index: int, name: str) -> str:
@@ -133,9 +130,6 @@ def samples_of(listed: Sequence[tuple[str, str, str]], labels: Mapping[str, int]
 def readable(text: str) -> str:
     """A file name as valid Unicode; bytes that cannot be decoded become question marks."""
     return text.encode("utf-8", "replace").decode()
-
-
-# ---- one shard -------------------------------------------------------------------------------------------
 
 
 class Result(NamedTuple):
@@ -294,9 +288,6 @@ def write_catalogue(path: Path, rows: pa.Table) -> None:
     columns = [pa.concat_arrays(column.chunks or [pa.array([], column.type)]) for column in ordered.columns]
     with atomic_write(path) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as writer:
         writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-
-
-# ---- datasets of format 2 --------------------------------------------------------------------------------
 
 
 def convert(root: tyro.conf.Positional[Path]) -> None:

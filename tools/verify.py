@@ -28,7 +28,7 @@ from rich.progress import track
 from pipelines.dataset import SCHEMA, DatasetInfo, missing_shards, open_split, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.machine import usable_cores
-from tools.shards import Row, add_members, index_line
+from tools.shards import Place, Row, add_members, index_line
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
@@ -165,10 +165,12 @@ def check_shard(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterator[
         yield f"{path} or its .idx cannot be read: {error.strerror}; pack this dataset again"
         return
     for row in rows:
-        frames = [data[at : at + size] for at, size in zip(row["offsets"], row["sizes"], strict=True)]
-        with tarfile.open(fileobj=(buffer := BytesIO()), mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            places = add_members(tar, row, frames, info.kind)
-            expected = buffer.getvalue()
+        try:
+            frames = [data[at : at + size] for at, size in zip(row["offsets"], row["sizes"], strict=True)]
+            expected, places = packed_again(row, frames, info.kind)
+        except ValueError as error:
+            yield f"{path}: {row['key']} cannot be in a tar ({error}); pack this dataset again"
+            return
         found = data[start : start + len(expected)]
         for name, at, size in places:
             header, end = slice(at - BLOCK, at), at + size + -size % BLOCK
@@ -189,6 +191,13 @@ def check_shard(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterator[
     if indexed != "".join(index):
         yield f"{path.with_suffix('.idx')} does not match its tar; pack this dataset again"
     yield from (f"{path}: {fault}" for fault in decode_faults(np.frombuffer(data, np.uint8), good))
+
+
+def packed_again(row: Row, frames: Sequence[bytes], kind: str) -> tuple[bytes, list[Place]]:
+    """The bytes of a sample in a tar, and the places of its files in them."""
+    with tarfile.open(fileobj=(buffer := BytesIO()), mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        places = add_members(tar, row, frames, kind)
+        return buffer.getvalue(), places
 
 
 def sample_faults(info: DatasetInfo, row: Row, frames: Sequence[bytes]) -> Iterator[str]:
