@@ -205,7 +205,7 @@ def gpu_check(
                 rows.append(show(console, row_of(name, check, place, gpus)))
         flags = recommended({row.name: row.found for row in rows if isinstance(row.found, dict)})
         if rates and gpus and not only:
-            rows += [show(console, run(recipe, place, 180, words)) for recipe, words in flags.items()]
+            rows += [show(console, run(recipe, place, 180, tuned)) for recipe, tuned in flags.items()]
     console.print(table_of(rows, device))
     write(rows, flags, device, out, console)
     failures = [row.name for row in rows if row.state == FAILED and row.required]
@@ -299,10 +299,10 @@ def write(rows: list[Row], flags: dict[str, list[str]], device: str, out: Path, 
     }
     atomic_text(path, json.dumps(content, indent=1) + "\n")
     console.print(f"written: {path}")
-    for recipe, words in flags.items():
+    for recipe, settings in flags.items():
         tuned = out / f"tuned-{recipe}.txt"
-        atomic_text(tuned, " ".join(words) + "\n")
-        console.print(f"recommended for {recipe}: {' '.join(words)} (TUNED={tuned})")
+        atomic_text(tuned, " ".join(settings) + "\n")
+        console.print(f"recommended for {recipe}: {' '.join(settings)} (TUNED={tuned})")
 
 
 def main() -> None:

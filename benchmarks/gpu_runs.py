@@ -92,10 +92,10 @@ def draw_frames(path: Path, key: tuple[int, int], frames: int) -> None:
 # ---- training commands
 
 
-def run(module: str, *words: object) -> str:
+def run(module: str, *command: object) -> str:
     """Run a command of this project and return its output. Raises Problem if it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, words)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", module, *map(str, command)], capture_output=True, text=True, check=False
     )
     printed = done.stdout + done.stderr
     need(done.returncode == 0, f"{module} ended with exit code {done.returncode}: {last_line(printed)}")
@@ -106,12 +106,12 @@ def last_line(text: str) -> str:
     return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")[-300:]
 
 
-def train_words(place: Place, preset: str, name: str, *more: object) -> list[str]:
+def train_command(place: Place, preset: str, name: str, *more: object) -> list[str]:
     """The command that trains a preset on the drawn data."""
     program = "train.mae" if "-mae-" in preset else "train.finetune"
     data = place.clips if preset.startswith("video") else place.images
-    words = [program, preset, "--data.path", data, "--run.root", place.work, "--run.name", name]
-    return list(map(str, [*words, "--speed.device", place.device.type, "--run.eval-every", 10**6, *more]))
+    command = [program, preset, "--data.path", data, "--run.root", place.work, "--run.name", name]
+    return list(map(str, [*command, "--speed.device", place.device.type, "--run.eval-every", 10**6, *more]))
 
 
 def rows_of(place: Place, name: str) -> list[dict[str, str]]:
@@ -122,7 +122,7 @@ def rows_of(place: Place, name: str) -> list[dict[str, str]]:
 def rows_equal_detail(place: Place) -> str:
     """Every row of metrics.csv has the loss of its step, also where a checkpoint is written."""
     more = ("--run.detail", True, "--run.checkpoint-every", 3, "--optim.epochs", 2)
-    run(*train_words(place, "image-mae-pico", "rows", *SHORT, *more))
+    run(*train_command(place, "image-mae-pico", "rows", *SHORT, *more))
     rows = {row["step"]: row["loss_train"] for row in rows_of(place, "rows")}
     details = [
         row for path in (place.work / "rows/detail").glob("*.csv") for row in csv.DictReader(path.open())
@@ -140,9 +140,9 @@ def no_waits(place: Place) -> str:
     """No operation within a step waits for the device, with every augmentation and mixing."""
     augment = ("--data.augment.layers", 2, "--data.augment.jitter", 0.3, "--data.augment.erase", 0.5)
     more = (*augment, "--mixup", 0.8, "--cutmix", 1, "--optim.ema", 0.9, "--optim.epochs", 2)
-    _, *words = train_words(place, "image-ft-pico", "waits", *SHORT, *more)
+    _, *command = train_command(place, "image-ft-pico", "waits", *SHORT, *more)
     done = subprocess.run(
-        [sys.executable, "-c", WATCHED, *words], capture_output=True, text=True, check=False
+        [sys.executable, "-c", WATCHED, *command], capture_output=True, text=True, check=False
     )
     lines = [
         line.strip() for line in done.stderr.splitlines() if 'File "' in line and "site-packages" not in line
@@ -153,16 +153,16 @@ def no_waits(place: Place) -> str:
 
 def resume_and_stop(place: Place) -> str:
     """SIGTERM saves and ends with exit code 143; the resumed run finishes and needs no more memory."""
-    words = train_words(place, "image-mae-pico", "stopped", *SHORT, "--optim.epochs", 3)
+    command = train_command(place, "image-mae-pico", "stopped", *SHORT, "--optim.epochs", 3)
     process = subprocess.Popen(
-        [sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     wait_for(lambda: len(rows_of(place, "stopped")) >= 4 or process.poll() is not None, 90)
     process.send_signal(signal.SIGTERM)
     printed = process.communicate(timeout=60)[0]
     need(process.returncode == 143, f"exit code {process.returncode} after SIGTERM: {last_line(printed)}")
     before = float(rows_of(place, "stopped")[-1]["max_mem_gb"])
-    printed = run(*words)
+    printed = run(*command)
     need("resumed from step" in printed, f"it did not resume: {last_line(printed)}")
     after = float(rows_of(place, "stopped")[-1]["max_mem_gb"])
     need(
@@ -181,8 +181,8 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 def out_of_memory(place: Place) -> str:
     """A micro batch that does not fit ends the run with one line and exit code 2."""
     large = ("--optim.batch", 65536, "--speed.micro-batch", 65536, "--speed.compile", "no")
-    words = train_words(place, "image-ft-base", "memory", *large)
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
+    command = train_command(place, "image-ft-base", "memory", *large)
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     fine = done.returncode == 2 and "speed.micro_batch" in done.stderr and "Traceback" not in done.stderr
     need(fine, f"exit code {done.returncode}: {last_line(done.stderr)}")
     return "one line, exit code 2"
@@ -191,10 +191,10 @@ def out_of_memory(place: Place) -> str:
 def ranks_end_together(place: Place) -> str:
     """Two processes train together; if one is killed, the other exits."""
     more = ("--speed.processes", 2, "--optim.epochs")
-    run(*train_words(place, "image-mae-pico", "two", *SHORT, *more, 1))
-    words = train_words(place, "image-mae-pico", "killed", *SHORT, *more, 500)
+    run(*train_command(place, "image-mae-pico", "two", *SHORT, *more, 1))
+    command = train_command(place, "image-mae-pico", "killed", *SHORT, *more, 500)
     process = subprocess.Popen(
-        [sys.executable, "-m", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     wait_for(lambda: len(rows_of(place, "killed")) >= 2 or process.poll() is not None, 90)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -209,8 +209,8 @@ def ranks_end_together(place: Place) -> str:
 def nonfinite_steps(place: Place) -> str:
     """Steps with non-finite gradients are skipped; ten in a row end the run with one line."""
     more = ("--optim.lr", 1e30, "--optim.warmup-epochs", 0, "--optim.epochs", 3)
-    words = train_words(place, "image-mae-pico", "nonfinite", *SHORT, *more)
-    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
+    command = train_command(place, "image-mae-pico", "nonfinite", *SHORT, *more)
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     need(
         done.returncode == 2 and "non-finite gradients" in done.stderr,
         f"exit {done.returncode}: {last_line(done.stderr)}",
@@ -299,7 +299,7 @@ def training_rates(recipe: str, place: Place, flags: list[str]) -> Rates:
     micro = int(flags[flags.index("--speed.micro-batch") + 1])
     samples = 60 if recipe.startswith("video") else 512
     more = ("--optim.batch", micro, "--optim.epochs", 40 * micro / samples, "--run.log-every", 10)
-    run(*train_words(place, recipe, recipe, *flags, *more, "--run.checkpoint-every", 10**6))
+    run(*train_command(place, recipe, recipe, *flags, *more, "--run.checkpoint-every", 10**6))
     row = rows_of(place, recipe)[-1]
     found = {"samples/s": float(row["samples_per_s"]), "memory (GB)": float(row["max_mem_gb"])}
     found["data wait (%)"] = 100 * float(row["data_wait_ms"]) / float(row["step_ms"])

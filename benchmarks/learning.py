@@ -1,6 +1,6 @@
 """Pretraining and finetuning against training from scratch: python -m benchmarks.learning images --data DIR
 
-For every seed, a small masked autoencoder is pretrained and finetuned, and the same classifier is trained
+For every seed, a small marguments autoencoder is pretrained and finetuned, and the same classifier is trained
 from scratch for the time of the finetuning. Images are also pretrained at other mask ratios and probed
 during training. Clips are also evaluated in 5 x 3 views and with frames in another order. `playback`
 finetunes the autoencoders of `clips` on the clips of benchmarks/playback.py, whose class is the order of
@@ -208,8 +208,8 @@ def image_results(arguments: Arguments) -> dict[str, list[float]]:
     return found
 
 
-def probes(what: str, asked: list[ProbeArguments]) -> dict[str, list[float]]:
-    found = [probe(one) for one in asked]
+def probes(what: str, arguments: list[ProbeArguments]) -> dict[str, list[float]]:
+    found = [probe(one) for one in arguments]
     return {f"{name} probe at {what}": [scores[name] for scores in found] for name in found[0]}
 
 

@@ -73,15 +73,15 @@ def trial(command: list[str], batch: int) -> dict[str, float]:
     begin, marks = time.perf_counter(), []
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=-1, stderr=-2, text=True)
     assert process.stdout is not None
-    said = []
+    printed = []
     for line in process.stdout:
-        said.append(line)
+        printed.append(line)
         if line.startswith("step "):
             marks.append(time.perf_counter() - begin)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise UserError(f"python -m {' '.join(command)} failed: {''.join(said)[-500:]}")
+        raise UserError(f"python -m {' '.join(command)} failed: {''.join(printed)[-500:]}")
     seconds = marks[-2] - marks[WARM - 1]  # our last line also includes the evaluation
     rate = batch * (len(marks) - 1 - WARM) / seconds
     per_cpu = batch * len(marks) / (usage.ru_utime + usage.ru_stime)

@@ -106,12 +106,10 @@ def _result(ray: Any, ended: Any, job: Job) -> Result:
         cause = getattr(error, "cause", None)
         if cause is not None and not isinstance(cause, ray.exceptions.RayError):
             raise cause from error
-        advice = "a file may crash its decoder, or memory is short: try fewer --workers"
-        if cause is not None:
-            advice = "all nodes need the code under the same path, and the command must run in it"
         raise UserError(
             f"Ray could not pack shard {job.folder}/{job.shard:06d} in {RETRIES + 1} attempts "
-            f"({first_line(cause or error)}); {advice}. The same command keeps finished shards."
+            f"({first_line(cause or error)}), perhaps because a file crashes its decoder, memory is short "
+            "or a node lacks the code; run the same command with fewer --workers, finished shards are kept."
         ) from error
 
 

@@ -129,14 +129,14 @@ def split_off(listed: Sequence[Listed], fraction: float) -> tuple[list[Listed], 
 
 
 def val_classes(labels: Path, synsets: Path | None, pictures: Sequence[str], classes: set[str]) -> list[str]:
-    """The class of each of `pictures`, paths in the order of their names. Raises `UserError`."""
+    """The classes of `pictures`, which are paths sorted by name. Raises `UserError`."""
     lines = read_lines(labels, "--val-labels")
     names = {name: path for path in pictures for name in (Path(path).stem, Path(path).name)}
     named = [(where, *_named(text)) for where, text in lines]
     numbered = bool(NUMBER.fullmatch(lines[0][1])) and lines[0][1] not in classes
     if synsets is not None and not numbered:
-        raise UserError(f"--synsets is for class numbers, which {labels} does not hold; leave it out.")
-    if any(name in names for _, name, _ in named[:2]):  # the first may be a heading
+        raise UserError(f"{labels} has no class numbers, and --synsets is for those; leave it out.")
+    if any(name in names for _, name, _ in named[:2]):  # the first line may be a heading
         found = _by_name(named if named[0][1] in names else named[1:], names, classes)
         if missing := [path for path in pictures if path not in found]:
             share = f"{len(found)} of the {len(pictures)} pictures in val"
@@ -153,7 +153,7 @@ def val_classes(labels: Path, synsets: Path | None, pictures: Sequence[str], cla
 
 
 def read_lines(path: Path, flag: str) -> list[Line]:
-    """The lines of a text file that are not blank. Raises `UserError`."""
+    """The lines of a text file, without blank ones. Raises `UserError`."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -167,7 +167,7 @@ def read_lines(path: Path, flag: str) -> list[Line]:
 
 
 def _named(text: str) -> tuple[str, str]:
-    """A line's picture and what follows it; ("", text) for a line of one word."""
+    """(picture, rest) of a line; ("", text) for a line of one word."""
     found = re.fullmatch(r"([^,\s]+)[,\s]+(.+)", text.replace('"', "").strip())
     return (Path(found[1]).name, found[2].strip()) if found else ("", text)
 
@@ -175,10 +175,10 @@ def _named(text: str) -> tuple[str, str]:
 def _by_name(
     named: Sequence[tuple[str, str, str]], names: dict[str, str], classes: set[str]
 ) -> dict[str, str]:
-    """The class of each picture that a line (where it stands, name, class) names."""
+    """The class of each picture, from lines of (file and line number, name, class)."""
     found: dict[str, str] = {}
     for where, name, rest in named:
-        label = rest if rest in classes else rest.split()[0]  # Kaggle's have boxes after the class
+        label = rest if rest in classes else rest.split()[0]  # in Kaggle's file, boxes follow the class
         if name not in names:
             raise UserError(f"{where}: {name or rest!r} is not a picture of val.")
         if names[name] in found:
@@ -190,9 +190,9 @@ def _by_name(
 
 
 def _numbered(labels: Path, lines: Sequence[Line], synsets: Path | None) -> list[Line]:
-    """The lines with the classes their numbers stand for, counted from 1."""
+    """The lines with classes instead of class numbers, which count from 1."""
     if synsets is None:
-        raise UserError(f"{labels} holds class numbers; give --synsets FILE, the class of each a line.")
+        raise UserError(f"{labels} holds class numbers; give --synsets FILE with one class per line.")
     classes = [text.split()[0] for _, text in read_lines(synsets, "--synsets")]
     if len(classes) == 1000 and classes == sorted(classes):
         raise UserError(

@@ -71,11 +71,11 @@ def report(run: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
 
 def state(run: Path) -> str:
     """One line: the model, the kind of training, and its step or its end."""
-    words, step, steps, total = [], 0, "", 0
+    parts, step, steps, total = [], 0, "", 0
     try:
         config = json.loads((run / "config.json").read_text())
-        words = [str(config["model"]["name"]), str(config["kind"])]
-        words += ["accuracy is of the TRAINING videos"] * (from_dict(config).data.eval_split == "train")
+        parts = [str(config["model"]["name"]), str(config["kind"])]
+        parts += ["accuracy is of the TRAINING videos"] * (from_dict(config).data.eval_split == "train")
         step = read_csv(run / "metrics.csv")[-1]["step"]
         samples = json.loads((run / "data.json").read_text())["splits"]["train"]["samples"]
         total = total_steps(from_dict(config).optim, samples)
@@ -85,8 +85,8 @@ def state(run: Path) -> str:
     finished = (
         run / "model.safetensors"
     ).is_file() and step >= total  # the file also exists while a run is extended
-    words.append(f"finished after {step} steps" if finished else f"not finished: at step {step}{steps}")
-    return f"{', '.join(words)}, page made {time.strftime('%Y-%m-%d %H:%M')}"
+    parts.append(f"finished after {step} steps" if finished else f"not finished: at step {step}{steps}")
+    return f"{', '.join(parts)}, page made {time.strftime('%Y-%m-%d %H:%M')}"
 
 
 # ---- sections: a file of the run -> HTML, empty if the file has no content yet ----------------------------

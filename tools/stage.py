@@ -56,10 +56,10 @@ def stage(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path],
 
 def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> None:
     """`stage`, while the target is locked."""
-    whole, waiting = target / "dataset.json", target / ".staging"
+    done, waiting = target / "dataset.json", target / ".staging"
     waiting.mkdir(exist_ok=True)
     fetch(store, f"{top}/dataset.json", waiting / "dataset.json")
-    if whole.is_file() and whole.read_bytes() != (waiting / "dataset.json").read_bytes():
+    if done.is_file() and done.read_bytes() != (waiting / "dataset.json").read_bytes():
         raise UserError(f"{target} holds another dataset than {top}; choose an empty folder.")
     info = replace(read_info(waiting), root=target)
     start, came, kept = time.perf_counter(), 0, 0
@@ -84,7 +84,7 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
         came += sum(progress)
         for leftover in (target / split).glob(".*.tmp-*"):  # of killed commands
             leftover.unlink()
-    (waiting / "dataset.json").replace(whole)
+    (waiting / "dataset.json").replace(done)
     shutil.rmtree(waiting)
     seconds = time.perf_counter() - start
     speed = f"{came / 1e6:.0f} MB came in {seconds:.1f} s ({came / 1e6 / seconds:.0f} MB/s)"
