@@ -223,7 +223,7 @@ def test_classes_are_kept_without_the_data_and_their_loss_is_reported(trained: P
         answers(text)[str(tmp_path / "a.jpg")]
     ) == set(CLASSES)
     (run / "data.json").unlink()
-    with pytest.raises(UserError, match=r"has no data\.json that names its classes.*gone does not exist"):
+    with pytest.raises(UserError, match=r"has no data\.json with its classes.*gone does not exist"):
         predict(run, (tmp_path / "a.jpg",), device="cpu")
 
 

@@ -2,9 +2,8 @@
 
 `python -m tools.shards NAME` converts a dataset of format 2, whose catalogue was a Parquet file.
 
-`pack_shard` writes one shard. It is a plain function of a picklable job, so that any scheduler can run it. A
-shard is a fixed slice of the plan, and the plan depends only on the list of source files. So the bytes of a
-shard do not depend on the number of workers or interruptions.
+`pack_shard` writes one shard: a plain function of a picklable job, for any scheduler. A shard is a fixed slice
+of the plan, which depends only on the source files, not on the number of workers or interruptions.
 """
 
 import hashlib
@@ -73,7 +72,6 @@ class Sample:
 
 
 Row = dict[str, Any]  # one row of the catalogue
-Place = tuple[str, int, int]  # a file of a sample: its extension, offset and size in the tar (bytes)
 Load = Callable[[Path, str, Packing], Packed]
 
 
@@ -209,7 +207,10 @@ def _add_sample(
         return ""
     row |= {"status": "ok", "change": packed.change, "shard": job.shard, "frames": len(packed.frames)}
     row["width"], row["height"] = packed.size
-    places = add_members(tar, row, packed.frames, job.kind)
+    places = [
+        (name, _add_member(tar, f"{sample.key}.{name}", data), len(data))
+        for name, data in members(row, packed.frames, job.kind)
+    ]
     frames = places[: len(packed.frames)]
     row["offsets"], row["sizes"] = [offset for _, offset, _ in frames], [size for *_, size in frames]
     row["crcs"] = [zlib.crc32(frame) for frame in packed.frames]
@@ -217,26 +218,26 @@ def _add_sample(
     return index_line(sample.key, places)
 
 
-def add_members(tar: tarfile.TarFile, row: Row, frames: Sequence[bytes], kind: str) -> list[Place]:
-    """Append a sample's frames, KEY.cls (label) and KEY.json, with fixed time and owner."""
+def members(row: Row, frames: Sequence[bytes], kind: str) -> list[tuple[str, bytes]]:
+    """(extension, bytes) of a sample's files in the order of the tar: frames, label, description."""
     names = ["jpg"] if kind == "image" else [f"f{n:04d}.jpg" for n in range(len(frames))]
     description = json.dumps({name: row[name] for name in JSON_FIELDS}, ensure_ascii=False)
     contents = [*frames, b"%d" % row["label"], description.encode()]
-    places = []
-    for name, data in zip([*names, "cls", "json"], contents, strict=True):
-        header = tarfile.TarInfo(f"{row['key']}.{name}")
-        header.size = len(data)
-        places.append((name, tar.offset + tarfile.BLOCKSIZE, len(data)))
-        tar.addfile(header, BytesIO(data))
-    return places
+    return [*zip([*names, "cls", "json"], contents, strict=True)]
 
 
-def index_line(key: str, places: Sequence[Place]) -> str:
-    """A sample's line in the DALI index."""
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a file with fixed time and owner; return the byte offset of its content."""
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    offset = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(header, BytesIO(data))
+    return offset
+
+
+def index_line(key: str, places: Sequence[tuple[str, int, int]]) -> str:
+    """A sample's line in the DALI index. places: (extension, offset, size) of its files (bytes)."""
     return " ".join(f"{name} {offset} {size} {key}.{name}" for name, offset, size in places) + "\n"
-
-
-# ---- all shards of a dataset -----------------------------------------------------------------------------
 
 
 def jobs_of(plan: PackPlan, root: Path, out: Path, load: Load, reject_unreadable: bool = False) -> list[Job]:
