@@ -2,8 +2,8 @@
 
 `python -m tools.shards NAME` converts a dataset of format 2, whose catalogue was a Parquet file.
 
-`pack_shard` writes one shard: a plain function of a picklable job, for any scheduler. A shard is a fixed slice
-of the plan, which depends only on the source files, not on the number of workers or interruptions.
+`pack_shard` writes one shard: a plain function of a picklable job, for any scheduler. A shard is a fixed
+slice of the plan, which depends only on the source files, not on workers or interruptions.
 """
 
 import hashlib
@@ -292,10 +292,7 @@ def write_catalogue(path: Path, rows: pa.Table) -> None:
 
 
 def convert(root: tyro.conf.Positional[Path]) -> None:
-    """Convert the catalogues of a dataset of format 2. Its tars are not changed; nothing is decoded.
-
-    Raises UserError if the dataset has another format or is damaged.
-    """
+    """Convert the catalogues of a dataset of format 2; its tars are not changed. Raises UserError."""
     path = root / "dataset.json"
     try:
         info = json.loads(path.read_bytes())
