@@ -1,9 +1,9 @@
 """Opens catalogues the size of Kinetics-400 and ImageNet-21k: python -m tools.bench catalogue
 
-Synthetic rows, 240,000 clips of 300 frames and 14 million pictures; no shards are needed to open them. Told
-are the time to open (first: the numbers are written out beside the Parquet; later: they are mapped), memory
-of one process and of eight together, the time to draw an epoch's order, and what a cache of a share of the
-shards would have to fetch in an epoch, which is why shards are staged whole (tools.stage).
+Synthetic rows, 240,000 clips of 300 frames and 14 million pictures; no shards are needed to open them. The
+table has the time to open them (first, and again from the page cache), the memory of one process and of eight
+together, the time to draw an epoch's order, and what a cache of a share of the shards would have to fetch in
+an epoch, which is why shards are staged whole (tools.stage).
 """
 
 import json
@@ -18,14 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from pipelines import order
-from pipelines.dataset import SCHEMA, open_dataset
+from pipelines.dataset import FORMAT_VERSION, SCHEMA, open_dataset
 from pipelines.errors import run_cli
+from pipelines.files import sha256_of
+from tools.shards import write_catalogue
 
 PROCESSES = 8
 DATASETS = {  # name -> samples, frames a sample, samples a shard
@@ -35,12 +36,14 @@ DATASETS = {  # name -> samples, frames a sample, samples a shard
 
 
 def make(root: Path, samples: int, frames: int, per_shard: int) -> None:
-    """Write dataset.json and a train.parquet of made-up rows."""
+    """Write dataset.json and a train.arrow of made-up rows."""
     root.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(root / "train.parquet", SCHEMA) as writer:
-        at_once = max(1, 6_000_000 // frames // per_shard) * per_shard
-        for first in range(0, samples, at_once):
-            writer.write_table(rows(np.arange(first, min(samples, first + at_once)), frames, per_shard))
+    at_once = max(1, 6_000_000 // frames // per_shard) * per_shard
+    parts = [
+        rows(np.arange(first, min(samples, first + at_once)), frames, per_shard)
+        for first in range(0, samples, at_once)
+    ]
+    write_catalogue(root / "train.arrow", pa.concat_tables(parts))
     kind = "image" if frames == 1 else "video"
     counts = {
         "samples": samples,
@@ -48,8 +51,9 @@ def make(root: Path, samples: int, frames: int, per_shard: int) -> None:
         "frames": samples * frames,
         "shards": -(-samples // per_shard),
     }
-    info = {"format": 2, "kind": kind, "classes": list(map(str, range(400))), "packing": {}}
+    info = {"format": FORMAT_VERSION, "kind": kind, "classes": list(map(str, range(400))), "packing": {}}
     info |= {"splits": {"train": counts}, "tar_bytes": {"train": [1 << 40] * counts["shards"]}}
+    info["catalogue_sha256"] = {"train": sha256_of(root / "train.arrow")}
     (root / "dataset.json").write_text(json.dumps(info))
 
 
@@ -58,7 +62,7 @@ def rows(ids: np.ndarray, frames: int, per_shard: int) -> pa.Table:
     sizes = np.random.default_rng(int(ids[0])).integers(8_000, 18_000, (len(ids), frames)).astype(np.int32)
     places = np.cumsum(sizes.ravel() // 512 * 512 + 1024, dtype=np.int64).reshape(sizes.shape)
     places -= np.repeat(places[::per_shard, :1], per_shard, axis=0)[: len(ids)] - 512
-    bounds = pa.array(np.arange(0, sizes.size + 1, frames, dtype=np.int32))
+    bounds = pa.array(np.arange(0, sizes.size + 1, frames, dtype=np.int64))
     columns = {
         "key": [f"{i:08d}-some-name" for i in ids],
         "label": (ids % 400).astype(np.int32),
@@ -66,9 +70,9 @@ def rows(ids: np.ndarray, frames: int, per_shard: int) -> pa.Table:
         "source": [f"class/{i}" for i in ids],
         "shard": (ids // per_shard).astype(np.int32),
         "sha256": [f"{i * 7919:064x}" for i in ids],
-        "offsets": pa.ListArray.from_arrays(bounds, pa.array(places.ravel())),
-        "sizes": pa.ListArray.from_arrays(bounds, pa.array(sizes.ravel())),
-        "crcs": pa.ListArray.from_arrays(bounds, pa.array(sizes.ravel().astype(np.uint32))),
+        "offsets": pa.LargeListArray.from_arrays(bounds, pa.array(places.ravel())),
+        "sizes": pa.LargeListArray.from_arrays(bounds, pa.array(sizes.ravel())),
+        "crcs": pa.LargeListArray.from_arrays(bounds, pa.array(sizes.ravel().astype(np.uint32))),
     }
     same = {"status": "ok", "reason": "", "change": "copied", "width": 340, "height": 256, "frames": frames}
     columns |= {name: [value] * len(ids) for name, value in same.items()}

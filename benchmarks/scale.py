@@ -18,12 +18,16 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import order
-from pipelines.columns import TYPES
 from pipelines.config import DataConfig
 from pipelines.dataset import Dataset, DatasetInfo
 from pipelines.errors import UserError, run_cli
 from pipelines.views import Rows, train_rows
 
+TYPES: dict[str, type[np.number]] = {
+    **dict.fromkeys(("shard", "label", "width", "height", "size"), np.int32),
+    **dict.fromkeys(("first_frame", "offset"), np.int64),
+    "crc": np.uint32,
+}
 PART = 65_536  # positions ordered at once: they fit a core's cache
 WINDOW = 4096
 SEED = 0

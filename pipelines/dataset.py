@@ -1,11 +1,15 @@
-"""The catalogue of a packed dataset: what every shard holds, and where in it each frame lies."""
+"""A packed dataset: its catalogue, which places every frame in its tar, and the frames, checked when read.
+
+A split's catalogue is an Arrow file of one record batch, the packed samples first. A large one is mapped into
+memory, so that the processes of a machine share it.
+"""
 
 import json
 import os
 import re
 import resource
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -14,39 +18,44 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines.columns import Bounds, load_columns
 from pipelines.errors import UserError, first_line
+from pipelines.files import sha256_of
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 COUNTS = ("samples", "rejected", "frames", "shards")
 
-# One row per source sample of a split, the rejected ones too; written by tools/shards.py.
+# One row per source sample of a split; written by tools/shards.py, the rejected ones last.
 SCHEMA = pa.schema(
     [
-        ("key", pa.string()),
+        ("key", pa.large_string()),
         ("label", pa.int32()),  # -1: unlabelled
-        ("class_name", pa.string()),
-        ("source", pa.string()),  # path below the source folder
-        ("status", pa.string()),  # "ok" or "rejected"
-        ("reason", pa.string()),  # why it was rejected, else ""
-        ("change", pa.string()),  # "copied", or what was done to make it readable
+        ("class_name", pa.large_string()),
+        ("source", pa.large_string()),  # path below the source folder
+        ("status", pa.large_string()),  # "ok" or "rejected"
+        ("reason", pa.large_string()),  # why it was rejected, else ""
+        ("change", pa.large_string()),  # "copied", or what was done to make it readable
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("frames", pa.int32()),
         ("shard", pa.int32()),  # -1: rejected
-        ("offsets", pa.list_(pa.int64())),  # byte offset of every frame's JPEG in its tar
-        ("sizes", pa.list_(pa.int32())),  # its length in bytes
-        ("crcs", pa.list_(pa.uint32())),  # zlib.crc32 of its bytes, held against them whenever it is read
-        ("sha256", pa.string()),  # over the frames' bytes in order
+        ("offsets", pa.large_list(pa.int64())),  # byte offset of every frame's JPEG in its tar
+        ("sizes", pa.large_list(pa.int32())),  # its length in bytes
+        ("crcs", pa.large_list(pa.uint32())),  # zlib.crc32 of its bytes, checked on every read
+        ("sha256", pa.large_string()),  # over the frames' bytes in order
     ]
 )
+PER_SAMPLE = ("shard", "label", "width", "height")  # columns that are read, of samples and of their frames
+PER_FRAME = {"offset": "offsets", "size": "sizes", "crc": "crcs"}  # name in Dataset -> column
+MAPPED = 64 << 20  # bytes from which a catalogue is mapped instead of read
+FRAMES_AT_ONCE = 1 << 17
+LONGEST = 65_535  # pixels on a JPEG's side
+LARGEST = 1 << 30  # pixels that a decoder takes
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What `dataset.json` says of a packed dataset."""
+    """The contents of `dataset.json`."""
 
     root: Path
     kind: str  # "image" or "video"
@@ -54,7 +63,7 @@ class DatasetInfo:
     splits: dict[str, dict[str, int]]  # by split, COUNTS
     packing: dict[str, object]
     tar_bytes: dict[str, list[int]]  # by split, the length of every shard's tar
-    catalogue_sha256: dict[str, str] = field(default_factory=dict)  # by split; older datasets have none
+    catalogue_sha256: dict[str, str] = field(default_factory=dict)  # by split
 
     @property
     def fps(self) -> float | None:
@@ -63,6 +72,10 @@ class DatasetInfo:
 
     def tar_path(self, split: str, shard: int) -> Path:
         return self.root / split / f"{shard:06d}.tar"
+
+    def catalogue(self, split: str) -> Path:
+        """The file of a split's catalogue."""
+        return self.root / f"{split}.arrow"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +100,8 @@ class Dataset:
         return len(self.shard)
 
     @property
-    def parquet(self) -> Path:
-        return self.info.root / f"{self.split}.parquet"
+    def catalogue(self) -> Path:
+        return self.info.catalogue(self.split)
 
     def frame_counts(self, ids: np.ndarray) -> np.ndarray:
         """Frames of each sample, [n] int64."""
@@ -185,13 +198,15 @@ def read_info(root: Path | str) -> DatasetInfo:
     try:
         raw = json.loads(path.read_bytes())
         if raw["format"] != FORMAT_VERSION:
+            convert = f"convert it with `python -m tools.shards {root}`"
             raise UserError(
-                f"{path} is of format {raw['format']}, this version reads {FORMAT_VERSION}; pack it again"
+                f"{path} has format {raw['format']}, this version reads {FORMAT_VERSION}; "
+                f"{convert if raw['format'] == 2 else 'pack it again'}"
             )
         check_info(raw)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged ({error!r}); pack this dataset again") from error
-    listed = raw["splits"], raw["packing"], raw["tar_bytes"], raw.get("catalogue_sha256", {})
+    listed = raw["splits"], raw["packing"], raw["tar_bytes"], raw["catalogue_sha256"]
     return DatasetInfo(root, raw["kind"], tuple(raw["classes"]), *listed)
 
 
@@ -213,8 +228,8 @@ def check_info(raw: dict[str, Any]) -> None:
             raise ValueError(f"a split named {split!r}")
         if len(lengths) != counts["shards"] or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise ValueError(f"counts of {split}")
-    sums = raw.get("catalogue_sha256", {})
-    if sums and not all(re.fullmatch(r"[0-9a-f]{64}", sums[split]) for split in raw["splits"]):
+    sums = raw["catalogue_sha256"]
+    if not all(re.fullmatch(r"[0-9a-f]{64}", sums[split]) for split in raw["splits"]):
         raise ValueError("catalogue_sha256")
 
 
@@ -243,20 +258,77 @@ def open_dataset(root: Path | str, split: str) -> Dataset:
 
 def open_split(info: DatasetInfo, split: str) -> Dataset:
     """`open_dataset` of a dataset whose dataset.json has been read."""
-    path = info.root / f"{split}.parquet"
     if split not in info.splits:
         raise UserError(f"{info.root} has no split {split!r}, only {', '.join(sorted(info.splits))}")
+    path = info.catalogue(split)
     if not path.is_file():
         raise UserError(f"{path} is missing; pack this dataset again")
-    counts = info.splits[split]
     try:
-        metadata = pq.read_metadata(path)
-        if metadata.schema.to_arrow_schema() != SCHEMA:
-            raise ValueError("its columns are not those of a catalogue")
-        if metadata.num_rows != (rows := counts["samples"] + counts["rejected"]):
-            raise ValueError(f"it has {metadata.num_rows} rows, dataset.json says {rows}")
-        tar_bytes = np.array(info.tar_bytes[split], np.int64)
-        columns = load_columns(path, Bounds(len(info.classes), counts["samples"], tar_bytes))
+        if sha256_of(path) != info.catalogue_sha256[split]:
+            raise ValueError("it does not have its checksum in dataset.json")
+        numbers = numbers_of(read_batch(path, (*PER_SAMPLE, "frames", *PER_FRAME.values())), info, split)
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); pack this dataset again") from error
-    return Dataset(info, split, **columns)
+    return Dataset(info, split, **numbers)
+
+
+def read_batch(path: Path, columns: Sequence[str]) -> pa.RecordBatch:
+    """These columns of a catalogue. Raises ArrowException, OSError or ValueError for one that is damaged."""
+    large = path.stat().st_size >= MAPPED
+    source = pa.memory_map(str(path)) if large else pa.BufferReader(path.read_bytes())
+    reader = pa.ipc.open_file(source)
+    if reader.schema != SCHEMA or reader.num_record_batches != 1:
+        raise ValueError("its columns are not those of a catalogue")
+    batch = reader.get_batch(0).select(columns)
+    batch.validate(full=True)
+    return batch
+
+
+def numbers_of(batch: pa.RecordBatch, info: DatasetInfo, split: str) -> dict[str, np.ndarray]:
+    """The numbers of the packed samples by the names `Dataset` gives them, without copying them.
+
+    Raises ValueError for numbers that cannot be, ArrowException for missing ones.
+    """
+    counts = info.splits[split]
+    samples = counts["samples"]
+    if len(batch) != (rows := samples + counts["rejected"]):
+        raise ValueError(f"it has {len(batch)} rows, dataset.json says {rows}")
+    found = {name: batch[name].to_numpy() for name in (*PER_SAMPLE, "frames")}
+    lists = [batch[column] for column in PER_FRAME.values()]
+    if any(values.null_count for values in lists):
+        raise ValueError("it has rows without frames")
+    starts = [values.offsets.to_numpy() for values in lists]
+    if any((other != starts[0]).any() for other in starts[1:]) or starts[0][0]:
+        raise ValueError("its lists differ in length")
+    first_frame, frames = starts[0][: samples + 1], found.pop("frames")
+    if (np.diff(starts[0]) != frames).any():
+        raise ValueError("its lists are not as long as its frames are many")
+    if (found["shard"][:samples] < 0).any() or (found["shard"][samples:] >= 0).any():
+        raise ValueError(f"its packed samples are not its first {samples} rows")
+    numbers = {name: column[:samples] for name, column in found.items()} | {"first_frame": first_frame}
+    for name, values in zip(PER_FRAME, lists, strict=True):
+        numbers[name] = values.values.to_numpy()[: first_frame[-1]]
+    check_numbers(numbers, len(info.classes), np.array(info.tar_bytes[split], np.int64))
+    return numbers
+
+
+def check_numbers(numbers: dict[str, np.ndarray], classes: int, tar_bytes: np.ndarray) -> None:
+    """Raise ValueError for numbers that cannot be; `tar_bytes` [shards] is the length of each tar."""
+    shard, label, width, height = (numbers[name] for name in PER_SAMPLE)
+    if (np.diff(shard) < 0).any() or (shard >= len(tar_bytes)).any():
+        raise ValueError("its shards are out of order or beyond the last")
+    if ((label < -1) | (label >= classes)).any():
+        raise ValueError(f"it has labels beyond the {classes} classes in dataset.json")
+    sides = all(((side >= 1) & (side <= LONGEST)).all() for side in (width, height))
+    if not sides or (np.multiply(width, height, dtype=np.int64) > LARGEST).any():
+        raise ValueError("it has impossible widths or heights")
+    first = 0
+    while first < len(shard):  # in parts that take little memory
+        starts = numbers["first_frame"][first:]
+        starts = starts[: max(1, int(np.searchsorted(starts, starts[0] + FRAMES_AT_ONCE))) + 1]
+        part, counts = slice(starts[0], starts[-1]), np.diff(starts)
+        offset, size = numbers["offset"][part], numbers["size"][part]
+        ends = np.repeat(tar_bytes[shard[first : first + len(counts)]], counts)
+        first += len(counts)
+        if (counts < 1).any() or (size < 1).any() or (offset < 512).any() or (offset > ends - size).any():
+            raise ValueError("it has frames that do not lie in their tars")

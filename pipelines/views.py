@@ -246,7 +246,7 @@ def check_dataset(dataset: Dataset, config: DataConfig, temporal: int = 1) -> No
     check_info(dataset.info, config, temporal)
     if len(dataset) == 0:
         root = dataset.info.root
-        raise UserError(f"{root} has no readable {dataset.split} sample; {dataset.parquet} says why")
+        raise UserError(f"{root} has no readable {dataset.split} sample; {dataset.catalogue} says why")
 
 
 def clip_notes(dataset: Dataset, config: DataConfig) -> list[str]:

@@ -26,10 +26,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.dataset import SCHEMA, check_shards, missing_shards, open_dataset, read_info
 from pipelines.errors import UserError
+from pipelines.files import sha256_of
+from tests.pipelines_fixtures import read_rows
 from tests.train_helpers import make_clips
 from tools.pack_kinetics import read_annotations
 from tools.val_labels import val_classes
@@ -98,8 +99,8 @@ def json_of(rng: Random, data: bytes) -> bytes:
 
 
 def rows_of(rng: Random, data: bytes) -> bytes:
-    """A Parquet file that is right, with values that may not be."""
-    rows = pq.read_table(pa.BufferReader(data)).to_pylist()
+    """An Arrow file that is right, with values that may not be."""
+    rows = pa.ipc.open_file(pa.BufferReader(data)).read_all().to_pylist()
     for _ in range(rng.choice((1, 1, 2, 4))):
         row, name = rng.choice(rows), rng.choice(SCHEMA.names)
         if isinstance(row[name], list) and row[name] and rng.randrange(2):
@@ -115,7 +116,8 @@ def rows_of(rng: Random, data: bytes) -> bytes:
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
         return bytes_of(rng, data)  # no column can hold such values
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=rng.choice((1, 3, 1000)))
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=rng.choice((1, 3, 1000, 1000)))
     return sink.getvalue().to_pybytes()
 
 
@@ -138,7 +140,7 @@ def use(root: Path) -> None:
 
 def check(root: Path) -> None:
     """What tools.verify does with a shard: whatever is changed in it or in its index is a fault."""
-    rows = pq.read_table(root / "train.parquet").to_pylist()
+    rows = read_rows(root)
     tar = root / "train/000000.tar"
     whole = hashlib.sha256(tar.read_bytes() + tar.with_suffix(".idx").read_bytes()).hexdigest()
     changed = whole != (root / "whole").read_text()
@@ -166,8 +168,8 @@ def annotations(root: Path) -> None:
 
 READERS: dict[str, tuple[tuple[str, ...], tuple[Mutate, ...], Callable[[Path], object]]] = {
     "dataset": (("dataset.json",), (bytes_of, json_of, json_of), use),
-    "catalogue": (("train.parquet",), (bytes_of, rows_of, rows_of), use),
-    "verify": (("dataset.json", "train.parquet"), (bytes_of,), verify),
+    "catalogue": (("train.arrow",), (bytes_of, rows_of, rows_of), use),
+    "verify": (("dataset.json", "train.arrow"), (bytes_of,), verify),
     "index": (("train/000000.idx", "train/000000.tar"), (bytes_of,), check),
     "labels": (("labels.txt", "classes.txt", "numbers.txt"), (bytes_of,), labels),
     "annotations": (("train.csv",), (bytes_of,), annotations),
@@ -195,13 +197,18 @@ def one(name: str, seed: int, good: Path, folder: Path) -> str:
     files, mutations, read = READERS[name]
     path = rng.choice(files)
     (folder / path).write_bytes(rng.choice(mutations)(rng, (good / path).read_bytes()))
+    if path.endswith(".arrow") and rng.randrange(4):  # else its checksum alone refuses it
+        info = json.loads((good / "dataset.json").read_text())
+        info["catalogue_sha256"]["train"] = sha256_of(folder / path)
+        (folder / "dataset.json").write_text(json.dumps(info))
     try:
         read(folder)
         return "taken"
     except UserError:
         return "refused"
     finally:
-        shutil.copyfile(good / path, folder / path)
+        for name in {path, "dataset.json"}:
+            shutil.copyfile(good / name, folder / name)
 
 
 def work(name: str, good: Path, first: int, until: float, told: Connection) -> None:

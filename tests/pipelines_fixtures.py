@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
 from pipelines.config import DataConfig, DecodeConfig
 from pipelines.dataset import SCHEMA, Dataset
+from pipelines.files import sha256_of
 from pipelines.loader import Batch, EvalLoader, TrainLoader
 from pipelines.machine import World
 
@@ -71,8 +71,7 @@ def write_dataset(root: Path, clips: list[list[bytes]], kind: str, per_shard: in
                 row["offsets"].append(tar.offset + 512)
                 tar.addfile(info, io.BytesIO(frame))
         rows.append(row)
-    table = pa.Table.from_pylist(rows, SCHEMA)
-    pq.write_table(table, root / f"{split}.parquet", write_page_checksum=True)
+    write_rows(root, rows, split)
     shards = -(-len(clips) // per_shard)
     frames = sum(map(len, clips))
     write_info(
@@ -81,8 +80,26 @@ def write_dataset(root: Path, clips: list[list[bytes]], kind: str, per_shard: in
     return root
 
 
+def write_rows(root: Path, rows: list[dict], split: str = "train", schema: pa.Schema = SCHEMA) -> None:
+    """Write a catalogue, packed samples first, and its checksum into dataset.json if that exists."""
+    ordered = sorted(rows, key=lambda row: row.get("status") != "ok")
+    path, info = root / f"{split}.arrow", root / "dataset.json"
+    with pa.ipc.new_file(str(path), schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist(ordered, schema))
+    if info.is_file():
+        values = json.loads(info.read_text())
+        values["catalogue_sha256"][split] = sha256_of(path)
+        info.write_text(json.dumps(values))
+
+
+def read_rows(root: Path, split: str = "train") -> list[dict]:
+    """The rows of a catalogue."""
+    return pa.ipc.open_file(pa.BufferReader((root / f"{split}.arrow").read_bytes())).read_all().to_pylist()
+
+
 def write_info(root: Path, kind: str, splits: dict):
-    info = {"format": 2, "kind": kind, "classes": ["c0", "c1", "c2"], "splits": splits, "packing": {}}
+    info = {"format": 3, "kind": kind, "classes": ["c0", "c1", "c2"], "splits": splits, "packing": {}}
+    info["catalogue_sha256"] = {split: sha256_of(root / f"{split}.arrow") for split in splits}
     info["tar_bytes"] = {s: [tar.stat().st_size for tar in sorted((root / s).glob("*.tar"))] for s in splits}
     (root / "dataset.json").write_text(json.dumps(info))
 
@@ -104,8 +121,7 @@ def frame_bytes(catalogue: Dataset, sample: int, frame: int) -> np.ndarray:
 
 def keys_of(catalogue: Dataset) -> list[str]:
     """The keys of the readable samples."""
-    table = pq.read_table(catalogue.parquet, columns=["key"], filters=[("status", "=", "ok")])
-    return table["key"].to_pylist()
+    return [row["key"] for row in read_rows(catalogue.info.root, catalogue.split) if row["status"] == "ok"]
 
 
 def train_loader(

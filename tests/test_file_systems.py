@@ -7,10 +7,9 @@ import stat
 from pathlib import Path
 
 import pytest
-from pipelines_fixtures import image_dataset
 
 from models import official
-from pipelines import columns, files
+from pipelines import files
 from pipelines.dataset import open_dataset, read_info
 from pipelines.errors import UserError
 from tests.test_tools_pack import image_tree, pack_images, sums
@@ -104,23 +103,6 @@ def test_staging_continues_without_locks(images, tmp_path, monkeypatch, capsys):
     stage.stage(str(images), tmp_path / "copy")
     assert len(open_dataset(tmp_path / "copy", "train")) == 40
     assert "run one stage command at a time" in capsys.readouterr().err
-
-
-def test_a_catalogue_is_mapped_without_locks_also_when_two_processes_write_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(columns, "LARGE", 1)
-    monkeypatch.setattr(columns.tempfile, "gettempdir", lambda: str(tmp_path / "nowhere"))
-    root = image_dataset(tmp_path / "data", 3)
-    refuse(monkeypatch, errno.EINVAL)
-    sync = columns.sync
-
-    def another_is_faster(path: Path) -> None:
-        monkeypatch.setattr(columns, "sync", sync)
-        open_dataset(root, "train")
-
-    monkeypatch.setattr(columns, "sync", another_is_faster)
-    assert len(open_dataset(root, "train")) == 3
-    assert len([*root.glob(".train.*.columns")]) == 1 and not [*root.glob(".columns-*")]
-    assert capsys.readouterr().err == "", "this needs no lock to be safe"
 
 
 def test_weights_are_found_without_locks(tmp_path, monkeypatch):

@@ -1,16 +1,31 @@
 """What a packed dataset says of itself, and the sentence for every way in which it may be broken."""
 
 import json
-from multiprocessing import get_context
+import subprocess
+import sys
+from dataclasses import fields
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, keys_of, picture, write_dataset
+from pipelines_fixtures import (
+    clip_dataset,
+    frame_bytes,
+    image_dataset,
+    jpeg,
+    keys_of,
+    picture,
+    read_rows,
+    write_dataset,
+    write_info,
+    write_rows,
+)
 
-from pipelines import columns
-from pipelines.dataset import SCHEMA, open_dataset, read_info
+from pipelines import dataset as dataset_module
+from pipelines.dataset import SCHEMA, Dataset, open_dataset, read_info
 from pipelines.errors import UserError
+from tools.shards import convert
 
 
 def test_rows_and_bytes_are_found(tmp_path):
@@ -29,17 +44,10 @@ def test_rows_and_bytes_are_found(tmp_path):
 
 def test_rejected_rows_are_left_out(tmp_path):
     root = image_dataset(tmp_path / "d", count=6)
-    table = pq.read_table(root / "train.parquet").to_pylist()
-    table[2] |= {
-        "status": "rejected",
-        "reason": "truncated",
-        "shard": -1,
-        "offsets": [],
-        "sizes": [],
-        "crcs": [],
-        "frames": 0,
-    }
-    pq.write_table(pq.read_table(root / "train.parquet").from_pylist(table, SCHEMA), root / "train.parquet")
+    rows = read_rows(root)
+    rows[2] |= {"status": "rejected", "reason": "truncated", "shard": -1, "frames": 0}
+    rows[2] |= {"offsets": [], "sizes": [], "crcs": []}
+    write_rows(root, rows)
     info = json.loads((root / "dataset.json").read_text())
     info["splits"]["train"] |= {"samples": 5, "rejected": 1}
     (root / "dataset.json").write_text(json.dumps(info))
@@ -80,21 +88,23 @@ def test_each_broken_dataset_gets_its_sentence(tmp_path):
     expect(root, "dataset.json is damaged")
     (root / "dataset.json").write_text("[]")
     expect(root, "dataset.json is damaged")
-    (root / "dataset.json").write_text(whole.replace('"format": 2', '"format": 1'))
-    expect(root, "format 1, this version reads 2")
+    (root / "dataset.json").write_text(whole.replace('"format": 3', '"format": 1'))
+    expect(root, "has format 1, this version reads 3; pack it again")
+    (root / "dataset.json").write_text(whole.replace('"format": 3', '"format": 2'))
+    expect(root, "has format 2, this version reads 3; convert it with `python -m tools.shards /.*/d`")
     (root / "dataset.json").write_text(whole.replace('"samples": 2', '"samples": 3'))
     expect(root, "has 2 rows, dataset.json says 3")
     (root / "dataset.json").write_text(
         whole.replace('"samples": 2, "rejected": 0', '"samples": 1, "rejected": 1')
     )
-    expect(root, "has 2 samples, dataset.json says 1")
+    expect(root, "its packed samples are not its first 1 rows")
     (root / "dataset.json").write_text(whole)
 
-    rows = (root / "train.parquet").read_bytes()
-    (root / "train.parquet").write_bytes(rows[: len(rows) // 2])
-    expect(root, "train.parquet cannot be read")
-    (root / "train.parquet").unlink()
-    expect(root, "train.parquet is missing")
+    rows = (root / "train.arrow").read_bytes()
+    (root / "train.arrow").write_bytes(rows[: len(rows) // 2])
+    expect(root, "train.arrow cannot be read")
+    (root / "train.arrow").unlink()
+    expect(root, "train.arrow is missing")
 
 
 def test_a_missing_tar_is_named(tmp_path):
@@ -111,50 +121,88 @@ def test_read_info_reads_what_packing_wrote(tmp_path):
 
 def opened(root):
     """A catalogue's numbers by name."""
-    catalogue = open_dataset(root, "train")
-    return {name: np.array(getattr(catalogue, name)) for name in columns.TYPES}
+    dataset = open_dataset(root, "train")
+    return {field.name: getattr(dataset, field.name) for field in fields(Dataset)[2:]}
 
 
-def assert_equal(one, other):
-    assert all(np.array_equal(one[name], other[name]) for name in one)
-
-
-def test_a_large_catalogue_is_mapped_and_follows_its_parquet(tmp_path, monkeypatch):
+def test_a_large_catalogue_is_mapped_and_has_the_same_numbers(tmp_path, monkeypatch):
     root = clip_dataset(tmp_path / "d", [3, 9, 4])
     small = opened(root)
-    monkeypatch.setattr(columns, "LARGE", 1)
-    assert_equal(small, opened(root))
-    (folder,) = root.glob(".train.*.columns")
-    made = folder.stat().st_mtime_ns
-    assert_equal(small, opened(root))
-    assert folder.stat().st_mtime_ns == made
-
-    rows = pq.read_table(root / "train.parquet").to_pylist()
-    rows[1]["label"] = 0
-    pq.write_table(pq.read_table(root / "train.parquet").from_pylist(rows, SCHEMA), root / "train.parquet")
-    assert opened(root)["label"].tolist() == [0, 0, 2]
-    assert len(list(root.glob(".train.*.columns"))) == 1 and not folder.exists()
+    monkeypatch.setattr(dataset_module, "MAPPED", 1)
+    large = opened(root)
+    for name, column in small.items():
+        assert np.array_equal(column, large[name]) and not large[name].flags.writeable, name
+    assert sorted(path.name for path in root.iterdir()) == ["dataset.json", "train", "train.arrow"]
 
 
-def test_a_large_catalogue_on_a_disk_that_cannot_be_written_is_mapped_from_elsewhere(tmp_path, monkeypatch):
+def test_processes_share_a_large_catalogue(tmp_path):
+    """The numbers are pages of the file: reading them adds next to nothing to a process's own memory."""
+    root = many(tmp_path / "d")
+    code = (
+        "import sys; from pathlib import Path; from pipelines import dataset; dataset.MAPPED = 1\n"
+        "def own(): return next(int(l.split()[1]) for l in open('/proc/self/status') if 'RssAnon' in l)\n"
+        "before = own(); d = dataset.open_dataset(Path(sys.argv[1]), 'train')\n"
+        "assert d.offset.sum() > 0 and d.crc.sum() == 0; print(own() - before, len(d.offset))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, root], capture_output=True, text=True, check=True
+    ).stdout
+    grown, frames = map(int, said.split())
+    assert frames == 2_000_000 and grown < 8_000  # KiB; the numbers are 32 MB
+
+
+def many(root):
+    """A catalogue of 2,000 clips of 1,000 frames, without tars."""
+    root.mkdir()
+    row = {
+        "key": "k",
+        "label": 0,
+        "class_name": "c0",
+        "source": "s",
+        "status": "ok",
+        "reason": "",
+        "change": "",
+    }
+    row |= {"width": 8, "height": 8, "frames": 1000, "shard": 0, "sha256": ""}
+    row |= {"offsets": list(range(512, 1512)), "sizes": [1] * 1000, "crcs": [0] * 1000}
+    write_rows(root, [row] * 2000)
+    write_info(root, "video", {"train": {"samples": 2000, "rejected": 0, "frames": 2_000_000, "shards": 0}})
+    info = json.loads((root / "dataset.json").read_text())
+    info["splits"]["train"]["shards"], info["tar_bytes"]["train"] = 1, [1 << 20]
+    (root / "dataset.json").write_text(json.dumps(info))
+    return root
+
+
+def test_a_dataset_of_format_2_is_converted_and_keeps_its_ids(tmp_path, capsys):
     root = clip_dataset(tmp_path / "d", [3, 9, 4])
-    small = opened(root)
-    monkeypatch.setattr(columns, "LARGE", 1)
-    monkeypatch.setattr(columns.tempfile, "tempdir", str(tmp_path))
-    (root / ".train.lock").mkdir()  # what makes writing beside the Parquet fail, also for root
-    assert_equal(small, opened(root))
-    assert len(list(tmp_path.glob("hiera-train-*/*.columns"))) == 1
+    rows, before = read_rows(root), opened(root)
+    rejected = rows[0] | {
+        "status": "rejected",
+        "shard": -1,
+        "frames": 0,
+        "offsets": [],
+        "sizes": [],
+        "crcs": [],
+    }
+    old = pa.schema([(f.name, older(f.type)) for f in SCHEMA])
+    pq.write_table(pa.Table.from_pylist([rows[0], rejected, *rows[1:]], old), root / "train.parquet")
+    info = json.loads((root / "dataset.json").read_text())
+    info["format"], info["splits"]["train"]["rejected"] = 2, 1
+    del info["catalogue_sha256"]
+    (root / "dataset.json").write_text(json.dumps(info))
+    (root / "train.arrow").unlink()
+    with pytest.raises(UserError, match=r"convert it with `python -m tools\.shards"):
+        open_dataset(root, "train")
+    convert(root)
+    after = opened(root)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert "train.arrow has 3 samples" in capsys.readouterr().out and not (root / "train.parquet").exists()
+    with pytest.raises(UserError, match="has format 3; only format 2 can be converted"):
+        convert(root)
 
 
-def opened_as_large(root):
-    columns.LARGE = 1
-    return opened(root)
-
-
-def test_many_processes_may_be_the_first_to_open_a_large_catalogue(tmp_path):
-    root = image_dataset(tmp_path / "d")
-    small = opened(root)
-    with get_context("forkserver").Pool(4) as pool:
-        for found in pool.map(opened_as_large, [root] * 8, chunksize=1):
-            assert_equal(small, found)
-    assert len(list(root.glob(".*"))) == 2  # the columns and the lock, no leftovers
+def older(kind: pa.DataType) -> pa.DataType:
+    """The type of a column in format 2."""
+    if pa.types.is_large_list(kind):
+        return pa.list_(kind.value_type)
+    return pa.string() if pa.types.is_large_string(kind) else kind

@@ -10,12 +10,20 @@ from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from pipelines_fixtures import clip_dataset, evaluation, image_dataset, jpeg, picture, train
+from pipelines_fixtures import (
+    clip_dataset,
+    evaluation,
+    image_dataset,
+    jpeg,
+    picture,
+    read_rows,
+    train,
+    write_rows,
+)
 
-from pipelines import columns
+from pipelines import dataset
 from pipelines.config import DataConfig
 from pipelines.dataset import SCHEMA, check_shards, open_dataset, read_info
 from pipelines.errors import UserError
@@ -40,9 +48,9 @@ def use(root: Path) -> None:
 
 def change(root: Path, index: int = 0, **values) -> None:
     """Give a row of the catalogue other values."""
-    rows = pq.read_table(root / "train.parquet").to_pylist()
+    rows = read_rows(root)
     rows[index].update(values)
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), root / "train.parquet")
+    write_rows(root, rows)
 
 
 def change_info(root: Path, **values) -> None:
@@ -155,7 +163,7 @@ def test_a_decompression_bomb_among_the_sources(kind):
 def test_a_decompression_bomb_in_a_shard(tmp_path, size, told):
     """A JPEG with an absurd header and a correct checksum ends training with a sentence that names it."""
     root = image_dataset(tmp_path / "images", count=12)
-    row = pq.read_table(root / "train.parquet").to_pylist()[5]
+    row = read_rows(root)[5]
     bomb = claiming(jpeg(picture(96, 72, 5)), *size)
     with (root / "train/000000.tar").open("r+b") as tar:
         tar.seek(row["offsets"][0])
@@ -190,19 +198,18 @@ ABSURD = {
 def test_impossible_numbers_in_a_catalogue(tmp_path, monkeypatch, large):
     """A frame outside its tar, a label without a class, a shard out of order: refused when it is opened."""
     root = clip_dataset(tmp_path / "clips", [3] * 3)
-    whole = (root / "train.parquet").read_bytes()
-    monkeypatch.setattr(columns, "LARGE", 1 if large else 1 << 60)
+    whole = read_rows(root)
+    monkeypatch.setattr(dataset, "MAPPED", 1 if large else 1 << 60)
     for name, values in ABSURD.items():
         for value in (*values, None):
-            (root / "train.parquet").write_bytes(whole)
+            write_rows(root, whole)
             change(root, 1, **{name: value})
-            with pytest.raises(UserError, match=r"train\.parquet cannot be read .*; pack this dataset again"):
+            with pytest.raises(UserError, match=r"train\.arrow cannot be read .*; pack this dataset again"):
                 open_dataset(root, "train")
     for other in (SCHEMA.remove(3), SCHEMA.set(7, pa.field("width", pa.int64())), SCHEMA.append(SCHEMA[0])):
-        pq.write_table(other.empty_table(), root / "train.parquet")
+        write_rows(root, [], schema=other)
         with pytest.raises(UserError, match="its columns are not those of a catalogue"):
             open_dataset(root, "train")
-    assert len(list(root.glob(".*.columns"))) == 0
 
 
 COUNTS = {"samples": 2, "rejected": 0, "frames": 2, "shards": 1}
@@ -272,21 +279,8 @@ def test_staging_from_a_hostile_source(tmp_path, name):
 def test_staging_a_catalogue_that_cannot_be(tmp_path):
     source = image_dataset(tmp_path / "source", count=2)
     change(source, sha256="none")
-    with pytest.raises(UserError, match=r"train\.parquet cannot be read .*; pack this dataset again"):
+    with pytest.raises(UserError, match=r"train\.arrow cannot be read .*; pack this dataset again"):
         stage.stage(str(source), tmp_path / "copy")
     change(source, sizes=[-5])
     with pytest.raises(UserError, match="do not lie in their tars"):
         stage.stage(str(source), tmp_path / "other")
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_columns_that_somebody_else_left_are_not_used(tmp_path, monkeypatch):
-    """Where the data cannot be written to, the numbers go to a folder that all users share."""
-    monkeypatch.setattr(columns, "LARGE", 1)
-    monkeypatch.setattr(columns.tempfile, "tempdir", str(tmp_path))
-    root = clip_dataset(tmp_path / "clips", [3, 9, 4])
-    (root / ".train.lock").mkdir()
-    (tmp_path / "hiera-train-0").mkdir()
-    os.chown(tmp_path / "hiera-train-0", 12345, 12345)
-    with pytest.raises(UserError, match=r"cannot be written to .*belongs to somebody else"):
-        open_dataset(root, "train")

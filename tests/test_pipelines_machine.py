@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import learning
 from pipelines import machine
-from pipelines.loader import sizing
+from pipelines.decode import sizing
 from pipelines.machine import usable_cores
 from tools import packing, verify
 from train import distributed, rundir
@@ -61,7 +61,7 @@ def test_every_count_of_cores_follows_the_quota(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     for user in (
         machine,
-        sys.modules["pipelines.loader"],
+        sys.modules["pipelines.decode"],
         packing,
         verify,
         distributed,

@@ -12,12 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import webdataset
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image, ImageOps
+from pipelines_fixtures import read_rows
 
 from pipelines.errors import UserError, run_cli
 from tools.pack import pack
@@ -84,7 +84,7 @@ def pack_clips(root: Path, out: Path, **options) -> int:
 
 
 def rows_of(out: Path, split: str = "train") -> list[dict]:
-    return pq.read_table(out / f"{split}.parquet").to_pylist()
+    return read_rows(out, split)
 
 
 def frames_of(out: Path, split: str, row: dict) -> list[bytes]:

@@ -19,6 +19,7 @@ from models import load_weights
 from models.inputs import NormalizedInput
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
+from tests.pipelines_fixtures import read_rows
 from tests.train_helpers import CLASSES, picture, small
 from tools.pack_imagenet import pack_imagenet
 from tools.predict import predict
@@ -78,7 +79,7 @@ def expected(run: Path) -> dict[str, list[float]]:
     model = create_classifier(config.data, config.model, len(catalogue.info.classes))
     load_weights(model, run / "model.safetensors")
     ready = NormalizedInput(model, config.data.frames).eval()
-    sources = pq.read_table(catalogue.parquet, columns=["source"])["source"].to_pylist()
+    sources = [row["source"] for row in read_rows(config.data.path, "val")]
     found, views = {}, config.views[0] * config.views[1]
     for batch in batches_of(config, World(0, 1, torch.device("cpu")), catalogue, config.views):
         rows = ready(batch.pixels).softmax(-1).unflatten(0, (-1, views)).mean(1)

@@ -1,6 +1,5 @@
 """Copying a dataset to a local disk: whole, checked, gone on with, from folders and from S3."""
 
-import hashlib
 import http.server
 import json
 import shutil
@@ -10,12 +9,10 @@ import threading
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from pipelines_fixtures import frame_bytes, image_dataset, keys_of
+from pipelines_fixtures import image_dataset, keys_of
 
-from pipelines.dataset import SCHEMA, open_dataset
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from tests.train_helpers import ROOT, make_clips, make_images, module
@@ -152,7 +149,7 @@ def test_a_second_run_copies_a_catalogue_only_when_it_differs(tmp_path, monkeypa
     source, copy = make_images(tmp_path, train=10), tmp_path / "copy"
     stage.stage(str(source), copy)
     info = json.loads((source / "dataset.json").read_text())
-    assert info["catalogue_sha256"] == {s: sha256_of(source / f"{s}.parquet") for s in ("train", "val")}
+    assert info["catalogue_sha256"] == {s: sha256_of(source / f"{s}.arrow") for s in ("train", "val")}
     fetched: list[str] = []
     fetch = stage.fetch
     monkeypatch.setattr(
@@ -160,41 +157,26 @@ def test_a_second_run_copies_a_catalogue_only_when_it_differs(tmp_path, monkeypa
     )
     stage.stage(str(source), copy)
     assert [Path(path).name for path in fetched] == ["dataset.json"]
-    with (copy / "val.parquet").open("r+b") as file:
+    with (copy / "val.arrow").open("r+b") as file:
         file.write(b"?")
     stage.stage(str(source), copy)
-    assert [Path(path).name for path in fetched[1:]] == ["dataset.json", "val.parquet"]
-    assert contents(copy) == contents(source)
-
-
-def test_a_catalogue_of_an_older_dataset_is_copied_again(tmp_path):
-    source, copy = image_dataset(tmp_path / "source", 3), tmp_path / "copy"
-    table = pq.read_table(source / "train.parquet").to_pylist()
-    catalogue = open_dataset(source, "train")
-    for number, row in enumerate(table):
-        row["sha256"] = hashlib.sha256(frame_bytes(catalogue, number, 0).tobytes()).hexdigest()
-    pq.write_table(pa.Table.from_pylist(table, SCHEMA), source / "train.parquet")
-    for _ in range(2):
-        (source / "train/000000.idx").touch()
-        stage.stage(str(source), copy)
-        (copy / "train.parquet").write_bytes(b"")
-    stage.stage(str(source), copy)
+    assert [Path(path).name for path in fetched[1:]] == ["dataset.json", "val.arrow"]
     assert contents(copy) == contents(source)
 
 
 def test_a_damaged_catalogue_never_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(stage.time, "sleep", lambda _: None)
     source = make_images(tmp_path, train=10)
-    with (source / "val.parquet").open("r+b") as file:
+    with (source / "val.arrow").open("r+b") as file:
         file.write(b"?")
-    with pytest.raises(UserError, match=r"val\.parquet could not be copied.*checksum in dataset\.json"):
+    with pytest.raises(UserError, match=r"val\.arrow could not be copied.*checksum in dataset\.json"):
         stage.stage(str(source), tmp_path / "copy")
-    assert not (tmp_path / "copy/val.parquet").exists()
+    assert not (tmp_path / "copy/val.arrow").exists()
     assert verify(source) == 1
 
 
 def test_a_target_that_vanishes_is_not_called_a_missing_source(clips, tmp_path, monkeypatch):
     monkeypatch.setattr(stage.time, "sleep", lambda _: None)
     store, top = stage.open_store(str(clips))
-    with pytest.raises(UserError, match=r"train\.parquet could not be copied to .*/gone/train\.parquet"):
-        stage.fetch(store, f"{top}/train.parquet", tmp_path / "gone/train.parquet")
+    with pytest.raises(UserError, match=r"train\.arrow could not be copied to .*/gone/train\.arrow"):
+        stage.fetch(store, f"{top}/train.arrow", tmp_path / "gone/train.arrow")

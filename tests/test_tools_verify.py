@@ -10,13 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from pipelines_fixtures import write_rows
 
-from pipelines.dataset import SCHEMA
 from pipelines.errors import UserError
-from pipelines.files import sha256_of
 from tests.test_tools_pack import (
     CLIPS,
     clip_tree,
@@ -75,10 +72,7 @@ def change_row(root: Path, split: str, index: int, **values) -> dict:
     rows = rows_of(root, split)
     before = dict(rows[index])
     rows[index].update(values)
-    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), root / f"{split}.parquet")
-    info = json.loads((root / "dataset.json").read_text())
-    info["catalogue_sha256"][split] = sha256_of(root / f"{split}.parquet")
-    (root / "dataset.json").write_text(json.dumps(info))
+    write_rows(root, rows, split)
     return before
 
 
@@ -143,7 +137,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "crc": (lambda root: change_row(root, "val", 0, crcs=[7]), "val/.*its checksum differs"),
     "sha256 that is none": (
         lambda root: change_row(root, "val", 0, sha256=""),
-        "val.parquet cannot be read .*invalid literal",
+        "val.arrow cannot be read .*invalid literal",
     ),
     "empty tar": (lambda root: (root / f"{TRAIN}.tar").write_bytes(b""), f"{TRAIN}.tar: .*is cut off"),
     "missing tar": (lambda root: (root / f"{TRAIN}.tar").unlink(), f"{TRAIN}.tar or its .idx cannot be read"),
@@ -184,14 +178,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "its shards are out of order or beyond the last",
     ),
     "lost row": (
-        lambda root: pq.write_table(pa.Table.from_pylist(rows_of(root)[:-1], SCHEMA), root / "train.parquet"),
-        "train.parquet .*it has 18 rows, dataset.json says 19",
+        lambda root: write_rows(root, rows_of(root)[:-1]),
+        "train.arrow .*it has 18 rows, dataset.json says 19",
     ),
     "damaged catalogue": (
-        lambda root: (root / "train.parquet").write_bytes((root / "train.parquet").read_bytes()[:900]),
-        "train.parquet cannot be read",
+        lambda root: (root / "train.arrow").write_bytes((root / "train.arrow").read_bytes()[:900]),
+        "train.arrow cannot be read",
     ),
-    "missing catalogue": (lambda root: (root / "val.parquet").unlink(), "val.parquet is missing"),
+    "missing catalogue": (lambda root: (root / "val.arrow").unlink(), "val.arrow is missing"),
 }
 
 
@@ -242,7 +236,7 @@ def test_a_sample_in_two_splits_is_a_fault_and_twice_in_one_is_told(tmp_path, ca
 
 def test_many_faults_are_cut_short_and_classes_without_samples_told(images, capsys):
     for index in range(18):
-        change_row(images, "train", index + (index >= 9), source="elsewhere")
+        change_row(images, "train", index, source="elsewhere")
     info = json.loads((images / "dataset.json").read_text())
     info["classes"].append("n04")
     (images / "dataset.json").write_text(json.dumps(info))
@@ -262,8 +256,9 @@ def test_what_is_no_dataset_gets_one_sentence(tmp_path):
 
 def test_a_catalogue_other_than_the_recorded_one_is_a_fault(images, tmp_path, capsys):
     root = shutil.copytree(images, tmp_path / "changed")
-    table = pq.read_table(root / "val.parquet")
-    pq.write_table(table, root / "val.parquet")
+    with (root / "val.arrow").open("ab") as file:
+        file.write(b"\0")
     assert faults(root, capsys) == [
-        f"{root}/val.parquet does not have its checksum in dataset.json; pack this dataset again"
+        f"{root}/val.arrow cannot be read (it does not have its checksum in dataset.json); "
+        "pack this dataset again"
     ]

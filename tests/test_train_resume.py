@@ -11,13 +11,13 @@ from dataclasses import replace
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipelines.config import Augment
 from pipelines.errors import UserError, run_cli
 from tests.fault_helpers import CLEAN, speak_to
+from tests.pipelines_fixtures import read_rows, write_rows
 from tests.test_train_runs import assert_same, descendants, results
 from tests.train_helpers import ROOT, arguments, module, small
 from train import checkpoint, config, ending, finetune, loop, mae, rundir
@@ -271,8 +271,8 @@ def test_intervals_and_the_path_of_the_same_shards_may_change(images, tmp_path, 
     with pytest.raises(UserError, match="is not the data"):
         other = tmp_path / "other"
         shutil.copytree(images, other)
-        catalogue = pq.read_table(other / "train.parquet")
-        pq.write_table(catalogue, other / "train.parquet", compression="none")
+        rows = read_rows(other)
+        write_rows(other, [row | {"change": "copied again"} for row in rows])
         (run / "model.safetensors").unlink()
         loop.fit(changed(settings, data={"path": other}), finetune.make_task)
 

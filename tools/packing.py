@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
 import PIL
-import pyarrow.parquet as pq
+import pyarrow as pa
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pipelines.dataset import read_batch, read_info
 from pipelines.errors import UserError
 from pipelines.files import lock, sync
 from pipelines.machine import usable_cores
@@ -157,6 +158,7 @@ def run(plan: Plan, root: Path, out: Path, load: Load, crew: Crew, max_reject: f
                 remove(out, plan.splits, *UNFINISHED)  # of nodes that died
                 finish(plan, out)
         elif _agree(plan, out / "dataset.json", (out / "dataset.json").read_text(encoding="utf-8")):
+            read_info(out)  # raises UserError for a dataset of an earlier format
             console.print(f"{out} is already packed with these settings.", soft_wrap=True)
         remove(out, plan.splits, *NOTES)
     return _report(console, out, plan.splits, max_reject)
@@ -282,7 +284,7 @@ def _report(console: Console, out: Path, splits: Iterable[str], max_reject: floa
     table = Table("split", "what", "samples", "example", title=str(out))
     total = rejected = 0
     for split in splits:
-        for row in _outcomes(out / f"{split}.parquet"):
+        for row in _outcomes(out / f"{split}.arrow"):
             count, change, example = row["source_count"], row["change"], row["source_min"]
             total += count
             if row["status"] == "ok":
@@ -304,7 +306,7 @@ def _report(console: Console, out: Path, splits: Iterable[str], max_reject: floa
 def _outcomes(catalogue: Path) -> list[dict]:
     """The kinds of rows, how many and one such source: packed before rejected, most frequent first."""
     columns = ["status", "change", "reason"]
-    rows = pq.read_table(catalogue, columns=[*columns, "source"]).group_by(columns)
-    kinds = rows.aggregate([("source", "count"), ("source", "min")])
+    rows = pa.Table.from_batches([read_batch(catalogue, [*columns, "source"])])
+    kinds = rows.group_by(columns).aggregate([("source", "count"), ("source", "min")])
     order = [("status", "ascending"), ("source_count", "descending"), ("change", "ascending")]
     return kinds.sort_by([*order, ("reason", "ascending")]).to_pylist()

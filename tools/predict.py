@@ -15,12 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 import tyro
 
 from models.inputs import NormalizedInput
-from pipelines.dataset import Dataset, open_dataset, read_info
+from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, run_cli
 from tools.images import SUFFIXES, BadImage, Packed
 from tools.pack_imagenet import load_image
@@ -125,7 +124,8 @@ def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out
     for job in jobs_of(plan, Path(), out, partial(load, video=video if clips else None), True):
         pack_shard(job)
     finish(plan, out)
-    return pq.read_table(out / "val.parquet", columns=["reason"])["reason"].to_pylist()
+    listed = read_batch(out / "val.arrow", ["key", "reason"]).to_pylist()
+    return [row["reason"] for row in sorted(listed, key=lambda row: row["key"])]  # keys begin with the index
 
 
 def load(root: Path, source: str, packing: Packing, video: Load | None) -> Packed:

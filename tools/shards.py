@@ -1,4 +1,6 @@
-"""Writes a packed dataset: WebDataset tars, a DALI index and a Parquet catalogue (shards/README.md).
+"""Writes a packed dataset: WebDataset tars, a DALI index and an Arrow catalogue (shards/README.md).
+
+`python -m tools.shards NAME` converts a dataset of format 2, whose catalogue was a Parquet file.
 
 One shard is one call of `pack_shard`, a plain function of a picklable job, so that any scheduler can run it.
 It is a fixed slice of the plan and the plan a function of the source listing: its bytes depend neither
@@ -8,6 +10,7 @@ on the workers nor on how often the run was interrupted.
 import hashlib
 import json
 import re
+import shutil
 import tarfile
 import time
 import zlib
@@ -19,16 +22,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import tyro
 
-from pipelines.dataset import FORMAT_VERSION, SCHEMA
+from pipelines.dataset import FORMAT_VERSION, SCHEMA, open_dataset
+from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_text, atomic_write, sha256_of
 from tools.images import TRANSIENT, BadImage, Packed
 
 PLAN_FILE = ".plan.json"
 PAUSES = (0.2, 1.0, 5.0)  # seconds before a sample is read again that the storage failed to deliver
 TOLD = ("label", "class_name", "source", "width", "height", "frames")  # what KEY.json repeats of a row
-ROWS_IN_MEMORY = 64 << 20  # bytes of catalogue gathered before they become a Parquet row group
 
 
 @dataclass(frozen=True)
@@ -252,7 +257,7 @@ def is_done(job: Job) -> bool:
 
 
 def finish(plan: Plan, out: Path) -> None:
-    """Merge the shards' rows into one catalogue a split and write dataset.json, which makes it a dataset."""
+    """Merge the shards' rows into a catalogue per split and write dataset.json, which makes it a dataset."""
     splits = {split: merge(out, split) for split in plan.splits}
     tars = {split: sorted((out / split).glob("[0-9]*.tar")) for split in plan.splits}
     info = {
@@ -262,27 +267,59 @@ def finish(plan: Plan, out: Path) -> None:
         "splits": splits,
         "packing": plan.settings(),
         "tar_bytes": {split: [tar.stat().st_size for tar in paths] for split, paths in tars.items()},
-        "catalogue_sha256": {split: sha256_of(out / f"{split}.parquet") for split in plan.splits},
+        "catalogue_sha256": {split: sha256_of(out / f"{split}.arrow") for split in plan.splits},
     }
     atomic_text(out / "dataset.json", json.dumps(info, indent=1, ensure_ascii=False) + "\n")
 
 
 def merge(out: Path, split: str) -> dict[str, int]:
-    """Join out/split/*.parquet in shard order into out/split.parquet; return the split's counts."""
+    """Join out/split/*.parquet in shard order into out/split.arrow; return the split's counts."""
     parts = sorted((out / split).glob("[0-9]*.parquet"))
-    counts = {"samples": 0, "rejected": 0, "frames": 0, "shards": len(parts)}
-    options = {"write_page_checksum": True}  # so that a flipped bit is noticed when it is read
-    with atomic_write(out / f"{split}.parquet") as path, pq.ParquetWriter(path, SCHEMA, **options) as writer:
-        waiting: list[pa.Table] = []
-        for part in parts:
-            table = pq.read_table(part, schema=SCHEMA)
-            good = table["status"].to_pylist().count("ok")
-            counts["samples"] += good
-            counts["rejected"] += len(table) - good
-            counts["frames"] += sum(table["frames"].to_pylist())
-            waiting.append(table)
-            if sum(rows.nbytes for rows in waiting) > ROWS_IN_MEMORY:
-                writer.write_table(pa.concat_tables(waiting))
-                waiting = []
-        writer.write_table(pa.concat_tables([SCHEMA.empty_table(), *waiting]))
-    return counts
+    tables = [pq.read_table(part).cast(SCHEMA) for part in parts]
+    rows = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    write_catalogue(out / f"{split}.arrow", rows)
+    good = rows["status"].to_pylist().count("ok")
+    frames = pc.sum(rows["frames"]).as_py() or 0  # pyrefly: ignore
+    return {"samples": good, "rejected": len(rows) - good, "frames": frames, "shards": len(parts)}
+
+
+def write_catalogue(path: Path, rows: pa.Table) -> None:
+    """Write rows [SCHEMA] as one record batch, the packed samples first, each kind in its order."""
+    packed = pc.equal(rows["status"], "ok")  # pyrefly: ignore
+    ordered = pa.concat_tables([rows.filter(packed), rows.filter(pc.invert(packed))])  # pyrefly: ignore
+    columns = [pa.concat_arrays(column.chunks or [pa.array([], column.type)]) for column in ordered.columns]
+    with atomic_write(path) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+
+
+# ---- datasets of format 2 --------------------------------------------------------------------------------
+
+
+def convert(root: tyro.conf.Positional[Path]) -> None:
+    """Convert the catalogues of a dataset of format 2; its tars stay as they are, nothing is decoded.
+
+    Raises UserError for a dataset of another format or one that is damaged.
+    """
+    path = root / "dataset.json"
+    try:
+        info = json.loads(path.read_bytes())
+        if info["format"] != FORMAT_VERSION - 1:
+            raise UserError(f"{path} has format {info['format']}; only format 2 can be converted")
+        for split in info["splits"]:
+            write_catalogue(root / f"{split}.arrow", pq.read_table(root / f"{split}.parquet").cast(SCHEMA))
+    except (ValueError, LookupError, TypeError, OSError, pa.ArrowException) as error:
+        raise UserError(f"{root} cannot be converted ({first_line(error)}); pack it again") from error
+    sums = {split: sha256_of(root / f"{split}.arrow") for split in info["splits"]}
+    info |= {"format": FORMAT_VERSION, "catalogue_sha256": sums}
+    atomic_text(path, json.dumps(info, indent=1, ensure_ascii=False) + "\n")
+    for split in info["splits"]:
+        samples = len(open_dataset(root, split))
+        (root / f"{split}.parquet").unlink()
+        for cache in root.glob(f".{split}.*.columns"):
+            shutil.rmtree(cache)
+        (root / f".{split}.lock").unlink(missing_ok=True)
+        print(f"{root}: {split}.arrow has {samples} samples; resume runs on it with --run.allow data")
+
+
+if __name__ == "__main__":
+    run_cli(lambda: tyro.cli(convert, description=__doc__))

@@ -65,9 +65,9 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
     start, came, kept = time.perf_counter(), 0, 0
     for split, lengths in info.tar_bytes.items():
         (target / split).mkdir(exist_ok=True)
-        catalogue, checksum = target / f"{split}.parquet", info.catalogue_sha256.get(split, "")
-        if not checksum or not catalogue.is_file() or sha256_of(catalogue) != checksum:
-            came += fetch(store, f"{top}/{split}.parquet", catalogue, checksum)
+        catalogue, checksum = info.catalogue(split), info.catalogue_sha256[split]
+        if not catalogue.is_file() or sha256_of(catalogue) != checksum:
+            came += fetch(store, f"{top}/{split}.arrow", catalogue, checksum)
         open_split(info, split)  # raises UserError for a catalogue that cannot be used
         missing = {*missing_shards(info, split)}
         kept += len(lengths) - len(missing)

@@ -14,20 +14,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import combinations, groupby
+from itertools import chain, combinations, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 from rich.console import Console
 from rich.progress import track
 
-from pipelines.dataset import DatasetInfo, missing_shards, open_split, read_info
+from pipelines.dataset import SCHEMA, DatasetInfo, missing_shards, open_split, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
-from pipelines.files import sha256_of
 from pipelines.machine import usable_cores
 from tools.shards import TOLD, Row, member_names
 
@@ -86,7 +84,7 @@ def describe(info: DatasetInfo, tally: Tally) -> str:
 def check_split(info: DatasetInfo, split: str, tally: Tally) -> Iterator[str]:
     """Check every shard of a split, one sentence a fault; fill `tally`."""
     said = info.splits[split]
-    path = info.root / f"{split}.parquet"
+    path = info.catalogue(split)
     tars = [info.tar_path(split, shard) for shard in range(said["shards"])]
     expected = {*tars, *(tar.with_suffix(".idx") for tar in tars)}
     for tar in (tars[shard] for shard in missing_shards(info, split)):
@@ -95,8 +93,6 @@ def check_split(info: DatasetInfo, split: str, tally: Tally) -> Iterator[str]:
         yield f"{strange} belongs to no shard; delete it"
     try:
         open_split(info, split)
-        if sha256_of(path) != info.catalogue_sha256.get(split, sha256_of(path)):
-            yield f"{path} does not have its checksum in dataset.json; pack this dataset again"
         shards = track(tars, split, transient=True, console=Console(stderr=True))
         for tar, rows in zip(shards, rows_by_shard(path, len(tars), tally), strict=True):
             yield from check_shard(info, tar, rows)
@@ -126,16 +122,17 @@ def read_rows(path: Path, tally: Tally) -> Iterator[Row]:
     Raises UserError for one that opens and yet cannot be read to its end.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for row in (row for batch in file.iter_batches(256) for row in batch.to_pylist()):
-                if row["status"] != "ok":
-                    tally.rejected += 1
-                    continue
-                tally.samples += 1
-                tally.frames += row["frames"]
-                tally.labels[row["label"]] += 1
-                tally.digests.append(int(row["sha256"][:16], 16))
-                yield row
+        batch = read_batch(path, SCHEMA.names)
+        parts = (batch.slice(first, 256).to_pylist() for first in range(0, len(batch), 256))
+        for row in chain.from_iterable(parts):
+            if row["status"] != "ok":
+                tally.rejected += 1
+                continue
+            tally.samples += 1
+            tally.frames += row["frames"]
+            tally.labels[row["label"]] += 1
+            tally.digests.append(int(row["sha256"][:16], 16))
+            yield row
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); pack this dataset again") from error
 
@@ -144,7 +141,7 @@ def leaks(info: DatasetInfo, tallies: dict[str, Tally]) -> Iterator[str]:
     """Name every sample that stands in two splits: a validation score is worth nothing with those."""
     for one, other in combinations(tallies, 2):
         if common := set(tallies[one].digests) & set(tallies[other].digests):
-            first, second = (holders(info.root / f"{split}.parquet", common) for split in (one, other))
+            first, second = (holders(info.catalogue(split), common) for split in (one, other))
             for digest in sorted(common):
                 same = f"{second[digest]} in {other} has the same frames as {first[digest]} in {one}"
                 yield f"{same}; take one of them out of the source and pack it again"

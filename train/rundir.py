@@ -20,7 +20,7 @@ import torch
 
 from pipelines.dataset import DatasetInfo, read_info
 from pipelines.errors import UserError
-from pipelines.files import atomic_text, lock, sha256_of
+from pipelines.files import atomic_text, lock
 from pipelines.machine import usable_cores
 from train import checkpoint, distributed
 from train.config import Config, from_dict, refused_changes, shared_settings, to_dict
@@ -186,8 +186,7 @@ def lock_run(folder: Path) -> IO[str]:
 
 def data_identity(info: DatasetInfo) -> dict[str, object]:
     """The contents of data.json: classes, counts, and the SHA-256 of each catalogue."""
-    checksums = {split: sha256_of(info.root / f"{split}.parquet") for split in info.splits}
-    return {"classes": list(info.classes), "splits": info.splits, "sha256": checksums}
+    return {"classes": list(info.classes), "splits": info.splits, "sha256": info.catalogue_sha256}
 
 
 def check_data(config: Config, data: Mapping[str, object]) -> None:

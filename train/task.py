@@ -110,7 +110,7 @@ def check_damage(data: DataConfig, dataset: Dataset, seen: int) -> None:
     missing, limit = len(dataset) - seen, damage_limit(dataset, data.max_bad)
     if missing > limit:
         raise UserError(
-            f"{missing} of the {len(dataset)} samples in {dataset.parquet} are damaged, more than the "
+            f"{missing} of the {len(dataset)} samples in {dataset.catalogue} are damaged, more than the "
             f"{limit} that data.max_bad allows; run `make verify DATA={dataset.info.root}` and pack them "
             "again"
         )
