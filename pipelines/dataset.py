@@ -1,7 +1,6 @@
 """A packed dataset: its catalogue, which places every frame in its tar, and the frames, checked when read.
 
-A split's catalogue is an Arrow file of one record batch, the packed samples first. A large one is mapped into
-memory, so that the processes of a machine share it.
+A split's catalogue is an Arrow file of one record batch. Processes share a large one, mapped into memory.
 """
 
 import json
@@ -23,7 +22,6 @@ from pipelines.errors import UserError, first_line
 from pipelines.files import sha256_of
 
 FORMAT_VERSION = 3
-COUNTS = ("samples", "rejected", "frames", "shards")
 
 # One row per source sample of a split; written by tools/shards.py, the rejected ones last.
 SCHEMA = pa.schema(
@@ -48,9 +46,8 @@ SCHEMA = pa.schema(
 PER_SAMPLE = ("shard", "label", "width", "height")  # columns that are read, of samples and of their frames
 PER_FRAME = {"offset": "offsets", "size": "sizes", "crc": "crcs"}  # name in Dataset -> column
 MAPPED = 64 << 20  # bytes from which a catalogue is mapped instead of read
+LONGEST, LARGEST = 65_535, 1 << 30  # pixels on a JPEG's side; pixels that a decoder takes
 FRAMES_AT_ONCE = 1 << 17
-LONGEST = 65_535  # pixels on a JPEG's side
-LARGEST = 1 << 30  # pixels that a decoder takes
 
 
 @dataclass(frozen=True)
@@ -118,8 +115,8 @@ class Dataset:
     def read(self, ids: np.ndarray, frames: np.ndarray) -> list[np.ndarray]:
         """The JPEGs of frames [n, T] of samples ids [n], sample after sample: n * T x uint8 [bytes].
 
-        Empty is one that is not what was packed: its checksum differs, it is cut off, or the disk fails.
-        Raises UserError when a tar cannot be opened.
+        A JPEG is empty if its checksum differs, it is cut off, or the disk fails. Raises UserError when a tar
+        cannot be opened.
         """
         rows = self.first_frame[ids][:, None] + frames
         tars = [self._tar(shard) for shard in self.shard[ids].tolist() for _ in range(frames.shape[1])]
@@ -127,10 +124,7 @@ class Dataset:
         return [tar.read(*place) for tar, *place in zip(tars, *places, strict=True)]
 
     def member_name(self, sample: int, frame: int) -> str:
-        """A frame's name inside its tar, "KEY.jpg" or "KEY.f0003.jpg", from the header before its bytes.
-
-        Where there is no such name any more, the sample's number.
-        """
+        """A frame's name in its tar, as "KEY.f0003.jpg", or the sample's id where the header is damaged."""
         start = int(self.offset[self.first_frame[sample] + frame])
         name = ""
         with suppress(OSError):
@@ -139,10 +133,7 @@ class Dataset:
         return name if name.isprintable() and name else f"sample {sample}"
 
     def will_need(self, ids: np.ndarray, frames: np.ndarray) -> None:
-        """Ask the kernel to read frames [n, T] of samples ids [n] ahead, so that cold files stall nobody.
-
-        Asks for all from a sample's first frame to its last in one go, which is how disks like it.
-        """
+        """Prefetch frames [n, T] of samples ids [n] into the page cache, one read per sample."""
         rows = self.first_frame[ids][:, None] + frames
         low, high = rows.min(axis=1), rows.max(axis=1)
         starts, ends = self.offset[low], self.offset[high] + self.size[high]
@@ -155,8 +146,7 @@ class Dataset:
 class Tar:
     """An open tar, closed with the last reference to it; raises UserError when it cannot be opened.
 
-    It is read by calls and not mapped into memory: a file that shrinks or a disk that fails while a mapping
-    is read kills the process.
+    It is not mapped into memory: if a mapped file shrinks or its disk fails, reading it kills the process.
     """
 
     descriptor = -1
@@ -223,7 +213,7 @@ def check_info(raw: dict[str, Any]) -> None:
         raise ValueError("classes")
     for split, counts in raw["splits"].items():
         lengths = raw["tar_bytes"][split]
-        numbers = [*(counts[name] for name in COUNTS), *lengths]
+        numbers = [*(counts[name] for name in ("samples", "rejected", "frames", "shards")), *lengths]
         if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
             raise ValueError(f"a split named {split!r}")
         if len(lengths) != counts["shards"] or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
@@ -234,7 +224,7 @@ def check_info(raw: dict[str, Any]) -> None:
 
 
 def missing_shards(info: DatasetInfo, split: str) -> list[int]:
-    """The shards whose tar is not there, or not of the length it was packed with."""
+    """The shards whose tar is missing or has another length than when it was packed."""
 
     def length(tar: Path) -> int:
         return tar.stat().st_size if tar.is_file() else -1
@@ -243,7 +233,7 @@ def missing_shards(info: DatasetInfo, split: str) -> list[int]:
 
 
 def check_shards(info: DatasetInfo) -> None:
-    """Raise UserError when a split's tar is missing, cut off, or was replaced by one of another length."""
+    """Raise UserError when a tar is missing or has another length than when it was packed."""
     for split in info.splits:
         for shard in missing_shards(info, split):
             tar = info.tar_path(split, shard)
@@ -294,15 +284,11 @@ def numbers_of(batch: pa.RecordBatch, info: DatasetInfo, split: str) -> dict[str
     if len(batch) != (rows := samples + counts["rejected"]):
         raise ValueError(f"it has {len(batch)} rows, dataset.json says {rows}")
     found = {name: batch[name].to_numpy() for name in (*PER_SAMPLE, "frames")}
-    lists = [batch[column] for column in PER_FRAME.values()]
-    if any(values.null_count for values in lists):
-        raise ValueError("it has rows without frames")
+    lists, frames = [batch[column] for column in PER_FRAME.values()], found.pop("frames")
     starts = [values.offsets.to_numpy() for values in lists]
-    if any((other != starts[0]).any() for other in starts[1:]) or starts[0][0]:
-        raise ValueError("its lists differ in length")
-    first_frame, frames = starts[0][: samples + 1], found.pop("frames")
-    if (np.diff(starts[0]) != frames).any():
+    if any(at[0] or (np.diff(at) != frames).any() for at in starts) or any(x.null_count for x in lists):
         raise ValueError("its lists are not as long as its frames are many")
+    first_frame = starts[0][: samples + 1]
     if (found["shard"][:samples] < 0).any() or (found["shard"][samples:] >= 0).any():
         raise ValueError(f"its packed samples are not its first {samples} rows")
     numbers = {name: column[:samples] for name, column in found.items()} | {"first_frame": first_frame}

@@ -81,8 +81,9 @@ class Ended:
 
     @property
     def code(self) -> int:
-        """The command's exit code, as torchrun would give it."""
-        return next((code for code in self.codes if code > 0), min(self.codes))
+        """The exit code of torchrun, which ends the other processes by SIGTERM, the highest number here."""
+        failures = [code for code in self.codes if code < 0]
+        return next((code for code in self.codes if code > 0), max(failures, default=0))
 
     def __str__(self) -> str:
         struck = f", struck at forward {self.train} + {self.evaluate}" if self.struck else ""

@@ -196,7 +196,7 @@ def test_a_dataset_of_format_2_is_converted_and_keeps_its_ids(tmp_path, capsys):
     convert(root)
     after = opened(root)
     assert all(np.array_equal(before[name], after[name]) for name in before)
-    assert "train.arrow has 3 samples" in capsys.readouterr().out and not (root / "train.parquet").exists()
+    assert "train.arrow: 3 samples" in capsys.readouterr().out and not (root / "train.parquet").exists()
     with pytest.raises(UserError, match="has format 3; only format 2 can be converted"):
         convert(root)
 

@@ -272,6 +272,7 @@ class Machine(Checks, RuleBasedStateMachine):
         for path in (self.run, self.data, self.backup):
             if path is not None:
                 shutil.rmtree(path)
+        print(f"sequence {self.bench.counts['sequences']} passed", flush=True)  # shown with pytest -s
 
 
 # ---- the tests

@@ -292,7 +292,7 @@ def write_catalogue(path: Path, rows: pa.Table) -> None:
 
 
 def convert(root: tyro.conf.Positional[Path]) -> None:
-    """Convert the catalogues of a dataset of format 2; its tars are not changed. Raises UserError."""
+    """Convert a dataset of format 2 without decoding; UserError for another format or a damaged one."""
     path = root / "dataset.json"
     try:
         info = json.loads(path.read_bytes())
@@ -306,12 +306,11 @@ def convert(root: tyro.conf.Positional[Path]) -> None:
     info |= {"format": FORMAT_VERSION, "catalogue_sha256": sums}
     atomic_text(path, json.dumps(info, indent=1, ensure_ascii=False) + "\n")
     for split in info["splits"]:
-        samples = len(open_dataset(root, split))
+        print(f"{root / split}.arrow: {len(open_dataset(root, split))} samples")
         (root / f"{split}.parquet").unlink()
         for cache in root.glob(f".{split}.*.columns"):
             shutil.rmtree(cache)
-        (root / f".{split}.lock").unlink(missing_ok=True)
-        print(f"{root}: {split}.arrow has {samples} samples; resume runs on it with --run.allow data")
+    print("runs that were trained on this dataset resume with --run.allow data")
 
 
 if __name__ == "__main__":

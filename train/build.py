@@ -13,11 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.inputs import NormalizedInput
 from pipelines.dataset import Dataset, check_shards, read_info
-from pipelines.decode import message
 from pipelines.errors import UserError, first_line
 from pipelines.loader import Batch, TrainLoader
 from pipelines.machine import usable_cores
-from pipelines.views import check_info, clip_notes
+from pipelines.views import check_info
 from train import distributed
 from train.checkpoint import State
 from train.config import Config, ModelConfig, SpeedConfig
@@ -97,32 +96,23 @@ def training_batches(
 
 
 def log_plan(config: Config, task: Task, world: World) -> None:
-    """Log the data, the batch, the learning rate and the number of steps, with warnings."""
-    optim, repeats, train, validation = config.optim, config.data.repeats, task.training, task.validation
+    """Log the batch, the learning rate and the number of steps, with warnings."""
+    optim, repeats = config.optim, config.data.repeats
     micro, accumulate = micro_batches(config, world.size, task.mixed)
-    samples, steps = len(train), total_steps(optim, len(train))
+    samples = len(task.training)
+    steps = total_steps(optim, samples)
     length = f"{optim.epochs:g} epochs"
     if steps * optim.batch > Fraction(str(optim.epochs)) * samples:
         length += ", rounded up"
-    log(
-        f"data {config.data.path}: {samples} training and {len(validation) if validation else 0} "
-        f"validation {train.info.kind}s, {len(train.info.classes)} classes"
-    )
-    for line in message(world.device, config.speed.threads):
-        log(line)
     log(
         f"global batch {optim.batch} = {world.size} processes x {micro} micro x {accumulate} accumulated"
         f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
         f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {length}"
     )
-    for line in clip_notes(train, config.data):
-        log(line)
     if optim.batch > samples:
         log(f"a batch is {optim.batch / samples:.1f} times the training data: lower optim.batch")
     if optim.warmup_epochs >= optim.epochs:
         log(f"warmup takes {optim.warmup_epochs:g} epochs: the learning rate rises to the very end")
-    if config.data.eval_split == "train":
-        log(f"evaluation is on the TRAINING {train.info.kind}s: nothing is held out")
 
 
 # ---- weights

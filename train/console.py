@@ -3,6 +3,7 @@
 `log` prints a line, and appends it to log.txt while a run is open.
 """
 
+import atexit
 import dataclasses
 import os
 import sys
@@ -129,6 +130,7 @@ def curve(values: list[float]) -> str:
 
 
 screen = Screen()
+atexit.register(screen.close)  # after an error the run does not close it
 log = screen.line
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from models.inputs import NormalizedInput
 from pipelines.augment import to_device
-from pipelines.dataset import Dataset, open_dataset
+from pipelines.dataset import Dataset
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 from pipelines.loader import Batch
@@ -30,14 +30,14 @@ from train.metrics import FINETUNE_COLUMNS
 from train.mixing import mix
 from train.presets import FINETUNE_PRESETS, NOT_GIVEN
 from train.rundir import Run
-from train.task import Check, Predictions, Task, batches_of, check_damage, create_classifier, open_validation
+from train.task import Check, Predictions, Task, batches_of, check_damage, create_classifier, open_splits
 
 
 def make_task(config: FinetuneConfig, run: Run) -> Task:
     """Finetuning on the configured data; raises UserError unless every training sample has a class."""
     from models.macs import forward_macs
 
-    train = open_dataset(config.data.path, "train")
+    train, validation = open_splits(config, run)
     if len(train.info.classes) == 1:
         raise UserError(f"{config.data.path} has one class only; there is nothing to tell apart")
     if (train.label < 0).any():
@@ -49,7 +49,7 @@ def make_task(config: FinetuneConfig, run: Run) -> Task:
     macs = forward_macs(task.model.config)  # pyrefly: ignore
     # Forward, and twice that backward unless the trunk is frozen.
     operations = (2.0 if config.freeze == "trunk" else 6.0) * macs * config.optim.batch
-    return replace(task, train=train, validation=open_validation(config.data), operations=operations)
+    return replace(task, train=train, validation=validation, operations=operations)
 
 
 def task_of(config: FinetuneConfig, run: Run, classes: Sequence[str]) -> Task:

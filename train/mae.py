@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.inputs import NormalizedInput
 from pipelines.augment import to_device
-from pipelines.dataset import Dataset, open_dataset
+from pipelines.dataset import Dataset
 from pipelines.errors import UserError, run_cli
 from pipelines.loader import Batch
 from pipelines.order import keep_units, row_keys
@@ -34,7 +34,7 @@ from train.task import (
     check_damage,
     create_classifier,
     create_model,
-    open_validation,
+    open_splits,
 )
 
 
@@ -42,11 +42,11 @@ def make_task(config: MaeConfig, run: Run) -> Task:
     """Pretraining on the configured data."""
     from models.macs import forward_macs
 
-    train = open_dataset(config.data.path, "train")
+    train, validation = open_splits(config, run)
     task = task_of(config, run, train.info.classes)
     macs = forward_macs(task.model.config, True, config.mask_ratio)  # pyrefly: ignore
     operations = 6.0 * macs * config.optim.batch  # forward, and twice that backward
-    return replace(task, train=train, validation=open_validation(config.data), operations=operations)
+    return replace(task, train=train, validation=validation, operations=operations)
 
 
 def task_of(config: MaeConfig, run: Run, classes: Sequence[str]) -> Task:

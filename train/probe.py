@@ -8,6 +8,7 @@ fits one linear layer to the training features.
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def features(config: Config, world: World, model: NormalizedInput, dataset: Data
     assert table is not None  # every process has the same number of batches, and the split is not empty
     whole = distributed.total(seen) > 0
     check_damage(config.data, dataset, int(whole.sum()))
-    labels = to_device(torch.as_tensor(dataset.label, dtype=torch.int64), world.device)
+    labels = to_device(dataset.label.astype(np.int64), world.device)
     return distributed.total(table)[whole], labels[whole]
 
 

@@ -11,9 +11,12 @@ from models.inputs import NormalizedInput
 from pipelines.config import DataConfig
 from pipelines.damage import damage_limit
 from pipelines.dataset import Dataset, open_dataset, read_info
+from pipelines.decode import message
 from pipelines.errors import UserError
 from pipelines.loader import Batch, EvalLoader
+from pipelines.views import clip_notes
 from train.config import Config, ModelConfig
+from train.console import log
 from train.distributed import World
 from train.rundir import Run
 
@@ -57,6 +60,21 @@ class Task:
 
 
 MakeTask = Callable[[Any, Run], Task]
+
+
+def open_splits(config: Config, run: Run) -> tuple[Dataset, Dataset | None]:
+    """The training split, and the split that is evaluated if there is one; logs what they are."""
+    train, validation = open_dataset(config.data.path, "train"), open_validation(config.data)
+    kind, evaluated = train.info.kind, len(validation) if validation else 0
+    log(
+        f"data {config.data.path}: {len(train)} training and {evaluated} validation {kind}s, "
+        f"{len(train.info.classes)} classes"
+    )
+    for line in (*message(run.world.device, config.speed.threads), *clip_notes(train, config.data)):
+        log(line)
+    if config.data.eval_split == "train":
+        log(f"evaluation is on the TRAINING {kind}s: nothing is held out")
+    return train, validation
 
 
 def open_validation(data: DataConfig) -> Dataset | None:
