@@ -28,7 +28,7 @@ from tests.fault_helpers import CLEAN, PRELOADED
 
 # What a run imports late: in the server it costs nothing.
 LATE = ("tyro", "tyro._backends._tyro_backend", "typeguard", "dateutil.relativedelta", "pyarrow.dataset")
-LATE += ("timm.scheduler", "models.macs", "torch.utils.flop_counter", "nvidia.dali._debug_mode", "numpy.ma")
+LATE += ("timm.scheduler", "models.zoo", "torch.utils.flop_counter", "nvidia.dali._debug_mode", "numpy.ma")
 OURS = ("tests.run_machine", "train.card", "train.evaluate", "train.finetune", "train.mae", "train.pictures")
 CLEAN.set_forkserver_preload([*PRELOADED, *LATE, *OURS])
 
@@ -181,11 +181,11 @@ def work(job: Job, rank: int) -> None:
 
 def shrink_models() -> None:
     """Make the pico models smaller still: a tenth of a million parameters."""
-    from models import factory
+    from models import zoo
 
     small = {"width": 8, "stages": (1, 1, 1, 1), "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
     for name in ("hiera_pico_96", "hiera_pico_16x64"):
-        factory.CONFIGS[name] = replace(factory.CONFIGS[name], **small)
+        zoo.CONFIGS[name] = replace(zoo.CONFIGS[name], **small)
 
 
 def torchrun_environment(job: Job, rank: int) -> dict[str, str]:

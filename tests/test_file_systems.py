@@ -7,8 +7,9 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 
-from models import official
+from models import files as weights_files
 from pipelines import files
 from pipelines.dataset import open_dataset, read_info
 from pipelines.errors import UserError
@@ -107,12 +108,12 @@ def test_staging_continues_without_locks(images, tmp_path, monkeypatch, capsys):
 
 def test_weights_are_found_without_locks(tmp_path, monkeypatch):
     refuse(monkeypatch, errno.ENOTSUP)
-    name = official.names()[0]
-    monkeypatch.setattr(official.torch.hub, "get_dir", lambda: str(tmp_path))
+    name = weights_files.official_names()[0]
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     path = tmp_path / "checkpoints" / f"{name.split(':')[0]}.pth"
     path.parent.mkdir()
     path.write_bytes(b"weights")
-    assert official.fetch(name) == path
+    assert weights_files.fetch(name) == path
 
 
 def test_a_write_that_fails_on_the_disk_is_not_ignored(tmp_path, monkeypatch):

@@ -8,8 +8,7 @@ import models
 from benchmarks import model as bench_model
 from benchmarks.results import markdown
 from models import zoo
-from models.factory import CONFIGS
-from models.macs import forward_macs
+from models.zoo import CONFIGS, forward_macs
 
 torch.set_num_threads(2)
 KINDS = ["hiera_pico_96", "mae_hiera_pico_96", "hiera_pico_16x64", "mae_hiera_pico_16x64"]

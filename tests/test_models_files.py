@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from models.files import read_weights
+from pipelines.errors import UserError
 from tests.test_models_weights import same
 from tests.train_helpers import CLASSES as TRAINER_CLASSES
 from tests.train_helpers import small
@@ -83,10 +84,10 @@ def test_a_prefix_is_removed_from_other_libraries_names():
 def test_two_models_in_one_file_are_refused():
     state = pico().state_dict()
     both = {f"{model}.{name}": v for model in ("student", "teacher") for name, v in state.items()}
-    with pytest.raises(models.ModelError, match=r"2 models \(student\., teacher\.\); save one"):
+    with pytest.raises(UserError, match=r"2 models \(student\., teacher\.\); save one"):
         loads(both)
     twice = {f"backbone.{name}": v for name, v in state.items()} | {"norm.weight": torch.ones(128)}
-    with pytest.raises(models.ModelError, match=r"names both with and without the prefix backbone\.; save"):
+    with pytest.raises(UserError, match=r"names both with and without the prefix backbone\.; save"):
         loads(twice)
 
 
@@ -105,7 +106,7 @@ def test_the_moving_average_is_taken_and_named(plain, ema, tmp_path):
     torch.save({plain: state, ema: average}, tmp_path / "a.pth")
     report, loaded = loads(tmp_path / "a.pth")
     assert same(loaded, average)
-    assert f"{ema} of the file is taken (the moving average); it also has {plain}" in str(report)
+    assert f"{ema} (the moving average) of the file was loaded; it also has {plain}" in str(report)
     torch.save({plain: state, ema: None}, tmp_path / "b.pth")
     report, loaded = loads(tmp_path / "b.pth")
     assert same(loaded, state) and "moving average" not in str(report)
@@ -136,13 +137,11 @@ def test_code_in_a_file_does_not_run(tmp_path, legacy):
         {"model": pico().state_dict(), "args": argparse.Namespace(inside=evil)},
     ):
         torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
-        with pytest.raises(
-            models.ModelError, match=r"more than tensors \(\S*exec\).*could run code"
-        ) as error:
+        with pytest.raises(UserError, match=r"more than tensors \(\S*exec\).*could run code") as error:
             loads(tmp_path / "a.pth")
         assert "\n" not in str(error.value)
     (tmp_path / "b.pth").write_bytes(pickle.dumps(evil))
-    with pytest.raises(models.ModelError):
+    with pytest.raises(UserError):
         loads(tmp_path / "b.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -175,7 +174,7 @@ def test_shards_outside_the_folder_are_refused(tmp_path, name):
     save_file({"a": torch.zeros(1)}, tmp_path / "outside.safetensors")
     name = name.format(tmp_path) if isinstance(name, str) else name
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(models.ModelError, match=r"names .* as a shard; .* in its own folder"):
+    with pytest.raises(UserError, match=r"names .* as a shard; .* in its own folder"):
         loads(folder)
 
 
@@ -184,29 +183,29 @@ def test_incomplete_shards_are_named(tmp_path):
     second = tmp_path / "model-00002-of-00002.safetensors"
     content = second.read_bytes()
     second.unlink()
-    with pytest.raises(models.ModelError, match=r"-00002-of-00002\.safetensors, .* is missing; download"):
+    with pytest.raises(UserError, match=r"-00002-of-00002\.safetensors, .* is missing; download"):
         loads(tmp_path)
     second.write_bytes(content[:-9])
-    with pytest.raises(models.ModelError, match=r"model-00002-of-00002\.safetensors is cut off"):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is cut off"):
         loads(tmp_path)
     save_file({"a": torch.zeros(1)}, second)
-    with pytest.raises(models.ModelError, match=r"model-00002-of-00002\.safetensors lacks blocks\.\S+"):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors lacks blocks\.\S+"):
         loads(tmp_path)
     for broken in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {}}'):
         index.write_text(broken)
-        with pytest.raises(models.ModelError, match=r"is not an index of weights.*; download"):
+        with pytest.raises(UserError, match=r"is not an index of weights.*; download"):
             loads(tmp_path)
 
 
 def test_a_folder_gives_its_weights(tmp_path):
     states = {name: pico().state_dict() for name in ("a.pth", "best.safetensors", "pytorch_model.bin")}
-    with pytest.raises(models.ModelError, match=r"no weights file.*model\.safetensors"):
+    with pytest.raises(UserError, match=r"no weights file.*model\.safetensors"):
         loads(tmp_path)
     torch.save(states["a.pth"], tmp_path / "a.pth")
     report, loaded = loads(tmp_path)
     assert same(loaded, states["a.pth"]) and str(report).startswith(f"{tmp_path}/a.pth: ")
     torch.save(states["a.pth"], tmp_path / "b.pth")
-    with pytest.raises(models.ModelError, match=r"several weights files \(a\.pth, b\.pth\); name one"):
+    with pytest.raises(UserError, match=r"several weights files \(a\.pth, b\.pth\); name one"):
         loads(tmp_path)
     save_file(states["best.safetensors"], tmp_path / "best.safetensors")
     assert same(loads(tmp_path)[1], states["best.safetensors"])
@@ -230,10 +229,10 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
     [
         (b"", r"is empty; download or copy it again"),
         (LFS, r"is a Git LFS pointer.*; run git lfs pull"),
-        (b"\n<!DOCTYPE html><html>Log in</html>", r"is a web page.*; download it again"),
+        (b"\n<!DOCTYPE html><html>Log in</html>", r"is a web page.*; download the weights again"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", r"is a web page"),
-        (b"not weights at all", r"is no weights file.*; give"),
-        (b'{"weight": 1}', r"is no weights file"),
+        (b"not weights at all", r"is not a weights file.*; give"),
+        (b'{"weight": 1}', r"is not a weights file"),
     ],
 )
 def test_files_that_are_not_weights(tmp_path, content, says):
@@ -241,7 +240,7 @@ def test_files_that_are_not_weights(tmp_path, content, says):
         path.parent.mkdir()
         path.write_bytes(content)
         for source in (path, path.parent):
-            with pytest.raises(models.ModelError, match=says) as error:
+            with pytest.raises(UserError, match=says) as error:
                 read_weights(source)
             assert str(path) in str(error.value) and "\n" not in str(error.value)
 
@@ -256,7 +255,7 @@ def test_truncated_files_are_named_so(tmp_path, kind, share):
         torch.save({"model": state}, path, _use_new_zipfile_serialization=kind == "zip")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(models.ModelError, match=r"a\.bin is cut off.*; download or copy it again"):
+    with pytest.raises(UserError, match=r"a\.bin is cut off.*; download or copy it again"):
         read_weights(path)
 
 
@@ -266,11 +265,11 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     state["blocks.3.norm1.weight"] = torch.full((64,), torch.inf)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(models.ModelError, match=r"values that are not finite.*blocks\.3\.norm1\.weight.*; "):
+    with pytest.raises(UserError, match=r"values that are not finite.*blocks\.3\.norm1\.weight.*; "):
         models.load_weights(model, tmp_path / "a.safetensors")
     assert same(model.state_dict(), before)
     state["blocks.3.norm1.weight"] = torch.ones(64)
-    with pytest.raises(models.ModelError, match=r"head\.projection\.bias"):
+    with pytest.raises(UserError, match=r"head\.projection\.bias"):
         models.load_weights(model, {name: value.bfloat16() for name, value in state.items()})
     other = pico(num_classes=3)  # which leaves the head out
     models.load_weights(other, state, quiet=True)
@@ -289,7 +288,7 @@ def test_a_reused_head_is_mentioned(tmp_path):
     ):
         (tmp_path / file).write_text(json.dumps(content))
         report = str(loads(tmp_path, classes=CLASSES)[0])
-        found = "the head of 5 classes is reused, but class 2 is 'other' there and 'class 2' here"
+        found = "the head of 5 classes is reused, but class 2 is 'other' in the weights, not 'class 2'"
         assert found in report and "assumed" not in report
         assert "is reused" not in str(loads(tmp_path, classes=renamed)[0])
         (tmp_path / file).unlink()
@@ -310,7 +309,9 @@ def test_the_trainer_and_evaluation_compare_the_classes(images, tmp_path, capsys
     (start / "data.json").write_text(json.dumps({"classes": [TRAINER_CLASSES[0], "other"]}))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=str(start)))
     assert loop.fit(config, finetune.make_task) == 0
-    note = f"the head of 2 classes is reused, but class 1 is 'other' there and {TRAINER_CLASSES[1]!r} here"
+    note = (
+        f"the head of 2 classes is reused, but class 1 is 'other' in the weights, not {TRAINER_CLASSES[1]!r}"
+    )
     assert note in (tmp_path / "run/log.txt").read_text()
     capsys.readouterr()
     evaluate.evaluate(evaluate.Arguments(tmp_path / "run", device="cpu"))
@@ -325,7 +326,7 @@ def test_a_decoder_of_other_heads_is_refused(tmp_path):
     about = json.dumps({"model": "mae_hiera_pico_96", "step": 1, "decoder_heads": 8})
     save_file(source.state_dict(), tmp_path / "a.safetensors", metadata={"hiera-train": about})
     target = models.create("mae_hiera_pico_96", input_size=32)
-    with pytest.raises(models.ModelError, match=r"decoder has 8 heads there and 4 here; .*decoder_heads 8"):
+    with pytest.raises(UserError, match=r"8 heads in the weights and 4 in the model; .*decoder_heads 8"):
         models.load_weights(target, tmp_path / "a.safetensors", quiet=True)
     classifier = models.create("hiera_pico_96", input_size=32)
     models.load_weights(classifier, tmp_path / "a.safetensors", quiet=True)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from models.inputs import NormalizedInput
-from models.macs import bf16_peak
+from models.zoo import bf16_peak
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN

@@ -40,7 +40,7 @@ from train.task import (
 
 def make_task(config: MaeConfig, run: Run) -> Task:
     """Pretraining on the configured data."""
-    from models.macs import forward_macs
+    from models.zoo import forward_macs
 
     train = open_dataset(config.data.path, "train")
     task = task_of(config, run, train.info.classes)
