@@ -1,4 +1,4 @@
-"""Names, sizes, masks, weights files and errors of the models; numbers are in test_models_parity."""
+"""Names, sizes, masks, weights files and errors of the models. test_models_parity.py checks the numbers."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def keep_of(model, batch, kept, seed=0):
     return order[:, :kept].sort(1).values
 
 
-def test_names():
+def test_list_models_has_all_names():
     names = models.list_models()
     assert len(names) == len(set(names)) == 28
     assert {"hiera_pico_96", "hiera_pico_16x64", "mae_hiera_huge_16x224", "mae_hiera_base_plus_224"} <= set(
@@ -28,7 +28,7 @@ def test_names():
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "says"),
+    ("name", "overrides", "message"),
     [
         ("hiera_bse_224", {}, "did you mean 'hiera_base_224'"),
         ("hiera_pico_96", {"input_size": 100}, "; use 96x96 or 128x128"),
@@ -41,14 +41,14 @@ def test_names():
         ("hiera_pico_16x64", {"abs_win": True}, "images only"),
     ],
 )
-def test_wrong_use_gets_one_sentence(name, overrides, says):
+def test_wrong_use_gets_one_line(name, overrides, message):
     with pytest.raises(UserError) as caught:
         models.create(name, **overrides)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_input_and_masks():
+def test_wrong_input_shapes_and_masks_are_refused():
     model = models.create("mae_hiera_pico_96")
     with pytest.raises(UserError, match=r"\[B, 3, 96, 96\]"):
         model(torch.rand(1, 3, 64, 64))
@@ -68,7 +68,7 @@ def test_wrong_input_and_masks():
         ("hiera_pico_16x64", {"input_size": (8, 64, 96), "num_classes": 5}),
     ],
 )
-def test_classifier_sizes(name, overrides):
+def test_classifiers_accept_other_sizes_channels_and_classes(name, overrides):
     model = models.create(name, **overrides)
     logits, maps = model(
         torch.rand(2, overrides.get("in_chans", 3), *model.input_size), return_intermediates=True
@@ -81,14 +81,14 @@ def test_classifier_sizes(name, overrides):
         assert level.shape[1:-1] == frames + spatial
 
 
-def test_the_order_is_as_drawn():
-    """The first rows of the drawing at the top of models/unroll.py."""
+def test_token_order_matches_the_drawing():
+    """The first rows of the drawing in the docstring of models/unroll.py."""
     order = unroll(torch.arange(64).view(1, 1, 8, 8, 1)).flatten().argsort().view(8, 8)
     assert order[:2].tolist() == [[0, 16, 4, 20, 1, 17, 5, 21], [32, 48, 36, 52, 33, 49, 37, 53]]
 
 
 @pytest.mark.parametrize("pools", [1, 2, 3])
-def test_reroll_undoes_unroll_and_pooling_is_spatial(pools):
+def test_reroll_inverts_unroll_and_max_pool_equals_spatial_pooling(pools):
     x = torch.rand(2, 3, 16, 24, 5)
     tokens = unroll(x, pools)
     units = (3, 16 >> pools, 24 >> pools)
@@ -100,7 +100,7 @@ def test_reroll_undoes_unroll_and_pooling_is_spatial(pools):
 
 
 @pytest.mark.parametrize("name", ["mae_hiera_pico_96", "mae_hiera_pico_16x64"])
-def test_masked_pixels_get_no_gradient_from_kept_tokens(name):
+def test_masked_pixels_get_zero_gradient(name):
     model = models.create(name)
     x = torch.rand(2, 3, *model.input_size, requires_grad=True)
     keep = keep_of(model, 2, 3)
@@ -114,7 +114,7 @@ def test_masked_pixels_get_no_gradient_from_kept_tokens(name):
 
 
 @pytest.mark.parametrize("name", ["mae_hiera_pico_96", "mae_hiera_pico_16x64"])
-def test_mask_keep_and_ratio_are_one_thing(name):
+def test_mask_and_keep_give_the_same_loss(name):
     model = models.create(name).eval()
     x = torch.rand(2, 3, *model.input_size)
     drawn = model(x, mask_ratio=0.6)
@@ -125,7 +125,7 @@ def test_mask_keep_and_ratio_are_one_thing(name):
 
 
 @pytest.mark.parametrize("name", [n for n in models.list_models() if "pico" in n])
-def test_every_parameter_is_initialised(name):
+def test_init_weights_initializes_every_parameter(name):
     model = models.create(name, **({} if "mae" in name or "16x" in name else {"abs_win": True}))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -136,7 +136,7 @@ def test_every_parameter_is_initialised(name):
 
 
 @pytest.mark.parametrize("name", ["mae_hiera_pico_96", "mae_hiera_pico_16x64"])
-def test_reconstruct_replaces_masked_patches_only(name):
+def test_reconstruct_changes_only_masked_patches(name):
     model = models.create(name).eval()
     x = torch.rand(2, 3, *model.input_size)
     keep = keep_of(model, 2, 4)
@@ -147,12 +147,12 @@ def test_reconstruct_replaces_masked_patches_only(name):
     mask = output.mask.view(2, 1, *model.mask_units)
     mask = mask.repeat_interleave(32, -1).repeat_interleave(32, -2).expand_as(frames)
     assert torch.equal(picture[mask], frames[mask])
-    # A model that predicts the labels exactly must give the input back.
+    # A model that predicts the labels exactly must reconstruct the input.
     model.decode = lambda latent, kept, masked: model.labels(x, masked)[0]
     torch.testing.assert_close(reconstruct(model, x, keep), frames)
 
 
-def test_decode_ratio_takes_a_share_in_training_alone():
+def test_decode_ratio_applies_only_in_training():
     model = models.create("mae_hiera_pico_96", decode_ratio=0.5)
     x, keep = torch.rand(2, 3, 96, 96), torch.tensor([[0, 4], [1, 8]])
     assert model.train()(x, keep=keep).pred.shape == (2 * 14, 768)
@@ -165,7 +165,7 @@ def test_decode_ratio_takes_a_share_in_training_alone():
 
 
 @pytest.mark.parametrize("name", ["hiera_pico_16x64", "mae_hiera_pico_96"])
-def test_checkpointing_changes_nothing(name):
+def test_activation_checkpointing_does_not_change_gradients(name):
     plain = models.create(name, drop_path_rate=0.3)
     saving = models.create(name, drop_path_rate=0.3, checkpoint_stages=(1, 2, 3, 4))
     models.load_weights(saving, plain.state_dict(), quiet=True)
@@ -179,7 +179,7 @@ def test_checkpointing_changes_nothing(name):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_layer_decay_groups():
+def test_layer_decay_scales_and_weight_decay_by_parameter():
     model = models.create("hiera_pico_96")
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
     scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
@@ -191,7 +191,7 @@ def test_layer_decay_groups():
     assert decay[id(named["pos_embed"])] == 0 < decay[id(named["blocks.0.mlp.fc1.weight"])]
 
 
-def test_load_autoencoder_into_classifier(tmp_path, capsys):
+def test_a_classifier_loads_an_autoencoders_encoder(tmp_path, capsys):
     mae = models.create("mae_hiera_pico_96")
     torch.save({"model_state": mae.state_dict()}, tmp_path / "mae.pth")
     model = models.create("hiera_pico_96")
@@ -207,7 +207,7 @@ def test_load_autoencoder_into_classifier(tmp_path, capsys):
     assert torch.equal(model.norm.bias, mae.encoder_norm.bias)
 
 
-def test_load_another_class_count_drops_the_head(tmp_path):
+def test_a_head_with_another_number_of_classes_is_not_loaded(tmp_path):
     save_file(models.create("hiera_pico_96").state_dict(), tmp_path / "model.safetensors")
     report = models.load_weights(
         models.create("hiera_pico_96", num_classes=7), tmp_path / "model.safetensors"
@@ -215,7 +215,7 @@ def test_load_another_class_count_drops_the_head(tmp_path):
     assert set(report.fresh) == {"head.projection.weight", "head.projection.bias"}
 
 
-def test_weights_that_do_not_fit(tmp_path):
+def test_missing_damaged_and_unsuitable_weights_are_refused(tmp_path):
     model = models.create("hiera_pico_96")
     with pytest.raises(UserError, match="no weights file at"):
         models.load_weights(model, tmp_path / "absent.pth")

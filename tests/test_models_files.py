@@ -1,4 +1,4 @@
-"""Weights as users have them: wrapped, prefixed, sharded, in folders, and files that are not weights."""
+"""Users' weights files: wrapped, prefixed, sharded, in folders, damaged; and files that are not weights."""
 
 import argparse
 import dataclasses
@@ -28,7 +28,7 @@ def pico(**overrides):
 
 
 def loads(source, **given):
-    """The report of loading `source` into a new model, and that model's weights."""
+    """Load `source` into a new model; returns the report and the model's weights."""
     target = pico()
     report = models.load_weights(target, source, quiet=True, **given)
     return report, target.state_dict()
@@ -56,8 +56,8 @@ def test_a_prefix_of_all_names_is_removed(prefix, tmp_path):
         assert not report.fresh and not report.unused
 
 
-def test_a_prefix_of_the_encoder_alone_is_removed():
-    """A backbone with a head of its own, and the counter that torch's AveragedModel adds."""
+def test_a_prefix_of_only_the_encoder_is_removed():
+    """A backbone below a head without prefix, and the counter that torch's AveragedModel adds."""
     state = pico().state_dict()
     named = {name if name.startswith("head.") else f"backbone.{name}": v for name, v in state.items()}
     assert same(loads(named)[1], state)
@@ -101,7 +101,7 @@ def test_a_wrapped_state_dict_is_found(wrapper, tmp_path):
 @pytest.mark.parametrize(
     ("plain", "ema"), [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")]
 )
-def test_the_moving_average_is_taken_and_named(plain, ema, tmp_path):
+def test_the_moving_average_is_preferred_and_reported(plain, ema, tmp_path):
     state, average = pico().state_dict(), pico().state_dict()
     torch.save({plain: state, ema: average}, tmp_path / "a.pth")
     report, loaded = loads(tmp_path / "a.pth")
@@ -113,7 +113,7 @@ def test_the_moving_average_is_taken_and_named(plain, ema, tmp_path):
 
 
 def test_checkpoints_with_a_namespace_are_read(tmp_path):
-    """timm and mae save their parsed arguments, mae and DeiT also the optimizer."""
+    """timm and mae save their parsed arguments; mae and DeiT also save the optimizer."""
     state = pico().state_dict()
     arguments = argparse.Namespace(lr=1e-3, betas=(0.9, 0.95), out="x", nested=argparse.Namespace(a=None))
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]).state_dict()
@@ -147,7 +147,7 @@ def test_code_in_a_file_does_not_run(tmp_path, legacy):
 
 
 def shard(state, folder, suffix="safetensors"):
-    """Write weights as two shards and their index; gives the index's path."""
+    """Write weights as two shards and an index; returns the index's path."""
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     names = sorted(state)
     parts = {f"{stem}-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
@@ -178,7 +178,7 @@ def test_shards_outside_the_folder_are_refused(tmp_path, name):
         loads(folder)
 
 
-def test_incomplete_shards_are_named(tmp_path):
+def test_messages_name_missing_and_damaged_shards(tmp_path):
     index = shard(pico().state_dict(), tmp_path)
     second = tmp_path / "model-00002-of-00002.safetensors"
     content = second.read_bytes()
@@ -197,7 +197,7 @@ def test_incomplete_shards_are_named(tmp_path):
             loads(tmp_path)
 
 
-def test_a_folder_gives_its_weights(tmp_path):
+def test_weights_are_found_in_a_folder(tmp_path):
     states = {name: pico().state_dict() for name in ("a.pth", "best.safetensors", "pytorch_model.bin")}
     with pytest.raises(UserError, match=r"no weights file.*model\.safetensors"):
         loads(tmp_path)
@@ -213,7 +213,7 @@ def test_a_folder_gives_its_weights(tmp_path):
     assert same(loads(tmp_path)[1], states["pytorch_model.bin"])
 
 
-def test_the_content_decides_and_not_the_suffix(tmp_path):
+def test_the_content_of_a_file_decides_its_format(tmp_path):
     state = pico().state_dict()
     save_file(state, tmp_path / "a.bin")
     torch.save(state, tmp_path / "b.safetensors")
@@ -225,7 +225,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", r"is empty; download or copy it again"),
         (LFS, r"is a Git LFS pointer.*; run git lfs pull"),
@@ -235,19 +235,19 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
         (b'{"weight": 1}', r"is not a weights file"),
     ],
 )
-def test_files_that_are_not_weights(tmp_path, content, says):
+def test_files_that_are_not_weights_are_refused(tmp_path, content, message):
     for path in (tmp_path / "safetensors/a.safetensors", tmp_path / "bin/a.bin"):
         path.parent.mkdir()
         path.write_bytes(content)
         for source in (path, path.parent):
-            with pytest.raises(UserError, match=says) as error:
+            with pytest.raises(UserError, match=message) as error:
                 read_weights(source)
             assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
 @pytest.mark.parametrize("share", [0.001, 0.02, 0.5, 0.999])
-def test_truncated_files_are_named_so(tmp_path, kind, share):
+def test_truncated_files_are_refused_as_cut_off(tmp_path, kind, share):
     state, path = pico().state_dict(), tmp_path / "a.bin"
     if kind == "safetensors":
         save_file(state, path)
@@ -271,11 +271,11 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     state["blocks.3.norm1.weight"] = torch.ones(64)
     with pytest.raises(UserError, match=r"head\.projection\.bias"):
         models.load_weights(model, {name: value.bfloat16() for name, value in state.items()})
-    other = pico(num_classes=3)  # which leaves the head out
+    other = pico(num_classes=3)  # does not load the head
     models.load_weights(other, state, quiet=True)
 
 
-def test_a_reused_head_is_mentioned(tmp_path):
+def test_the_report_mentions_a_reused_head(tmp_path):
     state = pico().state_dict()
     save_file(state, tmp_path / "model.safetensors")
     assumed = "the head of 5 classes is reused; its classes are assumed to be the same"
@@ -300,7 +300,7 @@ def test_a_reused_head_is_mentioned(tmp_path):
     assert "is reused" not in str(report)
 
 
-def test_the_trainer_and_evaluation_compare_the_classes(images, tmp_path, capsys):
+def test_training_and_evaluation_compare_the_classes(images, tmp_path, capsys):
     config = small("image-ft-pico", images, tmp_path, "run", epochs=0.5)
     start = tmp_path / "start"
     start.mkdir()
@@ -320,8 +320,8 @@ def test_the_trainer_and_evaluation_compare_the_classes(images, tmp_path, capsys
     assert note in capsys.readouterr().out
 
 
-def test_a_decoder_of_other_heads_is_refused(tmp_path):
-    """The shapes are the same for any number of heads, so the weights alone cannot tell."""
+def test_a_decoder_with_another_number_of_heads_is_refused(tmp_path):
+    """The shapes are the same for any number of heads, so only metadata can show the number."""
     source = models.create("mae_hiera_pico_96", input_size=32, decoder_heads=8)
     about = json.dumps({"model": "mae_hiera_pico_96", "step": 1, "decoder_heads": 8})
     save_file(source.state_dict(), tmp_path / "a.safetensors", metadata={"hiera-train": about})
