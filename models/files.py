@@ -21,14 +21,12 @@ from typing import Any
 import torch
 
 from models.formats import State, unwrap
-from models.zoo import CONFIGS
+from models.zoo import CONFIGS, PUBLISHED
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, atomic_write, lock, sha256_of
 
 URL = "https://dl.fbaipublicfiles.com/hiera"
 LICENSE = "weights by Meta Platforms under CC BY-NC 4.0: not for commercial use"
-IMAGE_SIZES = ("tiny", "small", "base", "base_plus", "large", "huge")
-VIDEO_SIZES = ("base", "base_plus", "large", "huge")
 ATTEMPTS, TIMEOUT = 4, 30.0  # of a download; seconds without data
 
 IN_FOLDERS = (
@@ -71,8 +69,8 @@ def read_weights(source: str | Path) -> Weights:
 
 def official_names() -> list[str]:
     """All official names, `MODEL:CHECKPOINT`; a classifier's checkpoint includes its finetuning."""
-    image = [f"hiera_{size}_224" for size in IMAGE_SIZES]
-    video = [f"hiera_{size}_16x224" for size in VIDEO_SIZES]
+    image = [f"hiera_{size}_224" for size in PUBLISHED]
+    video = [f"hiera_{size}_16x224" for size, (_, clip_top1) in PUBLISHED.items() if clip_top1]
     return [
         *(f"{name}:mae_in1k_ft_in1k" for name in image),
         *(f"{name}:mae_k400_ft_k400" for name in video),
@@ -244,7 +242,7 @@ def _explain(path: Path, error: Exception) -> str:
     if found := isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL ([\w.]+\w)", text):
         return (
             f"contains more than tensors ({found[1]}) and could run code when it is loaded; "
-            "save the state dict alone: torch.save(model.state_dict(), FILE)"
+            "save only the state dict: torch.save(model.state_dict(), FILE)"
         )
     kind = type(error).__name__
     return f"is not a weights file, or it is damaged ({kind}); give a PyTorch or safetensors file"

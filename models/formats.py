@@ -94,7 +94,7 @@ def without_prefix(state: State) -> State:
     prefixes = {found[1] for name in state if (found := FIRST.fullmatch(name))}
     if len(prefixes) > 1:
         names = ", ".join(sorted(prefix or "no prefix" for prefix in prefixes))
-        raise UserError(f"the weights hold {len(prefixes)} models ({names}); save one of them alone")
+        raise UserError(f"the weights hold {len(prefixes)} models ({names}); save one of them")
     prefix = next(iter(prefixes), "")
     bare = {name.removeprefix(prefix): value for name, value in state.items()}
     if len(bare) < len(state):

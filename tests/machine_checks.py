@@ -37,7 +37,7 @@ EVALUATION_BATCHES = 2  # in one process
 class Before:
     """The state before a start."""
 
-    asked: dict[str, object]
+    given: dict[str, object]
     digests: dict[str, str]
     valid: list[int]
     finished: bool
@@ -87,10 +87,10 @@ class Checks:
         ]
         return [key if len(self.actions) % 2 else key.replace("_", "-") for key in keys]
 
-    def state_before(self, asked: dict[str, object]) -> Before:
+    def state_before(self, given: dict[str, object]) -> Before:
         """The state before a start with these settings."""
         files = list(self.run.glob("checkpoints/step-*.pt*"))
-        return Before(asked, snapshot(self.run), self.valid, self.finished, files, self.starts(), self.rows())
+        return Before(given, snapshot(self.run), self.valid, self.finished, files, self.starts(), self.rows())
 
     def check(self, before: Before, ended: Ended, moment: Moment | None, layout: Layout) -> None:
         """Check everything after a start."""
@@ -109,7 +109,7 @@ class Checks:
             self.note_legs(resumed, layout, before.rows)
             self.check_end(ended, moment, resumed, layout)
             self.check_checkpoints(ended, moment, resumed, before)
-            self.check_config(ended, before.asked)
+            self.check_config(ended, before.given)
             self.check_rows(ended)
             self.check_weights(resumed)
             self.check_settings(resumed, ended)
@@ -223,16 +223,16 @@ class Checks:
                     f"{path.name} was not renamed: {ended}"
                 )
 
-    def check_config(self, ended: Ended, asked: dict[str, object]) -> None:
+    def check_config(self, ended: Ended, given: dict[str, object]) -> None:
         """If the run has trained, config.json has the settings in effect."""
         path = self.run / "config.json"
         if not path.exists():
             assert not ended.train, "config.json is missing"
             return
         config = flatten(json.loads(path.read_text()))
-        new = {key: config[key] for key, value in asked.items() if not alike(config[key], value)}
+        new = {key: config[key] for key, value in given.items() if not alike(config[key], value)}
         old = {key for key in new if self.recorded is None or self.recorded[key] != config[key]}
-        assert not new or not (ended.train or old), f"config.json has {new}, expected {asked}: {ended}"
+        assert not new or not (ended.train or old), f"config.json has {new}, expected {given}: {ended}"
         self.recorded = config
 
     def check_rows(self, ended: Ended) -> None:

@@ -144,10 +144,10 @@ def test_processes_share_the_memory_of_a_large_catalogue(tmp_path):
         "before = own(); d = dataset.open_dataset(Path(sys.argv[1]), 'train')\n"
         "assert d.offset.sum() > 0 and d.crc.sum() == 0; print(own() - before, len(d.offset))"
     )
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", code, root], capture_output=True, text=True, check=True
     ).stdout
-    grown, frames = map(int, said.split())
+    grown, frames = map(int, printed.split())
     assert frames == 2_000_000 and grown < 8_000  # KiB; the numbers are 32 MB
 
 

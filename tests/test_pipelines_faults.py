@@ -50,10 +50,10 @@ def test_damaged_samples_are_replaced_reported_once_and_counted(images, capfd):
     ids = np.concatenate([batch.ids for batch in batches])
     assert not set(ids) & {4, 17} and 2 * 3 <= sum(batch.bad for batch in batches) <= 2 * 4
     assert all((batch.labels.numpy() == batch.ids % 3).all() for batch in batches)
-    said = capfd.readouterr().err
+    printed = capfd.readouterr().err
     offset = int(images.offset[4])
-    assert said.count(f"000000.tar: 00000004-x.jpg at byte {offset} is not what was packed") == 1
-    assert said.count("000002.tar: 00000017-x.jpg") == 1
+    assert printed.count(f"000000.tar: 00000004-x.jpg at byte {offset} is not what was packed") == 1
+    assert printed.count("000002.tar: 00000017-x.jpg") == 1
 
 
 def test_replacements_do_not_depend_on_the_first_step_or_the_ranks(images):
@@ -198,16 +198,16 @@ def test_a_shard_is_replaced_by_another(tmp_path, other):
     root = image_dataset(tmp_path / "images")
     if other == "swapped":
         swap(root / "train/000000.tar", root / "train/000001.tar")
-        said = r"000000\.tar, .*000001\.tar must have been replaced or swapped since packing: restore them"
+        printed = r"000000\.tar, .*000001\.tar must have been replaced or swapped since packing: restore them"
     else:
         pictures = [[jpeg(picture(96, 72, 100 + seed))] for seed in range(30)]
         strange = write_dataset(tmp_path / "other", pictures, "image")
         shutil.copy(strange / "train/000001.tar", root / "train/000001.tar")
-        said = r"allowed; .*000001\.tar must have been replaced or swapped since packing: restore them"
+        printed = r"allowed; .*000001\.tar must have been replaced or swapped since packing: restore them"
     check_shards(read_info(root))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=printed):
         train(open_dataset(root, "train"), config(0.1), 10)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=printed):
         catalogue = open_dataset(root, "train")
         evaluation(catalogue, config(0.1, size=24), 30)
 

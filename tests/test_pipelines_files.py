@@ -42,8 +42,8 @@ def test_a_full_disk_is_reported_whatever_error_a_library_raises(tmp_path, monke
     with pytest.raises(SystemExit) as ended:
         run_cli(write)
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {tmp_path}/c.pt: No space left on device; free some space, then")
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {tmp_path}/c.pt: No space left on device; free some space, then")
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENAMETOOLONG])

@@ -223,11 +223,11 @@ def test_a_decoder_that_always_fails_is_reported_as_such(images, monkeypatch, ca
     on_an_imitated_gpu(monkeypatch, lambda jpeg: True)
     with pytest.raises(UserError) as raised:
         train(images, 1)
-    said = str(raised.value)
+    message = str(raised.value)
     assert re.search(
-        r"^the GPU's decoder failed on .*\.tar: .*\.jpg at byte \d+, which the CPU decodes", said
+        r"^the GPU's decoder failed on .*\.tar: .*\.jpg at byte \d+, which the CPU decodes", message
     )
-    assert f": {BROKEN}; set speed.decode to whole" in said and "\n" not in said
+    assert f": {BROKEN}; set speed.decode to whole" in message and "\n" not in message
     assert "does not decode" not in capfd.readouterr().err
 
 
@@ -326,8 +326,8 @@ def test_the_installed_nvjpeg_is_loaded_before_torchvisions():
         "own = ctypes.CDLL('libnvjpeg.so.13', os.RTLD_NOLOAD | os.RTLD_NOW); value = ctypes.c_int(); "
         "print([own.nvjpegGetProperty(n, ctypes.byref(value)) or value.value for n in range(3)])"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == str([int(part) for part in version("nvidia-nvjpeg").split(".")[:3]])
+    message = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert message.strip() == str([int(part) for part in version("nvidia-nvjpeg").split(".")[:3]])
 
 
 def test_a_gpu_run_prints_its_nvjpeg_and_warns_of_another_one(monkeypatch):

@@ -222,10 +222,10 @@ class Machine(Checks, RuleBasedStateMachine):
         """Start with these changes: exit code 2, one line, no change of the folder."""
         kind = next(k for k in KINDS.values() if k is not self.kind) if other_kind else self.kind
         allow = (*self.changed(), *allow)
-        asked = {**self.wanted(), **changes, **({"run.allow": allow} if allow else {})}
+        given = {**self.wanted(), **changes, **({"run.allow": allow} if allow else {})}
         with self.recording(f"refused: {changes} allow {allow}"):
             before = snapshot(self.run)
-            ended = self.bench.start(kind, asked, self.run, Layout())
+            ended = self.bench.start(kind, given, self.run, Layout())
             self.check_refused(ended, before)
 
     # ---- one start and its checks
@@ -247,10 +247,10 @@ class Machine(Checks, RuleBasedStateMachine):
         if moment is not None:
             ranks = tuple(rank for rank in moment.ranks if rank < layout.processes) or (0,)
             moment = Moment(moment.signal, moment.event, moment.count, ranks)
-        asked, allow, self.prepared = self.wanted(), self.changed(), 0
+        given, allow, self.prepared = self.wanted(), self.changed(), 0
         with self.recording(f"start {layout} {moment} allow {allow}"):
-            before = self.state_before(asked)
-            words = {**asked, **({"run.allow": tuple(allow)} if allow else {})}
+            before = self.state_before(given)
+            words = {**given, **({"run.allow": tuple(allow)} if allow else {})}
             ended = self.bench.start(self.kind, words, self.run, layout, moment)
             struck = f"struck {ended.struck} train {ended.train} evaluate {ended.evaluate}"
             self.actions[-1] += f" -> codes {ended.codes} {struck}; checkpoints {self.valid}"

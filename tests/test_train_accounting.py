@@ -238,15 +238,15 @@ def test_evaluation_stops_at_the_configured_damage(tmp_path: Path):
 def test_samples_with_nan_features_count_as_wrong(images: Path, tmp_path: Path, monkeypatch):
     nan = float("nan")
     known = torch.tensor([[0.0, 1.0], [0.1, 1.0], [1.0, 0.0], [1.0, 0.1]])
-    asked = torch.tensor([[nan, 1.0], [0.0, 1.0], [1.0, 0.0], [nan, nan]])
+    queries = torch.tensor([[nan, 1.0], [0.0, 1.0], [1.0, 0.0], [nan, nan]])
     classes = torch.tensor([0, 0, 1, 1])
-    given = iter([(known, classes), (asked, torch.tensor([0, 0, 1, 0]))])
+    given = iter([(known, classes), (queries, torch.tensor([0, 0, 1, 0]))])
     monkeypatch.setattr(probe, "features", lambda *_: next(given))
     config = small("image-mae-pico", images, tmp_path, "run", epochs=0.4)
     assert loop.fit(config, mae.make_task) == 0
     wanted = probe.Arguments(tmp_path / "run", device="cpu", k=1)
     assert probe.probe(wanted) == {"knn": 0.5, "linear": 0.5}
-    given = iter([(asked, classes), (known, classes)])
+    given = iter([(queries, classes), (known, classes)])
     with pytest.raises(UserError, match="2 of 4 training samples have features that are not finite"):
         probe.probe(wanted)
 

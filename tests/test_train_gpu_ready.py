@@ -253,13 +253,13 @@ def test_training_runs_with_deterministic_kernels(images, tmp_path, capsys, monk
 def test_torchrun_gives_its_processes_time_to_save():
     """torchrun's default of 30 seconds is too short for a large model."""
     assert "--shutdown-timeout 240" in call_make("-n", "train-mae", "NODES=2", "GPUS=8")
-    asked = []
+    timeouts = []
 
     def run(arguments) -> None:
-        asked.append(arguments.shutdown_timeout)
+        timeouts.append(arguments.shutdown_timeout)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr("sys.argv", ["train.mae", "image-mae-pico"])
         patch.setattr("torch.distributed.run.run", run)
         distributed.launch(2, 0)
-    assert asked == [240]
+    assert timeouts == [240]
