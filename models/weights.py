@@ -105,8 +105,7 @@ def _check_decoder(label: str, state: State, heads: int, model: Encoder) -> None
     if heads and heads != model.config.decoder_heads:
         raise UserError(
             f"{label}: the decoder has {heads} heads in the weights and {model.config.decoder_heads} in the "
-            "model; "
-            f"create the model with decoder_heads {heads} (--decoder-heads {heads})"
+            f"model; create the model with decoder_heads {heads} (--decoder-heads {heads})"
         )
 
 
