@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: maps neighbouring counters to distant values
+GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: maps neighboring counters to distant values
 STREAM_DROP_PATH, STREAM_DROPOUT, STREAM_DECODE = range(1, 4)
 
 

@@ -44,7 +44,7 @@ def test_draws_equal_those_of_plain_python_integers():
 
 @pytest.mark.parametrize("kind", ["hashed", "low", "high", "top"])
 def test_draws_are_uniform_and_independent(kind: str):
-    """Mean, variance, chi-square over 256 bins and correlation of neighbours are within 5 sigma."""
+    """Mean, variance, chi-square over 256 bins and correlation of neighbors are within 5 sigma."""
     keys = keys_like(kind, 4096)
     table = torch.stack([draws.uniform(keys, stream, 64) for stream in (1, 2)]).double()
     count = table[0].numel()
@@ -58,13 +58,13 @@ def test_draws_are_uniform_and_independent(kind: str):
         rows = torch.bincount((u[:, 0] * 256).long(), minlength=256)  # over keys at one counter
         assert ((rows - 16) ** 2 / 16).sum() < 255 + 5 * (2 * 255) ** 0.5
     a, b = (table - 0.5) * 12**0.5
-    neighbours = {
+    neighbors = {
         "keys": (a[1:], a[:-1]),
         "counters": (a[:, 1:], a[:, :-1]),
         "streams": (a, b),
         "streams and counters": (a[:, 1:], b[:, :-1]),
     }
-    for what, (x, y) in neighbours.items():
+    for what, (x, y) in neighbors.items():
         assert abs((x * y).mean()) < 5 / x.numel() ** 0.5, what
 
 

@@ -155,10 +155,10 @@ def test_cutmix_boxes_equal_those_of_timm():
     generator = np.random.Generator(np.random.Philox(key=key))
     generator.random(200)
     lambdas = generator.beta(np.ones(200), np.ones(200))
-    centres = [generator.integers(0, size, 200) for size in (24, 32)]
+    centers = [generator.integers(0, size, 200) for size in (24, 32)]
     for pair, row in enumerate(mixing.draw_pairs(settings, 3, 24, 32)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(timm_mixup.np.random, "randint", Mock(side_effect=[c[pair] for c in centres]))
+            patch.setattr(timm_mixup.np.random, "randint", Mock(side_effect=[c[pair] for c in centers]))
             box, lam = timm_mixup.cutmix_bbox_and_lam((3, 24, 32), lambdas[pair])
         assert row[2:].tolist() == list(box)
         assert row[0] == pytest.approx(1 - lam, abs=1e-6)

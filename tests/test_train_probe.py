@@ -25,9 +25,9 @@ def test_neighbors_vote_with_weights_by_similarity():
 
 def test_the_linear_layer_separates_only_separable_classes():
     torch.manual_seed(0)
-    centres = 3 * torch.randn(3, 16)
+    centers = 3 * torch.randn(3, 16)
     classes = torch.randint(3, (90,))
-    points = centres[classes] + torch.randn(90, 16)
+    points = centers[classes] + torch.randn(90, 16)
     assert probe.accuracy(probe.linear(points[:60], classes[:60], points[60:], 1e-3), classes[60:]) > 0.95
     noise = torch.randn(600, 16)
     classes = torch.randint(2, (600,))
