@@ -118,6 +118,7 @@ def random_draws(place: Place) -> str:
     wanted = drawn(keys)
     for name, function in (("eager", drawn), ("compiled", torch.compile(drawn, fullgraph=True))):
         found = [part.cpu() for part in function(keys.to(place.device))]
-        wrong = sum(not torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        # Compiled code may multiply by 1 / (1 - rate), which rounds differently.
+        wrong = sum(not torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(found, wanted, strict=True))
         need(wrong == 0, f"{name}: {wrong} of {len(wanted)} tensors differ from the CPU's")
-    return f"{len(wanted)} tensors equal the CPU's"
+    return f"{len(wanted)} tensors are those of the CPU"

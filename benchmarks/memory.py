@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from models.factory import create
 from models.mae import MaskedAutoencoder
+from models.zoo import create
 from pipelines.errors import run_cli
 
 SIZES = ("tiny", "small", "base", "base_plus", "large", "huge")

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from benchmarks.parity import timm_model, transformers_model, upstream_model
 from benchmarks.results import Race, Results, show
-from models.factory import config_of, create
-from models.macs import bf16_peak, forward_macs
 from models.unroll import unit_grid
+from models.zoo import bf16_peak, config_of, create, forward_macs
 from pipelines.errors import UserError, run_cli
 
 NAMES = ("mae_hiera_base_224", "hiera_base_224", "mae_hiera_base_16x224", "hiera_base_16x224")

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from models.factory import SIZES, config_of
 from models.formats import from_ours
 from models.hiera import Hiera, HieraConfig
 from models.mae import MaskedAutoencoder
 from models.weights import load_weights
+from models.zoo import SIZES, config_of
 from pipelines.errors import UserError, run_cli
 
 Pair = tuple[Tensor, Tensor]

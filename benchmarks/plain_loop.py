@@ -17,10 +17,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.parity import timm_model, transformers_model
-from models.factory import config_of
 from models.hiera import Hiera
 from models.inputs import IMAGE_STATS, VIDEO_STATS
 from models.mae import MaskedAutoencoder
+from models.zoo import config_of
 
 Model = Literal["ours", "timm", "transformers"]
 

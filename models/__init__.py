@@ -4,16 +4,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from models.errors import ModelError
-    from models.factory import create, list_models
     from models.weights import load_weights
+    from models.zoo import create, list_models
 
-__all__ = ["ModelError", "create", "list_models", "load_weights"]
-MODULES = {"ModelError": "errors", "create": "factory", "list_models": "factory", "load_weights": "weights"}
+__all__ = ["create", "list_models", "load_weights"]
+MODULES = {"create": "zoo", "list_models": "zoo", "load_weights": "weights"}
 
 
 def __getattr__(name: str) -> object:
-    """Import a part when it is first used: timm takes seconds, and a launcher can do without."""
+    """Import a module on first use: the models import timm, which takes seconds and launchers do not need."""
     if name not in MODULES:
         raise AttributeError(f"module 'models' has no attribute '{name}'")
     return getattr(importlib.import_module(f"models.{MODULES[name]}"), name)

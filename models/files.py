@@ -1,21 +1,33 @@
-"""Read weights: safetensors and PyTorch files, shards with an index, folders. Code in a file never runs."""
+"""Find and read weights: files, shards with an index, folders, and the authors' weights by name.
+
+Code in a file never runs. Official names are such as `mae_hiera_base_16x224:mae_k400`; their files are
+downloaded once into torch's hub cache, with their SHA-256 in a second file.
+"""
 
 import argparse
 import json
 import pickle
 import re
+import shutil
 import struct
+import time
+import urllib.error
+import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from models.errors import ModelError
-from models.factory import CONFIGS
-from models.formats import State
+from models.formats import State, unwrap
+from models.zoo import CONFIGS, PUBLISHED
+from pipelines.errors import UserError
+from pipelines.files import atomic_text, atomic_write, lock, sha256_of
+
+URL = "https://dl.fbaipublicfiles.com/hiera"
+LICENSE = "weights by Meta Platforms under CC BY-NC 4.0: not for commercial use"
+ATTEMPTS, TIMEOUT = 4, 30.0  # of a download; seconds without data
 
 IN_FOLDERS = (
     "model.safetensors",
@@ -25,196 +37,237 @@ IN_FOLDERS = (
     "best.safetensors",
 )
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
-AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-WRAPPERS = ("model_state", "model_state_dict", "state_dict", "model", "module")
-NESTING = 4  # wrappers within wrappers, at most
 WEB_PAGES = (b"<!doctype html", b"<html", b"<head", b"<?xml")
-HEADER_LIMIT = 100_000_000  # bytes; the safetensors format has this limit
-TRANSFORMERS_HEADS = 16  # decoder heads of a transformers config that does not mention them
+HEADER_LIMIT = 100_000_000  # bytes; a limit of the safetensors format
+TRANSFORMERS_HEADS = 16  # transformers' default number of decoder heads
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What was read, and what the file and its folder say about it."""
+    """Weights, and the facts that their file and its folder contain."""
 
     path: Path
-    state: State  # by the names of the file
-    note: str = ""  # which of several state dicts was taken
+    state: State  # with the file's own parameter names
+    note: str = ""  # which of several state dicts was chosen
     classes: tuple[str, ...] = ()  # class names of the head's outputs; empty if unknown
-    decoder_heads: int = 0  # 0 if unknown: shapes do not depend on it
+    decoder_heads: int = 0  # 0 if unknown; the shapes do not show it
 
 
-def read_weights(path: Path) -> Weights:
-    """Read a weights file, a sharded file's index, or the weights in a folder, to the CPU.
+def read_weights(source: str | Path) -> Weights:
+    """Read a weights file, a sharded file's index, the weights in a folder, or official weights, to the CPU.
 
-    Raises ModelError if there are none, if a file holds anything but tensors, or if it is damaged.
+    Raises UserError if there are no weights, or if a file is damaged or has other objects than tensors.
     """
-    path = find_weights(path)
+    path = find_weights(path_of(str(source)))
     content = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
     state, note = unwrap(content, str(path))
     return Weights(path, state, note, classes_of(path), decoder_heads_of(path))
 
 
-def find_weights(path: Path) -> Path:
-    """The weights file that a path means: itself, or the one in a folder.
+# ---- official weights ------------------------------------------------------------------------------------
 
-    In a folder the first of IN_FOLDERS is taken, else the only file with one of SUFFIXES. Raises ModelError.
+
+def official_names() -> list[str]:
+    """All official names, `MODEL:CHECKPOINT`; a classifier's checkpoint includes its finetuning."""
+    image = [f"hiera_{size}_224" for size in PUBLISHED]
+    video = [f"hiera_{size}_16x224" for size, (_, clip_top1) in PUBLISHED.items() if clip_top1]
+    return [
+        *(f"{name}:mae_in1k_ft_in1k" for name in image),
+        *(f"{name}:mae_k400_ft_k400" for name in video),
+        *(f"mae_{name}:mae_in1k" for name in image),
+        *(f"mae_{name}:mae_k400" for name in video),
+    ]
+
+
+def is_official(source: str) -> bool:
+    """Whether `source` has the form of an official name rather than of a path."""
+    return source.startswith(("hiera_", "mae_hiera_")) and ":" in source
+
+
+def path_of(source: str) -> Path:
+    """The file or folder of a path or an official name; downloads official weights on first use.
+
+    Raises UserError if a path does not exist and its name resembles an official one.
+    """
+    if is_official(source):
+        return fetch(source)
+    path = Path(source)
+    if not path.exists():
+        for name in official_names():
+            if name.split(":")[0] == path.name.removesuffix(".pth"):
+                raise UserError(f"there is no weights file at {path}; the authors' weights are called {name}")
+    return path
+
+
+def fetch(name: str, url: str = "", wait: float = 2.0) -> Path:
+    """The local file of an official name, downloaded on first use; prints its license.
+
+    wait: seconds before the first retry; each further wait is twice as long.
+    Raises UserError for an unknown name, a failed download or a file that changed after its download.
+    """
+    if name not in official_names():
+        raise UserError(f"there are no official weights {name!r}; known: {', '.join(official_names())}")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name.split(':')[0]}.pth"
+    checksum = path.with_suffix(".pth.sha256")
+    if not (path.is_file() and checksum.is_file() and checksum.stat().st_size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with checksum.open("a") as held:  # the first of a run's processes downloads, the others wait
+            lock(held, path.parent, "several processes may download the same file", wait=True)
+            if not path.is_file():
+                _download(f"{url or URL}/{path.name}", path, wait)
+            if not checksum.stat().st_size:
+                atomic_text(checksum, sha256_of(path) + "\n")
+    if checksum.read_text().strip() != sha256_of(path):
+        raise UserError(f"{path} has changed since its download; delete it and {checksum.name}, then retry")
+    print(f"{name}: {LICENSE}")
+    return path
+
+
+def _download(url: str, path: Path, wait: float) -> None:
+    """Download with retries. torch.hub's function has no timeout and accepts files that are cut off."""
+    from rich.console import Console
+    from rich.progress import wrap_file
+
+    for attempt in range(ATTEMPTS):
+        try:
+            with (
+                atomic_write(path) as part,
+                urllib.request.urlopen(url, timeout=TIMEOUT) as reply,
+                part.open("wb") as file,
+            ):
+                size = int(reply.headers.get("Content-Length") or 0)
+                with wrap_file(reply, size, description=path.name, console=Console(stderr=True)) as source:
+                    shutil.copyfileobj(source, file)
+                if size and file.tell() != size:
+                    raise OSError(f"the connection broke after {file.tell()} of {size} bytes")
+            return
+        except OSError as error:
+            reason = error
+            if isinstance(error, urllib.error.HTTPError) and error.code in (403, 404):
+                break
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(wait * 2**attempt)
+    raise UserError(f"cannot download {url} ({reason}); download it elsewhere and put it at {path}")
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def find_weights(path: Path) -> Path:
+    """The weights file at a path: the file itself, or one in the folder.
+
+    In a folder this is the first of IN_FOLDERS, else the only file with one of SUFFIXES. Raises UserError.
     """
     if not path.is_dir():
         if not path.is_file():
-            raise ModelError(f"no weights file at {path}; check the path")
+            raise UserError(f"there is no weights file at {path}; check the path")
         return path
     for name in IN_FOLDERS:
         if (path / name).is_file():
             return path / name
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not found:
-        raise ModelError(f"no weights file in {path}; it needs one of {', '.join(IN_FOLDERS)}")
+        raise UserError(f"there is no weights file in {path}; it needs one of {', '.join(IN_FOLDERS)}")
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
-        raise ModelError(f"{path} has several weights files ({names}); name one of them")
+        raise UserError(f"{path} has several weights files ({names}); name one of them")
     return found[0]
 
 
-def unwrap(content: object, label: str) -> tuple[State, str]:
-    """The state dict in a file's content, and a note if a moving average was preferred to the plain weights.
-
-    The moving average is preferred as in timm, and as this project's own runs export it. Raises ModelError.
-    """
-    found = _find_state(content, NESTING)
-    if found is None:
-        raise ModelError(f"{label} has no state dict of names and tensors; save model.state_dict()")
-    return found
-
-
-def _find_state(content: object, depth: int) -> tuple[State, str] | None:
-    if not isinstance(content, dict) or not content or not depth:
-        return None
-    if all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        return content, ""
-    inside = ((name, _find_state(content.get(name), depth - 1)) for name in (*AVERAGES, *WRAPPERS))
-    found = {name: state for name, state in inside if state is not None}
-    if not found:
-        return None
-    (first, (state, note)), *others = found.items()
-    if first in AVERAGES and others:
-        also = ", ".join(name for name, _ in others)
-        note = f"{first} of the file is taken (the moving average); it also has {also}"
-    return state, note
-
-
 def _read_file(path: Path) -> object:
-    """The content of one safetensors or PyTorch file; its first bytes decide which it is."""
-    try:
-        start = _start_of(path)
-        if start[8:9] == b"{" and not start.startswith(b"PK"):
-            return _read_safetensors(path)
-        return _read_torch(path)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    """The content of one safetensors or PyTorch file; its first bytes decide which it is.
 
-
-def _start_of(path: Path) -> bytes:
-    """A file's first bytes; raises ModelError for what people download or copy by mistake."""
-    with path.open("rb") as file:
-        start = file.read(512)
-    if not start:
-        raise ModelError(f"{path} is empty; download or copy it again")
-    if start.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise ModelError(
-            f"{path} is a Git LFS pointer and not the weights; run git lfs pull in its repository"
-        )
-    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(WEB_PAGES):
-        raise ModelError(
-            f"{path} is a web page, such as an error or login page, and not weights; download it again"
-        )
-    return start
-
-
-def _read_safetensors(path: Path) -> State:
-    from safetensors import SafetensorError
+    A PyTorch file may contain tensors, plain values and argparse.Namespace, which timm and mae save.
+    """
     from safetensors.torch import load_file
 
     try:
-        header, size = _header(path)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        if size + max(ends, default=0) > path.stat().st_size:
-            _cut_off(path)
-        return load_file(path)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        _no_weights(path, error)
+        start = _start_of(path)
+        zipped = start.startswith(b"PK")
+        if start[8:9] == b"{" and not zipped:
+            header, size = _header(path)
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            if size + max(ends, default=0) > path.stat().st_size:
+                raise EOFError
+            return load_file(path)
+        if zipped and not zipfile.is_zipfile(path):  # its directory is at the end
+            raise EOFError
+        # Torch would decide by the suffix of a path, so it gets an open file.
+        with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise errors of many kinds
+        raise UserError(f"{path} {_explain(path, error)}") from error
+
+
+def _start_of(path: Path) -> bytes:
+    """The first bytes of a file. Raises UserError for files that are often saved in place of weights."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise UserError(f"{path} is empty; download or copy it again")
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UserError(
+            f"{path} is a Git LFS pointer and not the weights; run git lfs pull in its repository"
+        )
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(WEB_PAGES):
+        raise UserError(f"{path} is a web page, such as an error or login page; download the weights again")
+    return start
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors header and the bytes before the first tensor; ValueError if it is not one."""
+    """A safetensors header and the number of bytes before the tensors.
+
+    Raises ValueError if the file has no such header, and EOFError if the header is cut off.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > HEADER_LIMIT:
             raise ValueError("the header is too long")
         text = file.read(length)
     if len(text) < length:
-        _cut_off(path)
+        raise EOFError
     return json.loads(text), 8 + length
 
 
-def _read_torch(path: Path) -> object:
-    """Load a PyTorch file; of all classes only tensors and argparse.Namespace (timm, mae) are accepted."""
-    with path.open("rb") as file:
-        if file.read(2) == b"PK" and not zipfile.is_zipfile(path):
-            _cut_off(path)
-    try:
-        # An open file, since torch decides by the suffix of a path.
-        with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged files raise errors of many kinds
-        text = str(error)
-        if (
-            isinstance(error, EOFError | struct.error | IndexError)
-            or "unexpected EOF" in text
-            or "was truncated" in text
-        ):
-            _cut_off(path)
-        if found := isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL ([\w.]+\w)", text):
-            raise ModelError(
-                f"{path} contains more than tensors ({found[1]}) and could run code when it is loaded; "
-                "save the state dict alone: torch.save(model.state_dict(), FILE)"
-            ) from error
-        _no_weights(path, error)
-
-
-def _cut_off(path: Path) -> NoReturn:
-    size = path.stat().st_size
-    raise ModelError(f"{path} is cut off after {size} bytes; download or copy it again")
-
-
-def _no_weights(path: Path, error: Exception) -> NoReturn:
-    raise ModelError(
-        f"{path} is no weights file, or it is damaged ({type(error).__name__}); "
-        "give a PyTorch or safetensors file"
-    ) from error
+def _explain(path: Path, error: Exception) -> str:
+    """The problem with a file that could not be read, and what to do about it."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror}); check its permissions"
+    short = "unexpected EOF" in text or "was truncated" in text
+    if short or isinstance(error, EOFError | struct.error | IndexError):
+        return f"is cut off after {path.stat().st_size} bytes; download or copy it again"
+    if found := isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL ([\w.]+\w)", text):
+        return (
+            f"contains more than tensors ({found[1]}) and could run code when it is loaded; "
+            "save only the state dict: torch.save(model.state_dict(), FILE)"
+        )
+    kind = type(error).__name__
+    return f"is not a weights file, or it is damaged ({kind}); give a PyTorch or safetensors file"
 
 
 def _read_shards(index: Path) -> State:
-    """The tensors that an index names; every shard must be in the index's own folder."""
+    """The tensors in an index. Raises UserError unless all shards are in the index's own folder."""
     _start_of(index)
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise ModelError(f"{index} is not an index of weights, or it is damaged; download it again")
+        raise UserError(f"{index} is not an index of weights, or it is damaged; download it again")
     parts: dict[str, State] = {}
     for name in dict.fromkeys(places.values()):
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-            raise ModelError(f"{index} names {name!r} as a shard; every shard must be in its own folder")
+            raise UserError(f"{index} names {name!r} as a shard; every shard must be in its own folder")
         if not index.with_name(name).is_file():
-            raise ModelError(f"{name}, a shard of {index}, is missing; download it")
+            raise UserError(f"{name}, a shard of {index}, is missing; download it")
         parts[name] = unwrap(_read_file(index.with_name(name)), str(index.with_name(name)))[0]
     for tensor, name in places.items():
         if tensor not in parts[name]:
-            raise ModelError(f"{index.with_name(name)} lacks {tensor}, which its index names; download both")
+            raise UserError(f"{index.with_name(name)} lacks {tensor}, which its index names; download both")
     return {tensor: parts[name][tensor] for tensor, name in places.items()}
+
+
+# ---- facts in the same folder ----------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -227,7 +280,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def classes_of(weights: Path) -> tuple[str, ...]:
-    """Class names from the same folder: a run's data.json or a transformers config; empty if unknown."""
+    """Class names from a run's data.json or a transformers config.json; empty if unknown."""
     names = read_json(weights.with_name("data.json")).get("classes")
     labels = read_json(weights.with_name("config.json")).get("id2label")
     if not names and isinstance(labels, dict) and all(number.isdecimal() for number in labels):
@@ -239,29 +292,26 @@ def classes_of(weights: Path) -> tuple[str, ...]:
 
 
 def decoder_heads_of(weights: Path) -> int:
-    """Decoder heads by the file's own metadata, else by the config.json in its folder; 0 if unknown."""
-    config = read_json(weights.with_name("config.json"))
-    about = _about(weights)
-    if "decoder_heads" not in about:
+    """Decoder heads from the metadata of an export or from config.json; 0 if unknown."""
+    config, facts = read_json(weights.with_name("config.json")), _metadata(weights)
+    if "decoder_heads" not in facts:
         if config.get("model_type") == "hiera":
-            heads = config.get("decoder_num_heads", TRANSFORMERS_HEADS)
-            return heads if isinstance(heads, int) else 0
-        if config.get("kind") != "mae":
+            facts = {"decoder_heads": config.get("decoder_num_heads", TRANSFORMERS_HEADS)}
+        elif config.get("kind") == "mae" and isinstance(config.get("model"), dict):
+            facts = {"model": config["model"].get("name"), "decoder_heads": config.get("decoder_heads")}
+        else:
             return 0
-        model = config.get("model")
-        name = model.get("name") if isinstance(model, dict) else ""
-        about = {"model": name, "decoder_heads": config.get("decoder_heads")}
-    known = CONFIGS.get(str(about.get("model")).removeprefix("mae_"))
-    heads = about["decoder_heads"] or (known.decoder_heads if known else 0)  # 0: the model's own
+    known = CONFIGS.get(str(facts.get("model")).removeprefix("mae_"))
+    heads = facts["decoder_heads"] or (known.decoder_heads if known else 0)  # 0: the model's own number
     return heads if isinstance(heads, int) else 0
 
 
-def _about(weights: Path) -> dict[str, Any]:
-    """What this project's export wrote into a safetensors file; empty for other files."""
+def _metadata(weights: Path) -> dict[str, Any]:
+    """The metadata that this project writes into exported safetensors files; empty for other files."""
     if weights.suffix != ".safetensors":
         return {}
     try:
         values = json.loads(_header(weights)[0]["__metadata__"]["hiera-train"])
-    except (OSError, ValueError, LookupError, TypeError):  # also ModelError
+    except (OSError, ValueError, LookupError, TypeError, EOFError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -1,6 +1,6 @@
 """Hiera, the hierarchical vision transformer of Ryali et al. 2023 (arXiv 2306.00989).
 
-Parameter names and initialisation are those of the authors' release, so its weights load as they are.
+Parameter names and initialization are those of the authors' release, so its weights load unchanged.
 """
 
 import math
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.draws import drop_path_scales, dropout
-from models.errors import ModelError
 from models.layers import NORM_EPS, Block, PatchEmbed, init_uniform
 from models.unroll import UNIT, reroll, unit_grid, unroll
+from pipelines.errors import UserError
 
 
 @dataclass(frozen=True)
 class HieraConfig:
-    """All that decides a model's shape; the last two groups concern the classifier or the autoencoder."""
+    """Architecture of a model. The last two groups of fields are for classifiers and for autoencoders."""
 
     input_size: tuple[int, ...] = (224, 224)  # (H, W), or (T, H, W) for clips
     in_chans: int = 3
-    width: int = 96  # channels of the first stage; every stage doubles them
-    heads: int = 1  # of the first stage; doubled likewise
+    width: int = 96  # channels of the first stage; each further stage doubles them
+    heads: int = 1  # of the first stage; each further stage doubles them
     stages: tuple[int, int, int, int] = (2, 3, 16, 3)  # blocks per stage
-    drop_path_rate: float = 0.0  # of the last block; rises linearly from 0
+    drop_path_rate: float = 0.0  # of the last block; increases linearly from 0 at the first
     checkpoint_stages: tuple[int, ...] = ()  # stages (1 to 4) whose activations are recomputed
-    abs_win: bool = False  # absolute-window position embeddings, images only
-    global_pos_size: tuple[int, int] = (14, 14)  # their global part's grid
+    abs_win: bool = False  # absolute-window position embeddings, for images only
+    global_pos_size: tuple[int, int] = (14, 14)  # grid of their global part
 
     num_classes: int = 1000
     head_dropout: float = 0.0
@@ -37,24 +37,24 @@ class HieraConfig:
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
-    decode_ratio: float = 1.0  # share of the masked tokens that training decodes
+    decode_ratio: float = 1.0  # share of the masked tokens that are decoded in training
 
     @property
     def video(self) -> bool:
-        """Whether the input is clips."""
+        """Whether the model takes clips."""
         return len(self.input_size) == 3
 
 
 class Encoder(nn.Module):
-    """Patch embedding, positions and blocks: what the classifier and the autoencoder share.
+    """Patch embedding, position embeddings and blocks, shared by the classifier and the autoencoder.
 
-    `pools` counts the poolings: after each of the first `pools` stages tokens shrink four times.
+    pools: number of 2x2 poolings; there is one after each of the first `pools` stages.
     """
 
     def __init__(self, config: HieraConfig, pools: int) -> None:
         super().__init__()
         if not set(config.checkpoint_stages) <= {1, 2, 3, 4}:
-            raise ModelError(f"checkpoint_stages can name 1, 2, 3 and 4, not {config.checkpoint_stages}")
+            raise UserError(f"checkpoint_stages is {config.checkpoint_stages}; choose from 1, 2, 3 and 4")
         self.config = config
         self.input_size = config.input_size
         self.units = unit_grid(config.input_size)
@@ -68,7 +68,7 @@ class Encoder(nn.Module):
     def _add_positions(self) -> None:
         width, (t, h, w) = self.config.width, (self.units[0], *(UNIT * n for n in self.units[1:]))
         if self.config.abs_win and self.config.video:
-            raise ModelError("abs_win position embeddings exist for images only")
+            raise UserError("abs_win position embeddings are for images only; turn abs_win off")
         if self.config.abs_win:
             self.pos_embed = nn.Parameter(torch.empty(1, width, *self.config.global_pos_size))
             self.pos_embed_win = nn.Parameter(torch.empty(1, width, UNIT, UNIT))
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
     def positions(self) -> Tensor:
         """Position embeddings in token order, [units, 64, width]."""
         t, h, w = self.units[0], UNIT * self.units[1], UNIT * self.units[2]
-        if self.config.abs_win:  # arXiv 2311.05613: a global map, resampled, plus a tiled window
+        if self.config.abs_win:  # arXiv 2311.05613: a resampled global map plus a tiled window
             table = F.interpolate(self.pos_embed, size=(h, w), mode="bicubic", antialias=True)
             table = (table + self.pos_embed_win.tile(self.units[1:])).permute(0, 2, 3, 1)
         elif self.config.video:
@@ -91,15 +91,15 @@ class Encoder(nn.Module):
         return unroll(table.reshape(1, t, h, w, -1))[0]
 
     def encode(self, x: Tensor, keep: Tensor | None = None, row_keys: Tensor | None = None) -> list[Tensor]:
-        """Output of every stage for pixels [B, C, (T), H, W]: [B, units or kept, n, channels] each.
+        """The output of each stage for pixels [B, C, (T), H, W]: [B, units or kept, n, channels].
 
-        keep: int64 [B, k], sorted indices of the mask units to look at; None looks at all.
-        row_keys: int64 [B], decide drop path in training; None draws it from torch's generator.
-        Raises ModelError when the input's shape is not the model's.
+        keep: int64 [B, k], sorted indices of the mask units to encode; None encodes all.
+        row_keys: int64 [B], keys of the rows' drop path in training; None draws from torch's generator.
+        Raises UserError if the input does not have the model's input size.
         """
         if x.shape[1:] != (self.config.in_chans, *self.input_size):
             wanted = ", ".join(map(str, (self.config.in_chans, *self.input_size)))
-            raise ModelError(f"this model takes inputs of shape [B, {wanted}], not {list(x.shape)}")
+            raise UserError(f"the input has shape {list(x.shape)}; this model takes [B, {wanted}]")
         x = self.patch_embed(x if self.config.video else x.unsqueeze(2), keep, self.units)
         table = self.positions()
         x = x + (table if keep is None else F.embedding(keep, table.flatten(1)).view(x.shape))
@@ -116,22 +116,22 @@ class Encoder(nn.Module):
         return outputs
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves alone: position embeddings and the mask token."""
+        """Names of the parameters without weight decay: position embeddings and the mask token."""
         return {name for name, _ in self.named_parameters() if "pos_embed" in name or name == "mask_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Layer groups for timm's layer decay: stem, one per block, then norm and head as the last."""
+        """Layer groups for timm's layer decay: the stem, one per block, then norm and head together."""
         return {"stem": r"^patch_embed|^pos_embed", "blocks": r"^blocks\.(\d+)"}
 
 
 def _blocks(config: HieraConfig, pools: int) -> list[Block]:
-    """All stages' blocks in a flat list."""
+    """The blocks of all stages in one list."""
     blocks: list[Block] = []
     for stage, depth in enumerate(config.stages):
         dim, heads = config.width * 2**stage, config.heads * 2**stage
         for number in range(depth):
             first = number == 0 and stage > 0
-            # Stages 1 and 2 attend inside units, and so does the block that leaves stage 2, still unpooled.
+            # Stages 1 and 2 attend inside units. So does the first block of stage 3: its keys are unpooled.
             windowed = stage < 2 or (stage == 2 and first)
             pool = first and stage <= pools
             blocks.append(Block(dim // 2 if first else dim, dim, heads, windowed, pool))
@@ -150,7 +150,7 @@ class Hiera(Encoder):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw every parameter anew, as the authors' release does."""
+        """Initialize all parameters as the authors' release does."""
         for name, parameter in self.named_parameters():
             if "pos_embed" in name:
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -166,7 +166,7 @@ class Hiera(Encoder):
             parameter.mul_(0.001)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: the mean over the last map's tokens, normalised, [B, width_out]."""
+        """The input of the head: the mean over the last stage's tokens, normalized, [B, width_out]."""
         return self._pooled(self.encode(x))
 
     def _pooled(self, outputs: list[Tensor]) -> Tensor:
@@ -175,9 +175,11 @@ class Hiera(Encoder):
     def forward(
         self, x: Tensor, return_intermediates: bool = False, row_keys: Tensor | None = None
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Logits [B, classes]; on demand also every stage's map [B, (t), h, w, C] in spatial order.
+        """Logits [B, classes].
 
-        row_keys: int64 [B], decide drop path and dropout in training; None uses torch's generator.
+        return_intermediates: also return each stage's output in spatial order, [B, (t), h, w, C].
+        row_keys: int64 [B], keys of the rows' drop path and dropout in training; None draws from torch's
+        generator.
         """
         outputs = self.encode(x, row_keys=row_keys)
         pooled = self._pooled(outputs)

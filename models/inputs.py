@@ -1,24 +1,24 @@
-"""Pixels as the data path delivers them -> what a model takes."""
+"""Conversion of the loader's pixels to a model's input."""
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Per channel, of values in [0, 1]: ImageNet's, and the ones video models have used since SlowFast.
+# Mean and deviation per channel, for values in [0, 1]: ImageNet's, and those of SlowFast for clips.
 IMAGE_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 VIDEO_STATS = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
 
 
 def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """Copy small host data to the device without waiting for it: from pinned memory on CUDA."""
+    """Copy small host data to the device; on CUDA from pinned memory, asynchronously."""
     tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class NormalizedInput(nn.Module):
-    """A model with normalization in front, so that bytes cross from the loader and one graph does both.
+    """A model with normalization in front. The loader delivers bytes, and one graph computes both.
 
-    model takes float32 [b, 3, (T,) H, W]; this takes [b, (T,) H, W, 3] of 0 to 255, uint8 or float.
+    `model` takes float32 [b, 3, (T,) H, W]. This module takes [b, (T,) H, W, 3], 0 to 255, uint8 or float.
     """
 
     offset: Tensor
@@ -36,9 +36,9 @@ class NormalizedInput(nn.Module):
         return ((pixels.float() - self.offset) * self.factor).movedim(-1, 1)
 
     def restore(self, x: Tensor) -> Tensor:
-        """The inverse of `normalize`: float32 [b, (T,) H, W, 3] of 0 to 255 and a little beyond."""
+        """The inverse of `normalize`: float32 [b, (T,) H, W, 3]; predicted pixels may leave 0 to 255."""
         return x.movedim(1, -1) / self.factor + self.offset
 
     def forward(self, pixels: Tensor, **given: Tensor) -> object:
-        """What the model gives for these pixels."""
+        """The model's output for these pixels."""
         return self.model(self.normalize(pixels), **given)

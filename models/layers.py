@@ -7,15 +7,18 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from models.unroll import FRAMES, STRIDE, UNIT, Grid, max_pool, take, unroll
+from models.unroll import FRAMES, STRIDE, UNIT, Grid, gather_cells, max_pool, unroll
 
-KERNEL, PADDING = 7, 3  # patch embedding, in pixels; in time it is 3 frames, 1 padded in front
-HALO = KERNEL - STRIDE  # pixels that a unit's tokens see above and left of the unit
+KERNEL, PADDING = 7, 3  # of the patch embedding, in pixels; in time it has 3 frames and pads 1 in front
+HALO = KERNEL - STRIDE  # pixels above and left of a unit that its tokens depend on
 NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Multi-head attention inside mask units (`windowed`) or over all tokens, queries pooled on demand."""
+    """Multi-head attention inside mask units (`windowed`) or over all tokens.
+
+    pool: queries are max-pooled 2x2, so the output has a quarter of the tokens.
+    """
 
     def __init__(
         self, dim: int, dim_out: int, heads: int, windowed: bool = False, pool: bool = False
@@ -28,7 +31,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, U, n, dim] -> [B, U, n or n / 4, dim_out]."""
         batch, units = x.shape[:2]
-        # Four dimensions, windows in the batch: with a fifth, PyTorch leaves the fused kernels.
+        # Windows are folded into the batch: PyTorch's fused kernels take four dimensions only.
         windows = batch * units if self.windowed else batch
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.pool:
@@ -39,7 +42,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; at the start of a stage it widens, and pools where the stage does."""
+    """Pre-norm transformer block; the first block of a stage widens the channels and may pool."""
 
     def __init__(
         self, dim: int, dim_out: int, heads: int, windowed: bool = False, pool: bool = False
@@ -54,24 +57,24 @@ class Block(nn.Module):
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
         """[B, U, n, dim] -> [B, U, n or n / 4, dim_out].
 
-        scales: drop path's factors [B, 2] of the attention and of the MLP; None drops nothing.
+        scales: drop path factors [B, 2] for the attention and the MLP; None drops nothing.
         """
         y = self.norm1(x)
         if self.proj is not None:
             widened = self.proj(y)
-            # Autocast gives bf16 here, and the sums of all later blocks would have no more bits than that.
+            # Under autocast `widened` is bf16. Without the cast, the residual stream would stay bf16.
             x = (max_pool(widened) if self.attn.pool else widened).to(x.dtype)
         x = x + _scaled(self.attn(y), scales, 0)
         return x + _scaled(self.mlp(self.norm2(x)), scales, 1)
 
 
 def _scaled(x: Tensor, scales: Tensor | None, branch: int) -> Tensor:
-    """x [B, U, n, C] times its branch's factors of `scales` [B, 2]."""
+    """Multiply x [B, U, n, C] by column `branch` of `scales` [B, 2]."""
     return x if scales is None else x * scales[:, branch, None, None, None].to(x.dtype)
 
 
 class PatchEmbed(nn.Module):
-    """Overlapping convolution from pixels to tokens, computed for the kept mask units alone."""
+    """Overlapping convolution from pixels to tokens, computed only for the kept mask units."""
 
     def __init__(self, video: bool, channels: int, dim: int) -> None:
         super().__init__()
@@ -81,8 +84,8 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor, keep: Tensor | None, units: Grid) -> Tensor:
         """[B, C, T, H, W], keep [B, k] or None -> [B, k or all units, 64, dim].
 
-        Time taps are laid beside the channels and time steps into the batch, so that a two-dimensional
-        convolution does it all.
+        The kernel's time axis is folded into the channels and the time steps into the batch, so that a
+        two-dimensional convolution computes both images and clips.
         """
         batch = x.shape[0]
         x = F.pad(x, (0, 0, 0, 0, self.span // 2, 0)) if keep is None else self._hide(x, keep, units)
@@ -94,12 +97,12 @@ class PatchEmbed(nn.Module):
             return unroll(x)
         side = UNIT * STRIDE
         x = x.unfold(4, side + HALO, side).unfold(5, side + HALO, side).permute(0, 1, 4, 5, 2, 3, 6, 7)
-        x = take(x, keep).flatten(0, 1).flatten(1, 2)  # [B * k, C * taps, 35, 35]
+        x = gather_cells(x, keep).flatten(0, 1).flatten(1, 2)  # [B * k, C * taps, 35, 35]
         x = F.conv2d(x, weight, self.proj.bias, STRIDE)
         return unroll(x.permute(0, 2, 3, 1)[:, None]).reshape(batch, keep.shape[1], UNIT * UNIT, -1)
 
     def _hide(self, x: Tensor, keep: Tensor, units: Grid) -> Tensor:
-        """Zero the masked pixels, which would leak through the overlap, and pad in front of every axis."""
+        """Zero the masked pixels, which overlapping kernels would see, and pad the front of every axis."""
         mask = unit_mask(keep, math.prod(units)).view(-1, 1, *units)
         for axis, size in zip((2, 3, 4), x.shape[2:], strict=True):
             mask = mask.repeat_interleave(size // mask.shape[axis], dim=axis)
@@ -107,20 +110,20 @@ class PatchEmbed(nn.Module):
 
 
 def unit_mask(keep: Tensor, units: int) -> Tensor:
-    """Boolean mask [B, units], True where `keep` [B, k] lists the unit."""
+    """Boolean mask [B, units], True for the units in `keep` [B, k]."""
     mask = torch.zeros(keep.shape[0], units, dtype=torch.bool, device=keep.device)
     return mask.scatter(1, keep, True)
 
 
 def conv(video: bool, dim: int, dim_out: int, frames: int, side: int) -> nn.Conv2d | nn.Conv3d:
-    """A convolution with the kernel shape that released weights have for images or clips."""
+    """A convolution whose kernel has the shape of the released weights: 3-D for clips, 2-D for images."""
     if video:
         return nn.Conv3d(dim, dim_out, (frames, side, side))
     return nn.Conv2d(dim, dim_out, (side, side))
 
 
 def init_uniform(conv: nn.Module, *names: str) -> None:
-    """PyTorch's own draw for convolutions, uniform within 1 / sqrt(fan in), on the named parameters."""
+    """Initialize parameters as PyTorch initializes convolutions: uniform within 1 / sqrt(fan in)."""
     bound = 1 / math.sqrt(conv.get_parameter("weight")[0].numel())
     for name in names:
         nn.init.uniform_(conv.get_parameter(name), -bound, bound)

@@ -1,8 +1,8 @@
 """Masked autoencoder for Hiera (arXiv 2306.00989, after MAE, arXiv 2111.06377).
 
-The encoder sees the kept mask units alone. The decoder attends over all tokens of the coarsest map, and
-since attention has no order of its own, they stand as [kept, in unit order | masked, in spatial order]:
-no scatter, and predictions and labels are made for the masked ones alone.
+The encoder sees only the kept mask units. The decoder attends over all tokens of the coarsest map. Attention
+does not depend on the order of tokens, so the decoder's are [kept, in unit order | masked, in spatial order].
+This needs no scatter, and predictions and labels are computed only for the masked tokens.
 """
 
 import math
@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.draws import random_share
-from models.errors import ModelError
 from models.hiera import Encoder, HieraConfig
 from models.layers import NORM_EPS, Block, conv, init_uniform, unit_mask
-from models.unroll import FRAMES, STRIDE, UNIT, take, unroll
+from models.unroll import FRAMES, STRIDE, UNIT, gather_cells, unroll
+from pipelines.errors import UserError
 
 POOLS = 2  # the autoencoder's last stage does not pool
 SIDE = UNIT >> POOLS  # tokens along a unit's side in the coarsest map
-PATCH = STRIDE << POOLS  # pixels along one predicted patch
+PATCH = STRIDE << POOLS  # pixels along a predicted patch's side
 VARIANCE_EPS = 1e-6
 
 
 class MaeOutput(NamedTuple):
-    """What a forward pass gives; M is the number of masked tokens in the batch, P = 16 * 16 * channels."""
+    """Result of a forward pass; M is the number of decoded tokens in the batch, P = 16 * 16 * channels."""
 
     loss: Tensor  # scalar
     pred: Tensor  # [M, P]
@@ -36,12 +36,12 @@ class MaeOutput(NamedTuple):
 class MaskedAutoencoder(Encoder):
     """Hiera encoder, multi-scale fusion, and a plain transformer decoder that predicts pixels."""
 
-    unit_tokens: Tensor  # int64 [units, 4]: coarsest tokens of every unit, in unit order
+    unit_tokens: Tensor  # int64 [units, 4]: spatial indices of each unit's tokens in the coarsest map
 
     def __init__(self, config: HieraConfig) -> None:
         super().__init__(config, pools=POOLS)
         if not 0 < config.decode_ratio <= 1:
-            raise ModelError(f"decode_ratio is a share between 0 and 1, not {config.decode_ratio}")
+            raise UserError(f"decode_ratio is {config.decode_ratio}; choose a share above 0 and at most 1")
         dim = config.decoder_width
         self.grid = (self.units[0], SIDE * self.units[1], SIDE * self.units[2])
         self.encoder_norm = nn.LayerNorm(self.width_out, eps=NORM_EPS)
@@ -64,7 +64,7 @@ class MaskedAutoencoder(Encoder):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw every parameter anew, as the authors' release does."""
+        """Initialize all parameters as the authors' release does."""
         for name, parameter in self.named_parameters():
             if "pos_embed" in name or name == "mask_token":
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -90,17 +90,18 @@ class MaskedAutoencoder(Encoder):
     ) -> MaeOutput:
         """Predict the masked patches of images [B, C, H, W] or clips [B, C, T, H, W].
 
-        mask: bool [B, units], True = kept, equally many in every row; reading their number syncs the host.
-        keep: the same as sorted indices, int64 [B, kept]; no sync, static shapes.
-        With neither, a random share `mask_ratio` of the units is masked.
-        row_keys: int64 [B], decide drop path and the decoded share in training; None uses torch's generator.
-        The loss is the mean squared error over masked pixels, normalised per patch.
+        mask: bool [B, units], True = kept; every row keeps the same number. Reading it syncs the host.
+        keep: the same as sorted indices, int64 [B, kept]. It needs no sync and has a static shape.
+        Without mask and keep, a random share `mask_ratio` of the units is masked.
+        row_keys: int64 [B], keys of the rows' drop path and decoded tokens in training; None draws from
+        torch's generator.
+        The loss is the mean squared error over masked pixels, which are normalized per patch.
         """
         if keep is None:
-            keep = random_keep(x, self.num_mask_units, mask_ratio) if mask is None else keep_of(mask)
+            keep = random_keep(x, self.num_mask_units, mask_ratio) if mask is None else mask_to_keep(mask)
         kept, masked = self.split_tokens(keep)
         if self.training and self.config.decode_ratio < 1:
-            # Dual masking, arXiv 2303.16727.
+            # The dual masking of arXiv 2303.16727.
             masked = random_share(masked, self.config.decode_ratio, row_keys)
         pred = self.decode(self.fuse(self.encode(x, keep, row_keys)), kept, masked)
         with torch.no_grad():
@@ -116,14 +117,14 @@ class MaskedAutoencoder(Encoder):
         return kept, order[:, : order.shape[1] - kept.shape[1]]
 
     def fuse(self, stages: list[Tensor]) -> Tensor:
-        """Sum stages 1, 2 and 4 at the coarsest resolution, normalised: [B, kept, 4, width_out]."""
+        """Sum stages 1, 2 and 4 at the coarsest resolution and normalize: [B, kept, 4, width_out]."""
         x = stages[-1]
         for head, stage in zip(self.multi_scale_fusion_heads, stages, strict=False):
             x = x + _unit_conv(stage, head, cells=x.shape[2])
         return self.encoder_norm(x)
 
     def decode(self, latent: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
-        """Predictions [B, masked, P] from latent [B, kept units, 4, width_out] and tokens' indices."""
+        """Predictions [B, masked, P] from the latent [B, kept units, 4, width_out] and token indices."""
         x = self.decoder_embed(latent).flatten(1, 2)
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(*masked.shape, -1)], dim=1)
         x = x + F.embedding(torch.cat([kept, masked], dim=1), self.decoder_pos_embed[0])
@@ -133,8 +134,8 @@ class MaskedAutoencoder(Encoder):
         return self.decoder_pred(self.decoder_norm(x[:, 0, kept.shape[1] :]))
 
     def labels(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels of patches `ids` [B, M], normalised per patch [B, M, P], and their mean and deviation."""
-        patches = take(self.patches(x), ids).flatten(2)
+        """Pixels of patches `ids` [B, M], normalized per patch [B, M, P]; their means; their deviations."""
+        patches = gather_cells(self.patches(x), ids).flatten(2)
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         deviation = (variance + VARIANCE_EPS).sqrt()
         return (patches - mean) / deviation, mean, deviation
@@ -142,7 +143,7 @@ class MaskedAutoencoder(Encoder):
     def patches(self, x: Tensor) -> Tensor:
         """View the target pixels as patches, [B, t, h, w, ...]: (C, s, s) for images, (s, s, C) for clips.
 
-        A clip's target is the first frame of every token. The two layouts are the release's.
+        The target of a clip's token is the first of its frames. Both layouts are those of the release.
         """
         x = x[:, :, ::FRAMES] if self.config.video else x.unsqueeze(2)
         x = x.unfold(3, PATCH, PATCH).unfold(4, PATCH, PATCH)  # [B, C, t, h, w, s, s]
@@ -150,10 +151,10 @@ class MaskedAutoencoder(Encoder):
 
 
 def _unit_conv(x: Tensor, conv: nn.Module, cells: int) -> Tensor:
-    """A convolution whose kernel and stride are one cell, on tokens in pooling order.
+    """Apply a convolution whose kernel and stride are one cell to tokens in pooling order.
 
-    x: [B, units, n, C]; of n tokens the last axis of pooling order counts `cells`, so a cell's tokens lie
-    n / cells apart and the convolution is one matrix product. Gives [B, units, cells, channels out].
+    x: [B, units, n, C] with n tokens in `cells` cells. In pooling order the tokens of a cell are `cells`
+    apart, so the convolution is one matrix product. Returns [B, units, cells, channels out].
     """
     weight = conv.get_parameter("weight")
     side = weight.shape[-1]
@@ -163,30 +164,37 @@ def _unit_conv(x: Tensor, conv: nn.Module, cells: int) -> Tensor:
 
 
 def random_keep(x: Tensor, units: int, mask_ratio: float) -> Tensor:
-    """Sorted indices of randomly kept units, int64 [B, int(units * (1 - mask_ratio))]."""
+    """Sorted indices of randomly kept units, int64 [B, int(units * (1 - mask_ratio))].
+
+    Raises UserError if the ratio keeps no unit or all of them.
+    """
     kept = int(units * (1 - mask_ratio))
     if not 0 < kept < units:
-        raise ModelError(f"mask_ratio {mask_ratio} keeps {kept} of {units} mask units; keep some, mask some")
+        raise UserError(
+            f"mask_ratio {mask_ratio} keeps {kept} of {units} mask units; choose one that keeps some of them"
+        )
     noise = torch.rand(x.shape[0], units, device=x.device)
     return noise.argsort(dim=1)[:, :kept].sort(dim=1).values
 
 
-def keep_of(mask: Tensor) -> Tensor:
+def mask_to_keep(mask: Tensor) -> Tensor:
     """Sorted indices of a boolean mask's True entries, int64 [B, kept]. Syncs the host.
 
-    Raises ModelError when rows keep different numbers of units.
+    Raises UserError if the rows keep different numbers of units.
     """
     counts = mask.sum(dim=1).tolist()
     if len(set(counts)) != 1:
-        raise ModelError(f"every row of a mask must keep equally many units, not {sorted(set(counts))}")
+        raise UserError(
+            f"the mask's rows keep {sorted(set(counts))} units; every row must keep the same number"
+        )
     return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, : counts[0]]
 
 
 @torch.no_grad()
 def reconstruct(model: MaskedAutoencoder, x: Tensor, keep: Tensor) -> Tensor:
-    """The input with its masked patches predicted: [B, C, H, W], or [B, C, T / 2, H, W] for clips.
+    """The input with predictions in its masked patches: [B, C, H, W], or [B, C, T / 2, H, W] for clips.
 
-    Predictions are of normalised patches; the true patches' mean and deviation bring them back to pixels.
+    The model predicts normalized patches; the means and deviations of the true patches restore the pixels.
     """
     kept, masked = model.split_tokens(keep)
     pred = model.decode(model.fuse(model.encode(x, keep)), kept, masked)

@@ -1,16 +1,32 @@
-"""`python -m models.zoo` prints every model with its costs and published accuracy."""
+"""Models by name and their costs; `python -m models.zoo` prints a table of them.
 
+Names are `[mae_]hiera_SIZE_224` for images and `[mae_]hiera_SIZE_16x224` for clips. The small `pico` models
+for CPUs are `[mae_]hiera_pico_96` and `[mae_]hiera_pico_16x64`.
+"""
+
+import difflib
 import math
+from dataclasses import fields, replace
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
-from models.factory import create, list_models
-from models.macs import forward_macs
+from models.hiera import Hiera, HieraConfig
+from models.mae import MaskedAutoencoder
 from models.unroll import UNIT
+from pipelines.errors import UserError
 
-# top-1 of the finetuned classifiers: ImageNet-1K, Kinetics-400 with 15 views (arXiv 2306.00989)
+# Width, heads of the first stage, blocks per stage (arXiv 2306.00989, table 2). pico is not in the paper.
+SIZES = {
+    "pico": (48, 1, (1, 2, 4, 1)),
+    "tiny": (96, 1, (1, 2, 7, 2)),
+    "small": (96, 1, (1, 2, 11, 2)),
+    "base": (96, 1, (2, 3, 16, 3)),
+    "base_plus": (112, 2, (2, 3, 16, 3)),
+    "large": (144, 2, (2, 6, 36, 4)),
+    "huge": (256, 4, (2, 6, 36, 4)),
+}
+# Top-1 accuracy of the finetuned classifiers: ImageNet-1K, Kinetics-400 with 15 views (arXiv 2306.00989).
 PUBLISHED = {
     "tiny": (82.8, None),
     "small": (83.8, None),
@@ -19,11 +35,122 @@ PUBLISHED = {
     "large": (86.1, 87.3),
     "huge": (86.9, 87.8),
 }
+CLASSIFIER_ONLY = {"num_classes", "head_dropout"}
+DECODER_ONLY = {"decoder_width", "decoder_depth", "decoder_heads", "decode_ratio"}
+# Dense bf16 operations per second with fp32 accumulation, without sparsity, from NVIDIA's data sheets and
+# architecture papers. The keys are the exact names that torch.cuda.get_device_name returns: variants of one
+# chip differ by a factor of up to 2, and a MIG slice has its own name.
+BF16_PEAK = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,  # SXM
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+def _configs() -> dict[str, HieraConfig]:
+    configs = {}
+    for size, (width, heads, stages) in SIZES.items():
+        side, image = 224, HieraConfig(width=width, heads=heads, stages=stages)
+        if size == "pico":
+            side, image = 96, replace(image, decoder_width=128, decoder_depth=2, decoder_heads=4)
+        clip_side = 64 if size == "pico" else 224
+        configs[f"hiera_{size}_{side}"] = replace(image, input_size=(side, side))
+        clip = replace(image, input_size=(16, clip_side, clip_side), num_classes=400)
+        configs[f"hiera_{size}_16x{clip_side}"] = clip
+    return configs
+
+
+CONFIGS = _configs()
+
+
+def list_models() -> list[str]:
+    """All names that `create` accepts: classifiers, then autoencoders."""
+    return [*CONFIGS, *(f"mae_{name}" for name in CONFIGS)]
+
+
+def create(name: str, **overrides: object) -> Hiera | MaskedAutoencoder:
+    """Build a model with random weights.
+
+    overrides: fields of HieraConfig, such as input_size (an int is the side of a square; the number of
+    frames does not change), num_classes, in_chans, drop_path_rate, head_dropout. None keeps the default.
+    Raises UserError for an unknown name or setting, and for a size that is not a multiple of the mask unit.
+    """
+    config = config_of(name, **overrides)
+    return MaskedAutoencoder(config) if name.startswith("mae_") else Hiera(config)
+
+
+def config_of(name: str, **overrides: object) -> HieraConfig:
+    """The configuration of the model that `create` builds from the same arguments; raises the same errors."""
+    if name not in list_models():
+        raise UserError(f"there is no model {name!r}; {_suggestion(name, list_models())}")
+    config = CONFIGS[name.removeprefix("mae_")]
+    given = {key: value for key, value in overrides.items() if value is not None}
+    other = CLASSIFIER_ONLY if name.startswith("mae_") else DECODER_ONLY
+    allowed = sorted({field.name for field in fields(HieraConfig)} - other)
+    for key in given:
+        if key not in allowed:
+            raise UserError(f"{name} has no setting {key!r}; {_suggestion(key, allowed)}")
+    if "input_size" in given:
+        given["input_size"] = _full_size(given["input_size"], config.input_size)
+    return replace(config, **given)  # pyrefly: ignore
+
+
+def _full_size(size: object, default: tuple[int, ...]) -> tuple[int, ...]:
+    """The input size as a tuple; an int becomes a square with the default's number of frames."""
+    full = (*default[:-2], size, size) if isinstance(size, int) else tuple(size)  # pyrefly: ignore
+    if len(full) != len(default):
+        axes = "(T, H, W)" if len(default) == 3 else "(H, W)"
+        raise UserError(f"input_size {size} does not fit this model; give the side of a square or {axes}")
+    return full
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    """The closest known word, or all known words."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+# ---- costs -----------------------------------------------------------------------------------------------
+
+
+def bf16_peak(device_name: str) -> float | None:
+    """Peak operations per second of a GPU, None if its name is not in the table."""
+    return BF16_PEAK.get(device_name)
+
+
+def forward_macs(config: HieraConfig, mae: bool = False, mask_ratio: float = 0.6) -> int:
+    """Multiply-accumulates of one sample's forward pass; a training step has three times as many.
+
+    They are counted on the meta device, so nothing is computed. mae: of the autoencoder, at `mask_ratio`.
+    """
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), torch.device("meta"):
+        model = MaskedAutoencoder(config) if mae else Hiera(config)
+        x = torch.empty(1, config.in_chans, *config.input_size)
+        with counter:  # the counter slows every operation, so the initialization is outside
+            _ = model(x, mask_ratio=mask_ratio) if mae else model(x)
+    return counter.get_total_flops() // 2
 
 
 def main() -> None:
     """Print the table of models."""
-    table = Table(title="autoencoders' MACs at mask ratio 0.6 (images) and 0.9 (clips)")
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="GMACs of autoencoders: mask ratio 0.6 for images, 0.9 for clips")
     for column in ("model", "params (M)", "GMACs", "tokens", "mask units", "published top-1"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in list_models():

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share, and the table of `make faults`."""
+"""Shared fixtures, and the table of `make faults`."""
 
 import os
 from collections.abc import Callable
@@ -29,14 +29,14 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=4, help="kills of each test that kills at random moments")
-    parser.addoption("--sequences", type=int, default=150, help="sequences of the state machine over runs")
-    parser.addoption("--seed", type=int, default=0, help="which sequences those are")
+    parser.addoption("--kills", type=int, default=4, help="kills per test that kills at random moments")
+    parser.addoption("--sequences", type=int, default=150, help="sequences of the state machine of runs")
+    parser.addoption("--seed", type=int, default=0, help="seed of these sequences")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "fault: a row of the table of `make faults`")
-    config.addinivalue_line("markers", "long: only in `make faults`, which takes its time")
+    config.addinivalue_line("markers", "long: slow tests that run only in `make faults`")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -46,13 +46,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def happened(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Call it with what happened; it stands in the table beside the test's name and its promise."""
+    """Call it with the observed behavior, for the table of `make faults`."""
     return lambda text: record_property("happened", text)
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """Keep a fault's promise, the first line of its test's docstring, with its report."""
+    """Store the expected behavior, the first line of the test's docstring, in the report."""
     report = (yield).get_result()
     if call.when == "call" and item.get_closest_marker("fault"):
         promise = (item.function.__doc__ or "").partition("\n")[0]  # pyrefly: ignore
@@ -60,18 +60,18 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Print the faults as a table, when nothing else was asked for."""
+    """Print the fault tests as a table if only they were selected."""
     if terminalreporter.config.option.markexpr != "fault":
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("fault", "promised", "happened", "", show_lines=True)
+    table = Table("fault", "expected", "observed", "", show_lines=True)
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.getreports(outcome):
             if hasattr(report, "fault"):
-                said = dict(report.user_properties).get("happened", "as promised")
-                cells = (*report.fault, said if outcome == "passed" else "", outcome)
-                table.add_row(*map(Text, cells))  # names hold brackets, which are no markup
+                observed = dict(report.user_properties).get("happened", "as expected")
+                cells = (*report.fault, observed if outcome == "passed" else "", outcome)
+                table.add_row(*map(Text, cells))  # names contain brackets, which must not be read as markup
     Console(width=150).print(table)

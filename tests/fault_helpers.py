@@ -1,5 +1,5 @@
 """Training with a fault: processes killed at chosen moments, and `python -m tests.fault_helpers PRESET ...`,
-which is train.mae with the fault named in $FAULT put into its last process at steps 5 and 6."""
+which is train.mae with the fault $FAULT in its last process at steps 5 and 6."""
 
 import itertools
 import multiprocessing
@@ -27,7 +27,7 @@ from train.presets import MAE_PRESETS
 from train.rundir import Run
 from train.task import Task
 
-CLEAN = multiprocessing.get_context("forkserver")  # its children are born with everything imported
+CLEAN = multiprocessing.get_context("forkserver")  # its children start with everything imported
 PRELOADED = (
     "tests.fault_helpers",
     "tools.pack",
@@ -40,10 +40,10 @@ MOMENTS = ("between", "evaluation", "checkpoint", "metric row", "Parquet part")
 
 
 def train(config: Config, log: Path, moment: Synchronized) -> None:
-    """The body of a training process; `moment` holds the index in MOMENTS of what it is doing."""
-    speak_to(log)
+    """The main function of a training process; `moment` is the current index in MOMENTS."""
+    redirect_output(log)
 
-    def told(number: int, function: Callable) -> Callable:
+    def marked(number: int, function: Callable) -> Callable:
         def wrapped(*arguments, **named):
             moment.value = number
             try:
@@ -55,26 +55,26 @@ def train(config: Config, log: Path, moment: Synchronized) -> None:
 
     def make_task(*arguments) -> Task:
         task = make(*arguments)
-        return replace(task, evaluate=told(1, task.evaluate))
+        return replace(task, evaluate=marked(1, task.evaluate))
 
     make = mae.make_task if isinstance(config, MaeConfig) else finetune.make_task
-    checkpoint.save = told(2, checkpoint.save)
-    MetricsWriter.write = told(3, MetricsWriter.write)
-    MetricsWriter.commit = told(4, MetricsWriter.commit)
+    checkpoint.save = marked(2, checkpoint.save)
+    MetricsWriter.write = marked(3, MetricsWriter.write)
+    MetricsWriter.commit = marked(4, MetricsWriter.commit)
     run_cli(lambda: loop.main(config, make_task))
 
 
-def speak_to(log: Path) -> None:
-    """Let this process's output go to a file."""
+def redirect_output(log: Path) -> None:
+    """Redirect the output of this process to a file."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
 
 
 def kill_until_done(config: Config, kills: int, seed: int) -> Counter[str]:
-    """Run to the end though the process is killed `kills` times on the way; returns the moments that hit.
+    """Run to the end while the process is killed `kills` times; returns the moments of the kills.
 
-    SIGKILL and SIGTERM take turns, and so do the moments. Fails when a process ends in any other way.
+    SIGKILL and SIGTERM alternate, and so do the moments. Fails if a process ends in any other way.
     """
     rng, hits = random.Random(seed), Counter()
     log = config.run.root / f"{config.run.name}.out"
@@ -99,7 +99,7 @@ def kill_until_done(config: Config, kills: int, seed: int) -> Counter[str]:
 
 
 def make_faulty_task(config: MaeConfig, run: Run) -> Task:
-    """Pretraining whose last process goes wrong at steps 5 and 6, or from then on with $FAULT ending in +."""
+    """Pretraining with a fault in the last process at steps 5 and 6; if $FAULT ends in +, also later."""
     task, world = mae.make_task(config, run), run.world
     fault, calls = os.environ["FAULT"], itertools.count(1)
     bad = False

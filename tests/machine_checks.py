@@ -1,4 +1,4 @@
-"""What must be true of a run folder after every start of the state machine over runs."""
+"""The checks of a run folder after every start of the state machine in test_run_machine.py."""
 
 import json
 import math
@@ -35,9 +35,9 @@ EVALUATION_BATCHES = 2  # in one process
 
 @dataclass(frozen=True)
 class Before:
-    """What was true before a start."""
+    """The state before a start."""
 
-    asked: dict[str, object]
+    given: dict[str, object]
     digests: dict[str, str]
     valid: list[int]
     finished: bool
@@ -47,12 +47,12 @@ class Before:
 
 
 class Checks:
-    """A run folder and what it must hold: the checks of the state machine, each for one promise."""
+    """A run folder and its expected state; each method checks one documented behavior."""
 
     bench: Bench
     kind: Kind
     run: Path
-    story: list[str]
+    actions: list[str]
     data: Path
     settings: dict
     free: dict
@@ -68,7 +68,7 @@ class Checks:
 
     @property
     def unnoticed(self) -> list[Path]:
-        """Damaged checkpoints that were not set aside yet."""
+        """Damaged checkpoints that are not renamed yet."""
         steps = {f"step-{step:09d}" for step in self.valid}
         return [path for path in self.run.glob("checkpoints/step-*.pt") if path.stem not in steps]
 
@@ -80,17 +80,17 @@ class Checks:
         return {**self.settings, **self.free, "data.path": self.data}
 
     def changed(self) -> list[str]:
-        """The settings that need leave to change."""
+        """The changed settings that run.allow must name."""
         recorded = self.recorded or {}
         keys = [
             key for key in self.settings if key in recorded and not alike(recorded[key], self.settings[key])
         ]
-        return [key if len(self.story) % 2 else key.replace("_", "-") for key in keys]
+        return [key if len(self.actions) % 2 else key.replace("_", "-") for key in keys]
 
-    def look(self, asked: dict[str, object]) -> Before:
-        """What is true before a start with these settings."""
+    def state_before(self, given: dict[str, object]) -> Before:
+        """The state before a start with these settings."""
         files = list(self.run.glob("checkpoints/step-*.pt*"))
-        return Before(asked, snapshot(self.run), self.valid, self.finished, files, self.starts(), self.rows())
+        return Before(given, snapshot(self.run), self.valid, self.finished, files, self.starts(), self.rows())
 
     def check(self, before: Before, ended: Ended, moment: Moment | None, layout: Layout) -> None:
         """Check everything after a start."""
@@ -109,20 +109,20 @@ class Checks:
             self.note_legs(resumed, layout, before.rows)
             self.check_end(ended, moment, resumed, layout)
             self.check_checkpoints(ended, moment, resumed, before)
-            self.check_config(ended, before.asked)
+            self.check_config(ended, before.given)
             self.check_rows(ended)
             self.check_weights(resumed)
             self.check_settings(resumed, ended)
 
     def starts(self) -> list:
-        """What env.json notes of every start."""
+        """The entries of env.json, one per start."""
         path = self.run / "env.json"
         noted = json.loads(path.read_text()) if path.exists() else []
         assert isinstance(noted, list), "env.json is not a list of starts"
         return noted
 
     def check_environment(self, ended: Ended, before: list) -> None:
-        """env.json keeps what it notes of every start; one that trains is noted."""
+        """env.json keeps its entries, and every start that trains adds one."""
         after = self.starts()
         assert after[: len(before)] == before, f"env.json lost a start: {ended}"
         assert len(after) - len(before) in ({1} if ended.train else {0, 1}), (
@@ -137,7 +137,7 @@ class Checks:
         return {row["step"]: row for row in rows}
 
     def note_legs(self, resumed: int, layout: Layout, rows: dict[int, dict]) -> None:
-        """Bring up to date what decides the weights and the rows of every step."""
+        """Update what determines the weights and the rows of every step."""
         leg = Leg(resumed, tuple(sorted(self.settings.items())), self.damaged)
         self.legs = [(old, how) for old, how in self.legs if old.start < resumed]
         last = self.legs[-1] if self.legs else None
@@ -168,17 +168,17 @@ class Checks:
 
     def check_refused(self, ended: Ended, before: dict[str, str]) -> None:
         assert ended.code == 2, f"not refused: {ended}"
-        said = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-        assert len(said) == 1 and "Traceback" not in ended.stderr, f"not one sentence: {ended}"
+        errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in ended.stderr, f"not one line: {ended}"
         after = snapshot(self.run)
         different = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
         assert not different, f"a refused start changed {sorted(different)}: {ended}"
 
     def check_end(self, ended: Ended, moment: Moment | None, resumed: int, layout: Layout) -> None:
-        """Exit codes, and how far the run came."""
+        """Check the exit codes and the last step."""
         total, valid = steps_of(self.settings), self.valid
         newest = valid[-1] if valid else 0
-        reached = resumed + math.ceil(ended.train / layout.accumulate)  # the step under way, or evaluated
+        reached = resumed + math.ceil(ended.train / layout.accumulate)  # the current step
         assert newest >= resumed, f"the checkpoint of step {resumed} was lost: {ended}"
         if not ended.struck or moment is None:
             assert ended.code == 0 and self.finished and newest == total, str(ended)
@@ -187,58 +187,58 @@ class Checks:
         if moment.signal == "SIGKILL":
             every = self.free["run.checkpoint_every"]
             assert -signal.SIGKILL in ended.codes, str(ended)
-            sure = (max(0, reached - 1) // every - 1) * every  # the one after it may be half written
-            if moment.event == "evaluate" and not several:  # the signal came when nothing was being written
+            sure = (max(0, reached - 1) // every - 1) * every  # the next one may be incomplete
+            if moment.event == "evaluate" and not several:  # nothing was being written at the signal
                 sure = reached // every * every
-            assert newest >= sure, f"lost more than promised: {ended}"
-        elif not ended.train:  # while it began
+            assert newest >= sure, f"lost more steps than expected: {ended}"
+        elif not ended.train:  # during the start
             codes = early_codes(moment) | ({2, -signal.SIGTERM, 128 + signal.SIGTERM} if several else set())
             assert set(ended.codes) <= codes | ({0} if self.finished else set()), str(ended)
         else:
             number = signal.Signals[moment.signal]
-            late = 2 if several else 1  # steps that the processes may need to agree
+            late = 2 if several else 1  # steps until the processes agree
             in_last_batch = ended.evaluate % EVALUATION_BATCHES == 0
             if not several and (
                 moment.event == "train" or (moment.event == "evaluate" and not in_last_batch)
             ):
-                assert ended.code == 128 + number and newest == reached, f"not a stop at once: {ended}"
+                assert ended.code == 128 + number and newest == reached, f"not an immediate stop: {ended}"
             complete = set(ended.codes) == {0} and self.finished and reached >= total - late
             assert set(ended.codes) == {128 + number} or complete, f"not a stop by signal {number}: {ended}"
             assert min(reached, total) <= newest <= reached + late, (
-                f"step {reached} was under way, {valid}: {ended}"
+                f"the current step was {reached}, {valid}: {ended}"
             )
 
     def check_checkpoints(self, ended: Ended, moment: Moment | None, resumed: int, before: Before) -> None:
-        """As many valid checkpoints as were promised; damaged ones are set aside."""
+        """There are as many valid checkpoints as configured, and damaged ones are renamed."""
         valid, keep, every = self.valid, self.free["run.keep"], self.free["run.checkpoint_every"]
         newest = valid[-1] if valid else 0
         written = {step for step in range(resumed + 1, newest + 1) if step % every == 0 or step == newest}
         expected = min(keep, len(before.valid) + len(written))
-        assert len(valid) >= expected, f"{len(valid)} valid checkpoints, {expected} were promised: {ended}"
+        assert len(valid) >= expected, f"{len(valid)} valid checkpoints, {expected} expected: {ended}"
         if written and not (moment and moment.signal == "SIGKILL"):
             assert len(valid) <= keep, f"{len(valid)} checkpoints where {keep} are kept: {ended}"
         for path in before.files if ended.train else []:
             if path.suffix == ".pt" and int(path.stem.partition("-")[2]) > resumed:
                 assert path.with_name(f"{path.name}.damaged").exists(), (
-                    f"{path.name} was not set aside: {ended}"
+                    f"{path.name} was not renamed: {ended}"
                 )
 
-    def check_config(self, ended: Ended, asked: dict[str, object]) -> None:
-        """config.json says what is in effect, in a run that has begun to train."""
+    def check_config(self, ended: Ended, given: dict[str, object]) -> None:
+        """If the run has trained, config.json has the settings in effect."""
         path = self.run / "config.json"
         if not path.exists():
             assert not ended.train, "config.json is missing"
             return
         config = flatten(json.loads(path.read_text()))
-        new = {key: config[key] for key, value in asked.items() if not alike(config[key], value)}
+        new = {key: config[key] for key, value in given.items() if not alike(config[key], value)}
         old = {key for key in new if self.recorded is None or self.recorded[key] != config[key]}
-        assert not new or not (ended.train or old), f"config.json says {new}, asked {asked}: {ended}"
+        assert not new or not (ended.train or old), f"config.json has {new}, expected {given}: {ended}"
         self.recorded = config
 
     def check_rows(self, ended: Ended) -> None:
-        """No row is missing, none too many, and each has the values of the undisturbed run."""
+        """There are exactly the expected rows, with the values of the uninterrupted run."""
         rows, valid, done = self.rows(), self.valid, self.finished
-        sure = (valid[-1] if valid else 0) + done  # rows of the steps before are complete
+        sure = (valid[-1] if valid else 0) + done  # the rows of earlier steps are complete
         for step, (row, evaluated) in self.due.items():
             found = rows.get(step)
             assert row is not False or found is None, f"a row at step {step} that was not due: {ended}"
@@ -266,7 +266,7 @@ class Checks:
                 name: (row[name], expected[name]) for name in ("lr", "epoch", "samples", "skipped", "bad")
             }
             wrong = {name: values for name, values in same.items() if values[0] != values[1]}
-            assert not wrong, f"row {step} differs from the undisturbed run's: {wrong}"
+            assert not wrong, f"row {step} differs from the uninterrupted run's: {wrong}"
             if row["loss_val"] is not None:
                 for name in {"loss_val", "acc"} & row.keys():
                     assert row[name] == pytest.approx(expected[name], rel=rel), f"row {step}: {name}"
@@ -281,7 +281,7 @@ class Checks:
             before = step
 
     def history(self, step: int) -> tuple[tuple[Leg, ...], Layout, bool]:
-        """What decided the weights of a step, the layout it began with, and whether it kept to that."""
+        """What determined the weights of a step, its first layout, and whether the layout never changed."""
         legs = [(leg, layout) for leg, layout in self.legs if leg.start < step]
         if not legs:
             return (), Layout(), True
@@ -294,7 +294,7 @@ class Checks:
         return tuple(merged), first, all(layout.same == first.same for _, layout in legs)
 
     def check_weights(self, resumed: int) -> None:
-        """The new checkpoints hold what an undisturbed run has at their steps."""
+        """The new checkpoints equal those of an uninterrupted run at the same steps."""
         for step in [step for step in self.valid if step > resumed][-2:]:
             legs, layout, exact = self.history(step)
             expected = self.bench.trace(self.kind, layout, legs).checkpoint(step)
@@ -313,7 +313,7 @@ class Checks:
             )
 
     def check_settings(self, resumed: int, ended: Ended) -> None:
-        """The optimizer's hyperparameters are those of a run that had these settings from the start."""
+        """The optimizer's hyperparameters equal those of a run that always had these settings."""
         if ended.groups:
             leg = Leg(0, self.legs[-1][0].settings, ())
             expected = self.bench.trace(self.kind, Layout(), (leg,)).groups[resumed:]

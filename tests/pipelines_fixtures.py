@@ -1,4 +1,4 @@
-"""Small packed datasets made with plain tarfile and the catalogue's schema alone."""
+"""Small packed datasets, written only with tarfile and the catalogue's schema."""
 
 import io
 import itertools
@@ -20,7 +20,7 @@ from pipelines.machine import World
 
 CPU = torch.device("cpu")
 
-torch.set_num_threads(1)  # torch's threads would spin against DALI's on a small machine
+torch.set_num_threads(1)  # on a small machine, torch's threads would compete with DALI's
 
 
 def picture(width: int, height: int, seed: int) -> np.ndarray:
@@ -109,7 +109,7 @@ def image_dataset(root: Path, count: int = 30, size: tuple[int, int] = (96, 72))
 
 
 def clip_dataset(root: Path, lengths: list[int], size: tuple[int, int] = (64, 48)) -> Path:
-    """Clips of the given lengths; frame k is a flat gray of level 2 k, so that frames can be told apart."""
+    """Clips of the given lengths; frame k has the gray level 2 k, which identifies it."""
     clips = [[jpeg(np.full((size[1], size[0], 3), 2 * k, np.uint8)) for k in range(n)] for n in lengths]
     return write_dataset(root, clips, "video")
 
@@ -139,7 +139,7 @@ def train_loader(
 
 
 def train(dataset: Dataset, config: DataConfig, steps: int, *, accumulate: int = 1, **options) -> list[Batch]:
-    """The micro batches of so many steps."""
+    """The micro batches of `steps` steps."""
     loader = train_loader(dataset, config, accumulate=accumulate, **options)
     return list(itertools.islice(loader, steps * accumulate))
 
@@ -147,6 +147,6 @@ def train(dataset: Dataset, config: DataConfig, steps: int, *, accumulate: int =
 def evaluation(
     dataset: Dataset, config: DataConfig, samples: int, *, rank: int = 0, world: int = 1, views=(1, 1)
 ) -> list[Batch]:
-    """All batches of a process's evaluation on the CPU."""
+    """All batches of one process's evaluation on the CPU."""
     parts = (dataset, config, DecodeConfig(threads=2), World(rank, world, CPU))
     return list(EvalLoader(*parts, samples=samples, views=views))

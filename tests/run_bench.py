@@ -1,4 +1,4 @@
-"""Runs that nothing disturbs, which the state machine compares its runs with; and how it compares them."""
+"""The uninterrupted runs with which the state machine compares its runs, and the comparisons."""
 
 import hashlib
 import itertools
@@ -22,7 +22,7 @@ Settings = dict[str, Any]
 
 
 def words_of(preset: str, settings: Mapping[str, object]) -> tuple[str, ...]:
-    """A preset and settings by dotted name, as the words of a command."""
+    """The arguments of a command: a preset, and settings by dotted name."""
     words = [preset]
     for key, value in settings.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -31,7 +31,7 @@ def words_of(preset: str, settings: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def valid_checkpoints(run: Path) -> list[int]:
-    """The steps of the checkpoints that their digests confirm."""
+    """The steps of the checkpoints with correct digests."""
     steps = []
     for path in sorted(run.glob("checkpoints/step-*.pt")):
         note = path.with_suffix(".sha256")
@@ -45,14 +45,14 @@ def load_checkpoint(run: Path, step: int) -> dict:
 
 
 def snapshot(run: Path) -> dict[str, str]:
-    """The digest of every file of a run that a refused start must leave as it was."""
+    """The digests of the files of a run that a refused start must not change."""
     kept = (path for path in sorted(run.rglob("*")) if path.is_file())
     kept = (path for path in kept if path.name not in (".lock", "log.txt", "env.json"))
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
 def exported_step(run: Path) -> int | None:
-    """The step of a run's final weights; None where there are none."""
+    """The step of a run's final weights; None if there are none."""
     path = run / "model.safetensors"
     if not path.exists():
         return None
@@ -61,13 +61,13 @@ def exported_step(run: Path) -> int | None:
 
 
 def alike(a: object, b: object) -> bool:
-    """Whether a setting read from JSON equals one that was asked for."""
+    """Whether a setting read from JSON equals a configured one."""
     b = list(b) if isinstance(b, tuple) else str(b) if isinstance(b, Path) else b
     return a == b
 
 
 def early_codes(moment: Moment) -> set[int]:
-    """How a process may end that a signal strikes before it listens."""
+    """The possible exit codes of a process that gets a signal before it handles signals."""
     number = signal.Signals[moment.signal]
     return {-number, 128 + number}
 
@@ -79,7 +79,7 @@ def first_difference(mine: list[dict], expected: list[dict]) -> dict:
 
 
 def equal(a: object, b: object) -> bool:
-    """Whether nested values and tensors are equal to the bit."""
+    """Whether nested values and tensors are bit-equal."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
@@ -90,7 +90,7 @@ def equal(a: object, b: object) -> bool:
 
 
 def close(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Assert that weights are equal to rounding; softmax ignores the key's bias, whose gradient is noise."""
+    """Assert that weights are equal up to rounding. The key's bias has no effect: softmax ignores it."""
     for name, value in expected.items():
         mine = weights[name]
         if name.endswith("attn.qkv.bias"):
@@ -98,7 +98,7 @@ def close(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tens
         torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
-# ---- data and undisturbed runs -----------------------------------------------------------------------------
+# ---- data and uninterrupted runs ---------------------------------------------------------------------------
 
 
 def damage_frame(data: Path, sample: int) -> None:
@@ -111,7 +111,7 @@ def damage_frame(data: Path, sample: int) -> None:
 
 @dataclass(frozen=True)
 class Leg:
-    """The steps after `start`, up to the next leg: what decides their result."""
+    """The steps after `start` up to the next leg, and what determines their result."""
 
     start: int
     settings: tuple[tuple[str, object], ...]
@@ -151,18 +151,18 @@ KINDS = {
         "train.mae", "image-mae-pico", "loss_train", tuple(sorted({**SHARED, "data.size": 64}.items()))
     ),
 }
-SAMPLES = 20  # to train on: 5 steps an epoch
+SAMPLES = 20  # in the training split: 5 steps per epoch
 MOST_TRACES = 40
 
 
 def steps_of(settings: Mapping[str, Any]) -> int:
-    """Steps of a run; SAMPLES / batch is a whole number here, and epochs count fifths."""
+    """Steps of a run; SAMPLES / batch is an integer here, and epochs are multiples of 0.2."""
     return round(settings["optim.epochs"] * SAMPLES / settings["optim.batch"])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a global batch is divided."""
+    """The division of a global batch."""
 
     processes: int = 1
     micro: int = 4
@@ -173,13 +173,13 @@ class Layout:
 
     @property
     def same(self) -> tuple[int, int]:
-        """Equal for layouts that compute the same to the bit."""
+        """Equal for layouts with bit-equal results."""
         return self.processes, self.accumulate
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A run that nothing disturbed, with a row, an evaluation and a checkpoint at every step."""
+    """An uninterrupted run with a row, an evaluation and a checkpoint at every step."""
 
     run: Path
     rows: dict[int, dict]
@@ -191,7 +191,7 @@ class Trace:
 
 
 class Bench:
-    """A place for runs, their data, and the undisturbed runs that they are compared with."""
+    """A folder for runs, their data, and the uninterrupted runs for comparison."""
 
     def __init__(self, root: Path, data: Path) -> None:
         self.root, self.clean = root, data
@@ -234,10 +234,10 @@ class Bench:
         return self._data[key]
 
     def trace(self, kind: Kind, layout: Layout, legs: tuple[Leg, ...]) -> Trace:
-        """The undisturbed run whose settings and data changed at the starts of these legs."""
+        """The uninterrupted run whose settings and data changed at the starts of these legs."""
         key = (kind.program, layout.same, legs)
         if key in self._traces:
-            self._traces[key] = self._traces.pop(key)  # used last, dropped last
+            self._traces[key] = self._traces.pop(key)  # most recently used
             return self._traces[key]
         run, (leg, before) = self.folder("whole"), (legs[-1], legs[:-1])
         settings = {**dict(leg.settings), **EVERY_STEP, "data.path": self.damaged_data(leg.damaged)}
@@ -255,7 +255,7 @@ class Bench:
 
 
 def _copy_up_to(source: Path, run: Path, step: int) -> None:
-    """A copy of a run as it was at a step."""
+    """Copy a run in its state at a step."""
     (run / "checkpoints").mkdir(parents=True)
     for name in ("config.json", "data.json", "env.json", "metrics.csv"):
         shutil.copy(source / name, run / name)

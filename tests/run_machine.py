@@ -1,8 +1,8 @@
-"""Whole runs in processes that begin with everything imported, and runs to compare them with.
+"""Complete runs in processes that start with everything imported.
 
-A start here is the real command: `main` with its words in sys.argv, real DALI, a real process group.
-Only the model is smaller. Several processes are started as torchrun does it. A start can be struck by a
-signal at a chosen moment: at a forward pass, or when it touches a file of its run folder.
+A start is the real command: `main` with its arguments in sys.argv, real DALI, a real process group. Only the
+model is smaller. Several processes are started as torchrun starts them. A start can get a signal at a chosen
+moment: at a forward pass, or when it accesses a file of its run folder.
 """
 
 import importlib
@@ -26,25 +26,25 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from pipelines.errors import run_cli
 from tests.fault_helpers import CLEAN, PRELOADED
 
-# What a run imports late: in the server it costs nothing.
+# Modules that a run imports late; the fork server imports them only once.
 LATE = ("tyro", "tyro._backends._tyro_backend", "typeguard", "dateutil.relativedelta", "pyarrow.dataset")
-LATE += ("timm.scheduler", "models.macs", "torch.utils.flop_counter", "nvidia.dali._debug_mode", "numpy.ma")
+LATE += ("timm.scheduler", "models.zoo", "torch.utils.flop_counter", "nvidia.dali._debug_mode", "numpy.ma")
 OURS = ("tests.run_machine", "train.card", "train.evaluate", "train.finetune", "train.mae", "train.pictures")
 CLEAN.set_forkserver_preload([*PRELOADED, *LATE, *OURS])
 
-PATIENCE = 120.0  # seconds that a start may take
-GRACE = 60.0  # seconds that the other processes have to end once one has failed
+PATIENCE = 120.0  # maximum seconds of a start
+GRACE = 60.0  # seconds in which the other processes must end after one has failed
 FILE_EVENTS = ("open", "os.rename", "os.remove")
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When a start is struck, and by what: at the `count`-th such event of each of the processes `ranks`."""
+    """A signal for a start: at the `count`-th such event of each of the processes `ranks`."""
 
     signal: str
     event: str
-    """train or evaluate: a forward pass; file TEXT: a file of the run with TEXT in its path is opened,
+    """train or evaluate: a forward pass. file TEXT: a file of the run with TEXT in its path is opened,
     renamed or removed."""
     count: int
     ranks: tuple[int, ...] = (0,)
@@ -52,7 +52,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Job:
-    """A command: its words, its run folder, and where its output goes."""
+    """A command: its arguments, its run folder, and the folder for its output."""
 
     program: str
     words: tuple[str, ...]
@@ -62,12 +62,12 @@ class Job:
     moment: Moment | None = None
     port: int = 0
     slow: str = ""
-    """A file of the run with this in its path takes a second to be opened, as when much is written."""
+    """Opening a file of the run with this text in its path takes a second, as on a slow disk."""
 
 
 @dataclass
 class Ended:
-    """How a start ended. `train` and `evaluate` count forward passes, up to the signal where one struck."""
+    """The result of a start. `train` and `evaluate` count forward passes until the end or the signal."""
 
     codes: list[int]
     stdout: str
@@ -87,15 +87,15 @@ class Ended:
 
     def __str__(self) -> str:
         struck = f", struck at forward {self.train} + {self.evaluate}" if self.struck else ""
-        said = f"--- stdout\n{self.stdout}--- stderr\n{self.stderr}"
-        return f"codes {self.codes}{struck}, {self.seconds:.1f} s\n{said}"
+        output = f"--- stdout\n{self.stdout}--- stderr\n{self.stderr}"
+        return f"codes {self.codes}{struck}, {self.seconds:.1f} s\n{output}"
 
 
-# ---- in the process that is started ------------------------------------------------------------------------
+# ---- in the started process --------------------------------------------------------------------------------
 
 
 class Watch:
-    """Counts what this process does, strikes it at its moment, and leaves the counts in a file."""
+    """Counts the events of this process, sends the signal at its moment, and writes the counts to a file."""
 
     def __init__(self, job: Job, rank: int) -> None:
         self.moment = job.moment if job.moment and rank in job.moment.ranks else None
@@ -108,7 +108,7 @@ class Watch:
         sys.addaudithook(self._audit)
 
     def write(self) -> None:
-        """Leave the counts; those of the moment stay."""
+        """Write the counts, unless they were written at the signal."""
         counts = {"struck": self.struck, "train": self.seen["train"], "evaluate": self.seen["evaluate"]}
         counts["groups"] = self.groups
         if not self.note.exists():
@@ -147,7 +147,7 @@ class Watch:
 
 
 def _let_the_writer_finish() -> None:
-    """Wait until the thread that writes checkpoints is idle: what it was given is then on the disk."""
+    """Wait until the thread that writes checkpoints is idle: all checkpoints are then on the disk."""
     time.sleep(0.2)
     for thread in threading.enumerate():
         while thread.name.startswith("checkpoint") and _function_of(thread) != "_worker":
@@ -155,20 +155,20 @@ def _let_the_writer_finish() -> None:
 
 
 def _function_of(thread: threading.Thread) -> str:
-    """The innermost function that a thread is in."""
+    """The function that a thread is executing."""
     frame = sys._current_frames().get(thread.ident or 0)
     return frame.f_code.co_name if frame else "_worker"
 
 
 def work(job: Job, rank: int) -> None:
-    """The body of a process: the real command, with a smaller model."""
+    """The main function of a process: the real command with a smaller model."""
     os.setsid()
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(job.out / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     importlib.import_module("faulthandler").dump_traceback_later(PATIENCE - 5)
     shrink_models()
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # one thread of torch, whatever the machine
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # torch uses one thread on every machine
     if job.processes > 1:
         os.environ.update(torchrun_environment(job, rank))
     watch = Watch(job, rank)
@@ -181,16 +181,16 @@ def work(job: Job, rank: int) -> None:
 
 
 def shrink_models() -> None:
-    """Make the pico models smaller still: a tenth of a million parameters."""
-    from models import factory
+    """Make the pico models even smaller: a tenth of a million parameters."""
+    from models import zoo
 
     small = {"width": 8, "stages": (1, 1, 1, 1), "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
     for name in ("hiera_pico_96", "hiera_pico_16x64"):
-        factory.CONFIGS[name] = replace(factory.CONFIGS[name], **small)
+        zoo.CONFIGS[name] = replace(zoo.CONFIGS[name], **small)
 
 
 def torchrun_environment(job: Job, rank: int) -> dict[str, str]:
-    """What torchrun's agent gives to a worker."""
+    """The environment variables that torchrun sets for a worker."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "MASTER_PORT": job.port}
     numbers |= {
         "WORLD_SIZE": job.processes,
@@ -205,7 +205,7 @@ def torchrun_environment(job: Job, rank: int) -> dict[str, str]:
 
 
 def warm_up() -> None:
-    """Start the server that the processes come from; its imports take seconds, on a busy machine a minute."""
+    """Start the fork server; its imports take seconds, on a busy machine a minute."""
     process = CLEAN.Process(target=shrink_models)
     process.start()
     process.join(300)
@@ -213,7 +213,7 @@ def warm_up() -> None:
 
 
 def launch(job: Job) -> Ended:
-    """Run a command to its end, however that comes; where one of its processes fails the others are ended."""
+    """Run a command until all its processes have ended; if one fails, the others are terminated."""
     begin = time.monotonic()
     shutil.rmtree(job.out, ignore_errors=True)
     job.out.mkdir(parents=True)
@@ -239,7 +239,7 @@ def launch(job: Job) -> Ended:
 
 
 def _supervise(job: Job, workers: list, deadline: float) -> str:
-    """Wait as torchrun does: after the first failure the others get SIGTERM. Gives what is wrong."""
+    """Wait as torchrun does: after the first failure, the others get SIGTERM. Returns a problem, or ""."""
     passed_on = False
     while alive := [worker for worker in workers if worker.exitcode is None]:
         wait([worker.sentinel for worker in alive], max(0.0, deadline - time.monotonic()))
@@ -259,7 +259,7 @@ def _supervise(job: Job, workers: list, deadline: float) -> str:
 def _ended(job: Job, codes: list[int], seconds: float) -> Ended:
     notes = [json.loads(path.read_text()) for path in sorted(job.out.glob("note-*.json"))]
     struck = any(note["struck"] for note in notes)
-    counted = [note for note in notes if note["struck"] == struck]  # the others went a little further
+    counted = [note for note in notes if note["struck"] == struck]  # the other processes continued a little
     stdout, stderr = (
         "".join(path.read_text() for path in sorted(job.out.glob(f"{name}-*")))
         for name in ("stdout", "stderr")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models.official import names
+from models.files import official_names
 from models.zoo import PUBLISHED
 from train.config import FIXED, FREE
 from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS
@@ -78,7 +78,7 @@ def test_the_names_of_official_weights_are_those_of_the_code():
     table = section("docs/weights.md", "What are the official weights called?")
     patterns, sizes = cells(table, 1), cells(table, 2)
     pairs = [(code_words(p)[0], size) for p, s in zip(patterns, sizes, strict=True) for size in s.split(", ")]
-    assert sorted(pattern.replace("SIZE", size) for pattern, size in pairs) == sorted(names())
+    assert sorted(pattern.replace("SIZE", size) for pattern, size in pairs) == sorted(official_names())
 
 
 @pytest.mark.parametrize("readme", READMES)

@@ -1,4 +1,4 @@
-"""What a hostile week does to a run: `make faults` prints these as a table, with many more kills."""
+"""Reliability of runs: `make faults` prints these tests as a table, with many more kills."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ import pytest
 
 from pipelines.config import Augment
 from pipelines.errors import UserError
-from tests.fault_helpers import CLEAN, kill_until_done, speak_to
+from tests.fault_helpers import CLEAN, kill_until_done, redirect_output
 from tests.test_train_runs import assert_same, descendants, fit, results
 from tests.train_helpers import ROOT, arguments, call, module, small
 from tools.imagenet import ImageOptions
@@ -34,7 +34,7 @@ Happened = Callable[[str], None]
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A disk of its own at `folder`; skips the test where it may not be made."""
+    """Mount a small disk at `folder`; skips the test if mounting is not allowed."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
@@ -65,7 +65,7 @@ def pretraining(images: Path, root: Path, name: str, processes: int = 1, **optim
 def test_training_is_killed_at_any_moment(
     preset: str, images: Path, clips: Path, tmp_path: Path, pytestconfig, happened: Happened
 ):
-    """at most the steps since the last checkpoint are lost: ends bit for bit like a run left alone"""
+    """only steps after the last checkpoint are lost; the results equal an uninterrupted run bit for bit"""
     config = small(preset, clips if "video" in preset else images, tmp_path, "whole", epochs=6.0, ema=0.9)
     config = replace(config, data=replace(config.data, augment=Augment(layers=2, erase=0.25)))
     config = named(config, "whole", log_every=1, eval_every=3, checkpoint_every=2)
@@ -83,7 +83,7 @@ def test_training_is_killed_at_any_moment(
 
 
 def pack(kind: str, source: Path, out: Path, log: Path) -> None:
-    speak_to(log)
+    redirect_output(log)
     if kind == "image":
         pack_images(source, out, ImageOptions(workers=2, shard_size=8))
     else:
@@ -95,12 +95,12 @@ def pack(kind: str, source: Path, out: Path, log: Path) -> None:
 def test_packing_is_killed_at_any_moment(
     kind: str, images: Path, clips: Path, tmp_path: Path, pytestconfig, happened: Happened
 ):
-    """finished shards are kept: ends byte for byte like a packing left alone"""
+    """finished shards are kept; the files equal uninterrupted packing byte for byte"""
     source = images.parent / "source" if kind == "image" else clips.parent
     log, kills, runs = tmp_path / "out", 0, 0
     run_packing(kind, source, tmp_path / "whole", log)
     begin = time.monotonic()
-    run_packing(kind, source, tmp_path / "again", log)  # the first had to import things
+    run_packing(kind, source, tmp_path / "again", log)  # the first one also imported modules
     seconds, rng = time.monotonic() - begin, np.random.default_rng(0)
     while kills < pytestconfig.getoption("kills"):
         out = tmp_path / f"killed-{runs}"
@@ -113,7 +113,7 @@ def test_packing_is_killed_at_any_moment(
 
 
 def run_packing(kind: str, source: Path, out: Path, log: Path, patience: float = 60.0) -> int:
-    """Pack in a process of its own; 1 when it had to be killed after `patience` seconds."""
+    """Pack in a new process; returns 1 if it was killed after `patience` seconds, else 0."""
     process = CLEAN.Process(target=pack, args=(kind, source, out, log))
     process.start()
     process.join(patience)
@@ -128,7 +128,7 @@ def trees(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-# ---- processes that die, hang, or compute nonsense ---------------------------------------------------------
+# ---- processes that die, hang, or compute wrong values -----------------------------------------------------
 
 
 def start(
@@ -171,7 +171,7 @@ def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
 def test_a_process_is_killed_or_stopped(
     number: signal.Signals, limit: int, undisturbed: Config, tmp_path: Path, happened: Happened
 ):
-    """the others end within a minute (stopped: of speed.timeout), one sentence, and the run resumes"""
+    """the others exit within a minute (stopped: after speed.timeout) with one line; the run resumes"""
     config = named(undisturbed, "run", root=tmp_path)
     process = start(config)
     wait_for_row(config, 6)
@@ -179,8 +179,8 @@ def test_a_process_is_killed_or_stopped(
     os.kill(of_rank(process.pid, 1), number)
     assert process.wait(limit) != 0
     seconds = time.monotonic() - begin
-    said = (tmp_path / "run.out").read_text()
-    assert said.count("another process ended, or gave no sign for 5 s") == 1 and "Traceback" not in said
+    printed = (tmp_path / "run.out").read_text()
+    assert printed.count("another process ended, or gave no sign for 5 s") == 1 and "Traceback" not in printed
     assert start(config).wait(120) == 0
     assert "resumed from step" in (tmp_path / "run" / "log.txt").read_text()
     assert_same(tmp_path / "run", undisturbed.run.root / "whole")
@@ -192,7 +192,7 @@ def test_a_process_is_killed_or_stopped(
 def test_a_process_is_killed_and_restarts_are_allowed(
     rank: int, undisturbed: Config, tmp_path: Path, happened: Happened
 ):
-    """with speed.restarts the same command goes on by itself, bit for bit"""
+    """with speed.restarts the same command resumes by itself, bit for bit"""
     config = named(undisturbed, "run", root=tmp_path)
     config = replace(config, speed=replace(config.speed, restarts=1))
     process = start(config)
@@ -207,20 +207,20 @@ def test_a_process_is_killed_and_restarts_are_allowed(
 
 @long
 def test_code_fails_in_one_process(images: Path, tmp_path: Path, happened: Happened):
-    """all end within a minute, the traceback is shown once"""
+    """all exit within a minute; the traceback is printed once"""
     config = pretraining(images, tmp_path, "run", 2, epochs=9.0)
     begin = time.monotonic()
     assert start(config, "tests.fault_helpers", FAULT="error").wait(90) != 0
     seconds = time.monotonic() - begin
-    said = (tmp_path / "run.out").read_text()
-    assert said.count("Traceback") == said.count("AssertionError: a mistake in the code") == 1, said
+    printed = (tmp_path / "run.out").read_text()
+    assert printed.count("Traceback") == printed.count("AssertionError: a mistake in the code") == 1, printed
     assert seconds < 60
     happened(f"over {seconds:.0f} s after the start")
 
 
 @pytest.mark.parametrize("fault", [pytest.param(part, marks=long) for part in ("input", "loss", "gradient")])
-def test_one_process_computes_nonsense(fault: str, images: Path, tmp_path: Path, happened: Happened):
-    """the step is skipped by all alike and counted; the weights stay finite"""
+def test_one_process_computes_non_finite_values(fault: str, images: Path, tmp_path: Path, happened: Happened):
+    """all processes skip and count the step; the weights stay finite"""
     config = named(pretraining(images, tmp_path, "run", 2, batch=6), "run", log_every=1, detail=True)
     assert start(config, "tests.fault_helpers", FAULT=fault).wait(120) == 0, (
         tmp_path / "run.out"
@@ -228,32 +228,32 @@ def test_one_process_computes_nonsense(fault: str, images: Path, tmp_path: Path,
     weights, rows = results(tmp_path / "run")
     assert all(value.isfinite().all() for value in weights.values())
     assert {row["step"]: row["skipped"] for row in rows}[6] == rows[-1]["skipped"] == 2
-    happened("2 steps skipped, trained on")
+    happened("2 steps skipped, then training continued")
 
 
 @long
-def test_nonsense_does_not_end(images: Path, tmp_path: Path):
+def test_non_finite_values_persist(images: Path, tmp_path: Path):
     """after run.max_skipped steps in a row the run stops and names the last good checkpoint"""
     config = named(pretraining(images, tmp_path, "run", 2, batch=6, epochs=9.0), "run", max_skipped=4)
     assert start(config, "tests.fault_helpers", FAULT="loss+").wait(120) == 2
-    said = (tmp_path / "run.out").read_text()
-    assert "had non-finite gradients" in said and "Traceback" not in said
+    printed = (tmp_path / "run.out").read_text()
+    assert "had non-finite gradients" in printed and "Traceback" not in printed
 
 
 @long
 def test_memory_runs_out_in_a_step(images: Path, tmp_path: Path):
-    """one sentence says which setting to lower"""
+    """one line names the setting to lower"""
     config = pretraining(images, tmp_path, "run")
     assert start(config, "tests.fault_helpers", FAULT="memory").wait(120) == 2
-    said = (tmp_path / "run.out").read_text()
-    assert "lower speed.micro_batch (6)" in said and "Traceback" not in said
+    printed = (tmp_path / "run.out").read_text()
+    assert "lower speed.micro_batch (6)" in printed and "Traceback" not in printed
 
 
 # ---- disks and files ---------------------------------------------------------------------------------------
 
 
 def test_the_disk_is_full_while_packing(images: Path, tmp_path: Path, happened: Happened):
-    """one sentence; with more room the same command ends byte for byte like one left alone"""
+    """one line; with more space the same command gives the files of uninterrupted packing, byte for byte"""
     source, rest = images.parent / "source", ["--workers", "1", "--shard-size", "8"]
     words = ["images", "--source", str(source), "--out"]
     assert call("tools.pack", *words, str(tmp_path / "whole"), *rest).returncode == 0
@@ -270,7 +270,7 @@ def test_the_disk_is_full_while_packing(images: Path, tmp_path: Path, happened: 
 @long
 @pytest.mark.parametrize("free", ["checkpoints", pytest.param("rows", marks=long)])
 def test_the_disk_is_full_while_training(free: str, images: Path, tmp_path: Path, happened: Happened):
-    """one sentence; with more room the same command ends bit for bit like one left alone"""
+    """one line; with more space the same command gives the results of an uninterrupted run, bit for bit"""
     whole = named(pretraining(images, tmp_path, "whole", epochs=9.0), "whole", log_every=1)
     fit(whole, mae.make_task)
     with small_disk(tmp_path / "disk", "140m" if free == "checkpoints" else "400m") as disk:
@@ -281,8 +281,8 @@ def test_the_disk_is_full_while_training(free: str, images: Path, tmp_path: Path
             with pytest.raises(OSError, match="No space left"):
                 (disk / "filler").write_bytes(bytes(1 << 29))
         assert process.wait(120) == 2, (tmp_path / "log").read_text()
-        said = (tmp_path / "log").read_text()
-        assert "Traceback" not in said and said.count("error:") == 1 and "free some space" in said
+        printed = (tmp_path / "log").read_text()
+        assert "Traceback" not in printed and printed.count("error:") == 1 and "free some space" in printed
         reached = max((disk / "whole/checkpoints").glob("*.pt")).stem
         (disk / "filler").unlink(missing_ok=True)
         remount(disk, "size=400m")
@@ -292,7 +292,7 @@ def test_the_disk_is_full_while_training(free: str, images: Path, tmp_path: Path
 
 
 def test_the_folder_cannot_be_written(images: Path, tmp_path: Path):
-    """one sentence, nothing lost: the run goes on when it can be written again"""
+    """one line and no loss: the run resumes once the folder can be written again"""
     with small_disk(tmp_path / "disk", "400m") as disk:
         config = pretraining(images, disk, "run")
         fit(config, mae.make_task)
@@ -309,7 +309,7 @@ def test_the_folder_cannot_be_written(images: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("damage", ["cut off", "a bit flipped", "empty", "all damaged"])
 def test_checkpoints_are_damaged(damage: str, images: Path, tmp_path: Path, happened: Happened):
-    """the newest valid one is used, with a warning; if none is valid the run ends and changes nothing"""
+    """the newest valid one is used, with a warning; if none is valid, the run ends and changes nothing"""
     config = pretraining(images, tmp_path, "run")
     fit(config, mae.make_task)
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
@@ -323,18 +323,18 @@ def test_checkpoints_are_damaged(damage: str, images: Path, tmp_path: Path, happ
     if damage == "all damaged":
         with pytest.raises(UserError, match="none of the checkpoints"):
             fit(config, mae.make_task)
-        happened("ended with one sentence")
+        happened("ended with one line")
         return
     fit(config, mae.make_task)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert f"{paths[-1]} is damaged" in log and "resumed from step" in log
     assert_same(tmp_path / "run", tmp_path / "whole")
-    happened("warned; bit-equal in the end")
+    happened("warned; results bit-equal")
 
 
 @pytest.mark.parametrize("damage", ["part cut off", "part gone", "row cut off", "row garbled", "CSV gone"])
 def test_metrics_are_damaged(damage: str, images: Path, tmp_path: Path):
-    """rows that can be read are kept; the last one is in the checkpoint; CSV and Parquet are equal"""
+    """readable rows are kept; the last one is in the checkpoint; CSV and Parquet are equal"""
     config = pretraining(images, tmp_path, "run")
     fit(config, mae.make_task)
     run = tmp_path / "run"
@@ -359,8 +359,8 @@ def test_metrics_are_damaged(damage: str, images: Path, tmp_path: Path):
 
 @long
 @long
-def test_two_runs_want_one_folder(images: Path, tmp_path: Path):
-    """the second is refused, the first goes on"""
+def test_two_runs_use_one_folder(images: Path, tmp_path: Path):
+    """the second is refused; the first continues"""
     config = pretraining(images, tmp_path, "run", epochs=30.0)
     first = start(config)
     wait_for_row(config, 3)
@@ -371,7 +371,7 @@ def test_two_runs_want_one_folder(images: Path, tmp_path: Path):
 
 
 def test_the_clock_is_set_back(images: Path, tmp_path: Path):
-    """checkpoints are told apart by their step, not by their dates"""
+    """checkpoints are ordered by step, not by date"""
     config = pretraining(images, tmp_path, "run")
     fit(config, mae.make_task)
     run = tmp_path / "run"
@@ -386,8 +386,8 @@ def test_the_clock_is_set_back(images: Path, tmp_path: Path):
 
 
 @long
-def test_a_run_is_copied_elsewhere_and_goes_on(images: Path, tmp_path: Path):
-    """the copy resumes where the original stood, bit for bit"""
+def test_a_run_is_copied_elsewhere_and_resumed(images: Path, tmp_path: Path):
+    """the copy resumes from the last step, bit for bit"""
     config = pretraining(images, tmp_path, "whole", epochs=6.0)
     fit(config, mae.make_task)
     process = start(named(config, "first"))

@@ -1,4 +1,4 @@
-"""File systems without locks, modes or a flush of folders: work continues, and one line warns."""
+"""File systems without locks, modes or fsync of folders: work continues with one warning."""
 
 import errno
 import fcntl
@@ -7,8 +7,9 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 
-from models import official
+from models import files as weights_files
 from pipelines import files
 from pipelines.dataset import open_dataset, read_info
 from pipelines.errors import UserError
@@ -21,7 +22,7 @@ NO_LOCKS = [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL]
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Let the OS answer flock with the error `number`, chmod and the fsync of a folder with EPERM."""
+    """Make flock fail with the error `number`, and chmod and fsync of folders with EPERM."""
     fsync = os.fsync
 
     def fail(*_: object, **__: object) -> None:
@@ -58,7 +59,7 @@ def test_a_run_folder_opens_without_locks(number, images, tmp_path, monkeypatch,
     assert "a second training process in this folder would not be noticed" in capsys.readouterr().err
 
 
-def test_a_run_folder_in_use_has_another_error_than_one_that_cannot_be_written(images, tmp_path):
+def test_a_run_folder_in_use_and_an_unwritable_one_have_different_errors(images, tmp_path):
     config = small("image-mae-pico", images, tmp_path, "run")
     held = rundir.lock_run(config.run.folder)
     with pytest.raises(UserError, match="another process is training in"):
@@ -70,7 +71,7 @@ def test_a_run_folder_in_use_has_another_error_than_one_that_cannot_be_written(i
         rundir.lock_run(closed.run.folder)
 
 
-def test_a_lock_held_on_another_machine_may_come_as_permission_denied(images, tmp_path, monkeypatch):
+def test_permission_denied_on_locking_means_that_another_machine_has_the_lock(images, tmp_path, monkeypatch):
     refuse(monkeypatch, errno.EACCES)
     with pytest.raises(UserError, match="another process is training in"):
         rundir.lock_run(tmp_path / "run")
@@ -84,16 +85,16 @@ def test_packing_continues_without_locks_and_writes_the_same_bytes(number, tmp_p
     for part in ("1/2", "2/2", ""):
         assert pack_images(source, tmp_path / "out", shard_range=part) == 0
     assert sums(tmp_path / "out") == sums(tmp_path / "calm")
-    said = capsys.readouterr().err
-    assert said.count("does not support file locks") == 1 and str(tmp_path / "out") in said
+    printed = capsys.readouterr().err
+    assert printed.count("does not support file locks") == 1 and str(tmp_path / "out") in printed
 
 
-def test_two_parts_that_note_their_plan_at_once_without_locks_agree(tmp_path, monkeypatch):
+def test_without_locks_two_parts_may_write_the_same_plan(tmp_path, monkeypatch):
     source = image_tree(tmp_path / "source", train=2, val=1)
     refuse(monkeypatch, errno.ENOLCK)
     assert pack_images(source, tmp_path / "out", shard_range="1/2") == 0
     with (tmp_path / "out/.plan.json").open("a") as note:
-        note.write((tmp_path / "out/.plan.json").read_text())  # the other part saw an empty file, too
+        note.write((tmp_path / "out/.plan.json").read_text())  # as if the other part also wrote it
     assert pack_images(source, tmp_path / "out") == 0
 
 
@@ -106,15 +107,15 @@ def test_staging_continues_without_locks(images, tmp_path, monkeypatch, capsys):
 
 def test_weights_are_found_without_locks(tmp_path, monkeypatch):
     refuse(monkeypatch, errno.ENOTSUP)
-    name = official.names()[0]
-    monkeypatch.setattr(official.torch.hub, "get_dir", lambda: str(tmp_path))
+    name = weights_files.official_names()[0]
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     path = tmp_path / "checkpoints" / f"{name.split(':')[0]}.pth"
     path.parent.mkdir()
     path.write_bytes(b"weights")
-    assert official.fetch(name) == path
+    assert weights_files.fetch(name) == path
 
 
-def test_a_write_that_fails_on_the_disk_is_not_ignored(tmp_path, monkeypatch):
+def test_disk_errors_are_not_ignored(tmp_path, monkeypatch):
     for number in (errno.EIO, errno.ENOSPC):
 
         def fail(_: int, number: int = number) -> None:
@@ -126,7 +127,7 @@ def test_a_write_that_fails_on_the_disk_is_not_ignored(tmp_path, monkeypatch):
         assert not (tmp_path / "a.txt").exists()
 
 
-def test_a_folder_that_may_not_be_listed_still_takes_files(tmp_path, monkeypatch):
+def test_files_can_be_written_to_a_folder_without_read_permission(tmp_path, monkeypatch):
     opened = os.open
 
     def closed(path: os.PathLike, *rest: int) -> int:
@@ -139,7 +140,7 @@ def test_a_folder_that_may_not_be_listed_still_takes_files(tmp_path, monkeypatch
     assert (tmp_path / "a.txt").read_text() == "one"
 
 
-def test_a_file_system_that_cannot_rename_gets_one_sentence(tmp_path, monkeypatch):
+def test_a_file_system_without_rename_gives_one_line(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 

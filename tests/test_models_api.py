@@ -1,4 +1,4 @@
-"""Names, sizes, masks, weights files and errors of the models; numbers are in test_models_parity."""
+"""Names, sizes, masks, weights files and errors of the models. test_models_parity.py checks the numbers."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from timm.optim import param_groups_layer_decay
 import models
 from models.mae import reconstruct
 from models.unroll import reroll, unroll
+from pipelines.errors import UserError
 
 torch.set_num_threads(2)
 
@@ -18,7 +19,7 @@ def keep_of(model, batch, kept, seed=0):
     return order[:, :kept].sort(1).values
 
 
-def test_names():
+def test_list_models_has_all_names():
     names = models.list_models()
     assert len(names) == len(set(names)) == 28
     assert {"hiera_pico_96", "hiera_pico_16x64", "mae_hiera_huge_16x224", "mae_hiera_base_plus_224"} <= set(
@@ -27,11 +28,11 @@ def test_names():
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "says"),
+    ("name", "overrides", "message"),
     [
         ("hiera_bse_224", {}, "did you mean 'hiera_base_224'"),
-        ("hiera_pico_96", {"input_size": 100}, "nearest that can: 96x96 and 128x128"),
-        ("hiera_pico_16x64", {"input_size": (15, 64, 64)}, "nearest that can: 14x64x64 and 16x64x64"),
+        ("hiera_pico_96", {"input_size": 100}, "; use 96x96 or 128x128"),
+        ("hiera_pico_16x64", {"input_size": (15, 64, 64)}, "; use 14x64x64 or 16x64x64"),
         ("hiera_pico_16x64", {"input_size": (64, 64)}, "(T, H, W)"),
         ("hiera_pico_96", {"num_clases": 3}, "did you mean 'num_classes'"),
         ("mae_hiera_pico_96", {"num_classes": 3}, "no setting 'num_classes'"),
@@ -40,22 +41,22 @@ def test_names():
         ("hiera_pico_16x64", {"abs_win": True}, "images only"),
     ],
 )
-def test_wrong_use_gets_one_sentence(name, overrides, says):
-    with pytest.raises(models.ModelError) as caught:
+def test_wrong_use_gets_one_line(name, overrides, message):
+    with pytest.raises(UserError) as caught:
         models.create(name, **overrides)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_input_and_masks():
+def test_wrong_input_shapes_and_masks_are_refused():
     model = models.create("mae_hiera_pico_96")
-    with pytest.raises(models.ModelError, match=r"\[B, 3, 96, 96\]"):
+    with pytest.raises(UserError, match=r"\[B, 3, 96, 96\]"):
         model(torch.rand(1, 3, 64, 64))
-    with pytest.raises(models.ModelError, match="keeps 0 of 9"):
+    with pytest.raises(UserError, match="keeps 0 of 9"):
         model(torch.rand(1, 3, 96, 96), mask_ratio=0.95)
     uneven = torch.zeros(2, 9, dtype=torch.bool)
     uneven[0, :3] = uneven[1, :4] = True
-    with pytest.raises(models.ModelError, match="equally many"):
+    with pytest.raises(UserError, match="the same number"):
         model(torch.rand(2, 3, 96, 96), mask=uneven)
 
 
@@ -67,7 +68,7 @@ def test_wrong_input_and_masks():
         ("hiera_pico_16x64", {"input_size": (8, 64, 96), "num_classes": 5}),
     ],
 )
-def test_classifier_sizes(name, overrides):
+def test_classifiers_accept_other_sizes_channels_and_classes(name, overrides):
     model = models.create(name, **overrides)
     logits, maps = model(
         torch.rand(2, overrides.get("in_chans", 3), *model.input_size), return_intermediates=True
@@ -80,14 +81,14 @@ def test_classifier_sizes(name, overrides):
         assert level.shape[1:-1] == frames + spatial
 
 
-def test_the_order_is_as_drawn():
-    """The first rows of the drawing at the top of models/unroll.py."""
+def test_token_order_matches_the_drawing():
+    """The first rows of the drawing in the docstring of models/unroll.py."""
     order = unroll(torch.arange(64).view(1, 1, 8, 8, 1)).flatten().argsort().view(8, 8)
     assert order[:2].tolist() == [[0, 16, 4, 20, 1, 17, 5, 21], [32, 48, 36, 52, 33, 49, 37, 53]]
 
 
 @pytest.mark.parametrize("pools", [1, 2, 3])
-def test_reroll_undoes_unroll_and_pooling_is_spatial(pools):
+def test_reroll_inverts_unroll_and_max_pool_equals_spatial_pooling(pools):
     x = torch.rand(2, 3, 16, 24, 5)
     tokens = unroll(x, pools)
     units = (3, 16 >> pools, 24 >> pools)
@@ -99,7 +100,7 @@ def test_reroll_undoes_unroll_and_pooling_is_spatial(pools):
 
 
 @pytest.mark.parametrize("name", ["mae_hiera_pico_96", "mae_hiera_pico_16x64"])
-def test_masked_pixels_get_no_gradient_from_kept_tokens(name):
+def test_masked_pixels_get_zero_gradient(name):
     model = models.create(name)
     x = torch.rand(2, 3, *model.input_size, requires_grad=True)
     keep = keep_of(model, 2, 3)
@@ -113,7 +114,7 @@ def test_masked_pixels_get_no_gradient_from_kept_tokens(name):
 
 
 @pytest.mark.parametrize("name", ["mae_hiera_pico_96", "mae_hiera_pico_16x64"])
-def test_mask_keep_and_ratio_are_one_thing(name):
+def test_mask_and_keep_give_the_same_loss(name):
     model = models.create(name).eval()
     x = torch.rand(2, 3, *model.input_size)
     drawn = model(x, mask_ratio=0.6)
@@ -124,7 +125,7 @@ def test_mask_keep_and_ratio_are_one_thing(name):
 
 
 @pytest.mark.parametrize("name", [n for n in models.list_models() if "pico" in n])
-def test_every_parameter_is_initialised(name):
+def test_init_weights_initializes_every_parameter(name):
     model = models.create(name, **({} if "mae" in name or "16x" in name else {"abs_win": True}))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -135,7 +136,7 @@ def test_every_parameter_is_initialised(name):
 
 
 @pytest.mark.parametrize("name", ["mae_hiera_pico_96", "mae_hiera_pico_16x64"])
-def test_reconstruct_replaces_masked_patches_only(name):
+def test_reconstruct_changes_only_masked_patches(name):
     model = models.create(name).eval()
     x = torch.rand(2, 3, *model.input_size)
     keep = keep_of(model, 2, 4)
@@ -146,12 +147,12 @@ def test_reconstruct_replaces_masked_patches_only(name):
     mask = output.mask.view(2, 1, *model.mask_units)
     mask = mask.repeat_interleave(32, -1).repeat_interleave(32, -2).expand_as(frames)
     assert torch.equal(picture[mask], frames[mask])
-    # A model that predicts the labels exactly must give the input back.
+    # A model that predicts the labels exactly must reconstruct the input.
     model.decode = lambda latent, kept, masked: model.labels(x, masked)[0]
     torch.testing.assert_close(reconstruct(model, x, keep), frames)
 
 
-def test_decode_ratio_takes_a_share_in_training_alone():
+def test_decode_ratio_applies_only_in_training():
     model = models.create("mae_hiera_pico_96", decode_ratio=0.5)
     x, keep = torch.rand(2, 3, 96, 96), torch.tensor([[0, 4], [1, 8]])
     assert model.train()(x, keep=keep).pred.shape == (2 * 14, 768)
@@ -164,7 +165,7 @@ def test_decode_ratio_takes_a_share_in_training_alone():
 
 
 @pytest.mark.parametrize("name", ["hiera_pico_16x64", "mae_hiera_pico_96"])
-def test_checkpointing_changes_nothing(name):
+def test_activation_checkpointing_does_not_change_gradients(name):
     plain = models.create(name, drop_path_rate=0.3)
     saving = models.create(name, drop_path_rate=0.3, checkpoint_stages=(1, 2, 3, 4))
     models.load_weights(saving, plain.state_dict(), quiet=True)
@@ -178,7 +179,7 @@ def test_checkpointing_changes_nothing(name):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_layer_decay_groups():
+def test_layer_decay_scales_and_weight_decay_by_parameter():
     model = models.create("hiera_pico_96")
     groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
     scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
@@ -190,7 +191,7 @@ def test_layer_decay_groups():
     assert decay[id(named["pos_embed"])] == 0 < decay[id(named["blocks.0.mlp.fc1.weight"])]
 
 
-def test_load_autoencoder_into_classifier(tmp_path, capsys):
+def test_a_classifier_loads_an_autoencoders_encoder(tmp_path, capsys):
     mae = models.create("mae_hiera_pico_96")
     torch.save({"model_state": mae.state_dict()}, tmp_path / "mae.pth")
     model = models.create("hiera_pico_96")
@@ -206,7 +207,7 @@ def test_load_autoencoder_into_classifier(tmp_path, capsys):
     assert torch.equal(model.norm.bias, mae.encoder_norm.bias)
 
 
-def test_load_another_class_count_drops_the_head(tmp_path):
+def test_a_head_with_another_number_of_classes_is_not_loaded(tmp_path):
     save_file(models.create("hiera_pico_96").state_dict(), tmp_path / "model.safetensors")
     report = models.load_weights(
         models.create("hiera_pico_96", num_classes=7), tmp_path / "model.safetensors"
@@ -214,21 +215,21 @@ def test_load_another_class_count_drops_the_head(tmp_path):
     assert set(report.fresh) == {"head.projection.weight", "head.projection.bias"}
 
 
-def test_weights_that_do_not_fit(tmp_path):
+def test_missing_damaged_and_unsuitable_weights_are_refused(tmp_path):
     model = models.create("hiera_pico_96")
-    with pytest.raises(models.ModelError, match="no weights file at"):
+    with pytest.raises(UserError, match="no weights file at"):
         models.load_weights(model, tmp_path / "absent.pth")
-    with pytest.raises(models.ModelError, match=r"are called mae_hiera_base_224:mae_in1k$"):
+    with pytest.raises(UserError, match=r"are called mae_hiera_base_224:mae_in1k$"):
         models.load_weights(model, "mae_hiera_base_224")
     (tmp_path / "broken.pth").write_bytes(b"not a zip")
     (tmp_path / "broken.safetensors").write_bytes(b"not one")
     for name in ("broken.pth", "broken.safetensors"):
-        with pytest.raises(models.ModelError, match="is no weights file, or it is damaged"):
+        with pytest.raises(UserError, match="is not a weights file, or it is damaged"):
             models.load_weights(model, tmp_path / name)
     torch.save({"model_state": [print]}, tmp_path / "code.pth")
-    with pytest.raises(models.ModelError, match=r"contains more than tensors \(\S*print\)"):
+    with pytest.raises(UserError, match=r"contains more than tensors \(\S*print\)"):
         models.load_weights(model, tmp_path / "code.pth")
-    with pytest.raises(models.ModelError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         models.load_weights(model, models.create("hiera_pico_96", width=96).state_dict())
-    with pytest.raises(models.ModelError, match="it lacks mask_token, decoder_pos"):
+    with pytest.raises(UserError, match="it lacks mask_token, decoder_pos"):
         models.load_weights(models.create("mae_hiera_pico_96"), model.state_dict())

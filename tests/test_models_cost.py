@@ -1,4 +1,4 @@
-"""What a forward pass costs, and that it compiles as one graph."""
+"""Cost of a forward pass; compilation as one graph."""
 
 import pytest
 import torch
@@ -8,8 +8,7 @@ import models
 from benchmarks import model as bench_model
 from benchmarks.results import markdown
 from models import zoo
-from models.factory import CONFIGS
-from models.macs import forward_macs
+from models.zoo import CONFIGS, forward_macs
 
 torch.set_num_threads(2)
 KINDS = ["hiera_pico_96", "mae_hiera_pico_96", "hiera_pico_16x64", "mae_hiera_pico_16x64"]
@@ -36,8 +35,11 @@ def inputs(model, name, kept=None):
         ("huge_16x224", 1106),
     ],
 )
-def test_an_autoencoders_step_costs_a_little_less_than_upstreams(name, upstream):
-    """GFLOP a sample, forward and backward, counted in the authors' code; ours fuses and predicts less."""
+def test_an_autoencoders_step_costs_up_to_4_percent_less_than_upstreams(name, upstream):
+    """`upstream`: GFLOP per sample, forward and backward, counted in the authors' code.
+
+    Ours needs less, because it fuses and predicts only what the loss uses.
+    """
     config = CONFIGS[f"hiera_{name}"]
     ours = 6 * forward_macs(config, True, 0.9 if config.video else 0.6) / 1e9
     assert 0.96 * upstream < ours < upstream
@@ -54,13 +56,13 @@ def test_an_autoencoders_step_costs_a_little_less_than_upstreams(name, upstream)
         ("huge_16x224", 1158),
     ],
 )
-def test_macs_equal_the_published(name, published):
-    """Published as whole numbers, so the smallest carries a rounding of 5 %."""
+def test_macs_equal_the_published_ones(name, published):
+    """The published numbers are rounded to whole GMACs, which is up to 5 % of the smallest."""
     counted = forward_macs(CONFIGS[f"hiera_{name}"]) / 1e9
     assert counted == pytest.approx(published, rel=0.03) or round(counted) == published
 
 
-def test_decode_ratio_saves_what_the_count_says():
+def test_macs_with_decode_ratio_equal_the_counted_operations():
     full, half = (models.create("mae_hiera_pico_16x64", decode_ratio=r).train() for r in (1.0, 0.5))
     counted = []
     for model in (full, half):
@@ -72,8 +74,8 @@ def test_decode_ratio_saves_what_the_count_says():
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_all_attention_runs_in_fused_kernels(name):
-    """A fifth dimension would send it to the path that multiplies matrices and keeps their product."""
+def test_all_attention_uses_fused_kernels(name):
+    """With five dimensions, PyTorch would use matrix products and store the attention matrix."""
     model = models.create(name)
     with FlopCounterMode(display=False) as counter:
         model(**inputs(model, name))
@@ -83,7 +85,7 @@ def test_all_attention_runs_in_fused_kernels(name):
 
 
 @pytest.mark.parametrize("name", ["hiera_pico_96", "mae_hiera_pico_16x64"])
-def test_training_forward_is_one_graph(name):
+def test_the_training_forward_compiles_as_one_graph(name):
     model = models.create(name, drop_path_rate=0.1, stages=(1, 1, 1, 1)).train()
     if "mae" in name:
         model = models.create(name, drop_path_rate=0.1, stages=(1, 1, 1, 1), decode_ratio=0.5).train()
@@ -95,8 +97,8 @@ def test_training_forward_is_one_graph(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_compiled_equals_eager(name):
-    """The generated code where it is cheap to build, and the same graph without code elsewhere."""
+def test_compiled_models_equal_eager_ones(name):
+    """One model uses inductor; the others use aot_eager, which builds the graph but generates no code."""
     model = models.create(name, stages=(1, 1, 1, 1))
     backend = "inductor" if name == "mae_hiera_pico_96" else "aot_eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)
@@ -114,7 +116,7 @@ def test_compiled_equals_eager(name):
 
 
 def test_zoo_prints_the_models(capsys, monkeypatch):
-    names = ["hiera_base_16x224", "mae_hiera_pico_16x64", "hiera_base_224"]  # all of them take half a minute
+    names = ["hiera_base_16x224", "mae_hiera_pico_16x64", "hiera_base_224"]  # all models take half a minute
     assert set(names) < set(zoo.list_models())
     monkeypatch.setattr(zoo, "list_models", lambda: names)
     zoo.main()
@@ -124,7 +126,7 @@ def test_zoo_prints_the_models(capsys, monkeypatch):
     assert [cell.strip() for cell in line.split("│")[2:7]] == ["51.1", "101.7", "25088", "8x7x7", "84.0"]
 
 
-def test_bench_compares_with_the_peers():
+def test_the_benchmark_compares_with_other_implementations():
     names = ("mae_hiera_pico_16x64", "mae_hiera_pico_96", "hiera_pico_96")
     races = list(bench_model.run(names, rounds=1, device="cpu", memory=False).values())
     assert [list(race) for race in races] == [

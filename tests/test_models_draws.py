@@ -1,4 +1,4 @@
-"""Draws from keys: their quality, and drop path, dropout and the decoded share that are drawn from them."""
+"""Draws from keys: their quality, and the drop path, dropout and decoded tokens drawn from them."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ NAMES = ["hiera_pico_96", "mae_hiera_pico_96", "hiera_pico_16x64"]
 
 
 def keys_like(kind: str, count: int) -> torch.Tensor:
-    """Keys as the trainer makes them, or ones that differ in a few bits alone."""
+    """Keys as the trainer makes them, or keys that differ only in a few bits."""
     numbers = torch.arange(count)
     if kind == "hashed":
         return torch.from_numpy(row_keys(0, np.zeros(count, np.int64), np.arange(count)))
@@ -24,8 +24,8 @@ def keys_like(kind: str, count: int) -> torch.Tensor:
 # ---- the hash --------------------------------------------------------------------------------------------
 
 
-def test_the_mixer_is_that_of_plain_integers():
-    """An oracle in Python's integers, for keys of all signs and for the draws' order."""
+def test_draws_equal_those_of_plain_python_integers():
+    """Compared with Python integers, for positive and negative keys and for the order of the draws."""
 
     def mix(x: int) -> int:
         x = (x ^ (x >> 16)) * 0x21F0AAAD % 2**32
@@ -44,7 +44,7 @@ def test_the_mixer_is_that_of_plain_integers():
 
 @pytest.mark.parametrize("kind", ["hashed", "low", "high", "top"])
 def test_draws_are_uniform_and_independent(kind: str):
-    """Mean, variance, chi-square over 256 bins, and no correlation of neighbours, each within 5 sigma."""
+    """Mean, variance, chi-square over 256 bins and correlation of neighbors are within 5 sigma."""
     keys = keys_like(kind, 4096)
     table = torch.stack([draws.uniform(keys, stream, 64) for stream in (1, 2)]).double()
     count = table[0].numel()
@@ -58,20 +58,20 @@ def test_draws_are_uniform_and_independent(kind: str):
         rows = torch.bincount((u[:, 0] * 256).long(), minlength=256)  # over keys at one counter
         assert ((rows - 16) ** 2 / 16).sum() < 255 + 5 * (2 * 255) ** 0.5
     a, b = (table - 0.5) * 12**0.5
-    neighbours = {
+    neighbors = {
         "keys": (a[1:], a[:-1]),
         "counters": (a[:, 1:], a[:, :-1]),
         "streams": (a, b),
         "streams and counters": (a[:, 1:], b[:, :-1]),
     }
-    for what, (x, y) in neighbours.items():
+    for what, (x, y) in neighbors.items():
         assert abs((x * y).mean()) < 5 / x.numel() ** 0.5, what
 
 
-# ---- what is drawn from it -------------------------------------------------------------------------------
+# ---- drop path, dropout, decoded tokens ------------------------------------------------------------------
 
 
-def test_drop_path_drops_at_linear_rates_and_keeps_the_mean():
+def test_drop_path_has_linear_rates_and_independent_branches():
     x = torch.empty(20_000, 1)
     scales = draws.drop_path_scales(x, 0.4, 5, keys_like("hashed", len(x)))
     assert scales[0] is None  # the first block's rate is 0
@@ -84,7 +84,7 @@ def test_drop_path_drops_at_linear_rates_and_keeps_the_mean():
         assert abs(both - rate**2) < spread  # the two branches are independent
 
 
-def test_dropout_and_the_decoded_share():
+def test_dropout_and_the_decoded_share_have_their_rates():
     x = torch.ones(500, 200)
     kept = draws.dropout(x, 0.25, keys_like("hashed", 500))
     torch.testing.assert_close(kept.unique(), torch.tensor([0, 4 / 3]))
@@ -114,14 +114,14 @@ def inputs(model, rows: int = 6) -> dict[str, torch.Tensor]:
 
 
 def output(model, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What a pass gives per row: predictions or logits, [rows, ...]."""
+    """Predictions or logits per row, [rows, ...]."""
     found = model(**given)
     return found if isinstance(found, torch.Tensor) else found.pred.unflatten(0, (len(given["x"]), -1))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_rows_output_depends_on_its_own_key_alone(name: str):
-    """In training: the same in any batch, another with another key; torch's generator is not touched."""
+def test_a_rows_output_depends_only_on_its_own_key(name: str):
+    """In training, the rest of the batch and torch's generator have no effect; another key has one."""
     model, state = build(name), torch.get_rng_state()
     given = inputs(model)
     with torch.no_grad():
@@ -132,13 +132,15 @@ def test_a_rows_output_depends_on_its_own_key_alone(name: str):
     assert all(not torch.allclose(a, b, atol=1e-4) for a, b in zip(whole, other, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
     given.pop("row_keys")
-    assert not torch.equal(output(model, given), output(model, given)), "without keys torch's generator draws"
+    assert not torch.equal(output(model, given), output(model, given)), (
+        "without keys, torch's generator is used"
+    )
     model.eval()
     assert torch.equal(output(model, given), output(model, given))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_with_all_rates_zero_keys_change_nothing(name: str):
+def test_keys_have_no_effect_if_all_rates_are_zero(name: str):
     off = {"decode_ratio": 1.0} if name.startswith("mae_") else {"head_dropout": 0.0}
     model = build(name, drop_path_rate=0.0, **off)
     given = inputs(model)
@@ -149,7 +151,7 @@ def test_with_all_rates_zero_keys_change_nothing(name: str):
 
 
 def test_a_dropped_branch_adds_nothing():
-    """An oracle: one block by hand, with the factors of two rows."""
+    """Compared with one block computed by hand, with the factors of two rows."""
     model = build("hiera_pico_96")
     block, x = model.blocks[0], torch.rand(2, 3, 64, 48)
     scales = torch.tensor([[0.0, 2.0], [1.25, 0.0]])
@@ -159,7 +161,7 @@ def test_a_dropped_branch_adds_nothing():
 
 
 @pytest.mark.parametrize("name", ["hiera_pico_96", "mae_hiera_pico_96"])
-def test_keys_work_with_recomputed_activations(name: str):
+def test_recomputed_activations_use_the_same_draws(name: str):
     grads = []
     for stages in ((), (1, 2, 3, 4)):
         model = build(name, checkpoint_stages=stages)
@@ -168,7 +170,7 @@ def test_keys_work_with_recomputed_activations(name: str):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_the_compiled_step_is_one_graph_and_draws_the_same():
+def test_the_compiled_step_is_one_graph_with_the_same_draws():
     model = build("mae_hiera_pico_96", stages=(1, 1, 1, 1))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)

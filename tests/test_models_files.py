@@ -1,4 +1,4 @@
-"""Weights as users have them: wrapped, prefixed, sharded, in folders, and files that are not weights."""
+"""Users' weights files: wrapped, prefixed, sharded, in folders, damaged; and files that are not weights."""
 
 import argparse
 import dataclasses
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from models.files import read_weights
+from pipelines.errors import UserError
 from tests.test_models_weights import same
 from tests.train_helpers import CLASSES as TRAINER_CLASSES
 from tests.train_helpers import small
@@ -27,7 +28,7 @@ def pico(**overrides):
 
 
 def loads(source, **given):
-    """The report of loading `source` into a new model, and that model's weights."""
+    """Load `source` into a new model; returns the report and the model's weights."""
     target = pico()
     report = models.load_weights(target, source, quiet=True, **given)
     return report, target.state_dict()
@@ -55,8 +56,8 @@ def test_a_prefix_of_all_names_is_removed(prefix, tmp_path):
         assert not report.fresh and not report.unused
 
 
-def test_a_prefix_of_the_encoder_alone_is_removed():
-    """A backbone with a head of its own, and the counter that torch's AveragedModel adds."""
+def test_a_prefix_of_only_the_encoder_is_removed():
+    """A backbone below a head without prefix, and the counter that torch's AveragedModel adds."""
     state = pico().state_dict()
     named = {name if name.startswith("head.") else f"backbone.{name}": v for name, v in state.items()}
     assert same(loads(named)[1], state)
@@ -83,10 +84,10 @@ def test_a_prefix_is_removed_from_other_libraries_names():
 def test_two_models_in_one_file_are_refused():
     state = pico().state_dict()
     both = {f"{model}.{name}": v for model in ("student", "teacher") for name, v in state.items()}
-    with pytest.raises(models.ModelError, match=r"2 models \(student\., teacher\.\); save one"):
+    with pytest.raises(UserError, match=r"2 models \(student\., teacher\.\); save one"):
         loads(both)
     twice = {f"backbone.{name}": v for name, v in state.items()} | {"norm.weight": torch.ones(128)}
-    with pytest.raises(models.ModelError, match=r"names both with and without the prefix backbone\.; save"):
+    with pytest.raises(UserError, match=r"names both with and without the prefix backbone\.; save"):
         loads(twice)
 
 
@@ -100,19 +101,19 @@ def test_a_wrapped_state_dict_is_found(wrapper, tmp_path):
 @pytest.mark.parametrize(
     ("plain", "ema"), [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")]
 )
-def test_the_moving_average_is_taken_and_named(plain, ema, tmp_path):
+def test_the_moving_average_is_preferred_and_reported(plain, ema, tmp_path):
     state, average = pico().state_dict(), pico().state_dict()
     torch.save({plain: state, ema: average}, tmp_path / "a.pth")
     report, loaded = loads(tmp_path / "a.pth")
     assert same(loaded, average)
-    assert f"{ema} of the file is taken (the moving average); it also has {plain}" in str(report)
+    assert f"{ema} (the moving average) of the file was loaded; it also has {plain}" in str(report)
     torch.save({plain: state, ema: None}, tmp_path / "b.pth")
     report, loaded = loads(tmp_path / "b.pth")
     assert same(loaded, state) and "moving average" not in str(report)
 
 
 def test_checkpoints_with_a_namespace_are_read(tmp_path):
-    """timm and mae save their parsed arguments, mae and DeiT also the optimizer."""
+    """timm and mae save their parsed arguments; mae and DeiT also save the optimizer."""
     state = pico().state_dict()
     arguments = argparse.Namespace(lr=1e-3, betas=(0.9, 0.95), out="x", nested=argparse.Namespace(a=None))
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]).state_dict()
@@ -136,19 +137,17 @@ def test_code_in_a_file_does_not_run(tmp_path, legacy):
         {"model": pico().state_dict(), "args": argparse.Namespace(inside=evil)},
     ):
         torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
-        with pytest.raises(
-            models.ModelError, match=r"more than tensors \(\S*exec\).*could run code"
-        ) as error:
+        with pytest.raises(UserError, match=r"more than tensors \(\S*exec\).*could run code") as error:
             loads(tmp_path / "a.pth")
         assert "\n" not in str(error.value)
     (tmp_path / "b.pth").write_bytes(pickle.dumps(evil))
-    with pytest.raises(models.ModelError):
+    with pytest.raises(UserError):
         loads(tmp_path / "b.pth")
     assert not (tmp_path / "ran").exists()
 
 
 def shard(state, folder, suffix="safetensors"):
-    """Write weights as two shards and their index; gives the index's path."""
+    """Write weights as two shards and an index; returns the index's path."""
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     names = sorted(state)
     parts = {f"{stem}-0000{i + 1}-of-00002.{suffix}": names[i::2] for i in range(2)}
@@ -175,38 +174,38 @@ def test_shards_outside_the_folder_are_refused(tmp_path, name):
     save_file({"a": torch.zeros(1)}, tmp_path / "outside.safetensors")
     name = name.format(tmp_path) if isinstance(name, str) else name
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(models.ModelError, match=r"names .* as a shard; .* in its own folder"):
+    with pytest.raises(UserError, match=r"names .* as a shard; .* in its own folder"):
         loads(folder)
 
 
-def test_incomplete_shards_are_named(tmp_path):
+def test_messages_name_missing_and_damaged_shards(tmp_path):
     index = shard(pico().state_dict(), tmp_path)
     second = tmp_path / "model-00002-of-00002.safetensors"
     content = second.read_bytes()
     second.unlink()
-    with pytest.raises(models.ModelError, match=r"-00002-of-00002\.safetensors, .* is missing; download"):
+    with pytest.raises(UserError, match=r"-00002-of-00002\.safetensors, .* is missing; download"):
         loads(tmp_path)
     second.write_bytes(content[:-9])
-    with pytest.raises(models.ModelError, match=r"model-00002-of-00002\.safetensors is cut off"):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is cut off"):
         loads(tmp_path)
     save_file({"a": torch.zeros(1)}, second)
-    with pytest.raises(models.ModelError, match=r"model-00002-of-00002\.safetensors lacks blocks\.\S+"):
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors lacks blocks\.\S+"):
         loads(tmp_path)
     for broken in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {}}'):
         index.write_text(broken)
-        with pytest.raises(models.ModelError, match=r"is not an index of weights.*; download"):
+        with pytest.raises(UserError, match=r"is not an index of weights.*; download"):
             loads(tmp_path)
 
 
-def test_a_folder_gives_its_weights(tmp_path):
+def test_weights_are_found_in_a_folder(tmp_path):
     states = {name: pico().state_dict() for name in ("a.pth", "best.safetensors", "pytorch_model.bin")}
-    with pytest.raises(models.ModelError, match=r"no weights file.*model\.safetensors"):
+    with pytest.raises(UserError, match=r"no weights file.*model\.safetensors"):
         loads(tmp_path)
     torch.save(states["a.pth"], tmp_path / "a.pth")
     report, loaded = loads(tmp_path)
     assert same(loaded, states["a.pth"]) and str(report).startswith(f"{tmp_path}/a.pth: ")
     torch.save(states["a.pth"], tmp_path / "b.pth")
-    with pytest.raises(models.ModelError, match=r"several weights files \(a\.pth, b\.pth\); name one"):
+    with pytest.raises(UserError, match=r"several weights files \(a\.pth, b\.pth\); name one"):
         loads(tmp_path)
     save_file(states["best.safetensors"], tmp_path / "best.safetensors")
     assert same(loads(tmp_path)[1], states["best.safetensors"])
@@ -214,7 +213,7 @@ def test_a_folder_gives_its_weights(tmp_path):
     assert same(loads(tmp_path)[1], states["pytorch_model.bin"])
 
 
-def test_the_content_decides_and_not_the_suffix(tmp_path):
+def test_the_content_of_a_file_decides_its_format(tmp_path):
     state = pico().state_dict()
     save_file(state, tmp_path / "a.bin")
     torch.save(state, tmp_path / "b.safetensors")
@@ -226,29 +225,29 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", r"is empty; download or copy it again"),
         (LFS, r"is a Git LFS pointer.*; run git lfs pull"),
-        (b"\n<!DOCTYPE html><html>Log in</html>", r"is a web page.*; download it again"),
+        (b"\n<!DOCTYPE html><html>Log in</html>", r"is a web page.*; download the weights again"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", r"is a web page"),
-        (b"not weights at all", r"is no weights file.*; give"),
-        (b'{"weight": 1}', r"is no weights file"),
+        (b"not weights at all", r"is not a weights file.*; give"),
+        (b'{"weight": 1}', r"is not a weights file"),
     ],
 )
-def test_files_that_are_not_weights(tmp_path, content, says):
+def test_files_that_are_not_weights_are_refused(tmp_path, content, message):
     for path in (tmp_path / "safetensors/a.safetensors", tmp_path / "bin/a.bin"):
         path.parent.mkdir()
         path.write_bytes(content)
         for source in (path, path.parent):
-            with pytest.raises(models.ModelError, match=says) as error:
+            with pytest.raises(UserError, match=message) as error:
                 read_weights(source)
             assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
 @pytest.mark.parametrize("share", [0.001, 0.02, 0.5, 0.999])
-def test_truncated_files_are_named_so(tmp_path, kind, share):
+def test_truncated_files_are_refused_as_cut_off(tmp_path, kind, share):
     state, path = pico().state_dict(), tmp_path / "a.bin"
     if kind == "safetensors":
         save_file(state, path)
@@ -256,7 +255,7 @@ def test_truncated_files_are_named_so(tmp_path, kind, share):
         torch.save({"model": state}, path, _use_new_zipfile_serialization=kind == "zip")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(models.ModelError, match=r"a\.bin is cut off.*; download or copy it again"):
+    with pytest.raises(UserError, match=r"a\.bin is cut off.*; download or copy it again"):
         read_weights(path)
 
 
@@ -266,17 +265,17 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     state["blocks.3.norm1.weight"] = torch.full((64,), torch.inf)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")
-    with pytest.raises(models.ModelError, match=r"values that are not finite.*blocks\.3\.norm1\.weight.*; "):
+    with pytest.raises(UserError, match=r"values that are not finite.*blocks\.3\.norm1\.weight.*; "):
         models.load_weights(model, tmp_path / "a.safetensors")
     assert same(model.state_dict(), before)
     state["blocks.3.norm1.weight"] = torch.ones(64)
-    with pytest.raises(models.ModelError, match=r"head\.projection\.bias"):
+    with pytest.raises(UserError, match=r"head\.projection\.bias"):
         models.load_weights(model, {name: value.bfloat16() for name, value in state.items()})
-    other = pico(num_classes=3)  # which leaves the head out
+    other = pico(num_classes=3)  # does not load the head
     models.load_weights(other, state, quiet=True)
 
 
-def test_a_reused_head_is_mentioned(tmp_path):
+def test_the_report_mentions_a_reused_head(tmp_path):
     state = pico().state_dict()
     save_file(state, tmp_path / "model.safetensors")
     assumed = "the head of 5 classes is reused; its classes are assumed to be the same"
@@ -289,7 +288,7 @@ def test_a_reused_head_is_mentioned(tmp_path):
     ):
         (tmp_path / file).write_text(json.dumps(content))
         report = str(loads(tmp_path, classes=CLASSES)[0])
-        found = "the head of 5 classes is reused, but class 2 is 'other' there and 'class 2' here"
+        found = "the head of 5 classes is reused, but class 2 is 'other' in the weights, not 'class 2'"
         assert found in report and "assumed" not in report
         assert "is reused" not in str(loads(tmp_path, classes=renamed)[0])
         (tmp_path / file).unlink()
@@ -301,7 +300,7 @@ def test_a_reused_head_is_mentioned(tmp_path):
     assert "is reused" not in str(report)
 
 
-def test_the_trainer_and_evaluation_compare_the_classes(images, tmp_path, capsys):
+def test_training_and_evaluation_compare_the_classes(images, tmp_path, capsys):
     config = small("image-ft-pico", images, tmp_path, "run", epochs=0.5)
     start = tmp_path / "start"
     start.mkdir()
@@ -310,7 +309,9 @@ def test_the_trainer_and_evaluation_compare_the_classes(images, tmp_path, capsys
     (start / "data.json").write_text(json.dumps({"classes": [TRAINER_CLASSES[0], "other"]}))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=str(start)))
     assert loop.fit(config, finetune.make_task) == 0
-    note = f"the head of 2 classes is reused, but class 1 is 'other' there and {TRAINER_CLASSES[1]!r} here"
+    note = (
+        f"the head of 2 classes is reused, but class 1 is 'other' in the weights, not {TRAINER_CLASSES[1]!r}"
+    )
     assert note in (tmp_path / "run/log.txt").read_text()
     capsys.readouterr()
     evaluate.evaluate(evaluate.Arguments(tmp_path / "run", device="cpu"))
@@ -319,13 +320,13 @@ def test_the_trainer_and_evaluation_compare_the_classes(images, tmp_path, capsys
     assert note in capsys.readouterr().out
 
 
-def test_a_decoder_of_other_heads_is_refused(tmp_path):
-    """The shapes are the same for any number of heads, so the weights alone cannot tell."""
+def test_a_decoder_with_another_number_of_heads_is_refused(tmp_path):
+    """The shapes are the same for any number of heads, so only metadata can show the number."""
     source = models.create("mae_hiera_pico_96", input_size=32, decoder_heads=8)
     about = json.dumps({"model": "mae_hiera_pico_96", "step": 1, "decoder_heads": 8})
     save_file(source.state_dict(), tmp_path / "a.safetensors", metadata={"hiera-train": about})
     target = models.create("mae_hiera_pico_96", input_size=32)
-    with pytest.raises(models.ModelError, match=r"decoder has 8 heads there and 4 here; .*decoder_heads 8"):
+    with pytest.raises(UserError, match=r"8 heads in the weights and 4 in the model; .*decoder_heads 8"):
         models.load_weights(target, tmp_path / "a.safetensors", quiet=True)
     classifier = models.create("hiera_pico_96", input_size=32)
     models.load_weights(classifier, tmp_path / "a.safetensors", quiet=True)

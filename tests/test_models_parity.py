@@ -1,4 +1,4 @@
-"""Our models against three other implementations on the same random weights; part of benchmarks.parity."""
+"""Our models equal three other implementations on the same random weights; uses benchmarks.parity."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ STAGES = (1, 2, 2, 1)  # base's widths with fewer blocks, for speed
         ("mae_hiera_base_224", "transformers", {"input_size": 96}),
     ],
 )
-def test_outputs_gradients_and_initialisation(name, peer, overrides):
+def test_outputs_gradients_and_initialization_equal_the_others(name, peer, overrides):
     row = compare(name, peer, STAGES, **overrides)
     assert row.outputs <= 1e-5
     assert row.gradient <= 1e-4
@@ -31,8 +31,8 @@ def test_outputs_gradients_and_initialisation(name, peer, overrides):
     assert row.passed, row
 
 
-def test_comparison_sees_a_small_error():
-    """A parity check that cannot fail would prove nothing: one weight off by 0.1 % must show."""
+def test_the_comparison_detects_a_small_error():
+    """An error of 0.1 % in one weight must fail the comparison."""
     torch.manual_seed(0)
     ours = models.create("hiera_pico_96").eval()
     randomise(ours)
@@ -48,7 +48,7 @@ def test_comparison_sees_a_small_error():
 @pytest.mark.parametrize(
     "name", ["hiera_base_224", "mae_hiera_base_224", "hiera_base_16x224", "mae_hiera_base_16x224"]
 )
-def test_outputs_at_full_input_size(name):
+def test_outputs_at_full_input_size_equal_upstreams(name):
     torch.manual_seed(0)
     ours = models.create(name, stages=STAGES)
     randomise(ours)

@@ -1,4 +1,4 @@
-"""Weights between formats, sizes and kinds of model, and the download of official ones."""
+"""Conversion between formats, sizes and kinds of model; download of official weights."""
 
 import errno
 import fcntl
@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import models
 from benchmarks.parity import randomise, run_ours, timm_model, transformers_model, upstream_model
-from models import official
-from models.adapt import inflate, resample
+from models import files
 from models.formats import format_of, from_ours, to_ours
+from models.weights import inflate, resample
 from pipelines.errors import UserError
 from tools.convert import convert
 
@@ -38,7 +38,7 @@ def same(a, b):
 @pytest.mark.parametrize("name", ["hiera_pico_96", "mae_hiera_pico_96"])
 @pytest.mark.parametrize("to", ["timm", "transformers"])
 def test_round_trips_are_bit_equal(name, to, tmp_path):
-    """upstream -> ours -> another -> ours -> upstream, each step through a file and the tool."""
+    """upstream -> ours -> other -> ours -> upstream; each step writes a file with tools.convert."""
     theirs = upstream_model(models.create(name).config, mae=name.startswith("mae_"))
     torch.save({"model_state": theirs.state_dict(), "epoch": 3}, tmp_path / "a.pth")
     convert(str(tmp_path / "a.pth"), tmp_path / "b.safetensors", to="ours")
@@ -47,32 +47,32 @@ def test_round_trips_are_bit_equal(name, to, tmp_path):
     start, middle = theirs.state_dict(), load_file(tmp_path / "c.safetensors")
     assert format_of(middle) == to
     end = torch.load(tmp_path / "d.pth", weights_only=True)["model_state"]
-    if name == "mae_hiera_pico_96" and to == "timm":  # which has the encoder, and encoder_norm as its norm
+    if name == "mae_hiera_pico_96" and to == "timm":  # timm has the encoder, with encoder_norm as its norm
         assert torch.equal(end.pop("norm.weight"), start["encoder_norm.weight"])
         assert torch.equal(end.pop("norm.bias"), start["encoder_norm.bias"])
         start = {n: v for n, v in start.items() if n.startswith(("patch_embed", "pos_embed", "blocks"))}
     assert same(start, end)
 
 
-def test_clip_models_reach_timm_and_back():
+def test_clip_models_convert_to_timm_and_back():
     state = models.create("hiera_pico_16x64").state_dict()
     assert same(to_ours(from_ours(state, "timm")), state)
-    with pytest.raises(models.ModelError, match="images"):
+    with pytest.raises(UserError, match="images"):
         from_ours(state, "transformers")
 
 
 @pytest.mark.parametrize(
-    ("weights", "target", "to", "says"),
+    ("weights", "target", "to", "message"),
     [
         ({"a": torch.zeros(1)}, "out.pth", "ours", "holds no Hiera weights"),
         ("hiera_pico_96", "out.bin", "timm", "must end in .safetensors or .pth"),
         ("hiera_pico_16x64", "out", "transformers", "images with plain position embeddings only"),
     ],
 )
-def test_conversions_that_cannot_be(tmp_path, weights, target, to, says):
+def test_impossible_conversions_are_refused(tmp_path, weights, target, to, message):
     state = models.create(weights).state_dict() if isinstance(weights, str) else weights
     torch.save(state, tmp_path / "in.pth")
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         convert(str(tmp_path / "in.pth"), tmp_path / target, to=to)
     assert not (tmp_path / target).exists()
 
@@ -128,18 +128,18 @@ def test_loading_timm_and_transformers_models_directly():
         torch.testing.assert_close(ours(x), theirs_logits)
 
 
-def test_resampling_keeps_what_it_can():
+def test_resampling_of_position_embeddings():
     table = torch.rand(1, 7 * 7, 4)
     assert torch.equal(resample(table, 1, (1, 7, 7)), table)
     flat = torch.full((1, 2 * 9, 4), 0.5)
     torch.testing.assert_close(resample(flat, 2, (5, 4, 6)), torch.full((1, 5 * 24, 4), 0.5))
     ramp = torch.arange(8.0).view(1, 8, 1)
     torch.testing.assert_close(resample(ramp, 8, (4, 1, 1)).flatten(), torch.tensor([0.5, 2.5, 4.5, 6.5]))
-    rows = torch.arange(8.0).repeat_interleave(8).view(1, 64, 1)  # grows down the rows alone
+    rows = torch.arange(8.0).repeat_interleave(8).view(1, 64, 1)  # changes only along the rows
     bigger = resample(rows, 1, (1, 16, 24)).view(16, 24)
     torch.testing.assert_close(bigger, bigger[:, :1].expand(-1, 24))
     assert (bigger[:, 0].diff() > -1e-3).all()
-    with pytest.raises(models.ModelError, match="no square input"):
+    with pytest.raises(UserError, match="not those of a square input"):
         resample(torch.rand(1, 12, 4), 1, (1, 3, 4))
 
 
@@ -167,7 +167,7 @@ def test_loading_into_another_input_size(name, size, resampled):
     assert (output.loss if name.startswith("mae_") else output).isfinite().all()
 
 
-def test_image_autoencoder_inflates_to_clips():
+def test_image_autoencoder_weights_inflate_to_clips():
     image = random_model("mae_hiera_pico_96", input_size=64)
     video = models.create("mae_hiera_pico_16x64").eval()
     report = models.load_weights(video, image.state_dict(), quiet=True)
@@ -178,27 +178,27 @@ def test_image_autoencoder_inflates_to_clips():
     clip = picture.unsqueeze(2).expand(-1, -1, 16, -1, -1)
     still = video.patch_embed(clip, None, video.units) + video.positions()
     once = image.patch_embed(picture.unsqueeze(2), None, image.units) + image.positions()
-    # A still clip's tokens are its picture's at every step but the first, whose frame -1 is padding.
+    # The clip's tokens equal the image's except at the first step, which sees padding as frame -1.
     torch.testing.assert_close(still.unflatten(1, (8, 4))[:, 1:], once[:, None].expand(-1, 7, -1, -1, -1))
-    # A patch's prediction lists channels first in an image and last in a clip.
+    # A patch's predictions have channels first in an image and last in a clip.
     latent = torch.rand(1, 1, 128)
     a = image.decoder_pred(latent).view(3, 256).T.flatten()
     torch.testing.assert_close(video.decoder_pred(latent).flatten(), a)
 
 
-def test_image_autoencoder_into_clip_classifier_of_another_size():
+def test_a_clip_classifier_of_another_size_loads_an_image_autoencoder():
     model = models.create("hiera_pico_16x64")
     report = models.load_weights(model, random_model("mae_hiera_pico_96").state_dict(), quiet=True)
     assert report.resampled == ("pos_embed_spatial",)
     assert set(report.inflated) == {"patch_embed.proj.weight", "pos_embed_temporal"}
     assert all(name.startswith(("norm.", "head.")) for name in report.fresh)
     state, names = inflate(model.state_dict(), model)
-    assert not names, "clip weights are left alone"
+    assert not names, "clip weights do not change"
     assert state.keys() == model.state_dict().keys()
 
 
-def test_parity_of_every_kind_after_a_file(tmp_path):
-    """What a file brought back computes the same, not only equals in name."""
+def test_saved_and_loaded_models_give_equal_outputs(tmp_path):
+    """A model that loaded a saved file gives the same outputs."""
     for name in ("hiera_pico_16x64", "mae_hiera_pico_16x64"):
         model = random_model(name)
         save_file(model.state_dict(), tmp_path / "m.safetensors")
@@ -212,14 +212,14 @@ def test_parity_of_every_kind_after_a_file(tmp_path):
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `body` after the faults listed in `faults`: a status code, or "cut" for a broken connection."""
+    """Serves `body` after the listed `faults`: a status code, or "cut" for a broken connection."""
 
     body = b""
     faults: list = []  # noqa: RUF012
-    asked: list = []  # noqa: RUF012
+    requested: list = []  # noqa: RUF012
 
     def do_GET(self):
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         fault = self.faults.pop(0) if self.faults else None
         if isinstance(fault, int):
             return self.send_error(fault)
@@ -236,7 +236,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     torch.save({"model_state": random_model("mae_hiera_pico_96").state_dict()}, tmp_path / "weights.pth")
-    Server.body, Server.faults, Server.asked = (tmp_path / "weights.pth").read_bytes(), [], []
+    Server.body, Server.faults, Server.requested = (tmp_path / "weights.pth").read_bytes(), [], []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_address[1]}"
@@ -246,55 +246,53 @@ def server(tmp_path, monkeypatch):
 NAME = "mae_hiera_tiny_224:mae_in1k"
 
 
-def test_official_weights_are_fetched_once_with_retries(server, tmp_path, capsys):
+def test_official_weights_are_downloaded_once_with_retries(server, tmp_path, capsys):
     Server.faults += [503, "cut"]
-    path = official.fetch(NAME, server, wait=0.01)
+    path = files.fetch(NAME, server, wait=0.01)
     assert path == tmp_path / "hub/checkpoints/mae_hiera_tiny_224.pth"
     assert path.read_bytes() == Server.body
     assert "CC BY-NC 4.0" in capsys.readouterr().out
     assert path.with_suffix(".pth.sha256").read_text().strip() == hashlib.sha256(Server.body).hexdigest()
-    assert official.fetch(NAME, server) == path
-    assert Server.asked == ["/mae_hiera_tiny_224.pth"] * 3
+    assert files.fetch(NAME, server) == path
+    assert Server.requested == ["/mae_hiera_tiny_224.pth"] * 3
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name, path.name + ".sha256"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF])
-def test_official_weights_need_no_locks(server, monkeypatch, capsys, number):
-    """EBADF is what NFS answers to the lock of a folder, which cannot be opened for writing."""
-
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL])
+def test_official_weights_download_without_file_locks(server, monkeypatch, capsys, number):
     def flock(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    path = official.fetch(NAME, server)
-    assert path.read_bytes() == Server.body and official.fetch(NAME, server) == path
-    warning = rf"warning: {path.parent} cannot be locked \({re.escape(os.strerror(number))}\); .*\n"
-    assert re.match(warning, capsys.readouterr().out)
-    assert len(Server.asked) == 1
+    path = files.fetch(NAME, server)
+    assert path.read_bytes() == Server.body and files.fetch(NAME, server) == path
+    warning = f"{path.parent} does not support file locks ({os.strerror(number)}): several processes"
+    assert warning in capsys.readouterr().err
+    assert len(Server.requested) == 1
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name, path.name + ".sha256"]
 
 
-def test_official_weights_that_changed_are_refused(server):
-    path = official.fetch(NAME, server)
+def test_changed_official_weights_are_refused(server):
+    path = files.fetch(NAME, server)
     path.write_bytes(b"something else")
-    with pytest.raises(models.ModelError, match="has changed since its download"):
-        official.fetch(NAME, server)
+    with pytest.raises(UserError, match="has changed since its download"):
+        files.fetch(NAME, server)
 
 
-def test_official_weights_offline_say_where_to_put_the_file(server):
+def test_a_failed_download_names_the_path_for_the_file(server):
     Server.faults += [404]
-    with pytest.raises(models.ModelError, match=r"put it at .*checkpoints/mae_hiera_tiny_224.pth"):
-        official.fetch(NAME, server)
-    assert len(Server.asked) == 1, "no retry when the file does not exist"
-    with pytest.raises(models.ModelError, match="put it at"):
-        official.fetch(NAME, "http://127.0.0.1:9", wait=0.01)
-    with pytest.raises(models.ModelError, match="known: hiera_tiny_224:mae_in1k_ft_in1k"):
-        official.fetch("hiera_tiny_224:mae_k400", server)
+    with pytest.raises(UserError, match=r"put it at .*checkpoints/mae_hiera_tiny_224.pth"):
+        files.fetch(NAME, server)
+    assert len(Server.requested) == 1, "no retry when the file does not exist"
+    with pytest.raises(UserError, match="put it at"):
+        files.fetch(NAME, "http://127.0.0.1:9", wait=0.01)
+    with pytest.raises(UserError, match="known: hiera_tiny_224:mae_in1k_ft_in1k"):
+        files.fetch("hiera_tiny_224:mae_k400", server)
 
 
-def test_loading_by_official_name(server, monkeypatch, capsys):
-    monkeypatch.setattr(official, "URL", server)
+def test_weights_load_by_official_name(server, monkeypatch, capsys):
+    monkeypatch.setattr(files, "URL", server)
     model = models.create("hiera_pico_96")
     models.load_weights(model, NAME)
-    said = capsys.readouterr().out
-    assert re.search(r"mae_hiera_tiny_224:mae_in1k: \d+ tensors loaded, 4 fresh \(norm.\*, head.\*\)", said)
+    output = capsys.readouterr().out
+    assert re.search(r"mae_hiera_tiny_224:mae_in1k: \d+ tensors loaded, 4 fresh \(norm.\*, head.\*\)", output)

@@ -1,4 +1,4 @@
-"""Batched augmentation against Pillow's operations as timm uses them, one picture at a time."""
+"""Batched augmentation equals Pillow's operations as timm uses them, one picture at a time."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ TIMM_NAMES |= {"autocontrast": "auto_contrast"}
 
 
 def clip(frames=2, height=48, width=64):
-    """A clip with some contrast left to stretch and all its frames different."""
+    """A clip with room to increase the contrast; all its frames differ."""
     pixels = np.stack([picture(width, height, seed) for seed in range(frames)])
     return (pixels * 0.7 + 20).astype(np.uint8)
 
@@ -45,9 +45,9 @@ def clip(frames=2, height=48, width=64):
 @pytest.mark.parametrize(
     ("name", "strength"), [(name, value) for name, values in STRENGTHS.items() for value in values]
 )
-def test_operations_equal_pillows(name, strength):
+def test_operations_equal_those_of_pillow(name, strength):
     pixels = clip()
-    values = torch.tensor([1.0, strength]).view(-1, 1, 1, 1, 1)  # the second row; the first is a decoy
+    values = torch.tensor([1.0, strength]).view(-1, 1, 1, 1, 1)  # the second row is tested
     rows = torch.from_numpy(np.stack([pixels[::-1].copy(), pixels]))
     mine = ours.OPERATIONS[name][0](rows, values)[1].numpy().astype(int)
     function = getattr(timm_ops, TIMM_NAMES.get(name, name))
@@ -55,13 +55,13 @@ def test_operations_equal_pillows(name, strength):
     arguments = [] if name in ("autocontrast", "equalize", "invert") else [strength]
     theirs = [np.asarray(function(Image.fromarray(frame), *arguments, **fixed)) for frame in pixels]
     gap = np.abs(mine - np.stack(theirs))
-    if name in MOVES:  # pixels half outside are mixed with the fill colour or not
+    if name in MOVES:  # the implementations differ in pixels that are partly outside
         assert gap.mean() < 1.5 and np.median(gap) <= 1
     else:
         assert gap.max() <= 1
 
 
-def test_strengths_are_timms():
+def test_strengths_equal_those_of_timm():
     levels = np.linspace(0, 1, 21)
     minus = -np.ones(21)
     for name, timm_function in [
@@ -79,7 +79,7 @@ def test_strengths_are_timms():
         ("contrast", timm_ops._enhance_increasing_level_to_arg),
     ]
     for name, timm_function in timm_ranges:
-        both = {round(timm_function(7, {})[0], 6) for _ in range(50)}  # timm draws the sign itself
+        both = {round(timm_function(7, {})[0], 6) for _ in range(50)}  # timm draws the sign in the function
         signed = ours.OPERATIONS[name][1](np.full(2, 0.7), np.array([-1.0, 1.0]))
         assert set(np.round(signed, 6)) == both
     names = [TIMM_NAMES.get(name, name) for name in ours.OPERATIONS]
@@ -92,18 +92,18 @@ def run(spec, batch=64, frames=3, seed=0):
 
 
 def augmented(pixels, spec, seed, ids):
-    """The pixels after augmentation as those of samples `ids` in epoch 0."""
+    """The augmented pixels of samples `ids` in epoch 0."""
     augment(pixels, blank_rows(len(ids))._replace(ids=ids), spec, seed)
     return pixels
 
 
-def test_a_clips_frames_are_treated_alike_and_rows_differ():
+def test_all_frames_of_a_clip_get_the_same_operations_and_rows_differ():
     out = run(Augment(layers=2, jitter=0.4))
     assert (out == out[:, :1]).all()
     assert len({row.numpy().tobytes() for row in out}) > 50
 
 
-def test_a_row_depends_on_seed_epoch_and_sample_alone():
+def test_a_row_depends_only_on_seed_epoch_and_sample():
     spec = Augment(layers=2, jitter=0.3, erase=1.0)
     whole = run(spec)
     start = torch.from_numpy(np.stack([np.stack([clip(1)[0]] * 3)] * 5))
@@ -112,7 +112,7 @@ def test_a_row_depends_on_seed_epoch_and_sample_alone():
     assert (run(spec, seed=1) != whole).any()
 
 
-def test_probability_and_magnitude_are_respected():
+def test_probability_and_magnitude_are_applied():
     plain = run(Augment())
     changed = [
         (run(Augment(layers=1, probability=p), batch=400) != plain[0]).flatten(1).any(1).float().mean()
@@ -124,7 +124,7 @@ def test_probability_and_magnitude_are_respected():
     assert (strong - plain.int()).abs().float().mean() > (mild - plain.int()).abs().float().mean()
 
 
-def test_erasing_fills_one_box_through_all_frames():
+def test_erasing_fills_the_same_box_in_all_frames():
     plain, out = run(Augment(), batch=200), run(Augment(erase=0.25), batch=200)
     hit = (out != plain).any(-1)  # [b, T, H, W]
     rows = hit.flatten(1).any(1)
@@ -135,7 +135,7 @@ def test_erasing_fills_one_box_through_all_frames():
         assert 0.01 < area / box.numel() < 0.36 and box.sum() > 0.98 * area
 
 
-def test_images_are_taken_too():
+def test_images_are_augmented_too():
     pixels = torch.from_numpy(np.stack([clip(1)[0]] * 8))
     out = augmented(pixels, Augment(layers=2, erase=1.0), 0, np.arange(8))
     assert out.shape == (8, 48, 64, 3) and out.dtype == torch.uint8

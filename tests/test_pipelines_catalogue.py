@@ -1,4 +1,4 @@
-"""What a packed dataset says of itself, and the sentence for every way in which it may be broken."""
+"""The catalogue of a packed dataset, and the messages for broken datasets."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ from pipelines.errors import UserError
 from tools.shards import convert
 
 
-def test_rows_and_bytes_are_found(tmp_path):
+def test_the_catalogue_locates_rows_and_bytes(tmp_path):
     clips = [[jpeg(picture(32, 24, 10 * clip + k)) for k in range(clip + 1)] for clip in range(5)]
     root = write_dataset(tmp_path / "d", clips, "video", per_shard=2)
     catalogue = open_dataset(root, "train")
@@ -42,7 +42,7 @@ def test_rows_and_bytes_are_found(tmp_path):
             assert frame_bytes(catalogue, sample, number).tobytes() == frame
 
 
-def test_rejected_rows_are_left_out(tmp_path):
+def test_rejected_rows_are_not_samples(tmp_path):
     root = image_dataset(tmp_path / "d", count=6)
     rows = read_rows(root)
     rows[2] |= {"status": "rejected", "reason": "truncated", "shard": -1, "frames": 0}
@@ -56,7 +56,7 @@ def test_rejected_rows_are_left_out(tmp_path):
     assert frame_bytes(catalogue, 2, 0).tobytes() == jpeg(picture(96, 72, 3))
 
 
-def test_more_tars_than_open_files_are_allowed(tmp_path):
+def test_a_dataset_may_have_more_tars_than_open_files_are_allowed(tmp_path):
     import resource
 
     pictures = [[jpeg(picture(96, 72, seed))] for seed in range(60)]
@@ -71,7 +71,7 @@ def test_more_tars_than_open_files_are_allowed(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_each_broken_dataset_gets_its_sentence(tmp_path):
+def test_every_broken_dataset_has_its_message(tmp_path):
     def expect(root, match, split="train"):
         with pytest.raises(UserError, match=match) as caught:
             open_dataset(root, split)
@@ -107,25 +107,25 @@ def test_each_broken_dataset_gets_its_sentence(tmp_path):
     expect(root, "train.arrow is missing")
 
 
-def test_a_missing_tar_is_named(tmp_path):
+def test_the_message_names_a_missing_tar(tmp_path):
     root = image_dataset(tmp_path / "d", count=3)
     (root / "train" / "000000.tar").unlink()
     with pytest.raises(UserError, match=r"000000\.tar cannot be opened"):
         frame_bytes(open_dataset(root, "train"), 0, 0)
 
 
-def test_read_info_reads_what_packing_wrote(tmp_path):
+def test_read_info_returns_the_packed_facts(tmp_path):
     info = read_info(image_dataset(tmp_path / "d", count=3))
     assert info.kind == "image" and info.splits["train"]["samples"] == 3
 
 
 def opened(root):
-    """A catalogue's numbers by name."""
+    """The arrays of a catalogue by name."""
     dataset = open_dataset(root, "train")
     return {field.name: getattr(dataset, field.name) for field in fields(Dataset)[2:]}
 
 
-def test_a_large_catalogue_is_mapped_and_has_the_same_numbers(tmp_path, monkeypatch):
+def test_a_mapped_catalogue_has_the_same_numbers(tmp_path, monkeypatch):
     root = clip_dataset(tmp_path / "d", [3, 9, 4])
     small = opened(root)
     monkeypatch.setattr(dataset_module, "MAPPED", 1)
@@ -135,8 +135,8 @@ def test_a_large_catalogue_is_mapped_and_has_the_same_numbers(tmp_path, monkeypa
     assert sorted(path.name for path in root.iterdir()) == ["dataset.json", "train", "train.arrow"]
 
 
-def test_processes_share_a_large_catalogue(tmp_path):
-    """The numbers are pages of the file: reading them adds next to nothing to a process's own memory."""
+def test_processes_share_the_memory_of_a_large_catalogue(tmp_path):
+    """The arrays are mapped from the file, so reading them adds little to a process's private memory."""
     root = many(tmp_path / "d")
     code = (
         "import sys; from pathlib import Path; from pipelines import dataset; dataset.MAPPED = 1\n"
@@ -144,10 +144,10 @@ def test_processes_share_a_large_catalogue(tmp_path):
         "before = own(); d = dataset.open_dataset(Path(sys.argv[1]), 'train')\n"
         "assert d.offset.sum() > 0 and d.crc.sum() == 0; print(own() - before, len(d.offset))"
     )
-    said = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", code, root], capture_output=True, text=True, check=True
     ).stdout
-    grown, frames = map(int, said.split())
+    grown, frames = map(int, printed.split())
     assert frames == 2_000_000 and grown < 8_000  # KiB; the numbers are 32 MB
 
 

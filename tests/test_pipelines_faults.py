@@ -1,4 +1,4 @@
-"""Damage after packing: named once, replaced by the same samples however the run is cut, counted, bounded."""
+"""Damage after packing is reported once, replaced deterministically, counted and limited."""
 
 import os
 import shutil
@@ -45,18 +45,18 @@ def config(max_bad=0.2, **settings) -> DataConfig:
     return DataConfig(**{"size": 32} | settings, max_bad=max_bad)
 
 
-def test_damaged_samples_are_replaced_named_once_and_counted(images, capfd):
+def test_damaged_samples_are_replaced_reported_once_and_counted(images, capfd):
     batches = train(images, config(), 8)  # more than three epochs
     ids = np.concatenate([batch.ids for batch in batches])
     assert not set(ids) & {4, 17} and 2 * 3 <= sum(batch.bad for batch in batches) <= 2 * 4
     assert all((batch.labels.numpy() == batch.ids % 3).all() for batch in batches)
-    said = capfd.readouterr().err
+    printed = capfd.readouterr().err
     offset = int(images.offset[4])
-    assert said.count(f"000000.tar: 00000004-x.jpg at byte {offset} is not what was packed") == 1
-    assert said.count("000002.tar: 00000017-x.jpg") == 1
+    assert printed.count(f"000000.tar: 00000004-x.jpg at byte {offset} is not what was packed") == 1
+    assert printed.count("000002.tar: 00000017-x.jpg") == 1
 
 
-def test_replacement_does_not_depend_on_start_or_ranks(images):
+def test_replacements_do_not_depend_on_the_first_step_or_the_ranks(images):
     whole = train(images, config(), 6)
     late = train(images, config(), 3, start_step=3)
     for a, b in zip(whole[3:], late, strict=True):
@@ -68,19 +68,19 @@ def test_replacement_does_not_depend_on_start_or_ranks(images):
         assert torch.equal(batch.pixels, torch.cat([part.pixels for part in parts]))
 
 
-def test_evaluation_leaves_damaged_samples_out(images):
+def test_evaluation_skips_damaged_samples(images):
     batches = evaluation(images, config(size=24), 8)
     seen = np.concatenate([batch.ids[batch.valid] for batch in batches])
     assert sorted(seen) == sorted(set(range(30)) - {4, 17}) and sum(batch.bad for batch in batches) == 2
 
 
-def test_too_much_damage_stops_with_the_list(images):
+def test_too_much_damage_stops_with_a_list_of_samples(images):
     with pytest.raises(UserError, match=r"2 samples are damaged, more than the 1 allowed.*00000017-x"):
         train(images, config(0.001), 8)
 
 
-def test_the_limit_is_a_share_of_the_samples_whatever_the_ranks_and_epochs(tmp_path):
-    """2 of 400 damaged, 4 allowed: 8 ranks never stop, though over the epochs a rank meets both."""
+def test_the_limit_does_not_depend_on_the_ranks_and_epochs(tmp_path):
+    """2 of 400 samples are damaged and 4 are allowed: no rank stops, even if it reads both."""
     pictures = [[jpeg(picture(16, 16, seed))] for seed in range(400)]
     catalogue = open_dataset(write_dataset(tmp_path / "images", pictures, "image", per_shard=200), "train")
     damage(catalogue, 7)
@@ -96,11 +96,11 @@ def test_the_limit_is_a_share_of_the_samples_whatever_the_ranks_and_epochs(tmp_p
 
 
 def train_many(catalogue, rank, world, epochs):
-    """One rank's batches of whole epochs of 400 samples."""
+    """The batches of one rank in whole epochs of 400 samples."""
     return train(catalogue, config(0.01, size=8), epochs, batch=400, rank=rank, world=world)
 
 
-def test_a_clip_fails_only_when_its_window_meets_the_damage(tmp_path):
+def test_a_clip_is_replaced_only_if_its_window_has_the_damaged_frame(tmp_path):
     catalogue = open_dataset(clip_dataset(tmp_path / "clips", [40] * 6), "train")
     damage(catalogue, 2, frame=20)
     view = config(0.5, size=16, frames=4, repeats=2)
@@ -124,7 +124,7 @@ def test_views_that_share_a_decode_are_replaced_together(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["images", "clips"])
-def test_a_frame_with_a_correct_checksum_that_does_not_decode_ends_with_its_name(tmp_path, kind):
+def test_a_frame_with_a_correct_checksum_that_does_not_decode_is_named(tmp_path, kind):
     samples = [[jpeg(picture(64, 48, 10 * seed + k)) for k in range(4)] for seed in range(12)]
     samples[5][2] = samples[5][2][:-300]
     if kind == "images":
@@ -140,7 +140,7 @@ def test_a_frame_with_a_correct_checksum_that_does_not_decode_ends_with_its_name
         assert "\n" not in str(raised.value)
 
 
-# ---- the data side of the fault suite --------------------------------------------------------------------
+# ---- data faults of `make faults` ------------------------------------------------------------------------
 
 
 def swap(one: Path, other: Path) -> None:
@@ -154,8 +154,8 @@ def ids_of(batches):
 
 
 @pytest.mark.fault
-def test_a_shard_cut_off(tmp_path):
-    """Refused before training; what lies beyond the cut is replaced where training goes on regardless."""
+def test_a_shard_is_cut_off(tmp_path):
+    """The check before training refuses it; the loader replaces samples beyond the cut."""
     root = image_dataset(tmp_path / "images")
     tar = root / "train" / "000001.tar"
     whole = tar.read_bytes()
@@ -173,8 +173,8 @@ def test_a_shard_cut_off(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_bit_flipped_in_a_frame(tmp_path):
-    """Every one is noticed, also those that a decoder fills in without a word; no other frame suffers."""
+def test_a_bit_is_flipped_in_a_frame(tmp_path):
+    """Every flip is detected, also if a decoder would conceal it; other frames are unaffected."""
     root = clip_dataset(tmp_path / "clips", [5] * 6)
     catalogue = open_dataset(root, "train")
     tar = root / "train" / "000000.tar"
@@ -193,28 +193,28 @@ def test_a_bit_flipped_in_a_frame(tmp_path):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("other", ["swapped", "of another packing"])
-def test_a_shard_that_is_not_its_own(tmp_path, other):
-    """Where its length does not tell, training stops with a sentence that names it and says what to do."""
+def test_a_shard_is_replaced_by_another(tmp_path, other):
+    """If its length is right, training stops and names the shard and what to do."""
     root = image_dataset(tmp_path / "images")
     if other == "swapped":
         swap(root / "train/000000.tar", root / "train/000001.tar")
-        said = r"000000\.tar, .*000001\.tar must have been replaced or swapped since packing: restore them"
+        printed = r"000000\.tar, .*000001\.tar must have been replaced or swapped since packing: restore them"
     else:
         pictures = [[jpeg(picture(96, 72, 100 + seed))] for seed in range(30)]
         strange = write_dataset(tmp_path / "other", pictures, "image")
         shutil.copy(strange / "train/000001.tar", root / "train/000001.tar")
-        said = r"allowed; .*000001\.tar must have been replaced or swapped since packing: restore them"
+        printed = r"allowed; .*000001\.tar must have been replaced or swapped since packing: restore them"
     check_shards(read_info(root))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=printed):
         train(open_dataset(root, "train"), config(0.1), 10)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=printed):
         catalogue = open_dataset(root, "train")
         evaluation(catalogue, config(0.1, size=24), 30)
 
 
 @pytest.mark.fault
-def test_a_shard_cut_off_while_it_is_read(tmp_path):
-    """What is gone is replaced and counted, beyond the limit training stops with a sentence; no crash."""
+def test_a_shard_is_cut_off_while_it_is_read(tmp_path):
+    """Missing samples are replaced and counted; above the limit training stops with one line and no crash."""
     root = image_dataset(tmp_path / "images")
     catalogue = open_dataset(root, "train")
     batches = iter(train_loader(catalogue, config(0.5), batch=6))
@@ -230,8 +230,8 @@ def test_a_shard_cut_off_while_it_is_read(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_shard_deleted_while_it_is_read(tmp_path):
-    """Open ones are read on; one not yet open stops training with a sentence that names it."""
+def test_a_shard_is_deleted_while_it_is_read(tmp_path):
+    """Open shards are still read; if a shard is not yet open, training stops and names it."""
     root = image_dataset(tmp_path / "images")
     undisturbed = train(open_dataset(root, "train"), config(), 9)
     catalogue = open_dataset(root, "train")
@@ -239,7 +239,7 @@ def test_a_shard_deleted_while_it_is_read(tmp_path):
     got = [next(batches) for _ in range(4)]
     for tar in (root / "train").glob("*.tar"):
         tar.unlink()
-    (root / "train.arrow").write_bytes(b"")  # nor is the catalogue looked at again
+    (root / "train.arrow").write_bytes(b"")  # the catalogue is not read again
     got += [next(batches) for _ in range(5)]
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(got, undisturbed, strict=True))
     with pytest.raises(UserError, match=r"00000\d\.tar cannot be opened \(No such file"):
@@ -247,8 +247,8 @@ def test_a_shard_deleted_while_it_is_read(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_disk_that_fails(tmp_path):
-    """A shard that opens and cannot be read, here a folder, is damage like any other: no traceback."""
+def test_a_shard_cannot_be_read(tmp_path):
+    """A shard that opens but cannot be read, here a folder, counts as damaged: no traceback."""
     root = image_dataset(tmp_path / "images")
     (root / "train/000001.tar").unlink()
     (root / "train/000001.tar").mkdir()
@@ -259,8 +259,8 @@ def test_a_disk_that_fails(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_damaged_catalogue(tmp_path):
-    """Cut off or with a flipped bit it is refused in a sentence."""
+def test_the_catalogue_is_damaged(tmp_path):
+    """If it is cut off or has a flipped bit, it is refused with one line."""
     root = clip_dataset(tmp_path / "clips", [3, 9, 4])
     path = root / "train.arrow"
     whole = path.read_bytes()
@@ -276,8 +276,8 @@ def test_a_damaged_catalogue(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_catalogue_that_shrinks_while_it_is_used(tmp_path):
-    """Its numbers are in memory: training goes on."""
+def test_the_catalogue_shrinks_while_it_is_used(tmp_path):
+    """Its numbers are in memory, so training continues."""
     root = image_dataset(tmp_path / "images")
     batches = iter(train_loader(open_dataset(root, "train"), config()))
     next(batches)
@@ -286,8 +286,8 @@ def test_a_catalogue_that_shrinks_while_it_is_used(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_damaged_dataset_json(tmp_path):
-    """Cut off anywhere it is refused in a sentence; with a bit flipped there is no traceback either."""
+def test_dataset_json_is_damaged(tmp_path):
+    """If it is cut off, it is refused with one line; a flipped bit never causes a traceback."""
     root = image_dataset(tmp_path / "images", count=2)
     path, good = root / "dataset.json", read_info(root)
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Writes that are whole or absent, and what a full or closed place is answered with."""
+"""Atomic writes, and the messages for full disks and folders without permission."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from pipelines import files
 from pipelines.errors import UserError, run_cli
 
 
-def test_a_write_is_whole_or_absent_and_leaves_nothing(tmp_path):
+def test_a_write_is_atomic_and_leaves_no_temporary_files(tmp_path):
     path = tmp_path / "a.txt"
     with files.atomic_write(path) as temporary:
         temporary.write_text("one")
@@ -22,7 +22,7 @@ def test_a_write_is_whole_or_absent_and_leaves_nothing(tmp_path):
     assert path.read_text() == "one" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_files_can_be_read_by_whom_the_umask_lets(tmp_path):
+def test_the_umask_decides_who_can_read_files(tmp_path):
     with files.atomic_write(tmp_path / "w.safetensors") as temporary:
         save_file({"w": torch.ones(2)}, temporary)
     (tmp_path / "plain").touch()
@@ -30,7 +30,7 @@ def test_files_can_be_read_by_whom_the_umask_lets(tmp_path):
     assert len(modes) == 1
 
 
-def test_a_full_disk_is_called_that_whatever_the_library_says(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_whatever_error_a_library_raises(tmp_path, monkeypatch, capsys):
     full = files.shutil.disk_usage(tmp_path)._replace(free=0)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: full)
 
@@ -42,12 +42,12 @@ def test_a_full_disk_is_called_that_whatever_the_library_says(tmp_path, monkeypa
     with pytest.raises(SystemExit) as ended:
         run_cli(write)
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {tmp_path}/c.pt: No space left on device; free some space, then")
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {tmp_path}/c.pt: No space left on device; free some space, then")
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENAMETOOLONG])
-def test_places_that_cannot_be_written_get_one_sentence(number, capsys):
+def test_an_unwritable_path_gives_one_line(number, capsys):
     def fail() -> None:
         raise OSError(number, os.strerror(number), "/some/place")
 

@@ -1,4 +1,4 @@
-"""The digests of today's batches: a change to any row, or to a pixel of it, shows here.
+"""Batches have the committed digests: a change of any row or pixel fails here.
 
 After a change that is meant to alter them: UPDATE_GOLDEN=1 python -m pytest tests/test_pipelines_golden.py
 """
@@ -31,14 +31,14 @@ DAMAGED = 17
 
 @dataclass(frozen=True)
 class Case:
-    """Batches of one kind, made by `world` processes in turn."""
+    """Batches of one kind, from `world` processes one after another."""
 
     kind: str = "images"
     settings: dict[str, object] = field(default_factory=dict)  # of DataConfig
-    batch: int = 12  # rows of a step over all processes; in evaluation samples of a process
+    batch: int = 12  # rows of a step in all processes; in evaluation, samples of one process
     world: int = 1
     accumulate: int = 1
-    views: tuple[int, int] | None = None  # temporal x spatial views of an evaluation, None: training
+    views: tuple[int, int] | None = None  # temporal x spatial views of an evaluation; None: training
 
 
 CLIPS = {"size": 32, "frames": 4}
@@ -75,7 +75,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory) -> dict[str, Dataset]:
-    """Images, the same with a damaged one, and clips whose picture moves."""
+    """Images, the same images with a damaged one, and clips with motion."""
     root = tmp_path_factory.mktemp("golden")
     images = [[jpeg(picture(*SIZES[seed % len(SIZES)], seed))] for seed in range(30)]
     clips = [
@@ -106,14 +106,14 @@ def batches_of(case: Case, dataset: Dataset, rank: int) -> Iterable[Batch]:
 
 
 def columns_of(batch: Batch) -> list[np.ndarray]:
-    """The labels of a batch, and everything that was decided before it was decoded."""
+    """The labels of a batch, and its rows as they were decided before decoding."""
     rows = batch.rows
     columns = (rows.ids, rows.epochs, rows.positions, rows.valid, batch.bad, batch.labels.numpy())
     return [*map(np.asarray, columns), rows.frames, rows.windows, rows.flips]
 
 
 def digest(arrays: Iterable[np.ndarray]) -> str:
-    """A digest of integers, the same on every machine."""
+    """A digest of integers; it is the same on every machine."""
     summed = hashlib.sha256()
     for array in arrays:
         summed.update(np.asarray(array.shape, "<i8").tobytes() + array.astype("<i8").tobytes())
@@ -121,14 +121,14 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_batches_are_those_that_were_committed(name, datasets):
+def test_batches_have_the_committed_digests(name, datasets):
     case, dataset = CASES[name], datasets[CASES[name].kind]
     batches = [batch for rank in range(case.world) for batch in batches_of(case, dataset, rank)]
     found = {
         "rows": digest(column for batch in batches for column in columns_of(batch)),
         "pixels": hashlib.sha256(b"".join(b.pixels.numpy().tobytes() for b in batches)).hexdigest()[:16],
     }
-    # Other JPEGs, or another processor, may give other pixels without a change to the code.
+    # Another JPEG library or another processor may give other pixels without a change of the code.
     every = np.arange(len(dataset))
     jpegs = b"".join(jpeg.tobytes() for jpeg in dataset.read(every, np.zeros((len(every), 1), np.int64)))
     machine = {

@@ -1,4 +1,4 @@
-"""What a GPU's data path does, as far as it can be shown without one: graphs, waits, errors, threads."""
+"""The data path of a GPU, as far as it can be tested without one: graphs, waits, errors, threads."""
 
 import io
 import itertools
@@ -57,7 +57,7 @@ def clips(tmp_path_factory) -> Dataset:
 def pixels_of(
     dataset: Dataset, config: DataConfig, decode: str, samples: int, threads: int = 2
 ) -> torch.Tensor:
-    """A batch through the graph of a GPU, on the CPU."""
+    """The pixels of a batch from the GPU's graph, run on the CPU."""
     copies = config.copies
     _, ids = order.sample_at(np.arange(samples), len(dataset), seed=0)
     rows = train_rows(dataset, config, 0, np.repeat(ids, copies), np.arange(samples * copies))
@@ -69,7 +69,7 @@ def pixels_of(
 
 @pytest.mark.parametrize("kind", ["triangular", "linear", "cubic"])
 @pytest.mark.parametrize(("repeats", "clip"), [(1, 1), (3, 1), (1, 4), (2, 4)])
-def test_windows_cut_from_whole_pictures_are_those_decoded_alone(images, clips, kind, repeats, clip):
+def test_crops_of_whole_pictures_equal_decoded_crops(images, clips, kind, repeats, clip):
     settings = {"repeats": repeats, "same_clip": True, "scale": (0.1, 1.0), "interpolation": kind}
     view = DataConfig(size=40, frames=clip, **settings)
     dataset = images if clip == 1 else clips
@@ -77,7 +77,7 @@ def test_windows_cut_from_whole_pictures_are_those_decoded_alone(images, clips, 
     assert len(whole) == 6 * repeats and torch.equal(whole, window)
 
 
-def test_turned_and_gray_pictures_are_cut_alike(tmp_path):
+def test_crops_of_rotated_and_gray_pictures_are_equal_too(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6  # a quarter turn to the right
     pictures = []
@@ -93,7 +93,7 @@ def test_turned_and_gray_pictures_are_cut_alike(tmp_path):
 
 
 def defined(monkeypatch, decoder: Callable[[], Decoder]) -> str:
-    """The graph of a decoder as DALI serialises it; neither a driver nor a GPU is needed."""
+    """The serialized DALI graph of a decoder; this needs neither a driver nor a GPU."""
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, "build", lambda pipeline: None)
         patch.setattr(decode, "gpu_index", lambda device: None)
@@ -102,7 +102,7 @@ def defined(monkeypatch, decoder: Callable[[], Decoder]) -> str:
 
 @pytest.mark.parametrize("kind", ["triangular", "linear", "cubic"])
 @pytest.mark.parametrize("copies", [1, 2, 3])
-def test_a_gpu_decodes_whole_pictures_unless_windows_are_set(monkeypatch, kind, copies):
+def test_a_gpu_decodes_whole_pictures_unless_speed_decode_is_window(monkeypatch, kind, copies):
     def made(words: str, device: torch.device = GPU) -> Decoder:
         data = DataConfig(frames=2, interpolation=kind)
         return Decoder(data, DecodeConfig(threads=2, decode=words), device, 4, copies)
@@ -117,8 +117,8 @@ def test_a_gpu_decodes_whole_pictures_unless_windows_are_set(monkeypatch, kind, 
 
 
 @pytest.mark.parametrize("name", augment.OPERATIONS)
-def test_no_operation_makes_a_constant_on_the_host(name, monkeypatch):
-    """Its upload would wait until the device has done all work before it."""
+def test_no_augmentation_uploads_a_constant(name, monkeypatch):
+    """Uploading a constant would wait for all earlier work of the device."""
     rows = torch.randint(0, 256, (2, 3, 16, 24, 3), dtype=torch.uint8)
     values = torch.tensor([0.5, 1.0]).view(-1, 1, 1, 1, 1)
 
@@ -131,7 +131,7 @@ def test_no_operation_makes_a_constant_on_the_host(name, monkeypatch):
 
 
 class Stream:
-    """A device that works through what it was given, on a clock that the test advances."""
+    """A device that works through a queue, on a clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -145,7 +145,7 @@ class Stream:
 
 
 class Event:
-    """An event on such a stream."""
+    """An event on a Stream."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream, self.due = stream, 0.0
@@ -160,8 +160,8 @@ class Event:
         return 1e3 * (other.due - self.due)
 
 
-def test_the_data_wait_is_what_the_device_had_nothing_to_do(monkeypatch):
-    """The loader takes 100 ms a batch; the device is busy with the batch before for 70 ms of them."""
+def test_the_data_wait_is_the_time_in_which_the_device_is_idle(monkeypatch):
+    """The loader takes 100 ms per batch; the device is busy with the previous batch for 70 ms of them."""
     stream = Stream()
     monkeypatch.setattr(torch.cuda, "Event", stream.event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
@@ -188,7 +188,7 @@ def test_the_data_wait_is_what_the_device_had_nothing_to_do(monkeypatch):
 
 
 class OnCpu(Decoder):
-    """A GPU's decoder that runs on the CPU, and fails like a broken one where `fails` is true of a JPEG."""
+    """A GPU's decoder that runs on the CPU and fails for the JPEGs for which `fails` is true."""
 
     fails: Callable[[np.ndarray], bool] = staticmethod(lambda jpeg: False)
 
@@ -208,7 +208,7 @@ class OnCpu(Decoder):
 
 
 def on_an_imitated_gpu(monkeypatch, fails: Callable[[np.ndarray], bool]) -> None:
-    """Run the decoders of a GPU on the CPU; they fail on some JPEGs."""
+    """Run the GPU's decoders on the CPU; they fail for the JPEGs for which `fails` is true."""
     monkeypatch.setattr(OnCpu, "fails", staticmethod(fails))
     monkeypatch.setattr(loader, "Decoder", OnCpu)
     monkeypatch.setattr(loader, "mark", lambda device: None)
@@ -219,26 +219,26 @@ def train(dataset: Dataset, steps: int) -> list[loader.Batch]:
     return list(itertools.islice(loader.TrainLoader(*parts, batch=10), steps))
 
 
-def test_a_decoder_that_always_fails_is_not_blamed_on_the_data(images, monkeypatch, capfd):
+def test_a_decoder_that_always_fails_is_reported_as_such(images, monkeypatch, capfd):
     on_an_imitated_gpu(monkeypatch, lambda jpeg: True)
     with pytest.raises(UserError) as raised:
         train(images, 1)
-    said = str(raised.value)
+    message = str(raised.value)
     assert re.search(
-        r"^the GPU's decoder failed on .*\.tar: .*\.jpg at byte \d+, which the CPU decodes", said
+        r"^the GPU's decoder failed on .*\.tar: .*\.jpg at byte \d+, which the CPU decodes", message
     )
-    assert f": {BROKEN}; set speed.decode to whole" in said and "\n" not in said
+    assert f": {BROKEN}; set speed.decode to whole" in message and "\n" not in message
     assert "does not decode" not in capfd.readouterr().err
 
 
-def test_the_frame_that_a_decoder_fails_on_is_named(images, monkeypatch):
+def test_the_message_names_the_frame_on_which_the_decoder_fails(images, monkeypatch):
     culprit = frame_bytes(images, 17, 0)
     on_an_imitated_gpu(monkeypatch, lambda jpeg: np.array_equal(jpeg, culprit))
     with pytest.raises(UserError, match=r"failed on .*000002\.tar: 00000017-x\.jpg at byte"):
         train(images, 3)
 
 
-def test_what_the_cpu_cannot_decode_either_is_the_datas_fault(tmp_path, monkeypatch):
+def test_a_frame_that_the_cpu_cannot_decode_either_is_reported_as_damaged(tmp_path, monkeypatch):
     pictures = [[jpeg(picture(64, 48, seed))] for seed in range(20)]
     pictures[3] = [pictures[3][0][:-300]]
     on_an_imitated_gpu(monkeypatch, lambda jpeg: False)
@@ -257,8 +257,8 @@ MACHINE_ERRORS = [
 
 
 @pytest.mark.parametrize("text", MACHINE_ERRORS)
-def test_errors_of_the_machine_are_raised_at_once(images, monkeypatch, text):
-    """No picture is decoded again: the second pipeline would fail like the first."""
+def test_errors_of_the_machine_are_raised_immediately(images, monkeypatch, text):
+    """No picture is decoded again, because the second pipeline would fail like the first."""
     on_an_imitated_gpu(monkeypatch, lambda jpeg: False)
     made = []
 
@@ -272,12 +272,12 @@ def test_errors_of_the_machine_are_raised_at_once(images, monkeypatch, text):
     assert len(made) == 1
 
 
-def test_data_that_fails_is_not_an_error_of_the_machine():
+def test_a_decoding_error_is_not_an_error_of_the_machine():
     for text in ("nvImageCodec failure: '#3'", "Failed to decode sample #0 : cuda/driver.jpg", BROKEN):
         assert not errors.of_machine(RuntimeError(DALI_ERROR.format(text)))
 
 
-def test_memory_that_the_loader_lacks_is_answered_with_what_to_lower():
+def test_if_the_loader_runs_out_of_memory_the_message_names_settings_to_lower():
     for error in (
         *(RuntimeError(DALI_ERROR.format(text)) for text in MACHINE_ERRORS[:2]),
         RuntimeError(DALI_ERROR.format("std::bad_alloc")),
@@ -313,24 +313,24 @@ MAPS = """\
 """
 
 
-def test_the_loaded_files_of_a_library_are_found(tmp_path):
+def test_loaded_libraries_are_found(tmp_path):
     own, other = tmp_path / "nvidia/cu13/lib/libnvjpeg.so.13", Path("/opt/cuda 12/lib64/libnvjpeg.so.12.3")
     found = machine.libraries("libnvjpeg.so", MAPS.format(site=tmp_path))
     assert found == [own, other] and machine.outside(found, tmp_path) == [other]
 
 
-def test_the_environments_nvjpeg_is_loaded_before_torchvisions():
-    """DALI decodes with the library of that name that was loaded first."""
+def test_the_installed_nvjpeg_is_loaded_before_torchvisions():
+    """DALI uses the nvJPEG library that was loaded first."""
     code = (
         "import ctypes, os; from pipelines import decode; import torchvision; "
         "own = ctypes.CDLL('libnvjpeg.so.13', os.RTLD_NOLOAD | os.RTLD_NOW); value = ctypes.c_int(); "
         "print([own.nvjpegGetProperty(n, ctypes.byref(value)) or value.value for n in range(3)])"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == str([int(part) for part in version("nvidia-nvjpeg").split(".")[:3]])
+    message = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert message.strip() == str([int(part) for part in version("nvidia-nvjpeg").split(".")[:3]])
 
 
-def test_a_gpu_run_prints_its_nvjpeg_and_warns_of_a_foreign_one(monkeypatch):
+def test_a_gpu_run_prints_its_nvjpeg_and_warns_of_another_one(monkeypatch):
     (line,) = decode.message(GPU, 3)  # loads DALI's decoder here
     assert re.fullmatch(r"loader: 3 decoding threads .*, decoded by /\S+/libnvjpeg\.so\.\d+", line)
     assert "nvjpeg" not in "".join(decode.message(CPU, 3))

@@ -1,4 +1,4 @@
-"""Files made to do harm: nothing is unpacked or written outside, nothing is believed that cannot be."""
+"""Malicious files: nothing is unpacked, nothing is written outside, impossible values are refused."""
 
 import json
 import os
@@ -31,7 +31,7 @@ from tools import stage
 from tools.images import BadImage, prepare
 from tools.verify import verify
 
-SIDE = 50_000  # pixels; squared and in colour 7.5 GB
+SIDE = 50_000  # pixels; a square picture in color would take 7.5 GB
 
 
 def tree(top: Path) -> set[str]:
@@ -47,7 +47,7 @@ def use(root: Path) -> None:
 
 
 def change(root: Path, index: int = 0, **values) -> None:
-    """Give a row of the catalogue other values."""
+    """Change values in a row of the catalogue."""
     rows = read_rows(root)
     rows[index].update(values)
     write_rows(root, rows)
@@ -59,8 +59,8 @@ def change_info(root: Path, **values) -> None:
 
 
 @pytest.mark.fault
-def test_tars_that_would_write_outside(tmp_path):
-    """Members named ../x and /x, links and devices stay where they are: no shard is ever unpacked."""
+def test_tars_have_members_outside_the_folder(tmp_path):
+    """Members named ../x and /x, links and devices have no effect: no shard is ever unpacked."""
     root = image_dataset(tmp_path / "deep" / "images", count=4)
     link, device = tarfile.TarInfo("00000000-x.json"), tarfile.TarInfo("00000000-x.cls")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -69,7 +69,7 @@ def test_tars_that_would_write_outside(tmp_path):
     hostile = [link, device, *(tarfile.TarInfo(name) for name in names)]
     offsets = []
     with tarfile.open(root / "train/000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number in range(4):  # the frames are where the catalogue has them, under hostile names
+        for number in range(4):  # the frames are at the catalogue's offsets, with hostile names
             for member in hostile:
                 tar.addfile(member)
             frame = jpeg(picture(96, 72, number))
@@ -82,7 +82,7 @@ def test_tars_that_would_write_outside(tmp_path):
     change_info(root, tar_bytes={"train": [(root / "train/000000.tar").stat().st_size]})
     before = tree(tmp_path)
     use(root)
-    assert verify(root) == 1  # and it says that this is no shard of ours
+    assert verify(root) == 1  # it reports that this is not a shard of this project
     assert tree(tmp_path) == before
     (root / "train/000000.idx").touch()
     with pytest.raises(UserError, match="checksum"):
@@ -91,8 +91,8 @@ def test_tars_that_would_write_outside(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_shard_that_is_a_pipe(tmp_path):
-    """It is not waited for."""
+def test_a_shard_is_a_pipe(tmp_path):
+    """It is refused; reading it would block."""
     root = image_dataset(tmp_path / "images", count=20)
     (root / "train/000001.tar").unlink()
     os.mkfifo(root / "train/000001.tar")
@@ -111,7 +111,7 @@ def png_bomb() -> bytes:
 
 
 def claiming(data: bytes, width: int = SIDE, height: int = SIDE) -> bytes:
-    """A JPEG whose header says another size."""
+    """A JPEG with another size in its header."""
     start = next(data.index(mark) for mark in (b"\xff\xc0", b"\xff\xc2") if mark in data) + 5
     return data[:start] + struct.pack(">HH", height, width) + data[start + 4 :]
 
@@ -148,8 +148,8 @@ BOMBS = {
 
 @pytest.mark.fault
 @pytest.mark.parametrize("kind", BOMBS)
-def test_a_decompression_bomb_among_the_sources(kind):
-    """A picture that claims 50,000 x 50,000 pixels is rejected before memory is taken for it."""
+def test_a_source_is_a_decompression_bomb(kind):
+    """A picture whose header says 50,000 x 50,000 pixels is rejected before memory is allocated."""
     data = BOMBS[kind]()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BadImage, match=r"more than --max-pixels|header is damaged"):
@@ -159,19 +159,19 @@ def test_a_decompression_bomb_among_the_sources(kind):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("size", [(SIDE, SIDE), (65_535, 65_535), (0, 0), (1, 65_535)])
-@pytest.mark.parametrize("told", [False, True], ids=["", "as the catalogue says"])
-def test_a_decompression_bomb_in_a_shard(tmp_path, size, told):
-    """A JPEG with an absurd header and a correct checksum ends training with a sentence that names it."""
+@pytest.mark.parametrize("in_catalogue", [False, True], ids=["", "as in the catalogue"])
+def test_a_shard_has_a_decompression_bomb(tmp_path, size, in_catalogue):
+    """A JPEG with an absurd header and a correct checksum ends training; the message names it."""
     root = image_dataset(tmp_path / "images", count=12)
     row = read_rows(root)[5]
     bomb = claiming(jpeg(picture(96, 72, 5)), *size)
     with (root / "train/000000.tar").open("r+b") as tar:
         tar.seek(row["offsets"][0])
         tar.write(bomb)
-    sides = {"width": size[0], "height": size[1]} if told else {}
+    sides = {"width": size[0], "height": size[1]} if in_catalogue else {}
     change(root, 5, crcs=[zlib.crc32(bomb)], **sides)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if told and size != (1, 65_535):
+    if in_catalogue and size != (1, 65_535):
         with pytest.raises(UserError, match="impossible widths or heights"):
             open_dataset(root, "train")
         return
@@ -195,8 +195,8 @@ ABSURD = {
 
 @pytest.mark.fault
 @pytest.mark.parametrize("large", [False, True], ids=["read", "mapped"])
-def test_impossible_numbers_in_a_catalogue(tmp_path, monkeypatch, large):
-    """A frame outside its tar, a label without a class, a shard out of order: refused when it is opened."""
+def test_a_catalogue_has_impossible_numbers(tmp_path, monkeypatch, large):
+    """A frame outside its tar, a label without a class or a shard out of order is refused on opening."""
     root = clip_dataset(tmp_path / "clips", [3] * 3)
     whole = read_rows(root)
     monkeypatch.setattr(dataset, "MAPPED", 1 if large else 1 << 60)
@@ -243,8 +243,8 @@ HOSTILE_INFO = {
 
 
 @pytest.mark.fault
-def test_hostile_values_in_dataset_json(tmp_path):
-    """Names that are paths, counts that are none and lists that are not: refused in a sentence."""
+def test_dataset_json_has_hostile_values(tmp_path):
+    """Names that are paths, and values of another type, are refused with one line."""
     root = image_dataset(tmp_path / "images", count=2)
     whole = (root / "dataset.json").read_text()
     for name, values in HOSTILE_INFO.items():
@@ -262,8 +262,8 @@ def test_hostile_values_in_dataset_json(tmp_path):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", ".."])
-def test_staging_from_a_hostile_source(tmp_path, name):
-    """A split named like a path is refused, and nothing is written outside the target."""
+def test_a_staged_source_is_hostile(tmp_path, name):
+    """A split whose name is a path is refused, and nothing is written outside the target."""
     source = image_dataset(tmp_path / "source", count=2)
     change_info(source, splits={name: COUNTS}, tar_bytes={name: [30720]})
     before = tree(tmp_path)
@@ -276,7 +276,7 @@ def test_staging_from_a_hostile_source(tmp_path, name):
     }
 
 
-def test_staging_a_catalogue_that_cannot_be(tmp_path):
+def test_a_staged_catalogue_is_impossible(tmp_path):
     source = image_dataset(tmp_path / "source", count=2)
     change(source, sha256="none")
     with pytest.raises(UserError, match=r"train\.arrow cannot be read .*; pack this dataset again"):

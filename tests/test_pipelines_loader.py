@@ -1,4 +1,4 @@
-"""Batches out of real DALI graphs: right pixels, right samples, the same ones however the run is split."""
+"""Batches from real DALI graphs: pixels, samples, and independence of how a run is divided."""
 
 import io
 import threading
@@ -73,7 +73,7 @@ def test_starting_in_the_middle_gives_the_same_bytes(kind, request):
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 3), (4, 3)])
-def test_the_global_batch_does_not_depend_on_how_it_is_split(images, world, accumulate):
+def test_the_global_batch_does_not_depend_on_how_it_is_divided(images, world, accumulate):
     view = DataConfig(size=32)
     whole = train(images, view, 3, start_step=1)
     split = [
@@ -87,19 +87,19 @@ def test_the_global_batch_does_not_depend_on_how_it_is_split(images, world, accu
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_evaluation_counts_every_sample_once_and_ranks_agree_on_batches(images, world):
+def test_evaluation_has_every_sample_once_and_ranks_have_equally_many_batches(images, world):
     runs = [evaluation(images, DataConfig(size=24), 4, rank=rank, world=world) for rank in range(world)]
     assert len({len(batches) for batches in runs}) == 1
     seen = np.concatenate([batch.ids[batch.valid] for batches in runs for batch in batches])
     assert np.array_equal(np.sort(seen), np.arange(len(images)))
 
 
-def test_batches_keep_their_pixels_while_later_ones_are_made(images):
+def test_later_batches_do_not_overwrite_earlier_ones(images):
     batches = train(images, DataConfig(size=32), 60)
     again = train(images, DataConfig(size=32), 60)
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(batches, again, strict=True))
     assert len({batch.pixels.data_ptr() for batch in batches}) == 60
-    # A view of a batch keeps its memory too, and what nobody holds is used again.
+    # A view of a batch keeps its memory too; memory without references is reused.
     first = iter(train(images, DataConfig(size=32), 1)[0].pixels)
     assert torch.equal(next(first), batches[0].pixels[0])
     batches = iter(train_loader(images, DataConfig(size=32)))
@@ -108,7 +108,7 @@ def test_batches_keep_their_pixels_while_later_ones_are_made(images):
     assert all(torch.equal(row, batch.pixels[3]) for row, batch in zip(held, again, strict=False))
 
 
-def test_frames_that_need_no_resampling_keep_their_pixels_too(images):
+def test_later_batches_do_not_overwrite_frames_without_resampling(images):
     def views():
         view = DataConfig(size=72, crop=1.0)
         return evaluation(images, view, 4)
@@ -117,7 +117,7 @@ def test_frames_that_need_no_resampling_keep_their_pixels_too(images):
         assert torch.equal(a.pixels, b.pixels) and a.pixels.float().std() > 20
 
 
-def test_threads_follow_the_machine(monkeypatch):
+def test_the_thread_count_follows_the_usable_cores(monkeypatch):
     assert sizing(CPU, 5).threads == 5 and sizing(CPU, 5).reason.startswith("5 decoding threads (as set)")
     monkeypatch.setattr(decode, "usable_cores", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -126,18 +126,18 @@ def test_threads_follow_the_machine(monkeypatch):
     assert sizing(CPU).threads == 1
 
 
-def test_decoded_pixels_equal_pillows(images):
+def test_decoded_pixels_equal_those_of_pillow(images):
     view = DataConfig(size=72, crop=1.0)  # the central 72 x 72 pixels of 96 x 72, not resampled
     (batch,) = evaluation(images, view, 30)
     for sample in range(30):
         pixels = Image.open(io.BytesIO(frame_bytes(images, sample, 0).tobytes())).crop((12, 0, 84, 72))
         gap = np.abs(batch.pixels[sample].numpy().astype(int) - np.asarray(pixels))
-        assert gap.max() <= 8 and gap.mean() < 0.5  # chroma differs a little at the window's border
+        assert gap.max() <= 8 and gap.mean() < 0.5  # chroma differs slightly at the border of the crop
 
 
 @pytest.mark.parametrize("size", [20, 100])
 @pytest.mark.parametrize(("ours", "pillows"), [("triangular", "BILINEAR"), ("cubic", "BICUBIC")])
-def test_resampling_equals_pillows(tmp_path, size, ours, pillows):
+def test_resampling_equals_that_of_pillow(tmp_path, size, ours, pillows):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     root = write_dataset(tmp_path / "d", [[jpeg(noise)]], "image")
     view = DataConfig(size=size, crop=1.0, interpolation=ours)
@@ -149,7 +149,7 @@ def test_resampling_equals_pillows(tmp_path, size, ours, pillows):
 @pytest.mark.parametrize("kind", ["triangular", "linear", "cubic"])
 @pytest.mark.parametrize(("repeats", "clip"), [(1, 1), (2, 1), (1, 4), (2, 4)])
 def test_resampling_inside_the_graph_gives_the_same_picture(images, clips, kind, repeats, clip):
-    # The graph that a GPU runs, on the CPU: the same windows, flips and order of rows as torch's path.
+    # The GPU's graph, run on the CPU, has the same crops, flips and order of rows as torch's path.
     catalogue = images if clip == 1 else clips
     settings = {"repeats": repeats, "same_clip": True, "scale": (0.3, 1.0), "interpolation": kind}
     view = DataConfig(size=40, frames=clip, **settings)
@@ -173,7 +173,7 @@ def decoded(dataset, config, rows, copies, **options) -> torch.Tensor:
     return decoder.take()[1].reshape(-1, config.size, config.size, 3)
 
 
-def test_repeats_differ_and_share_frames_only_where_asked(clips):
+def test_repeats_differ_and_share_frames_only_if_configured(clips):
     view = DataConfig(size=24, frames=4, repeats=3)
     (own,) = train(clips, view, 1, batch=21)
     (shared,) = train(clips, replace(view, same_clip=True), 1, batch=21)
@@ -187,12 +187,12 @@ def test_repeats_differ_and_share_frames_only_where_asked(clips):
     assert torch.equal(own.pixels, torch.cat([batch.pixels for batch in split]))
 
 
-def test_repeats_of_an_image_are_what_separate_decodes_would_give(images):
+def test_repeats_of_an_image_equal_separate_decodes(images):
     view = DataConfig(size=32, repeats=4)
     (batch,) = train(images, view, 1, batch=12)
     assert all(not torch.equal(batch.pixels[0], batch.pixels[row]) for row in (1, 2, 3))
     alone = decoded(images, view, train_rows(images, view, 0, batch.ids, batch.epochs), 1)
-    assert (batch.pixels.int() - alone.int()).abs().float().mean() < 0.5  # chroma at window borders
+    assert (batch.pixels.int() - alone.int()).abs().float().mean() < 0.5  # chroma differs at borders
 
 
 def test_local_order_reads_the_same_samples(images):
@@ -200,7 +200,7 @@ def test_local_order_reads_the_same_samples(images):
     assert sorted(batch.ids) == list(range(30))
 
 
-def test_augmented_batches_do_not_depend_on_how_they_are_split(clips):
+def test_augmented_batches_do_not_depend_on_how_they_are_divided(clips):
     view = DataConfig(size=24, frames=4, augment=Augment(layers=2, jitter=0.4, erase=0.5))
     whole = rows(train(clips, view, 3))
     split = rows([batch for rank in range(3) for batch in train(clips, view, 3, rank=rank, world=3)])
@@ -209,7 +209,7 @@ def test_augmented_batches_do_not_depend_on_how_they_are_split(clips):
     assert sum(torch.equal(whole[key], plain[key]) for key in whole) < 8  # black stays black
 
 
-def test_the_crop_and_the_flip_of_the_rows_are_what_comes_out(images):
+def test_pixels_have_the_crop_and_flip_of_their_row(images):
     view = DataConfig(size=40, scale=(0.3, 1.0))
     (batch,) = train(images, view, 1, batch=30)
     epochs, ids = order.sample_at(np.arange(30), len(images), seed=0)
@@ -223,7 +223,7 @@ def test_the_crop_and_the_flip_of_the_rows_are_what_comes_out(images):
         assert np.abs(batch.pixels[row].numpy().astype(int) - np.asarray(expected)).mean() < 1.5
 
 
-def test_all_frames_of_a_clip_get_one_window_and_one_flip(tmp_path):
+def test_all_frames_of_a_clip_get_the_same_crop_and_flip(tmp_path):
     clips = [[jpeg(picture(64, 48, seed))] * 30 for seed in range(8)]
     catalogue = open_dataset(write_dataset(tmp_path / "d", clips, "video"), "train")
     (batch,) = train(catalogue, DataConfig(size=32, frames=8), 1, batch=8)
@@ -232,8 +232,8 @@ def test_all_frames_of_a_clip_get_one_window_and_one_flip(tmp_path):
     assert any(not torch.equal(batch.pixels[row], other[1, int(batch.ids[row])]) for row in range(8))
 
 
-def test_clips_give_the_frames_they_should(clips):
-    # Frame k is a flat gray of level 2 k, so a pixel tells which frame it is of.
+def test_clips_have_the_frames_of_their_row(clips):
+    # Frame k is a flat gray of level 2 k, so a pixel identifies its frame.
     (batch,) = evaluation(clips, DataConfig(size=16, frames=4), 7)
     frames = batch.pixels[:, :, 8, 8, 0].numpy() / 2
     short = [[0, 0, 0, 0], [0, 1, 2, 2], [1, 3, 5, 7], [3, 7, 11, 15]]
@@ -251,13 +251,13 @@ def test_views_of_a_clip_are_consecutive_rows(clips):
     assert np.abs(frames[9:12] - np.arange(57, 70, 4)).max() <= 0.5
 
 
-def test_short_clips_are_noted(clips):
+def test_short_clips_are_reported(clips):
     *_, note = clip_notes(clips, DataConfig(size=16, frames=16))
     assert note.startswith("5 of 7 train clips are shorter than 16 frames x stride 4 (61 frames)")
     assert clip_notes(clips, DataConfig(size=16, frames=1)) == []
 
 
-def test_wrong_uses_get_one_sentence(images, clips):
+def test_wrong_settings_give_one_line(images, clips):
     for catalogue, view, options, match in [
         (images, DataConfig(size=16, frames=4), {}, "holds image shards, but this run reads video input"),
         (clips, DataConfig(size=16), {}, "holds video shards, but this run reads image input"),
@@ -282,7 +282,7 @@ def test_wrong_uses_get_one_sentence(images, clips):
             DataConfig(**settings)
 
 
-def test_prefetching_gives_items_in_order_and_raises_what_its_source_raises():
+def test_prefetching_keeps_the_order_and_raises_the_errors_of_its_source():
     def source():
         yield from range(5)
         raise UserError("WHAT; WHAT TO DO")
@@ -294,7 +294,7 @@ def test_prefetching_gives_items_in_order_and_raises_what_its_source_raises():
     assert list(prefetch(iter(()), depth=3)) == [] and list(prefetch(iter([7]), depth=3)) == [7]
 
 
-def test_a_loader_that_is_left_ends_its_thread(images):
+def test_an_abandoned_loader_ends_its_thread(images):
     batches = iter(train_loader(images, DataConfig(size=32)))
     next(batches)
     batches.close()
@@ -304,7 +304,7 @@ def test_a_loader_that_is_left_ends_its_thread(images):
         time.sleep(0.05)
 
 
-def test_normalize_subtracts_the_mean_in_units_of_the_deviation():
+def test_normalize_subtracts_the_mean_and_divides_by_the_deviation():
     clips = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8)
     for frames, pixels, stats in ((1, clips[:, 0], inputs.IMAGE_STATS), (3, clips, inputs.VIDEO_STATS)):
         model = inputs.NormalizedInput(torch.nn.Identity(), frames)

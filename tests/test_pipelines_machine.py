@@ -1,4 +1,4 @@
-"""Cores of a machine: affinity and the quotas of cgroups, and every place that counts them."""
+"""Usable cores: CPU affinity, cgroup quotas, and every place that uses their number."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ V1 = "5:memory:/job\n4:cpuset,cpu:/job/part\n"
 
 
 def cgroups(root: Path, membership: str, **texts: str) -> Path:
-    """Below `root` a /proc/self/cgroup with `membership` and the named files of /sys/fs/cgroup."""
+    """Write below `root` a /proc/self/cgroup with `membership`, and the named files of /sys/fs/cgroup."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(membership)
     for name, text in texts.items():
@@ -47,16 +47,16 @@ def cgroups(root: Path, membership: str, **texts: str) -> Path:
         (8, V1, {"memory/job/cpu.cfs_quota_us": "1\n", "cpu/job/cpu.cfs_quota_us": "nonsense"}),
     ],
 )
-def test_cores_are_the_affinity_or_the_least_quota(cores, membership, texts, tmp_path, monkeypatch):
+def test_cores_are_the_smaller_of_affinity_and_quota(cores, membership, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert usable_cores(cgroups(tmp_path, membership, **texts)) == cores
 
 
-def test_a_machine_without_cgroups_has_the_cores_of_the_affinity(tmp_path):
+def test_without_cgroups_cores_are_the_affinity(tmp_path):
     assert usable_cores(tmp_path) == len(os.sched_getaffinity(0))
 
 
-def test_every_count_of_cores_follows_the_quota(tmp_path, monkeypatch):
+def test_every_number_of_cores_follows_the_quota(tmp_path, monkeypatch):
     root = cgroups(tmp_path, "0::/\n", **{"cpu.max": "600000 100000\n"})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     for user in (
@@ -81,7 +81,7 @@ def test_every_count_of_cores_follows_the_quota(tmp_path, monkeypatch):
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
-def test_recipes_of_learning_run_on_as_many_cores_as_the_quota_allows(monkeypatch):
+def test_learning_benchmarks_use_as_many_cores_as_the_quota_allows(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     monkeypatch.setattr(learning, "usable_cores", lambda: 2)
     used: set[int] = set()

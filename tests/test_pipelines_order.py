@@ -1,4 +1,4 @@
-"""The order of samples and the mask units: functions of (seed, epoch, sample), uniform draws."""
+"""The order of samples and the kept mask units: uniform functions of (seed, epoch, sample)."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_orders_differ_between_epochs_and_seeds_and_look_random():
 
 
 @pytest.mark.parametrize("window", [1, 7, 64, 10_000])
-def test_local_order_is_exact_and_stays_near(window):
+def test_local_order_is_a_permutation_and_stays_within_its_window(window):
     shards = np.repeat(np.arange(10), [50, 50, 50, 13, 50, 1, 50, 50, 50, 49])
     size = len(shards)
     local = order.make_order("local", shards, 3, window)
@@ -36,15 +36,15 @@ def test_local_order_is_exact_and_stays_near(window):
         assert np.array_equal(np.sort(ids[epoch * size : (epoch + 1) * size]), np.arange(size))
     assert not np.array_equal(*firsts)
     some = np.array([900, 5, 412, 411, 77])
-    assert np.array_equal(local(some)[1], ids[some])  # stateless: any positions in any order
-    if window == 64:  # at most the shards of one window, and those that straddle its ends, are in use
+    assert np.array_equal(local(some)[1], ids[some])  # stateless: positions can be requested in any order
+    if window == 64:  # only the shards that overlap one window are in use
         assert max(len(set(shards[ids[at : at + 64]])) for at in range(0, size, 64)) <= 5
         assert (np.diff(ids[:64]) != 1).mean() > 0.8
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", [1, 5, 50, 101])
-def test_each_id_once_per_epoch_at_any_number_of_ranks(world, size):
+def test_every_id_occurs_once_per_epoch_with_any_number_of_ranks(world, size):
     batch, steps = 24, size  # steps * batch positions are 24 whole epochs
     ids = [
         order.sample_at(order.batch_positions(step, batch, rank, world, 1).ravel(), size, seed=3)
@@ -58,7 +58,7 @@ def test_each_id_once_per_epoch_at_any_number_of_ranks(world, size):
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (1, 4), (3, 2), (8, 3)])
-def test_a_step_holds_the_same_positions_however_it_is_split(world, accumulate):
+def test_a_step_has_the_same_positions_however_it_is_divided(world, accumulate):
     parts = [order.batch_positions(5, 48, rank, world, accumulate) for rank in range(world)]
     assert parts[0].shape == (accumulate, 48 // (world * accumulate))
     assert np.array_equal(np.sort(np.concatenate(parts, axis=None)), 5 * 48 + np.arange(48))
@@ -66,7 +66,7 @@ def test_a_step_holds_the_same_positions_however_it_is_split(world, accumulate):
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_evaluation_counts_each_id_once(size, world):
+def test_evaluation_has_every_id_once(size, world):
     ids = np.concatenate([order.eval_ids(size, rank, world) for rank in range(world)])
     assert np.array_equal(np.sort(ids), np.arange(size))
 

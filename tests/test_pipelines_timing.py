@@ -1,4 +1,4 @@
-"""Which frames of a clip are taken: the recipe's stride at the dataset's frame rate, and segments."""
+"""The frames of a clip: the recipe's stride at the dataset's frame rate, and segments."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def at(dataset: Path, fps: float | None) -> Dataset:
 
 
 def trained(catalogue: Dataset, view: DataConfig, epochs: int = 1) -> np.ndarray:
-    """Frames [n * epochs, T] of every sample in training."""
+    """The frames of every sample in training, [n * epochs, T]."""
     ids = np.tile(np.arange(len(catalogue)), epochs)
     return train_rows(catalogue, view, 5, ids, np.arange(len(ids)) // len(catalogue)).frames
 
@@ -52,8 +52,8 @@ def evaluated(catalogue: Dataset, view: DataConfig, temporal: int = 1) -> np.nda
 # ---- stride in time --------------------------------------------------------------------------------------
 
 
-def test_ten_frames_per_second_span_the_recipes_time(dataset):
-    """The fault: stride 4 of 10 fps was 0.4 s from frame to frame, three times the recipe's 0.133 s."""
+def test_clips_at_ten_frames_per_second_span_the_recipes_time(dataset):
+    """Regression: stride 4 at 10 fps was 0.4 s between frames, three times the recipe's 0.133 s."""
     view = DataConfig(size=16, frames=16)
     frames = trained(at(dataset, 10.0), view)[LENGTHS.index(125)]
     assert (frames[-1] - frames[0]) / 10 == pytest.approx(15 * 4 / 30)
@@ -69,11 +69,11 @@ def test_ten_frames_per_second_span_the_recipes_time(dataset):
         (7.5, 4, [0, 1, 2, 3, 4, 5, 6, 7]),
         (10.0, 4, [0, 1, 3, 4, 5, 7, 8, 9]),  # 4/3
         (12.0, 4, [0, 2, 3, 5, 6, 8, 10, 11]),  # 1.6
-        (25.0, 3, [0, 3, 5, 8, 10, 13, 15, 18]),  # 2.5, whose halves round up
+        (25.0, 3, [0, 3, 5, 8, 10, 13, 15, 18]),  # 2.5; halves are rounded up
         (29.97, 4, [0, 4, 8, 12, 16, 20, 24, 28]),
     ],
 )
-def test_frames_are_at_the_converted_stride_halves_rounded_up(dataset, fps, stride, offsets):
+def test_frames_follow_the_converted_stride_with_halves_rounded_up(dataset, fps, stride, offsets):
     view, catalogue = DataConfig(size=16, frames=8, stride=stride), at(dataset, fps)
     long = [index for index, length in enumerate(LENGTHS) if length > offsets[-1]]
     for frames in (trained(catalogue, view)[long], evaluated(catalogue, view)[long]):
@@ -87,7 +87,7 @@ def test_frames_are_at_the_converted_stride_halves_rounded_up(dataset, fps, stri
 
 
 def old_frames(draws: np.ndarray, counts: np.ndarray, frames: int, stride: int) -> np.ndarray:
-    """Frames of a random window as they were before strides were converted, written out."""
+    """Frames of a random window before strides were converted, as an independent formula."""
     rows = []
     for draw, count in zip(draws, counts, strict=True):
         own = min(max((count - 1) // max(1, frames - 1), 1), stride)
@@ -99,7 +99,7 @@ def old_frames(draws: np.ndarray, counts: np.ndarray, frames: int, stride: int) 
 @pytest.mark.parametrize(
     ("stride", "fps", "stored"), [(4, 30.0, 4), (4, None, 4), (2, 30.0, 2), (4, 15.0, 2)]
 )
-def test_whole_strides_give_the_frames_of_before(dataset, stride, fps, stored):
+def test_integer_strides_give_the_same_frames_as_before_conversion(dataset, stride, fps, stored):
     counts, ids = np.array(LENGTHS), np.arange(len(LENGTHS))
     view = DataConfig(size=16, frames=16, stride=stride)
     draws = order.uniform(5, np.zeros_like(ids), ids, order.STREAM_START, 1)[:, 0]
@@ -117,7 +117,7 @@ def test_short_clips_shrink_a_converted_stride_to_whole_numbers(dataset):
     assert short.startswith("5 of 11 train clips are shorter than 16 frames x stride 1.6 (25 frames)")
 
 
-def test_the_conversion_is_said_where_the_rates_differ_or_none_is_recorded(dataset):
+def test_the_conversion_is_logged_if_the_rates_differ_or_are_unknown(dataset):
     view = DataConfig(size=16, frames=3)
     assert not any("frames per second" in note for note in clip_notes(at(dataset, 30.0), view))
     assert "at the dataset's 60: " in clip_notes(at(dataset, 60.0), view)[0]
@@ -125,7 +125,7 @@ def test_the_conversion_is_said_where_the_rates_differ_or_none_is_recorded(datas
     assert clip_notes(at(dataset, None), DataConfig(size=16)) == []
 
 
-def test_what_the_frame_rate_cannot_give_is_refused_before_anything_is_read(dataset, tmp_path):
+def test_impossible_strides_are_refused_before_reading(dataset, tmp_path):
     words = r"7 frames per second, and stride 4 at 30 would be 0\.933 of its frames; pack it at 7\.5 or more"
     with pytest.raises(UserError, match=words + r" \(--fps\), or set data\.stride to 5$"):
         check_info(at(dataset, 7.0).info, DataConfig(size=16, frames=4))
@@ -144,8 +144,8 @@ def test_what_the_frame_rate_cannot_give_is_refused_before_anything_is_read(data
             read_info(copy)
 
 
-def test_packing_records_the_rate_and_training_evaluation_and_prediction_use_it(tmp_path, capsys):
-    """Folders of frames packed with --fps 15: stride 2 at 30 is one of their frames."""
+def test_training_evaluation_and_prediction_use_the_packed_frame_rate(tmp_path, capsys):
+    """Folders of frames packed with --fps 15: stride 2 at 30 fps is stride 1."""
     clips = make_clips(tmp_path, train=4, val=2)
     assert read_info(clips).packing["fps"] == 30.0
     folders = {"frames": tmp_path / "frames", "annotations": tmp_path / "annotations"}
@@ -171,7 +171,7 @@ def test_packing_records_the_rate_and_training_evaluation_and_prediction_use_it(
     assert np.array_equal(evaluated(given, view), evaluated(known, view))
 
 
-def test_folders_packed_before_their_rate_was_recorded_are_still_agreed_with(tmp_path):
+def test_folders_packed_without_a_frame_rate_can_be_packed_again(tmp_path):
     clips = make_clips(tmp_path, train=2, val=1)
     info = json.loads((clips / "dataset.json").read_text())
     del info["packing"]["fps"]
@@ -186,7 +186,7 @@ def test_folders_packed_before_their_rate_was_recorded_are_still_agreed_with(tmp
 # ---- segments --------------------------------------------------------------------------------------------
 
 
-def test_segments_draw_one_frame_uniformly_from_each_part_and_test_on_its_middle(dataset):
+def test_segments_draw_one_frame_per_part_and_evaluate_its_middle(dataset):
     view, catalogue = DataConfig(size=16, frames=8, sampling="segments"), at(dataset, 12.0)
     drawn = trained(catalogue, view, epochs=4000).reshape(4000, -1, 8)
     for index, length in enumerate(LENGTHS):
@@ -201,7 +201,7 @@ def test_segments_draw_one_frame_uniformly_from_each_part_and_test_on_its_middle
     found = dict(zip(LENGTHS, evaluated(catalogue, view), strict=True))
     assert found[120].tolist() == [7, 22, 37, 52, 67, 82, 97, 112]
     assert found[16].tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
-    assert found[20].tolist() == [1, 3, 6, 8, 11, 13, 16, 18]  # floor of 1.25, 3.75, 6.25, ...
+    assert found[20].tolist() == [1, 3, 6, 8, 11, 13, 16, 18]  # rounded down from 1.25, 3.75, 6.25, ...
     assert found[3].tolist() == [0, 0, 0, 1, 1, 2, 2, 2] and found[1].tolist() == [0] * 8
 
 
@@ -214,7 +214,7 @@ def test_segments_need_no_frame_rate_and_have_one_view_in_time(dataset, tmp_path
     ]
     batches = evaluation(at(dataset, 12.0), view, 2, views=(1, 3))
     pixels = batches[0].pixels[:3, :, 8, 8, 0].numpy() / 2
-    assert np.abs(pixels - (2 * np.arange(8) + 1) * 125 // 16).max() <= 0.5  # alike in three views in space
+    assert np.abs(pixels - (2 * np.arange(8) + 1) * 125 // 16).max() <= 0.5  # the same in three spatial views
     config = small("video-ft-pico", dataset, tmp_path, "run")
     config = replace(config, data=replace(config.data, sampling="segments"), views=(5, 3))
     with pytest.raises(UserError, match="one view in time, not 5; set --views 1 3"):
@@ -232,7 +232,7 @@ def test_repeats_of_one_clip_share_their_segments(dataset):
     assert np.array_equal(frames[::2], frames[1::2])
 
 
-def test_a_run_by_segments_trains_with_sgd_and_is_tested_in_three_views(tmp_path):
+def test_a_run_with_segments_trains_with_sgd_and_evaluates_three_views(tmp_path):
     clips = make_clips(tmp_path, train=3, val=1)
     config = small("video-ft-pico", clips, tmp_path, "run", epochs=2.0)
     config = replace(config, optim=replace(config.optim, name="sgd"), views=(1, 3))

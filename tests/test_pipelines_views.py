@@ -1,4 +1,4 @@
-"""Crops and frames: functions of (seed, epoch, sample) with the right distributions."""
+"""Crops and frames: their distributions, and their dependence on (seed, epoch, sample)."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from pipelines.config import DataConfig
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (224, 224), (120, 400)])
-def test_crop_windows_have_torchvisions_distribution(width, height):
+def test_crops_have_torchvisions_distribution(width, height):
     count = 3000
     scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
     draws = order.uniform(0, np.zeros(count, int), np.arange(count), order.STREAM_WINDOW, 22)
@@ -33,14 +33,14 @@ def test_crop_windows_have_torchvisions_distribution(width, height):
 @pytest.mark.parametrize(
     ("width", "height", "window"), [(1000, 10, (493, 0, 13, 10)), (8, 90, (0, 39, 8, 11))]
 )
-def test_extreme_shapes_fall_back_to_the_widest_central_window(width, height, window):
+def test_extreme_shapes_use_the_largest_central_crop(width, height, window):
     draws = order.uniform(0, np.zeros(50, int), np.arange(50), 0, 22)
     sides = np.full(50, width), np.full(50, height)
     windows = views.random_resized_crop(draws, *sides, (0.9, 1.0), (3 / 4, 4 / 3))
     assert (windows == np.array(window)).all()
 
 
-def test_evaluation_windows_are_central_or_run_along_the_long_side():
+def test_evaluation_crops_are_central_or_along_the_long_side():
     width, height = np.array([340, 256]), np.array([256, 340])
     assert views.eval_windows(width, height, 0.875, 1).tolist() == [
         [[58, 16, 224, 224]],
@@ -52,11 +52,11 @@ def test_evaluation_windows_are_central_or_run_along_the_long_side():
 
 
 def clips(*counts: int) -> SimpleNamespace:
-    """As much of a dataset as its frames need: clips of these lengths at 30 frames per second."""
+    """A stand-in for a dataset of clips with these lengths, at 30 frames per second."""
     return SimpleNamespace(frame_counts=lambda ids: np.array(counts)[ids], info=SimpleNamespace(fps=30.0))
 
 
-def test_training_clips_start_anywhere_and_keep_their_stride():
+def test_training_clips_start_anywhere_with_a_constant_stride():
     zeros, config = np.zeros(4000, int), DataConfig(frames=16)
     frames = views.train_frames(clips(70), config, 0, zeros, np.arange(4000))
     assert (np.diff(frames, axis=1) == 4).all()
@@ -74,19 +74,19 @@ def test_training_clips_start_anywhere_and_keep_their_stride():
         (20, [3, 7, 11, 15]),
     ],
 )
-def test_short_clips_shrink_their_stride_then_repeat_the_last_frame(count, expected):
+def test_short_clips_reduce_the_stride_and_then_repeat_the_last_frame(count, expected):
     config = DataConfig(frames=4)
     assert views.eval_frames(clips(count), config, np.arange(1), 1)[0, 0].tolist() == expected
     trained = views.train_frames(clips(count), config, 0, np.zeros(50, int), np.arange(50))
     assert trained.max() <= count - 1 and (np.diff(trained) >= 0).all()
 
 
-def test_temporal_views_reach_from_end_to_end():
+def test_temporal_views_cover_the_whole_clip():
     found = views.eval_frames(clips(101), DataConfig(frames=16), np.arange(1), 5)[0]
     assert found[:, 0].tolist() == [0, 10, 20, 30, 40] and found[-1, -1] == 100
 
 
-def test_a_first_frame_that_is_set_is_kept_or_as_late_as_the_clip_allows():
+def test_a_configured_first_frame_is_used_or_the_last_possible_one():
     config = DataConfig(frames=8, stride=1, clip_start=10, eval_clip_start=40)
     dataset, ids = clips(20, 100), np.arange(2)
     trained = views.train_frames(dataset, config, 0, ids, ids)

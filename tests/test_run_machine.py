@@ -1,7 +1,7 @@
-"""A state machine over whole runs: random sequences of starts, signals, damage and changed settings.
+"""A state machine of complete runs: random sequences of starts, signals, damage and changed settings.
 
-After every start the machine compares the run folder with what was promised, and the weights, the optimizer
-and the rows with those of a run that nothing disturbed. tests/run_machine.py makes a start cheap.
+After every start, the machine checks the run folder, and compares the weights, the optimizer and the rows
+with those of an uninterrupted run. tests/run_machine.py makes starts fast.
 """
 
 import shutil
@@ -47,7 +47,7 @@ ALLOWED = (
     ("optim.min_lr", 1e-4),
     ("optim.layer_decay", 0.5),
 )
-LOCKED = (  # never to be changed, allowed or not
+LOCKED = (  # cannot change, even with run.allow
     ("data.size", 96),
     ("data.frames", 8),
     ("data.repeats", 2),
@@ -62,7 +62,7 @@ LOCKED = (  # never to be changed, allowed or not
 
 
 def moments(signals: tuple[str, ...]) -> st.SearchStrategy[Moment]:
-    """Moments of one of these signals: often in a step or an evaluation, else at a file."""
+    """Moments of one of these signals: in a step, in an evaluation, or at the access of a file."""
     names, counts = st.sampled_from(signals), st.integers(1, 12)
     return st.one_of(
         st.builds(Moment, names, st.just("train"), counts, RANKS),
@@ -73,14 +73,14 @@ def moments(signals: tuple[str, ...]) -> st.SearchStrategy[Moment]:
 
 
 class Machine(Checks, RuleBasedStateMachine):
-    """One run folder, what was done to it, and what it must hold therefore."""
+    """A run folder, the actions so far, and the expected state."""
 
     other: Path  # another dataset
 
     def __init__(self) -> None:
         super().__init__()
-        self.sound = False  # whether everything so far was as promised
-        self.story: list[str] = []
+        self.sound = False  # whether all checks passed so far
+        self.actions: list[str] = []
 
     @initialize(
         kind=st.sampled_from(sorted(KINDS)),
@@ -103,15 +103,15 @@ class Machine(Checks, RuleBasedStateMachine):
             "run.keep": keep,
             "data.max_bad": 0.15,
         }
-        self.recorded: dict | None = None  # what config.json says
+        self.recorded: dict | None = None  # the settings in config.json
         self.damaged: tuple[int, ...] = ()  # frames
-        self.backup: Path | None = None  # of checkpoints of which none is left
+        self.backup: Path | None = None  # of the checkpoints, once all of them are damaged
         self.legs: list[tuple[Leg, Layout]] = []
         self.due: dict[
             int, tuple[bool | None, bool | None]
         ] = {}  # step -> has a row, is evaluated; None = either
         self.layouts: set[tuple[int, int]] = set()
-        self.prepared = 0  # things done since the last start
+        self.prepared = 0  # actions since the last start
         self.bench.counts["sequences"] += 1
         self.sound = True
 
@@ -127,7 +127,7 @@ class Machine(Checks, RuleBasedStateMachine):
     def stop(self, moment: Moment, layout: Layout):
         self.start(layout, moment)
 
-    @precondition(lambda self: self.prepared if self.finished else self.story)  # not at once
+    @precondition(lambda self: self.prepared if self.finished else self.actions)  # not as the first action
     @rule(layout=LAYOUTS)
     def finish(self, layout: Layout):
         self.start(layout)
@@ -138,7 +138,7 @@ class Machine(Checks, RuleBasedStateMachine):
         self.settings["optim.epochs"] = round(self.settings["optim.epochs"] + epochs, 1)
         self.start(self.layout, moment)
 
-    # ---- what happens between starts
+    # ---- between starts
 
     @precondition(lambda self: self.prepared < 2)
     @rule(change=FREE)
@@ -148,7 +148,7 @@ class Machine(Checks, RuleBasedStateMachine):
 
     @precondition(lambda self: self.prepared < 2)
     @rule(change=st.sampled_from(ALLOWED))
-    def change_with_leave(self, change: tuple[str, object]):
+    def change_with_run_allow(self, change: tuple[str, object]):
         self.prepared += 1
         self.settings[change[0]] = change[1]
 
@@ -185,15 +185,15 @@ class Machine(Checks, RuleBasedStateMachine):
             else:
                 path.write_bytes({"flipped": data, "cut": data[: len(data) // 2], "empty": b""}[how])
 
-    # ---- what is refused
+    # ---- refused changes
 
     @precondition(lambda self: self.valid)
     @rule(change=st.sampled_from(ALLOWED), dashed=st.booleans())
     def refuse_a_change(self, change: tuple[str, object], dashed: bool):
-        """Without leave; and a name that no setting has is no leave."""
+        """A change is refused without run.allow, and so is an unknown name in run.allow."""
         key, value = change
         value = (0.7, 0.8) if key == "optim.betas" else value * 0.75  # pyrefly: ignore
-        if not {key, key.replace("_", "-")} & set(self.changed()):  # else it has leave already
+        if not {key, key.replace("_", "-")} & set(self.changed()):  # else it is allowed already
             self.refuse({key: value}, ())
         self.refuse({}, ("optim.lrr" if dashed else "optim",))
 
@@ -210,7 +210,7 @@ class Machine(Checks, RuleBasedStateMachine):
     @precondition(lambda self: self.valid and self.valid[-1] > 2 and not self.unnoticed)
     @rule()
     def refuse_fewer_epochs(self):
-        """Fewer than were trained already, even with leave. (Newer damaged checkpoints would be renamed.)"""
+        """Even with run.allow. The rule needs intact checkpoints, because damaged newer ones are renamed."""
         self.refuse({"optim.epochs": 0.4}, ("optim.epochs",))
 
     @precondition(lambda self: self.valid)
@@ -219,41 +219,41 @@ class Machine(Checks, RuleBasedStateMachine):
         self.refuse({"data.path": self.other}, ())
 
     def refuse(self, changes: dict, allow: tuple[str, ...], other_kind: bool = False) -> None:
-        """Start with these changes: exit code 2, one sentence, the folder as it was."""
+        """Start with these changes: exit code 2, one line, no change of the folder."""
         kind = next(k for k in KINDS.values() if k is not self.kind) if other_kind else self.kind
         allow = (*self.changed(), *allow)
-        asked = {**self.wanted(), **changes, **({"run.allow": allow} if allow else {})}
-        with self.telling(f"refused: {changes} allow {allow}"):
+        given = {**self.wanted(), **changes, **({"run.allow": allow} if allow else {})}
+        with self.recording(f"refused: {changes} allow {allow}"):
             before = snapshot(self.run)
-            ended = self.bench.start(kind, asked, self.run, Layout())
+            ended = self.bench.start(kind, given, self.run, Layout())
             self.check_refused(ended, before)
 
-    # ---- one start and what must be true after it
+    # ---- one start and its checks
 
     @contextmanager
-    def telling(self, what: str) -> Iterator[None]:
-        """Add the story so far to what goes wrong."""
+    def recording(self, what: str) -> Iterator[None]:
+        """Add the actions so far to an exception."""
         self.sound = False
-        self.story.append(what)
+        self.actions.append(what)
         try:
             yield
         except BaseException as error:
-            error.add_note("what happened:\n" + "\n".join(self.story))
+            error.add_note("actions:\n" + "\n".join(self.actions))
             raise
         self.sound = True
 
     def start(self, layout: Layout, moment: Moment | None = None) -> None:
-        """Start the command, strike it, and check everything."""
+        """Start the command, send the signal, and check everything."""
         if moment is not None:
             ranks = tuple(rank for rank in moment.ranks if rank < layout.processes) or (0,)
             moment = Moment(moment.signal, moment.event, moment.count, ranks)
-        asked, allow, self.prepared = self.wanted(), self.changed(), 0
-        with self.telling(f"start {layout} {moment} allow {allow}"):
-            before = self.look(asked)
-            words = {**asked, **({"run.allow": tuple(allow)} if allow else {})}
+        given, allow, self.prepared = self.wanted(), self.changed(), 0
+        with self.recording(f"start {layout} {moment} allow {allow}"):
+            before = self.state_before(given)
+            words = {**given, **({"run.allow": tuple(allow)} if allow else {})}
             ended = self.bench.start(self.kind, words, self.run, layout, moment)
             struck = f"struck {ended.struck} train {ended.train} evaluate {ended.evaluate}"
-            self.story[-1] += f" -> codes {ended.codes} {struck}; checkpoints {self.valid}"
+            self.actions[-1] += f" -> codes {ended.codes} {struck}; checkpoints {self.valid}"
             self.bench.counts[moment.signal if moment and ended.struck else "undisturbed"] += 1
             self.check(before, ended, moment, layout)
             if before.files and not before.valid and not before.finished:
@@ -262,7 +262,7 @@ class Machine(Checks, RuleBasedStateMachine):
                 shutil.copytree(self.backup, self.run / "checkpoints")
 
     def teardown(self) -> None:
-        """Let the run finish: every sequence ends with a comparison of the results."""
+        """Finish the run: every sequence ends with a comparison of the results."""
         if not self.sound:
             return
         for _ in range(3):
@@ -287,7 +287,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def explore(bench: Bench, sequences: int, steps: int, begin: int | None = None, shrink: bool = False) -> str:
-    """Run sequences, the same every time or those of the seed `begin`; gives what was done, in words."""
+    """Run sequences, always the same or those of the seed `begin`; returns a summary."""
     machine = type("Machine", (Machine,), {"bench": bench})
     if begin is not None:
         seed(begin)(machine)
@@ -303,12 +303,12 @@ def explore(bench: Bench, sequences: int, steps: int, begin: int | None = None, 
     )
     run_state_machine_as_test(machine, settings=chosen)
     seconds = {what: f"{bench.seconds[what] / bench.counts[what]:.1f} s" for what in bench.seconds}
-    said = ", ".join(f"{count} {what}" for what, count in sorted(bench.counts.items()))
-    return f"{said}; a start took {seconds}"
+    counted = ", ".join(f"{count} {what}" for what, count in sorted(bench.counts.items()))
+    return f"{counted}; a start took {seconds}"
 
 
 def test_no_process_ends_while_rank_0_saves(bench: Bench):
-    """torchrun sends SIGTERM once a process has ended, which after a Ctrl-C aborts the others at once."""
+    """If a process ended early, torchrun would send SIGTERM, which after a Ctrl-C aborts the others."""
     run, kind = bench.folder("run"), KINDS["mae"]
     settings = {**dict(kind.base), "data.path": bench.clean, "run.checkpoint_every": 100}
     moment = Moment("SIGINT", "train", 4, (0,))
@@ -318,12 +318,12 @@ def test_no_process_ends_while_rank_0_saves(bench: Bench):
 
 
 def test_a_few_sequences(bench: Bench, happened: Callable[[str], None]):
-    """starts, signals, damage and changed settings in any order: all as in an undisturbed run"""
+    """starts, signals, damage and changed settings in any order give the results of an uninterrupted run"""
     happened(explore(bench, sequences=6, steps=8))
 
 
 @pytest.mark.long
 def test_many_sequences(bench: Bench, pytestconfig: pytest.Config, happened: Callable[[str], None]):
-    """starts, signals, damage and changed settings in any order: all as in an undisturbed run"""
+    """starts, signals, damage and changed settings in any order give the results of an uninterrupted run"""
     option = pytestconfig.getoption
     happened(explore(bench, option("sequences"), steps=14, begin=option("seed"), shrink=True))

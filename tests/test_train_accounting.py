@@ -1,4 +1,4 @@
-"""Accounting: metric sums, waiting times, the share of peak, NaN outputs, and the processes' environment."""
+"""Metric sums, data wait, MFU, NaN outputs, probes, and the environment variables of processes."""
 
 import csv
 import math
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from models.inputs import NormalizedInput
-from models.macs import bf16_peak
+from models.zoo import bf16_peak
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN
@@ -43,7 +43,7 @@ def add(sums: Meters, loss: float, norm: float, skipped: bool = False, bad: int 
     sums.add(torch.tensor(loss), torch.tensor(norm), torch.tensor(float(skipped)), bad)
 
 
-def test_the_gradient_norm_is_the_last_good_step_s_and_the_loss_a_mean():
+def test_a_row_has_the_mean_loss_and_the_last_finite_gradient_norm():
     nan = float("nan")
     sums = Meters(CPU)
     add(sums, 1.0, 10.0)
@@ -66,14 +66,14 @@ def test_sums_survive_a_resume_with_more_or_fewer_processes():
     halves = [Meters(CPU) for _ in range(4)]
     for rank, half in enumerate(halves):
         half.restore(rows, rank, 4)
-    assert halves[0].values.tolist() == [2.0, 4.0, 2.5, 1, 1, 1]  # 4 processes x 2.5 = 3 + 7 rows replaced
+    assert halves[0].values.tolist() == [2.0, 4.0, 2.5, 1, 1, 1]  # 3 + 7 replaced rows = 4 processes x 2.5
     same = Meters(CPU)
     same.restore(rows, 1, 2)
     assert torch.equal(same.values, rows[1])
 
 
-def test_the_waiting_of_every_step_is_noted_whatever_the_rows(tmp_path: Path):
-    """Also where a step right after a row waits longer than all steps before the row together."""
+def test_the_wait_of_every_step_is_recorded(tmp_path: Path):
+    """Also if a step right after a row waits longer than all steps before the row together."""
     clock, detail = Clock(0.0), Detail(tmp_path, 0, 0)
     waits = [0.25, 0.5, 1.0, 0.125, 4.0, 0.0, 8.0]
     shown = []
@@ -110,7 +110,7 @@ def test_the_waiting_of_every_step_is_noted_whatever_the_rows(tmp_path: Path):
         ("CPU", None),
     ],
 )
-def test_the_peak_is_that_of_the_very_device_or_unknown(name: str, peak: float | None):
+def test_the_peak_is_known_by_exact_device_name(name: str, peak: float | None):
     assert bf16_peak(name) == (pytest.approx(peak, rel=1e-3) if peak else None)
 
 
@@ -118,7 +118,7 @@ def test_the_peak_is_that_of_the_very_device_or_unknown(name: str, peak: float |
 
 
 class Constant(nn.Module):
-    """Gives `logits` [classes] for every picture, NaN for those of the samples in `broken`."""
+    """Returns `logits` [classes] for every picture, and NaN for the samples in `broken`."""
 
     def __init__(self, logits: list[float], broken: tuple[int, ...], rows: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Constant(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         ids = torch.arange(self.seen, self.seen + len(pixels)).clamp(max=self.rows)
         self.seen += len(pixels)
-        bad = torch.isin(ids, torch.tensor(self.broken)) | (ids == self.rows)  # and rows that only pad
+        bad = torch.isin(ids, torch.tensor(self.broken)) | (ids == self.rows)  # also padding rows
         return torch.where(bad[:, None], float("nan"), self.logits)
 
 
@@ -137,8 +137,8 @@ def scores_of(config: FinetuneConfig, broken: tuple[int, ...], folder: Path) -> 
     return finetune.evaluate(config, Run(ALONE, folder), model, catalogue, lambda: None)
 
 
-def test_a_sample_with_nan_outputs_is_wrong_and_the_loss_says_so(images: Path, tmp_path: Path):
-    """14 samples in batches of 6: the 4 rows that pad the last batch are NaN, too, and must not count."""
+def test_a_sample_with_nan_outputs_is_wrong_and_the_loss_is_nan(images: Path, tmp_path: Path):
+    """14 samples in batches of 6: the last batch has 4 padding rows, which are NaN and must not count."""
     config = small("image-ft-pico", images, tmp_path, "run")
     assert isinstance(config, FinetuneConfig)
     whole = scores_of(config, (), tmp_path)
@@ -150,7 +150,7 @@ def test_a_sample_with_nan_outputs_is_wrong_and_the_loss_says_so(images: Path, t
     assert table["samples"] == [7, 7] and table["correct"] == [5, 0] and table["correct5"] == [5, 6]
 
 
-def test_top_5_is_left_out_where_five_classes_or_fewer_make_it_1(images: Path, tmp_path: Path):
+def test_top_5_is_empty_with_five_classes_or_fewer(images: Path, tmp_path: Path):
     config = small("image-ft-pico", images, tmp_path, "run", epochs=1.0)
     assert isinstance(config, FinetuneConfig)
     assert set(scores_of(config, (), tmp_path)) == {"acc", "loss_val", "held_out"}
@@ -160,7 +160,7 @@ def test_top_5_is_left_out_where_five_classes_or_fewer_make_it_1(images: Path, t
     assert "acc5" not in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_weights_that_give_nan_are_never_the_best(images: Path, tmp_path: Path):
+def test_weights_with_nan_outputs_are_never_the_best(images: Path, tmp_path: Path):
     config = small("image-ft-pico", images, tmp_path, "run", epochs=1.0)
     assert isinstance(config, FinetuneConfig)
     task = finetune.make_task(config, Run(ALONE))
@@ -173,7 +173,7 @@ def test_weights_that_give_nan_are_never_the_best(images: Path, tmp_path: Path):
     assert score(scores) == -math.inf < score({"acc": 0.0, "loss_val": 9.0})
 
 
-def test_a_masked_autoencoder_s_loss_ignores_rows_that_pad_and_keeps_nan(images: Path, tmp_path: Path):
+def test_the_mae_loss_ignores_padding_rows_and_keeps_nan(images: Path, tmp_path: Path):
     config = small("image-mae-pico", images, tmp_path, "run")
     catalogue = open_dataset(images, "val")
     assert isinstance(config, MaeConfig)
@@ -185,8 +185,8 @@ def test_a_masked_autoencoder_s_loss_ignores_rows_that_pad_and_keeps_nan(images:
     assert loss != loss
 
 
-def test_evaluation_reads_as_training_does(images: Path, tmp_path: Path, monkeypatch):
-    """data.max_bad, speed.threads, speed.hw_decoder_load and speed.decode reach both loaders."""
+def test_evaluation_uses_the_loader_settings_of_training(images: Path, tmp_path: Path, monkeypatch):
+    """Both loaders use data.max_bad, speed.threads, speed.hw_decoder_load and speed.decode."""
     config = small("image-ft-pico", images, tmp_path, "run")
     config = replace(config, data=replace(config.data, max_bad=0.25))
     config = replace(config, speed=replace(config.speed, hw_decoder_load=0.3, threads=3, decode="window"))
@@ -211,8 +211,8 @@ def damage(catalogue, samples: tuple[int, ...]) -> None:
             tar.write(b"\0" * 40)
 
 
-def test_evaluation_allows_the_damage_that_the_settings_allow(tmp_path: Path):
-    """2 of 14 samples: with data.max_bad 0.2 they are left out, with 0.001 the evaluation stops."""
+def test_evaluation_stops_at_the_configured_damage(tmp_path: Path):
+    """2 of 14 samples are damaged: data.max_bad 0.2 skips them, 0.001 stops the evaluation."""
     from tests.train_helpers import make_images
 
     data = make_images(tmp_path / "made")
@@ -226,7 +226,7 @@ def test_evaluation_allows_the_damage_that_the_settings_allow(tmp_path: Path):
     assert sum(pq.read_table(tmp_path / "per_class.parquet")["samples"].to_pylist()) == 12
     with pytest.raises(UserError, match="2 samples are damaged, more than the 1 allowed"):
         scores_of(config, (), tmp_path)
-    # Each of two processes meets one of them, so only their sum shows that there are too many.
+    # Each of two processes reads one of them, so only their sum exceeds the limit.
     with pytest.raises(UserError, match=r"2 of the 14 samples .* data\.max_bad"):
         task.check_damage(config.data, catalogue, 12)
     task.check_damage(config.data, catalogue, 13)
@@ -238,20 +238,20 @@ def test_evaluation_allows_the_damage_that_the_settings_allow(tmp_path: Path):
 def test_samples_with_nan_features_count_as_wrong(images: Path, tmp_path: Path, monkeypatch):
     nan = float("nan")
     known = torch.tensor([[0.0, 1.0], [0.1, 1.0], [1.0, 0.0], [1.0, 0.1]])
-    asked = torch.tensor([[nan, 1.0], [0.0, 1.0], [1.0, 0.0], [nan, nan]])
+    queries = torch.tensor([[nan, 1.0], [0.0, 1.0], [1.0, 0.0], [nan, nan]])
     classes = torch.tensor([0, 0, 1, 1])
-    given = iter([(known, classes), (asked, torch.tensor([0, 0, 1, 0]))])
+    given = iter([(known, classes), (queries, torch.tensor([0, 0, 1, 0]))])
     monkeypatch.setattr(probe, "features", lambda *_: next(given))
     config = small("image-mae-pico", images, tmp_path, "run", epochs=0.4)
     assert loop.fit(config, mae.make_task) == 0
     wanted = probe.Arguments(tmp_path / "run", device="cpu", k=1)
     assert probe.probe(wanted) == {"knn": 0.5, "linear": 0.5}
-    given = iter([(asked, classes), (known, classes)])
+    given = iter([(queries, classes), (known, classes)])
     with pytest.raises(UserError, match="2 of 4 training samples have features that are not finite"):
         probe.probe(wanted)
 
 
-def test_two_processes_probe_and_evaluate_like_one_and_speak_once(images: Path, tmp_path: Path):
+def test_two_processes_probe_and_evaluate_like_one_and_print_once(images: Path, tmp_path: Path):
     config = small("image-ft-pico", images, tmp_path, "run", epochs=2.0)
     assert loop.fit(config, finetune.make_task) == 0
     run = tmp_path / "run"
@@ -271,14 +271,14 @@ def test_two_processes_probe_and_evaluate_like_one_and_speak_once(images: Path, 
         process.join(300)
     assert [process.exitcode for process in both] == [0, 0], logs[0].read_text() + logs[1].read_text()
     assert logs[1].read_text() == ""
-    said = dict(re.findall(r"^(\w+) ([\d.]+)$", logs[0].read_text(), re.M))
-    assert float(said["acc"]) == pytest.approx(alone["acc"], rel=1e-5)
-    assert float(said["loss_val"]) == pytest.approx(alone["loss_val"], rel=1e-5)
-    assert float(said["knn"]) == pytest.approx(probed["knn"], abs=1e-4)
-    assert float(said["linear"]) == pytest.approx(probed["linear"], abs=1e-4)
+    printed = dict(re.findall(r"^(\w+) ([\d.]+)$", logs[0].read_text(), re.M))
+    assert float(printed["acc"]) == pytest.approx(alone["acc"], rel=1e-5)
+    assert float(printed["loss_val"]) == pytest.approx(alone["loss_val"], rel=1e-5)
+    assert float(printed["knn"]) == pytest.approx(probed["knn"], abs=1e-4)
+    assert float(printed["linear"]) == pytest.approx(probed["linear"], abs=1e-4)
 
 
-def test_every_sample_s_feature_is_taken_once_in_the_order_of_the_samples(images: Path, tmp_path: Path):
+def test_features_are_in_the_order_of_the_samples_without_duplicates(images: Path, tmp_path: Path):
     config = small("image-ft-pico", images, tmp_path, "run")
     catalogue = open_dataset(images, "val")
     assert isinstance(config, FinetuneConfig)
@@ -294,7 +294,7 @@ def test_every_sample_s_feature_is_taken_once_in_the_order_of_the_samples(images
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "printed"),
     [
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK"),
         ({"LOCAL_RANK": ""}, "RANK, WORLD_SIZE, LOCAL_RANK"),
@@ -309,8 +309,8 @@ def test_every_sample_s_feature_is_taken_once_in_the_order_of_the_samples(images
         ),
     ],
 )
-def test_incomplete_variables_of_torchrun_get_one_sentence(
-    images: Path, tmp_path: Path, monkeypatch, given: dict[str, str], said: str
+def test_incomplete_torchrun_variables_give_one_line(
+    images: Path, tmp_path: Path, monkeypatch, given: dict[str, str], printed: str
 ):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
@@ -318,12 +318,12 @@ def test_incomplete_variables_of_torchrun_get_one_sentence(
         monkeypatch.setenv(name, value)
     config = small("image-mae-pico", images, tmp_path, "run")
     for start in (lambda: loop.main(config, mae.make_task), lambda: distributed.start("cpu")):
-        with pytest.raises(UserError, match=said) as caught:
+        with pytest.raises(UserError, match=printed) as caught:
             start()
         assert "torchrun" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_variables_of_a_launcher_that_sets_them_all_are_taken(monkeypatch):
+def test_a_complete_set_of_launcher_variables_is_used(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     assert not distributed.under_torchrun()
@@ -339,7 +339,7 @@ def test_the_variables_of_a_launcher_that_sets_them_all_are_taken(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("part", "values", "said"),
+    ("part", "values", "printed"),
     [
         ("run", {"max_skipped": 0}, r"run\.max_skipped is 0; it must be at least 1$"),
         ("run", {"name": "x" * 300}, r"run\.name .* 300 bytes.*at most 255"),
@@ -351,21 +351,21 @@ def test_the_variables_of_a_launcher_that_sets_them_all_are_taken(monkeypatch):
         ("optim", {"clip_norm": -1.0}, r"optim\.clip_norm is -1"),
     ],
 )
-def test_settings_out_of_range_get_one_sentence(part: str, values: dict, said: str):
+def test_settings_out_of_range_give_one_line(part: str, values: dict, printed: str):
     preset = MAE_PRESETS["image-mae-pico"]
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=printed) as caught:
         replace(getattr(preset, part), **values)
     assert "\n" not in str(caught.value)
     assert replace(preset.run, name="x" * 255).folder
 
 
 @pytest.mark.parametrize("moment", ["train", "numpy"])
-def test_ctrl_c_during_imports_is_one_line(moment: str):
-    """The signal comes as soon as the module of that name is imported; -X importtime says when."""
+def test_ctrl_c_during_imports_prints_one_line(moment: str):
+    """The signal is sent once the module `moment` is imported; -X importtime shows when."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = module("train.mae", "image-mae-pico")
     command[1:1] = ["-X", "importtime"]
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # background processes may ignore SIGINT
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, before)
     assert process.stderr is not None

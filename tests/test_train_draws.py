@@ -1,4 +1,4 @@
-"""Every random draw of a training step depends on (seed, step or epoch, sample) alone."""
+"""Every random draw of a training step depends only on (seed, step or epoch, sample)."""
 
 import random
 from dataclasses import replace
@@ -30,7 +30,7 @@ ALONE = World(0, 1, CPU)
 def everything_on(preset: str, data: Path, runs: Path) -> FinetuneConfig:
     """Ten steps of 8 rows with mixup, cutmix, drop path, dropout, RandAugment and random erasing."""
     samples, video = len(open_dataset(data, "train")), "video" in preset
-    # Adam scales the rounding noise of tiny gradients up to the learning rate, so that one is small here.
+    # Adam amplifies the rounding noise of tiny gradients to the learning rate, so the rate is small here.
     values = {"epochs": 80 / samples, "batch": 8, "lr_batch": 8, "warmup_epochs": 0.1, "lr": 1e-4}
     config = small(preset, data, runs, "one", **values)
     shape = {"size": 32, "frames": 4 if video else 1, "repeats": 2 if video else 1, "same_clip": video}
@@ -49,10 +49,10 @@ def everything_on(preset: str, data: Path, runs: Path) -> FinetuneConfig:
 
 
 @pytest.mark.parametrize("preset", ["image-ft-pico", "video-ft-pico"])
-def test_finetuning_is_the_same_on_one_process_on_two_and_with_two_micro_batches(
+def test_finetuning_does_not_depend_on_processes_and_micro_batches(
     preset: str, images: Path, clips: Path, tmp_path: Path
 ):
-    """Acceptance: equal weights after ten steps with every random part on."""
+    """The weights are equal after ten steps with all random augmentation and regularization."""
     one = everything_on(preset, clips if "video" in preset else images, tmp_path)
     split = replace(one, run=replace(one.run, name="split"), speed=replace(one.speed, micro_batch=4))
     two = replace(split, run=replace(one.run, name="two"), speed=replace(split.speed, processes=2))
@@ -69,20 +69,20 @@ def test_finetuning_is_the_same_on_one_process_on_two_and_with_two_micro_batches
 
 
 def differences(run: Path, other: Path) -> dict[str, float]:
-    """The largest absolute difference of every tensor between two runs' weights."""
+    """The largest absolute difference between the weights of two runs, per tensor."""
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, other))
     found = {}
     for name, value in ours.items():
         pair = (value, theirs[name])
         if name.endswith("attn.qkv.bias"):
-            # Softmax ignores the key's bias: its gradient is rounding noise, which Adam scales up.
+            # Softmax ignores the key's bias: its gradient is rounding noise, which Adam amplifies.
             pair = tuple(x.view(3, -1)[[0, 2]] for x in pair)
         found[name] = (pair[0] - pair[1]).abs().max().item()
     return found
 
 
 @pytest.mark.parametrize("preset", ["image-ft-pico", "image-mae-pico"])
-def test_a_step_leaves_every_global_generator_as_it_is(preset: str, images: Path, tmp_path: Path):
+def test_a_step_does_not_use_global_generators(preset: str, images: Path, tmp_path: Path):
     config: Config = small(preset, images, tmp_path, "run", batch=8)
     if "mae" in preset:
         config, make = replace(config, decode_ratio=0.5), mae.make_task
@@ -120,8 +120,8 @@ def rows_of(count: int, frames: int, side: int = 24) -> tuple[torch.Tensor, torc
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 @pytest.mark.parametrize("kinds", [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)])
-def test_pixels_and_labels_are_mixed_as_a_plain_loop_does(frames: int, repeats: int, kinds: tuple):
-    """An oracle, row by row: timm's labels, and for cutmix the same box in all frames."""
+def test_mixing_equals_a_plain_loop(frames: int, repeats: int, kinds: tuple):
+    """Compared row by row with a plain loop: timm's labels, and for cutmix the same box in all frames."""
     batch, step = 24, 7
     settings = mixing_of(mixup=kinds[0], cutmix=kinds[1], repeats=repeats, batch=batch)
     pixels, labels = rows_of(batch, frames)
@@ -148,23 +148,23 @@ def test_pixels_and_labels_are_mixed_as_a_plain_loop_does(frames: int, repeats: 
     assert (drawn[:, 1] == 0).any() == (kinds[1] > 0) and (drawn[:, 1] > 0).any() == (kinds[0] > 0)
 
 
-def test_cutmix_boxes_are_timms():
-    """The same lambda and centre give timm's box and corrected lambda, clipped at the border too."""
+def test_cutmix_boxes_equal_those_of_timm():
+    """The same lambda and center give timm's box and corrected lambda, also at the border."""
     settings = mixing_of(mixup=0.0, batch=400)
     key = mixing.order.keys_of(0, mixing.order.STREAM_MIX, 3, np.arange(2))
     generator = np.random.Generator(np.random.Philox(key=key))
     generator.random(200)
     lambdas = generator.beta(np.ones(200), np.ones(200))
-    centres = [generator.integers(0, size, 200) for size in (24, 32)]
+    centers = [generator.integers(0, size, 200) for size in (24, 32)]
     for pair, row in enumerate(mixing.draw_pairs(settings, 3, 24, 32)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(timm_mixup.np.random, "randint", Mock(side_effect=[c[pair] for c in centres]))
+            patch.setattr(timm_mixup.np.random, "randint", Mock(side_effect=[c[pair] for c in centers]))
             box, lam = timm_mixup.cutmix_bbox_and_lam((3, 24, 32), lambdas[pair])
         assert row[2:].tolist() == list(box)
         assert row[0] == pytest.approx(1 - lam, abs=1e-6)
 
 
-def test_shares_follow_their_beta_distributions_and_both_kinds_are_equally_likely():
+def test_mixing_shares_are_beta_distributed_and_both_kinds_equally_likely():
     settings = mixing_of(batch=40_000)
     drawn = mixing.draw_pairs(settings, 0, 224, 224)
     cuts = drawn[:, 1] == 0
@@ -181,7 +181,7 @@ def test_shares_follow_their_beta_distributions_and_both_kinds_are_equally_likel
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_a_micro_batch_is_mixed_as_its_rows_of_the_whole_batch(repeats: int):
+def test_mixing_a_micro_batch_equals_mixing_the_whole_batch(repeats: int):
     settings = mixing_of(repeats=repeats)
     pixels, labels = rows_of(16, 1)
     positions = 5 * 16 + np.arange(16)
@@ -193,7 +193,7 @@ def test_a_micro_batch_is_mixed_as_its_rows_of_the_whole_batch(repeats: int):
 
 
 def test_no_row_is_mixed_with_a_copy_of_its_sample(clips: Path, tmp_path: Path):
-    """With the loader's real batches, on each of two processes with two micro batches."""
+    """Checked with real batches, in two processes with two micro batches each."""
     config = everything_on("video-ft-pico", clips, tmp_path)
     config = replace(config, optim=replace(config.optim, batch=16))
     catalogue = open_dataset(clips, "train")
@@ -208,7 +208,7 @@ def test_no_row_is_mixed_with_a_copy_of_its_sample(clips: Path, tmp_path: Path):
             assert (ids != mixing.partners(ids, 2)).all()
 
 
-def test_micro_batches_hold_whole_pairs():
+def test_micro_batches_contain_whole_pairs():
     def split(batch: int, micro: int, repeats: int, processes: int) -> tuple[int, int]:
         config = finetune.FINETUNE_PRESETS["video-ft-base"]
         config = replace(config, data=replace(config.data, repeats=repeats))
@@ -218,15 +218,15 @@ def test_micro_batches_hold_whole_pairs():
 
     assert split(256, 16, 2, 1) == (16, 16)
     assert split(12, 3, 1, 1) == (2, 6)
-    assert split(16, 1, 2, 2) == (4, 2)  # never less than a pair
+    assert split(16, 1, 2, 2) == (4, 2)  # at least one pair
     with pytest.raises(
         UserError, match="12 does not divide by 4 processes x 2 mixed samples; use a multiple of 8"
     ):
         split(12, 4, 1, 4)
 
 
-def test_the_trial_of_compilation_uses_the_signature_of_a_step(images: Path, tmp_path: Path):
-    """One compilation serves the blank batch and the real ones."""
+def test_the_compilation_check_uses_the_signature_of_a_step(images: Path, tmp_path: Path):
+    """The blank batch and the real batches use the same compilation."""
     config = everything_on("image-ft-pico", images, tmp_path)
     catalogue = open_dataset(images, "train")
     task = finetune.make_task(config, Run(ALONE))

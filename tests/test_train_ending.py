@@ -1,4 +1,4 @@
-"""How processes that train together end when one of them fails."""
+"""If one process fails, the others end too."""
 
 import os
 import time
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError, run_cli
-from tests.fault_helpers import CLEAN, speak_to
+from tests.fault_helpers import CLEAN, redirect_output
 from tests.test_train_resume import free_port, quick
 from train import finetune, loop
 from train.config import Config
@@ -21,11 +21,11 @@ ERRORS = {"user": UserError("the disk is gone; find it"), "code": AssertionError
 
 
 def train_and_fail(rank: int, port: int, settings: Config, kind: str, log: Path) -> None:
-    """Rank 1 fails in its third step; rank 0 waits there for ever, as one does for a lost NCCL kernel."""
-    speak_to(log)
+    """Rank 1 fails in its third step; rank 0 waits there forever, as for a lost NCCL kernel."""
+    redirect_output(log)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     os.environ |= dict(zip(names, map(str, (rank, rank, 2, 2, "127.0.0.1", port)), strict=True))
-    # What NCCL's group does while a kernel of it waits for another process.
+    # NCCL's process group also waits while one of its kernels waits for another process.
     dist.destroy_process_group = hang
 
     def make(*given) -> Task:
@@ -49,7 +49,7 @@ def hang() -> None:
 
 
 def run_both(body: Callable, *given: object) -> tuple[list[int | None], float]:
-    """Exit codes of `body` as rank 0 and 1, None for one that lives for two minutes; and the seconds."""
+    """Run `body` as rank 0 and 1; returns exit codes (None after two minutes) and seconds."""
     port, begin = free_port(), time.monotonic()
     processes = [CLEAN.Process(target=body, args=(rank, port, *given)) for rank in (0, 1)]
     for process in processes:
@@ -63,11 +63,11 @@ def run_both(body: Callable, *given: object) -> tuple[list[int | None], float]:
 
 
 @pytest.mark.parametrize(("kind", "code"), [("user", 2), ("code", 1)])
-def test_a_process_that_fails_says_so_and_ends_those_that_wait_for_it(images, tmp_path, kind, code):
+def test_a_failing_process_prints_its_error_and_ends_the_others(images, tmp_path, kind, code):
     settings = quick(images, tmp_path, "run")
     settings = replace(settings, speed=replace(settings.speed, micro_batch=2))
     codes, seconds = run_both(train_and_fail, settings, kind, tmp_path / "out")
-    said = (tmp_path / "out").read_text()
-    assert codes == [2, code], (seconds, said)
-    assert said.count(str(ERRORS[kind])) == 1 and said.count("process 0: another process failed") == 1
-    assert ("Traceback" in said) == (kind == "code")
+    printed = (tmp_path / "out").read_text()
+    assert codes == [2, code], (seconds, printed)
+    assert printed.count(str(ERRORS[kind])) == 1 and printed.count("process 0: another process failed") == 1
+    assert ("Traceback" in printed) == (kind == "code")

@@ -1,6 +1,6 @@
-"""Losses of thirty steps of each kind, held to what they were: a change that moves them shows here.
+"""The losses of thirty steps of each kind equal the committed ones.
 
-After a change that is meant to: UPDATE_GOLDEN=1 python -m pytest tests/test_train_golden.py
+After an intended change: UPDATE_GOLDEN=1 python -m pytest tests/test_train_golden.py
 """
 
 import json
@@ -21,7 +21,7 @@ STEPS = 30
 
 
 @pytest.mark.parametrize("preset", ["image-mae-pico", "video-mae-pico", "image-ft-pico", "video-ft-pico"])
-def test_losses_are_those_that_were_committed(preset, images, clips, tmp_path):
+def test_losses_equal_the_committed_ones(preset, images, clips, tmp_path):
     pretraining, data = "mae" in preset, clips if "video" in preset else images
     per_epoch = len(open_dataset(data, "train")) / 12
     config = small(preset, data, tmp_path, "golden", epochs=STEPS / per_epoch)

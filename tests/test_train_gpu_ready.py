@@ -1,4 +1,4 @@
-"""What training does on GPUs, as far as it shows without one."""
+"""Training on GPUs, as far as it can be tested without one."""
 
 import gc
 import os
@@ -30,8 +30,8 @@ PICO = FINETUNE_PRESETS["image-ft-pico"]
 # ---- memory
 
 
-def test_a_checkpoint_is_loaded_to_the_cpu_and_freed(images, tmp_path, monkeypatch):
-    """Nothing but the optimizer keeps tensors of it, and only on the CPU, where they become its state."""
+def test_a_checkpoint_is_loaded_to_the_cpu_and_then_freed(images, tmp_path, monkeypatch):
+    """Only the optimizer keeps tensors of the checkpoint, on the CPU, as its state."""
     settings = quick(images, tmp_path, "run")
     assert loop.fit(settings, stopping_at(15, 5)) == 15
     loaded, load = [], checkpoint.load
@@ -63,8 +63,8 @@ def test_a_checkpoint_is_loaded_to_the_cpu_and_freed(images, tmp_path, monkeypat
     assert seen.values.device.type == "meta"
 
 
-def test_memory_of_a_gpu_counts_dali_and_nccl_too(monkeypatch):
-    """It is what the device has in use, the most of all rows so far."""
+def test_gpu_memory_includes_that_of_dali_and_nccl(monkeypatch):
+    """It is the memory in use on the device, and its maximum over the rows so far."""
     free = iter((6, 3, 5))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (next(free) * 2**30, 8 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
@@ -89,7 +89,7 @@ class Blocking(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def test_a_checkpoint_is_copied_to_the_host_in_one_go():
+def test_a_checkpoint_is_copied_to_the_host_with_one_wait():
     state = {"model": {f"w{i}": torch.ones(3) * i for i in range(5)}, "row": None, "list": [torch.zeros(2)]}
     with Blocking() as seen:
         copied = checkpoint.to_host(state)
@@ -98,7 +98,7 @@ def test_a_checkpoint_is_copied_to_the_host_in_one_go():
 
 
 @pytest.mark.parametrize("kind", ["mae", "ft", "probe"])
-def test_evaluation_waits_for_no_copy_to_the_device(images, tmp_path, kind: str):
+def test_evaluation_never_waits_for_a_copy_to_the_device(images, tmp_path, kind: str):
     config = small("image-mae-pico" if kind == "mae" else "image-ft-pico", images, tmp_path, "run")
     catalogue = open_dataset(images, "val")
     task = task_of(config)(config, Run(ALONE))
@@ -134,8 +134,8 @@ NEW = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Relea
 @pytest.mark.parametrize(
     ("text", "version", "old"), [(OLD, "535.183.01", True), (NEW, "580.65.06", False)], ids=["old", "new"]
 )
-def test_an_old_driver_is_named_with_what_cuda_13_requires(tmp_path, monkeypatch, text, version, old):
-    """Without that, PyTorch counts 0 GPUs and training would go to the CPU without a word."""
+def test_the_message_for_an_old_driver_names_the_required_version(tmp_path, monkeypatch, text, version, old):
+    """With an old driver, PyTorch finds 0 GPUs, and training would silently use the CPU."""
     (tmp_path / "version").write_text(text)
     monkeypatch.setattr(distributed, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -148,7 +148,7 @@ def test_an_old_driver_is_named_with_what_cuda_13_requires(tmp_path, monkeypatch
         distributed.resolve_device("cuda", 1)
 
 
-def test_without_the_kernel_module_nvidia_smi_gives_the_driver(tmp_path, monkeypatch):
+def test_without_the_kernel_module_nvidia_smi_gives_the_driver_version(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 550.54.15\necho 550.54.15\n")
     program.chmod(0o755)
@@ -162,7 +162,7 @@ def test_without_the_kernel_module_nvidia_smi_gives_the_driver(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("visible", "gpus", "local", "found"), [("3", 1, 3, 0), ("0,1,2,3", 4, 3, 3), (None, 4, 3, 3)]
 )
-def test_a_launcher_may_show_each_process_its_own_gpu_alone(monkeypatch, visible, gpus, local, found):
+def test_a_launcher_may_make_one_gpu_visible_per_process(monkeypatch, visible, gpus, local, found):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("LOCAL_RANK", str(local))
@@ -172,8 +172,8 @@ def test_a_launcher_may_show_each_process_its_own_gpu_alone(monkeypatch, visible
     assert distributed.resolve_device("cuda", 4) == "cuda" and distributed.index(local) == found
 
 
-def test_one_gpu_is_not_shared_by_processes(monkeypatch):
-    """Two processes on a machine with one GPU is a mistake, under torchrun too."""
+def test_processes_do_not_share_a_gpu(monkeypatch):
+    """Two processes on a machine with one GPU are refused, also under torchrun."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -185,7 +185,7 @@ def test_one_gpu_is_not_shared_by_processes(monkeypatch):
 # ---- compilation, kernels
 
 
-def test_an_error_of_triton_or_of_a_compile_worker_leaves_training_uncompiled(capsys):
+def test_after_a_compilation_error_training_runs_uncompiled(capsys):
     from torch._inductor.compile_worker.subproc_pool import SubprocException
     from triton.runtime.errors import PTXASError
 
@@ -219,7 +219,7 @@ def test_processes_share_the_cores_for_compiling(monkeypatch):
     assert inductor.compile_threads == 12
 
 
-def test_attention_is_flash_on_a_gpu_unless_another_is_asked_for(capsys):
+def test_flash_attention_is_the_default_on_a_gpu(capsys):
     cuda = torch.backends.cuda
     build.choose_kernels(PICO.speed, GPU)
     assert "flash" in capsys.readouterr().out
@@ -233,7 +233,7 @@ def test_attention_is_flash_on_a_gpu_unless_another_is_asked_for(capsys):
         changed(PICO, speed={"attention": "fast"})
 
 
-def test_deterministic_kernels_are_switched_on_and_training_runs(images, tmp_path, capsys, monkeypatch):
+def test_training_runs_with_deterministic_kernels(images, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     settings = changed(quick(images, tmp_path, "run"), speed={"deterministic": True, "attention": "math"})
     try:
@@ -251,15 +251,15 @@ def test_deterministic_kernels_are_switched_on_and_training_runs(images, tmp_pat
 
 
 def test_torchrun_gives_its_processes_time_to_save():
-    """Its own 30 seconds are too few for a large model."""
+    """torchrun's default of 30 seconds is too short for a large model."""
     assert "--shutdown-timeout 240" in call_make("-n", "train-mae", "NODES=2", "GPUS=8")
-    asked = []
+    timeouts = []
 
     def run(arguments) -> None:
-        asked.append(arguments.shutdown_timeout)
+        timeouts.append(arguments.shutdown_timeout)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr("sys.argv", ["train.mae", "image-mae-pico"])
         patch.setattr("torch.distributed.run.run", run)
         distributed.launch(2, 0)
-    assert asked == [240]
+    assert timeouts == [240]

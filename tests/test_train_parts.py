@@ -1,4 +1,4 @@
-"""The parts of the training core by themselves: configuration, metrics, checkpoints, optimizer."""
+"""Unit tests of the training core: configuration, metrics, checkpoints, optimizer."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ PRESETS = {**MAE_PRESETS, **FINETUNE_PRESETS}
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_survives_json_and_names_a_model(name: str):
+def test_a_preset_is_equal_after_json_and_names_a_model(name: str):
     preset = PRESETS[name]
     assert config.from_dict(json.loads(json.dumps(config.to_dict(preset)))) == preset
     assert preset.model.name in models.list_models()
@@ -38,21 +38,21 @@ def test_a_preset_survives_json_and_names_a_model(name: str):
         (["image-ft-pico"], "'image-ft-pico' is for make train-ft; presets here: image-mae-pico"),
     ],
 )
-def test_wrong_words_get_one_sentence_with_a_hint(monkeypatch, words: list[str], expected: str):
+def test_wrong_arguments_give_one_line_with_a_hint(monkeypatch, words: list[str], expected: str):
     monkeypatch.setattr("sys.argv", ["train.mae", *words])
     with pytest.raises(UserError, match=expected) as caught:
         console.parse(MAE_PRESETS, "train.mae")
     assert "\n" not in str(caught.value)
 
 
-def test_a_value_of_another_type_ends_with_exit_code_2(monkeypatch, capsys):
+def test_a_value_of_another_type_gives_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.mae", "image-mae-pico", "--optim.lr", "fast"])
     with pytest.raises(SystemExit) as caught:
         console.parse(MAE_PRESETS, "train.mae")
     assert caught.value.code == 2 and "--optim.lr" in capsys.readouterr().err
 
 
-def test_overrides_reach_the_configuration(monkeypatch):
+def test_overrides_change_the_configuration(monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["x", "image-mae-pico", "--optim.lr", "0.5", "--data.flip=0", "--run.seed", "7"]
     )
@@ -61,7 +61,7 @@ def test_overrides_reach_the_configuration(monkeypatch):
     assert parsed.run.name == "image-mae-pico"
 
 
-def test_every_setting_of_the_data_survives_json():
+def test_every_data_setting_is_equal_after_json():
     data = DataConfig(
         size=64, frames=8, stride=3, stride_fps=25.0, sampling="segments", clip_start=3, eval_split="train",
         scale=(0.3, 0.9), ratio=(0.8, 1.2), flip=0.1, interpolation="cubic",
@@ -71,7 +71,7 @@ def test_every_setting_of_the_data_survives_json():
     assert config.from_dict(values).data == data
 
 
-def test_settings_that_an_older_version_had_do_not_block_a_resume():
+def test_settings_of_an_older_version_do_not_prevent_resuming():
     new = FINETUNE_PRESETS["video-ft-tiny-kinetics-reference"]
     old = json.loads(json.dumps(config.to_dict(new)))
     for key in ("clip_start", "eval_clip_start", "eval_split"):
@@ -81,7 +81,7 @@ def test_settings_that_an_older_version_had_do_not_block_a_resume():
     assert config.differences(config.from_dict(old), new) == {}
 
 
-def test_micro_batches_hold_whole_samples():
+def test_micro_batches_contain_whole_samples():
     def split(batch: int, micro: int, repeats: int, processes: int) -> tuple[int, int]:
         preset = MAE_PRESETS["image-mae-base"]
         preset = replace(preset, data=replace(preset.data, repeats=repeats))
@@ -91,7 +91,7 @@ def test_micro_batches_hold_whole_samples():
 
     assert split(512, 32, 4, 2) == (32, 8)
     assert split(24, 7, 2, 2) == (6, 2)
-    assert split(8, 1, 4, 2) == (4, 1)  # never less than one sample
+    assert split(8, 1, 4, 2) == (4, 1)  # at least one sample
     with pytest.raises(UserError, match=r"optim\.batch 12 does not divide by 2 processes x 4 repeats"):
         split(12, 4, 4, 2)
 
@@ -122,14 +122,14 @@ def parquet_rows(run: Path) -> list[dict]:
     return pq.read_table(run / "metrics").to_pylist()
 
 
-def test_csv_and_parquet_hold_the_same_rows_also_after_a_resume(tmp_path: Path):
+def test_csv_and_parquet_have_the_same_rows_also_after_resuming(tmp_path: Path):
     writer = MetricsWriter(tmp_path, FINETUNE_COLUMNS, 0)
     for step in (1, 2):
         writer.write(row(step))
     writer.commit()
-    writer.write(row(3))  # never committed: as after a crash
+    writer.write(row(3))  # not committed, as after a crash
     with (tmp_path / "metrics.csv").open("a") as file:
-        file.write("0.4,4,0.1")  # and a line that the crash cut off
+        file.write("0.4,4,0.1")  # a line that the crash truncated
     writer = MetricsWriter(tmp_path, FINETUNE_COLUMNS, 2)
     for step in (3, 4):
         writer.write(row(step))
@@ -143,12 +143,12 @@ def test_csv_and_parquet_hold_the_same_rows_also_after_a_resume(tmp_path: Path):
     assert rows[0]["loss"] == row(1)["loss"] and rows[0]["acc"] is None
 
 
-def test_metric_columns_begin_as_the_reference_trainer_names_them():
+def test_the_first_metric_columns_are_those_of_the_reference_trainer():
     assert MAE_COLUMNS[:5] == ("time", "step", "loss_train", "lr", "loss_val")
     assert FINETUNE_COLUMNS[:5] == ("time", "step", "loss", "lr", "acc")
 
 
-def test_a_fresh_start_drops_rows_of_an_earlier_start_that_saved_nothing(tmp_path: Path):
+def test_a_new_start_drops_rows_of_an_earlier_start_without_checkpoint(tmp_path: Path):
     writer = MetricsWriter(tmp_path, FINETUNE_COLUMNS, 0)
     writer.write(row(1))
     writer.close()
@@ -161,7 +161,7 @@ def test_a_fresh_start_drops_rows_of_an_earlier_start_that_saved_nothing(tmp_pat
 CPU = torch.device("cpu")
 
 
-def test_checkpoints_keep_the_last_and_leave_no_leftovers(tmp_path: Path):
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path):
     (tmp_path / ".step-000000001.pt.tmp-99").write_bytes(b"killed while writing")
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, {"step": step, "w": torch.full((3,), float(step))}, keep=2)
@@ -172,7 +172,7 @@ def test_checkpoints_keep_the_last_and_leave_no_leftovers(tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no digest"])
-def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path: Path, capsys, damage: str):
+def test_a_damaged_newest_checkpoint_is_renamed_with_a_warning(tmp_path: Path, capsys, damage: str):
     for step in (1, 2):
         path = checkpoint.save(tmp_path, step, {"step": step}, keep=2)
     content = bytearray(path.read_bytes())
@@ -189,8 +189,8 @@ def test_a_damaged_newest_checkpoint_is_set_aside_with_a_warning(tmp_path: Path,
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_after_a_fallback_the_promised_number_of_checkpoints_is_kept(tmp_path: Path, capsys, keep: int):
-    """Damaged checkpoints of later steps must not make a new, good one look old."""
+def test_after_a_fallback_the_configured_number_of_checkpoints_is_kept(tmp_path: Path, capsys, keep: int):
+    """Damaged checkpoints of later steps must not cause the deletion of a new, valid one."""
     for step in range(4, 4 * (keep + 2), 4):
         path = checkpoint.save(tmp_path, step, {"step": step}, keep=keep + 1)
     path.write_bytes(b"damaged")
@@ -206,11 +206,11 @@ def test_after_a_fallback_the_promised_number_of_checkpoints_is_kept(tmp_path: P
     assert len(list(tmp_path.glob("step-*.pt"))) == keep
 
 
-def test_no_checkpoint_means_a_fresh_start(tmp_path: Path):
+def test_without_a_checkpoint_training_starts_from_the_beginning(tmp_path: Path):
     assert checkpoint.choose(tmp_path / "none") is None
 
 
-def test_if_no_checkpoint_is_valid_nothing_is_changed(tmp_path: Path):
+def test_if_no_checkpoint_is_valid_no_file_changes(tmp_path: Path):
     for step in (1, 2):
         checkpoint.save(tmp_path, step, {"step": step}, keep=2).write_bytes(b"damaged")
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -224,7 +224,7 @@ def test_if_no_checkpoint_is_valid_nothing_is_changed(tmp_path: Path):
         checkpoint.choose(tmp_path)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path):
+def test_a_checkpoint_with_code_is_refused(tmp_path: Path):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "owned",))
@@ -243,7 +243,7 @@ def pico() -> nn.Module:
     return models.create("hiera_pico_96", input_size=(64, 64), num_classes=3)
 
 
-def test_groups_decay_matrices_only_and_scale_the_rate_by_depth():
+def test_only_matrices_have_weight_decay_and_the_rate_depends_on_depth():
     model = pico()
     settings = FINETUNE_PRESETS["image-ft-pico"].optim
     groups = optim.make_optimizer(model, settings).param_groups
@@ -260,7 +260,7 @@ def test_groups_decay_matrices_only_and_scale_the_rate_by_depth():
     assert found["patch_embed.proj.weight"]["lr_scale"] == pytest.approx(decay ** (last + 2))
 
 
-def test_a_non_finite_gradient_changes_nothing_and_is_counted():
+def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted():
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
 
@@ -279,7 +279,7 @@ def test_a_non_finite_gradient_changes_nothing_and_is_counted():
     assert not torch.equal(before[0], next(iter(model.parameters())))
 
 
-def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported():
+def test_gradients_are_clipped_and_the_norm_before_clipping_is_reported():
     model = nn.Linear(4, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     before = model.weight.detach().clone()
@@ -289,7 +289,7 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_reported():
     assert (before - model.weight).norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_the_initialisation_is_seeded():
+def test_the_seed_determines_the_initial_weights():
     def draw(seed: int) -> float:
         build.seed_weights(seed)
         return torch.rand(1).item()

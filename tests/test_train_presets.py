@@ -1,4 +1,4 @@
-"""The presets against the paper's numbers in tests/paper_recipes.json, and the page that lists them."""
+"""The presets equal the paper's numbers in tests/paper_recipes.json and the page that lists them."""
 
 import json
 import re
@@ -60,21 +60,21 @@ COLUMNS = [
 
 
 def wrong_cells(name: str, cells: dict[str, object]) -> dict[str, tuple[object, object]]:
-    """The cells that a preset does not agree with: (paper's, preset's)."""
+    """The cells in which a preset differs from the paper: (paper's, preset's)."""
     flat = config.flatten(to_dict(PRESETS[name]))
     pairs = {cell: (value, flat[WHERE[cell]]) for cell, value in cells.items() if cell != "presets"}
     return {cell: pair for cell, pair in pairs.items() if not same(*pair)}
 
 
 def same(typed: object, preset: object) -> bool:
-    """Whether two cells are equal; numbers to the digits that the paper gives."""
+    """Whether two cells are equal; numbers with the paper's precision."""
     if isinstance(typed, str | bool):
         return typed == preset
     return preset == pytest.approx(typed, rel=1e-3)
 
 
 @pytest.mark.parametrize(("column", "cells"), COLUMNS, ids=[column for column, _ in COLUMNS])
-def test_every_cell_of_the_paper_is_in_its_preset(column, cells):
+def test_every_preset_has_the_papers_values(column, cells):
     empty = [cell for cell, value in cells.items() if value is None]
     for name in cells["presets"]:
         if empty:
@@ -85,7 +85,7 @@ def test_every_cell_of_the_paper_is_in_its_preset(column, cells):
         assert recipes.column_of(PRESETS[name]) == column
 
 
-def test_every_preset_has_a_column_of_the_paper_and_the_rest_is_from_named_sources():
+def test_every_preset_has_a_column_of_the_paper_or_a_named_source():
     listed = {name for _, cells in COLUMNS for name in cells["presets"]}
     own = {name for name in PRESETS if name.endswith(("pico", "reference"))}
     assert listed - set(NOT_GIVEN) == set(PRESETS) - own
@@ -95,8 +95,8 @@ def test_every_preset_has_a_column_of_the_paper_and_the_rest_is_from_named_sourc
                 assert wrong_cells(name, cells) == {}, name
 
 
-def test_finetuning_of_clips_has_two_operations_and_small_crops():
-    """The fault: 4 operations and crop area [0.5, 1], of SlowFast's supervised configurations."""
+def test_clip_finetuning_has_two_randaugment_operations_and_small_crops():
+    """Regression: they had 4 operations and crop area [0.5, 1], as SlowFast's supervised configurations."""
     for name in FINETUNE_PRESETS:
         data = FINETUNE_PRESETS[name].data
         if name.startswith("video-ft-") and not name.endswith(("pico", "reference")):
@@ -116,7 +116,7 @@ def test_docstrings_name_the_papers_tables():
 
 
 @pytest.mark.parametrize("name", NOT_GIVEN)
-def test_a_preset_for_an_empty_cell_is_refused_with_the_reason(name, monkeypatch):
+def test_a_preset_without_numbers_in_the_paper_is_refused_with_the_reason(name, monkeypatch):
     program = "train.mae" if "-mae-" in name else "train.finetune"
     known = MAE_PRESETS if "-mae-" in name else FINETUNE_PRESETS
     monkeypatch.setattr("sys.argv", [program, name])
@@ -126,7 +126,7 @@ def test_a_preset_for_an_empty_cell_is_refused_with_the_reason(name, monkeypatch
         assert other in known
 
 
-def test_the_page_lists_the_presets_as_they_are(tmp_path, monkeypatch):
+def test_the_page_lists_the_presets(tmp_path, monkeypatch):
     recipes.main(check=True)
     page = tmp_path / "which.md"
     page.write_text(recipes.PAGE.read_text().replace("`image-ft-large-400`", "`image-ft-large-500`"))
@@ -148,7 +148,7 @@ def test_the_page_lists_the_presets_as_they_are(tmp_path, monkeypatch):
 
 
 def starting_from(folder: Path, pretraining: str, finetuning: str, **optim: float) -> FinetuneConfig:
-    """`finetuning` from the weights of a run of `pretraining`, of which only config.json is there."""
+    """`finetuning` from the weights of a run of `pretraining` that has only a config.json."""
     made = MAE_PRESETS[pretraining] if pretraining in MAE_PRESETS else FINETUNE_PRESETS[pretraining]
     made = replace(made, optim=replace(made.optim, **optim))
     folder.mkdir(exist_ok=True)
@@ -158,7 +158,7 @@ def starting_from(folder: Path, pretraining: str, finetuning: str, **optim: floa
 
 
 @pytest.mark.parametrize(
-    ("pretraining", "epochs", "finetuning", "said"),
+    ("pretraining", "epochs", "finetuning", "message"),
     [
         (
             "image-mae-large",
@@ -173,24 +173,24 @@ def starting_from(folder: Path, pretraining: str, finetuning: str, **optim: floa
         ("video-mae-base", 1.5, "video-ft-base", "gives numbers for 1600 and 3200 epochs only"),
         ("image-mae-large", 1600.0, "image-ft-large", ""),
         ("image-mae-large", 400.0, "image-ft-large-400", ""),
-        ("image-mae-base", 400.0, "image-ft-base", ""),  # the same after any length
+        ("image-mae-base", 400.0, "image-ft-base", ""),  # does not depend on the length
         ("video-mae-large", 3200.0, "video-ft-large", ""),
         ("video-ft-large", 100.0, "video-ft-large", ""),  # not pretraining
     ],
 )
-def test_a_run_warns_of_weights_pretrained_for_another_length(
-    tmp_path, capsys, pretraining, epochs, finetuning, said
+def test_a_run_warns_if_its_weights_were_pretrained_for_another_length(
+    tmp_path, capsys, pretraining, epochs, finetuning, message
 ):
     config = starting_from(tmp_path / "made", pretraining, finetuning, epochs=epochs)
     finetune.warn_of_length(config)
     notes = capsys.readouterr().out.splitlines()
-    assert len(notes) == bool(said)
+    assert len(notes) == bool(message)
     for note in notes:
         assert note.startswith(f"warning: {tmp_path}/made was pretrained for {epochs:g} epochs, and this")
-        assert re.search(f"{said}$", note)
+        assert re.search(f"{message}$", note)
 
 
-def test_other_starting_weights_are_not_compared(tmp_path, capsys):
+def test_there_is_no_warning_if_the_length_of_pretraining_is_unknown(tmp_path, capsys):
     preset = FINETUNE_PRESETS["video-ft-large"]
     for init in ("", "mae_hiera_large_16x224:mae_k400", str(tmp_path / "none.pth")):
         finetune.warn_of_length(replace(preset, model=replace(preset.model, init=init)))
@@ -201,7 +201,7 @@ def test_other_starting_weights_are_not_compared(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_warning_is_among_the_first_lines_of_a_run(tmp_path, images, capsys):
+def test_a_run_logs_the_warning_when_it_makes_its_task(tmp_path, images, capsys):
     made = starting_from(tmp_path / "made", "image-mae-large", "image-ft-large")
     run = small("image-ft-large", images, tmp_path, "run")
     run = replace(run, model=replace(run.model, init=made.model.init))
@@ -210,7 +210,7 @@ def test_the_warning_is_among_the_first_lines_of_a_run(tmp_path, images, capsys)
     assert capsys.readouterr().out.count("use RECIPE=image-ft-large-400") == 1
 
 
-def test_ssv2_presets_are_read_from_segments_without_flips_and_tested_in_three_views():
+def test_ssv2_presets_have_segments_no_flips_and_three_views():
     for name in ("video-mae-ssv2-large", "video-ft-ssv2-large", "video-ft-ssv2-large-32"):
         data = PRESETS[name].data
         assert (data.sampling, data.flip, data.path) == ("segments", 0.0, Path("shards/ssv2"))

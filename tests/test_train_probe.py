@@ -1,4 +1,4 @@
-"""Probes: their votes and fits against plain computations, and on runs of both kinds."""
+"""Probes: their votes and fits equal plain computations; runs of both kinds can be probed."""
 
 import pytest
 import torch
@@ -10,25 +10,25 @@ from tools.pack import pack_images
 from train import finetune, loop, mae, probe
 
 
-def test_neighbours_vote_by_likeness():
+def test_neighbors_vote_with_weights_by_similarity():
     torch.manual_seed(0)
-    known, classes, asked = torch.randn(50, 8), torch.randint(4, (50,)), torch.randn(20, 8)
-    found = probe.neighbours(known, classes, asked, k=7)
-    for row, answer in zip(asked, found, strict=True):
+    known, classes, queries = torch.randn(50, 8), torch.randint(4, (50,)), torch.randn(20, 8)
+    found = probe.neighbours(known, classes, queries, k=7)
+    for row, predicted in zip(queries, found, strict=True):
         likeness = torch.cosine_similarity(row[None], known)
         votes = [0.0] * 4
         for index in likeness.argsort(descending=True)[:7].tolist():
             votes[int(classes[index])] += torch.exp(likeness[index] / 0.07).item()
-        assert votes.index(max(votes)) == answer
+        assert votes.index(max(votes)) == predicted
     assert (probe.neighbours(known, classes, known, k=1) == classes).all()
-    assert probe.neighbours(known, classes, asked, k=500).shape == (20,)
+    assert probe.neighbours(known, classes, queries, k=500).shape == (20,)
 
 
-def test_the_linear_layer_separates_what_is_separable_and_nothing_else():
+def test_the_linear_layer_separates_only_separable_classes():
     torch.manual_seed(0)
-    centres = 3 * torch.randn(3, 16)
+    centers = 3 * torch.randn(3, 16)
     classes = torch.randint(3, (90,))
-    points = centres[classes] + torch.randn(90, 16)
+    points = centers[classes] + torch.randn(90, 16)
     assert probe.accuracy(probe.linear(points[:60], classes[:60], points[60:], 1e-3), classes[60:]) > 0.95
     noise = torch.randn(600, 16)
     classes = torch.randint(2, (600,))
@@ -40,7 +40,7 @@ def test_runs_of_both_kinds_can_be_probed(images, clips, tmp_path):
     pretrained = small("image-mae-pico", images, tmp_path, "mae", epochs=2.0)
     assert loop.fit(pretrained, mae.make_task) == 0
     found = probe.probe(probe.Arguments(tmp_path / "mae", device="cpu", k=5))
-    assert set(found) == {"knn", "linear"} and min(found.values()) > 0.8  # dark against light
+    assert set(found) == {"knn", "linear"} and min(found.values()) > 0.8  # the classes are dark and bright
     tuned = small("video-ft-pico", clips, tmp_path, "ft", epochs=1.0)
     assert loop.fit(tuned, finetune.make_task) == 0
     found = probe.probe(
@@ -49,7 +49,7 @@ def test_runs_of_both_kinds_can_be_probed(images, clips, tmp_path):
     assert min(found.values()) > 0.8
 
 
-def test_unlabelled_shards_cannot_be_probed(images, tmp_path):
+def test_probing_shards_without_labels_is_refused(images, tmp_path):
     config = small("image-mae-pico", images, tmp_path, "run", epochs=0.4)
     assert loop.fit(config, mae.make_task) == 0
     flat = tmp_path / "flat"

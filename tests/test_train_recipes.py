@@ -1,4 +1,4 @@
-"""What a recipe can ask for: optimizers, averages, frozen trunks, mixing, and what a run leaves behind."""
+"""Options of recipes: optimizers, averages, frozen trunks, compilation; and the files of a run."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def pico(**settings) -> nn.Module:
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_sgd_with_momentum_is_torchs_and_skips_what_is_not_finite(nesterov):
+def test_sgd_with_momentum_equals_torchs_and_skips_non_finite_gradients(nesterov):
     model, oracle = nn.Linear(3, 2), nn.Linear(3, 2)
     oracle.load_state_dict(model.state_dict())
     model.no_weight_decay = set
@@ -103,7 +103,7 @@ def test_averaged_weights_are_evaluated_saved_and_exported(images, tmp_path):
     assert found == {name: read_csv(run / "metrics.csv")[-1][name] for name in found}
 
 
-def test_a_frozen_trunk_stays_as_it_was(images, tmp_path):
+def test_a_frozen_trunk_does_not_change(images, tmp_path):
     start = tmp_path / "start.pt"
     torch.save(pico().state_dict(), start)
     config = small("image-ft-pico", images, tmp_path, "probe", epochs=2.0)
@@ -115,7 +115,7 @@ def test_a_frozen_trunk_stays_as_it_was(images, tmp_path):
     assert "frozen trunk" in (run / "log.txt").read_text()
 
 
-# ---- what a run leaves behind ----------------------------------------------------------------------------
+# ---- files of a run --------------------------------------------------------------------------------------
 
 
 def test_best_weights_classes_and_steps_are_kept(images, tmp_path):
@@ -159,7 +159,7 @@ def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images,
         evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
 
 
-def test_the_plan_warns_of_unusual_settings(images, tmp_path, capsys):
+def test_unusual_settings_give_a_warning(images, tmp_path, capsys):
     def logged(**optim: object) -> str:
         config = small("image-mae-pico", images, tmp_path, "plan", **optim)
         build.log_plan(config, mae.make_task(config, Run(ALONE)), ALONE)
@@ -173,7 +173,7 @@ def test_the_plan_warns_of_unusual_settings(images, tmp_path, capsys):
     assert "warmup takes 3 epochs: the learning rate rises to the very end" in logged(warmup_epochs=3.0)
 
 
-def test_the_reference_protocol_is_followed_and_labelled(clips, tmp_path):
+def test_the_reference_protocol_has_its_clip_starts_and_label(clips, tmp_path):
     config = small("video-ft-pico", clips, tmp_path, "reference", epochs=1.0)
     reference = {"clip_start": 10, "eval_clip_start": 40, "eval_split": "train"}
     config = replace(config, data=replace(config.data, stride=1, **reference))
@@ -181,7 +181,7 @@ def test_the_reference_protocol_is_followed_and_labelled(clips, tmp_path):
     ids, epochs = np.arange(20), np.arange(20)
     frames = train_rows(dataset, config.data, 0, ids, epochs).frames
     assert np.array_equal(frames, np.tile(np.arange(10, 18), (20, 1)))
-    # 20 frames: frame 40 is past the last whole window.
+    # The clips have 20 frames, so a window cannot start at frame 40.
     frames = eval_rows(dataset, config.data, (1, 1), ids, ids >= 0).frames
     assert np.array_equal(frames, np.tile(np.arange(12, 20), (20, 1)))
     run = fit(config, finetune.make_task)
@@ -192,18 +192,18 @@ def test_the_reference_protocol_is_followed_and_labelled(clips, tmp_path):
     assert read_csv(usual / "metrics.csv")[-1]["held_out"] == 1
 
 
-def test_weights_of_another_kind_are_not_evaluated(images, tmp_path):
+def test_evaluating_weights_of_another_kind_is_refused(images, tmp_path):
     run = fit(small("image-ft-pico", images, tmp_path, "run", epochs=1.0), finetune.make_task)
     torch.save(pico().state_dict(), tmp_path / "three-classes.pt")
     with pytest.raises(UserError, match="of another kind of model or other classes"):
         evaluate.evaluate(evaluate.Arguments(run, weights=tmp_path / "three-classes.pt", device="cpu"))
 
 
-def test_checkpoints_are_written_behind_and_a_full_disk_is_said(tmp_path, monkeypatch):
+def test_checkpoints_are_written_in_the_background_and_a_full_disk_is_reported(tmp_path, monkeypatch):
     writer = checkpoint.Writer(tmp_path / "checkpoints", keep=2)
     weights = torch.ones(3)
     writer.save(1, {"model": {"w": weights}, "groups": [{"lr": 0.5}]})
-    weights.zero_()  # training goes on; what is being saved must not change with it
+    weights.zero_()  # later training steps must not change what is being saved
     writer.wait()
     state = checkpoint.load(tmp_path / "checkpoints/step-000000001.pt", CPU)
     assert state["model"]["w"].tolist() == [1, 1, 1]
@@ -223,7 +223,7 @@ def test_checkpoints_are_written_behind_and_a_full_disk_is_said(tmp_path, monkey
 
 
 class Breaks(nn.Module):
-    """A model that cannot be compiled as one graph."""
+    """A model that does not compile as one graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Breaks(nn.Module):
         return self.layer(x.movedim(1, -1))
 
 
-def test_a_model_that_does_not_compile_is_trained_without_compilation(capsys):
+def test_a_model_that_does_not_compile_is_trained_uncompiled(capsys):
     config = FINETUNE_PRESETS["image-ft-pico"]
     config = replace(config, speed=replace(config.speed, compile="yes"))
     model = NormalizedInput(Breaks(), frames=1)
@@ -246,7 +246,7 @@ def test_a_model_that_does_not_compile_is_trained_without_compilation(capsys):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_loss_is_drawn_as_a_curve():
+def test_the_screen_shows_a_loss_curve():
     assert curve([3.0, 2.0, 1.0]) == "█▅▁" and curve([1.0, 1.0]) == "▁▁"
 
 
@@ -254,8 +254,8 @@ def test_the_loss_is_drawn_as_a_curve():
 
 
 @pytest.mark.parametrize("preset", ["image-mae-pico", "video-ft-pico"])
-def test_sixteen_samples_can_be_learned_by_heart(preset, images, clips, tmp_path):
-    """Nothing in the path from bytes to weights stands in the way of a training loss near zero."""
+def test_training_overfits_sixteen_samples(preset, images, clips, tmp_path):
+    """The training loss gets close to zero."""
     video, pretraining = "video" in preset, "mae" in preset
     config = small(preset, clips if video else images, tmp_path, "heart", warmup_epochs=0.5)
     data = replace(config.data, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, size=32 if video else 64)

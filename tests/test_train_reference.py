@@ -1,7 +1,7 @@
-"""One test for each fault of the small reference trainer this work started from, through the real parts.
+"""One test for each fault of the small reference trainer from which this project started.
 
-Its empty multi-GPU scripts: test_train_runs.py trains with two processes and gets one process's weights.
-Its commented-out saving: there too, runs are killed and end bit for bit where they would have.
+It could not train on several GPUs and did not save checkpoints: tests/test_train_runs.py compares two
+processes with one, and kills and resumes runs.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def training(config: Config, catalogue: Dataset, steps: int) -> Iterator[Batch]:
-    """The first `steps` batches that a run with this configuration would see."""
+    """The first `steps` batches of a run with this configuration."""
     _, accumulate = build.micro_batches(config, 1)
     batches = build.training_batches(config, ALONE, catalogue, accumulate, 0)
     return (next(batches) for _ in range(steps * accumulate))
@@ -40,13 +40,13 @@ def training(config: Config, catalogue: Dataset, steps: int) -> Iterator[Batch]:
 
 @pytest.fixture
 def weights(images: Path, tmp_path: Path) -> Path:
-    """Pretrained for a few steps."""
+    """Weights that were pretrained for a few steps."""
     config = small("image-mae-pico", images, tmp_path, "pretrained", epochs=0.5)
     assert loop.fit(config, mae.make_task) == 0
     return tmp_path / "pretrained" / "model.safetensors"
 
 
-def test_samples_are_shuffled_anew_in_every_epoch(images: Path, tmp_path: Path):
+def test_every_epoch_has_another_order(images: Path, tmp_path: Path):
     config = small("image-mae-pico", images, tmp_path, "order", batch=8)
     seen = [batch.ids for batch in training(config, open_dataset(images, "train"), steps=10)]
     first, second = np.concatenate(seen).reshape(2, 40)
@@ -70,7 +70,7 @@ def test_training_is_augmented_and_evaluation_is_not(images: Path, clips: Path, 
 
 
 def test_accumulated_gradients_are_averaged(images: Path, tmp_path: Path):
-    """The same batch in one piece and in four: summed, the second gradient would be four times the first."""
+    """A batch in one piece and in four gives equal gradients; a sum would be four times as large."""
     norms = []
     for micro in (12, 3):
         config = small("image-ft-pico", images, tmp_path, "summed")
@@ -86,8 +86,8 @@ def test_accumulated_gradients_are_averaged(images: Path, tmp_path: Path):
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=0)
 
 
-def test_weight_decay_spares_norms_biases_and_positions(images: Path, tmp_path: Path):
-    """A step on zero gradients moves a weight by its decay alone."""
+def test_norms_biases_and_positions_have_no_weight_decay(images: Path, tmp_path: Path):
+    """With zero gradients, a step changes only the weights with weight decay."""
     config = small("image-ft-pico", images, tmp_path, "decay", weight_decay=0.1)
     model = create_classifier(config.data, config.model, 2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -99,8 +99,8 @@ def test_weight_decay_spares_norms_biases_and_positions(images: Path, tmp_path: 
     assert moved == matrices
 
 
-def test_validation_is_on_held_out_samples(tmp_path: Path):
-    """Held-out pictures carry the wrong class: who validates on training pictures would report about 1."""
+def test_evaluation_uses_the_validation_samples(tmp_path: Path):
+    """The validation pictures have wrong labels: evaluating training pictures would give about 1."""
     for split, count in (("train", 20), ("val", 8)):
         for label, name in enumerate(CLASSES):
             folder = tmp_path / "source" / split / name
@@ -114,7 +114,7 @@ def test_validation_is_on_held_out_samples(tmp_path: Path):
     assert read_csv(tmp_path / "held-out" / "metrics.csv")[-1]["acc"] < 0.1
 
 
-def test_loaded_weights_go_on_learning(images: Path, tmp_path: Path, weights: Path):
+def test_loaded_weights_are_trained(images: Path, tmp_path: Path, weights: Path):
     config = small("image-ft-pico", images, tmp_path, "tuned", epochs=1.0)
     loop.fit(replace(config, model=replace(config.model, init=str(weights))), finetune.make_task)
     before, after = load_file(weights), load_file(tmp_path / "tuned" / "model.safetensors")
@@ -130,7 +130,7 @@ def test_loaded_weights_go_on_learning(images: Path, tmp_path: Path, weights: Pa
         ("video-mae-base", (0.45,) * 3, (0.225,) * 3),
     ],
 )
-def test_images_and_clips_are_normalised_by_their_own_statistics(preset, mean, deviation):
+def test_images_and_clips_are_normalized_by_their_own_statistics(preset, mean, deviation):
     frames = loop_frames(preset)
     shape = (1, 8, 8, 3) if frames == 1 else (1, frames, 8, 8, 3)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -140,14 +140,14 @@ def test_images_and_clips_are_normalised_by_their_own_statistics(preset, mean, d
 
 
 def loop_frames(preset: str) -> int:
-    """Frames of a preset, by which the loop chooses the statistics."""
+    """Frames of a preset; they decide which statistics are used."""
     from train.presets import MAE_PRESETS
 
     return MAE_PRESETS[preset].data.frames
 
 
-def test_one_bad_batch_does_not_spoil_a_pretraining(images: Path, tmp_path: Path):
-    """Its author found MAE training unstable: a step that is not finite is left out, and that is said."""
+def test_pretraining_continues_after_a_non_finite_step(images: Path, tmp_path: Path):
+    """MAE training was unstable there: here a step that is not finite is skipped and reported."""
     config = small("image-mae-pico", images, tmp_path, "unstable", epochs=3.0)
 
     def make_task(*arguments) -> Task:

@@ -1,4 +1,4 @@
-"""Resuming: which checkpoint, which settings, which rows; signals, closed terminals, skipped steps."""
+"""Resuming: the checkpoint, settings and rows; signals, closed terminals, skipped steps."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import torch
 
 from pipelines.config import Augment
 from pipelines.errors import UserError, run_cli
-from tests.fault_helpers import CLEAN, speak_to
+from tests.fault_helpers import CLEAN, redirect_output
 from tests.pipelines_fixtures import read_rows, write_rows
 from tests.test_train_runs import assert_same, descendants, results
 from tests.train_helpers import ROOT, arguments, module, small
@@ -44,7 +44,7 @@ def task_of(configuration: Config) -> MakeTask:
 
 
 def changed(base: Config, **groups: dict) -> Config:
-    """The configuration with other values, as in changed(base, optim={"lr": 1.0})."""
+    """The configuration with changed values, such as changed(base, optim={"lr": 1.0})."""
     return replace(base, **{name: replace(getattr(base, name), **values) for name, values in groups.items()})
 
 
@@ -54,7 +54,7 @@ def fit(configuration: Config, task: MakeTask | None = None) -> Path:
 
 
 def stopping_at(number: int, step: int) -> MakeTask:
-    """The usual task; the process gets a signal in the step `step` after the start."""
+    """The usual task; in the step `step` after the start, the process gets a signal."""
 
     def make(*given) -> Task:
         task, calls = finetune.make_task(*given), iter(range(1, 1000))
@@ -79,10 +79,10 @@ def last_state(run: Path) -> dict:
     return checkpoint.load(newest, CPU)
 
 
-# ---- which checkpoint
+# ---- the checkpoint
 
 
-def test_a_damaged_newest_checkpoint_costs_only_the_steps_after_the_one_before(images, tmp_path):
+def test_if_the_newest_checkpoint_is_damaged_the_run_resumes_from_the_one_before(images, tmp_path):
     whole = fit(quick(images, tmp_path, "whole"))
     damaged = quick(images, tmp_path, "damaged")
     run = fit(damaged)
@@ -95,7 +95,7 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_after_the_one_before(i
     assert saved_steps(run) == [8, 10]
 
 
-def test_if_all_checkpoints_are_damaged_the_run_ends_and_nothing_is_changed(images, tmp_path):
+def test_if_all_checkpoints_are_damaged_the_run_ends_and_changes_nothing(images, tmp_path):
     settings = quick(images, tmp_path, "run")
     run = fit(settings)
     (run / "model.safetensors").unlink()
@@ -108,33 +108,33 @@ def test_if_all_checkpoints_are_damaged_the_run_ends_and_nothing_is_changed(imag
 
 
 @pytest.mark.parametrize("stale", ["listing", "weights"])
-def test_rank_0_chooses_the_checkpoint_for_all(images, tmp_path, stale: str):
-    """Rank 1 sees an older listing of the folder: both resume from rank 0's choice and end alike."""
+def test_rank_0_chooses_the_checkpoint_for_all_ranks(images, tmp_path, stale: str):
+    """Rank 1 sees an older listing of the folder, but both resume from rank 0's checkpoint."""
     settings = quick(images, tmp_path, "run")
     run = fit(settings)
     (run / "model.safetensors").unlink()
     shutil.copytree(tmp_path, tmp_path / "old", ignore=shutil.ignore_patterns("*10.pt", "*10.sha256"))
     if stale == "weights":
         (run / "checkpoints/step-000000010.pt").write_bytes(b"damaged")
-    codes, said = two_ranks(settings, changed(settings, run={"root": tmp_path / "old"}))
-    assert codes == [0, 0], said
+    codes, printed = two_ranks(settings, changed(settings, run={"root": tmp_path / "old"}))
+    assert codes == [0, 0], printed
     assert f"resumed from step {8 if stale == 'weights' else 10} of 10" in (run / "log.txt").read_text()
 
 
-def test_ranks_with_other_settings_or_other_shards_do_not_train_together(images, tmp_path):
+def test_ranks_with_different_settings_or_shards_are_refused(images, tmp_path):
     settings = quick(images, tmp_path, "run")
-    codes, said = two_ranks(settings, changed(settings, optim={"lr": 0.5}))
-    assert codes == [2, 2] and said.count("error: the settings of rank 1 differ from those of rank 0") == 1
+    codes, printed = two_ranks(settings, changed(settings, optim={"lr": 0.5}))
+    assert codes == [2, 2] and printed.count("error: the settings of rank 1 differ from those of rank 0") == 1
     shutil.copytree(images, tmp_path / "other")
     info = json.loads((images / "dataset.json").read_text())
     info["classes"] = ["dark", "light"]
     (tmp_path / "other/dataset.json").write_text(json.dumps(info))
-    codes, said = two_ranks(settings, changed(settings, data={"path": tmp_path / "other"}))
-    assert codes == [2, 2] and said.count("error: the shards of rank 1 differ from those of rank 0") == 1
+    codes, printed = two_ranks(settings, changed(settings, data={"path": tmp_path / "other"}))
+    assert codes == [2, 2] and printed.count("error: the shards of rank 1 differ from those of rank 0") == 1
 
 
 def two_ranks(*settings: Config) -> tuple[list[int | None], str]:
-    """Train in a process for each configuration; gives their exit codes and what they printed."""
+    """Train in one process per configuration; returns their exit codes and output."""
     log, port = settings[0].run.root / "ranks.out", free_port()
     processes = [CLEAN.Process(target=be_rank, args=(r, port, one, log)) for r, one in enumerate(settings)]
     for process in processes:
@@ -146,7 +146,7 @@ def two_ranks(*settings: Config) -> tuple[list[int | None], str]:
 
 
 def be_rank(rank: int, port: int, settings: Config, log: Path) -> None:
-    speak_to(log)
+    redirect_output(log)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     os.environ |= dict(zip(names, map(str, (rank, rank, 2, 2, "127.0.0.1", port)), strict=True))
     run_cli(lambda: loop.main(settings, task_of(settings)))
@@ -158,7 +158,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# ---- which settings
+# ---- the settings
 
 # A new value for every setting that --run.allow can change.
 NEW: dict[str, dict[str, object]] = {
@@ -210,10 +210,8 @@ NEW_PRETRAINING = {"mask_ratio": 0.5, "decode_ratio": 0.5}
 
 
 @pytest.mark.parametrize("preset", ["image-ft-pico", "image-mae-pico"])
-def test_every_setting_that_may_change_is_in_effect_once_it_is_allowed(
-    images, tmp_path, monkeypatch, preset: str
-):
-    """The optimizer's groups in a checkpoint used to win over the configuration."""
+def test_every_allowed_change_of_a_setting_takes_effect(images, tmp_path, monkeypatch, preset: str):
+    """Regression: the optimizer groups in a checkpoint replaced the configured values."""
     settings = quick(images, tmp_path, "run", preset)
     run = fit(settings)
     own = NEW_FINETUNING if "ft" in preset else NEW_PRETRAINING
@@ -244,7 +242,7 @@ def test_every_setting_that_may_change_is_in_effect_once_it_is_allowed(
         assert {name for name in last_state(run)["optimizer"] if name.startswith("norm.")}
 
 
-def test_a_setting_of_the_checkpoints_cannot_change_and_an_unknown_one_gets_a_hint(images, tmp_path):
+def test_fixed_settings_cannot_change_and_unknown_ones_give_a_hint(images, tmp_path):
     settings = quick(images, tmp_path, "run")
     fit(settings)
     for values in (
@@ -280,14 +278,14 @@ def test_intervals_and_the_path_of_the_same_shards_may_change(images, tmp_path, 
 # ---- more and fewer epochs
 
 
-def test_a_finished_run_is_extended_also_when_it_is_interrupted(images, tmp_path, capsys):
+def test_a_finished_run_can_be_extended_also_with_an_interruption(images, tmp_path, capsys):
     settings = quick(images, tmp_path, "run")
     run = fit(settings)
     longer = changed(settings, optim={"epochs": 2.0}, run={"allow": ("optim.epochs",)})
     with pytest.raises(UserError, match=r"optim\.epochs: 1\.0 -> 2\.0.*--run\.allow optim\.epochs"):
         loop.fit(changed(longer, run={"allow": ()}), finetune.make_task)
     assert loop.fit(longer, stopping_at(signal.SIGTERM, 3)) == signal.SIGTERM
-    assert rundir.exported_step(run) == 10  # the earlier weights stay until the new ones are complete
+    assert rundir.exported_step(run) == 10  # the earlier weights are kept until the new ones are complete
     fit(longer)
     assert rundir.exported_step(run) == 20
     assert [row["step"] for row in read_csv(run / "metrics.csv")][-6:] == [12, 14, 15, 16, 18, 20]
@@ -302,8 +300,8 @@ def test_a_finished_run_is_extended_also_when_it_is_interrupted(images, tmp_path
 # ---- skipped steps
 
 
-def nonsense_from(first: int, last: int = 1000) -> MakeTask:
-    """The usual task, whose loss is infinite in steps `first` to `last` after the start."""
+def infinite_loss_from(first: int, last: int = 1000) -> MakeTask:
+    """The usual task with an infinite loss in steps `first` to `last` after the start."""
 
     def make(*given) -> Task:
         task, calls = finetune.make_task(*given), iter(range(1, 1000))
@@ -317,28 +315,28 @@ def nonsense_from(first: int, last: int = 1000) -> MakeTask:
     return make
 
 
-def test_no_checkpoint_is_written_while_steps_are_skipped(images, tmp_path):
+def test_no_checkpoint_is_written_after_a_skipped_step(images, tmp_path):
     settings = changed(quick(images, tmp_path, "run"), run={"max_skipped": 5, "checkpoint_every": 1})
     with pytest.raises(UserError, match=r"steps up to step 8 had non-finite.*is of step 3, before them"):
-        loop.fit(settings, nonsense_from(4))
+        loop.fit(settings, infinite_loss_from(4))
     assert saved_steps(tmp_path / "run") == [2, 3]
     again = changed(settings, run={"name": "again"})
-    run = fit(again, nonsense_from(4, 6))  # a short streak in the middle does no harm
+    run = fit(again, infinite_loss_from(4, 6))  # a few skipped steps in the middle are allowed
     assert saved_steps(run) == [9, 10] and results(run)[1][-1]["skipped"] == 3
     assert "step 4 is not saved: 1 steps in a row had non-finite gradients" in (run / "log.txt").read_text()
 
 
-def test_a_run_whose_every_step_was_skipped_is_not_done(images, tmp_path):
+def test_a_run_with_only_skipped_steps_does_not_finish(images, tmp_path):
     settings = changed(quick(images, tmp_path, "run"), run={"max_skipped": 50})
     with pytest.raises(UserError, match=r"last 10 steps up to step 10 .*no checkpoint was saved"):
-        loop.fit(settings, nonsense_from(1))
+        loop.fit(settings, infinite_loss_from(1))
     assert not (tmp_path / "run/model.safetensors").exists() and saved_steps(tmp_path / "run") == []
 
 
 # ---- signals, closed terminals
 
 
-def test_a_caller_gets_its_signal_handlers_back(images, tmp_path):
+def test_signal_handlers_are_restored(images, tmp_path):
     before = [signal.getsignal(number) for number in ending.STOPPING]
     settings = quick(images, tmp_path, "run")
     assert loop.fit(settings, stopping_at(signal.SIGTERM, 3)) == signal.SIGTERM
@@ -347,8 +345,8 @@ def test_a_caller_gets_its_signal_handlers_back(images, tmp_path):
     assert [signal.getsignal(number) for number in ending.STOPPING] == before
 
 
-def test_a_signal_during_evaluation_saves_first_and_the_row_is_completed_on_resume(images, tmp_path):
-    """Evaluation is cut short at step 5, where no checkpoint is due, and at step 10, where one is."""
+def test_after_a_signal_during_evaluation_the_row_is_completed_on_resume(images, tmp_path):
+    """Evaluation is interrupted at step 5, where no checkpoint is due, and at step 10, where one is due."""
     whole = fit(quick(images, tmp_path, "whole"))
     settings = quick(images, tmp_path, "run")
     run = settings.run.folder
@@ -363,7 +361,7 @@ def test_a_signal_during_evaluation_saves_first_and_the_row_is_completed_on_resu
         return replace(task, evaluate=evaluation)
 
     for step, rows in ((5, [2, 4]), (10, [2, 4, 5, 6, 8])):
-        if step == 10:  # what was cut short at step 5 is evaluated, then the run trains on to the next one
+        if step == 10:  # step 5 is evaluated, then the run trains up to the next evaluation
             assert loop.fit(settings, second_evaluation(cut_short)) == signal.SIGTERM
         else:
             assert loop.fit(settings, cut_short) == signal.SIGTERM
@@ -376,7 +374,7 @@ def test_a_signal_during_evaluation_saves_first_and_the_row_is_completed_on_resu
 
 
 def second_evaluation(make: MakeTask) -> MakeTask:
-    """The usual evaluation the first time, that of `make` from then on."""
+    """The usual evaluation the first time, later that of `make`."""
 
     def made(*given) -> Task:
         usual, other, calls = finetune.make_task(*given), make(*given), iter(range(1000))
@@ -389,7 +387,7 @@ def second_evaluation(make: MakeTask) -> MakeTask:
     return made
 
 
-def test_the_checkpoint_of_a_step_is_written_before_its_evaluation(images, tmp_path):
+def test_a_step_is_saved_before_it_is_evaluated(images, tmp_path):
     settings = changed(quick(images, tmp_path, "run"), run={"eval_every": 4})
     seen = []
 
@@ -397,7 +395,7 @@ def test_the_checkpoint_of_a_step_is_written_before_its_evaluation(images, tmp_p
         task = finetune.make_task(*given)
 
         def evaluation(*arguments):
-            deadline = time.monotonic() + 10  # it is written in the background
+            deadline = time.monotonic() + 10  # the checkpoint is written in the background
             while not saved_steps(tmp_path / "run") and time.monotonic() < deadline:
                 time.sleep(0.01)
             seen.append(saved_steps(tmp_path / "run"))
@@ -410,39 +408,39 @@ def test_the_checkpoint_of_a_step_is_written_before_its_evaluation(images, tmp_p
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_a_closed_terminal_saves_and_nohup_trains_on(images, tmp_path, ignored: bool):
+def test_a_closed_terminal_saves_and_with_nohup_training_continues(images, tmp_path, ignored: bool):
     settings = quick(images, tmp_path, "run")
     process = CLEAN.Process(target=hang_up, args=(settings, ignored, tmp_path / "out"))
     process.start()
     process.join(60)
     assert process.exitcode == (0 if ignored else 128 + signal.SIGHUP), (tmp_path / "out").read_text()
     assert saved_steps(tmp_path / "run")[-1] == (10 if ignored else 3)
-    said = (tmp_path / "out").read_text()
-    assert ("SIGHUP: stopping after this step and saving" in said) == (not ignored)
+    printed = (tmp_path / "out").read_text()
+    assert ("SIGHUP: stopping after this step and saving" in printed) == (not ignored)
 
 
 def hang_up(settings: Config, ignored: bool, log: Path) -> None:
-    speak_to(log)
+    redirect_output(log)
     signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     run_cli(lambda: loop.main(settings, stopping_at(signal.SIGHUP, 3)))
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_ctrl_c_is_acknowledged_within_the_step_and_the_second_ends_it(images, tmp_path, second):
-    """torchrun passes the second Ctrl-C on as SIGTERM."""
+def test_the_first_ctrl_c_prints_a_line_immediately_and_the_second_ends_the_process(images, tmp_path, second):
+    """torchrun forwards the second Ctrl-C as SIGTERM."""
     settings = quick(images, tmp_path, "run")
     process = CLEAN.Process(target=interrupt_twice, args=(settings, second, tmp_path / "out"))
     process.start()
     process.join(60)
-    said = (tmp_path / "out").read_text()
-    assert process.exitcode == 130, said
-    assert "SIGINT: stopping after this step and saving; press Ctrl-C again to stop at once" in said
-    assert "acknowledged within the step" in said and "Traceback" not in said
+    printed = (tmp_path / "out").read_text()
+    assert process.exitcode == 130, printed
+    assert "SIGINT: stopping after this step and saving; press Ctrl-C again to stop at once" in printed
+    assert "acknowledged within the step" in printed and "Traceback" not in printed
     assert saved_steps(tmp_path / "run") == [4]
 
 
 def interrupt_twice(settings: Config, second: signal.Signals, log: Path) -> None:
-    speak_to(log)
+    redirect_output(log)
 
     def make(*given) -> Task:
         task, calls = finetune.make_task(*given), iter(range(1, 1000))
@@ -482,8 +480,8 @@ def print_into(settings: Config, pipe) -> None:
     run_cli(lambda: loop.main(settings, finetune.make_task))
 
 
-def test_two_processes_under_nohup_survive_a_closed_terminal(images, tmp_path):
-    """torchrun handles SIGHUP even if it is ignored, unless it is asked not to."""
+def test_with_nohup_two_processes_continue_after_a_closed_terminal(images, tmp_path):
+    """By default torchrun handles SIGHUP even if it is ignored."""
     settings = changed(quick(images, tmp_path, "run"), speed={"processes": 2, "micro_batch": 2})
     command = module("train.finetune", "image-ft-pico", *arguments(settings))
     with (tmp_path / "out").open("w") as out:
@@ -500,7 +498,7 @@ def test_two_processes_under_nohup_survive_a_closed_terminal(images, tmp_path):
 # ---- the record of every start
 
 
-def test_env_json_keeps_every_start(images, tmp_path):
+def test_env_json_records_every_start(images, tmp_path):
     settings = quick(images, tmp_path, "run")
     assert loop.fit(settings, stopping_at(signal.SIGTERM, 3)) == signal.SIGTERM
     run = fit(settings)

@@ -1,4 +1,4 @@
-"""Whole runs: pretraining and finetuning, images and clips, one and two processes, killed and resumed."""
+"""Complete runs: pretraining and finetuning, images and clips, one and two processes, kills and resuming."""
 
 import contextlib
 import json
@@ -49,7 +49,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
 
 
-def test_images_pretrain_then_finetune_then_evaluate(images: Path, tmp_path: Path, capsys):
+def test_pretraining_finetuning_and_evaluation_of_images(images: Path, tmp_path: Path, capsys):
     pretrained = fit(small("image-mae-pico", images, tmp_path, "mae"), mae.make_task)
     assert [row["step"] for row in results(pretrained)[1]] == [3, 5, 6, 9, 10]
     assert Image.open(pretrained / "reconstruction.png").width > 3 * 64
@@ -58,7 +58,7 @@ def test_images_pretrain_then_finetune_then_evaluate(images: Path, tmp_path: Pat
     tuned = fit(config, finetune.make_task)
     assert "loaded" in (tuned / "log.txt").read_text()
     last = results(tuned)[1][-1]
-    assert last["acc"] > 0.9  # bright against dark
+    assert last["acc"] > 0.9  # the classes are bright and dark
     assert [start["packages"]["torch"] for start in json.loads((tuned / "env.json").read_text())]
     assert f"trained by hiera-train: {last['step']} steps" in (tuned / "model_card.md").read_text()
     again = evaluate.evaluate(evaluate.Arguments(tuned, device="cpu"))
@@ -69,7 +69,7 @@ def test_images_pretrain_then_finetune_then_evaluate(images: Path, tmp_path: Pat
     assert "is finished" in capsys.readouterr().out
 
 
-def test_clips_pretrain_then_finetune_with_mixup(clips: Path, tmp_path: Path):
+def test_pretraining_and_finetuning_of_clips_with_mixup(clips: Path, tmp_path: Path):
     pretrained = fit(small("video-mae-pico", clips, tmp_path, "mae", epochs=2.0), mae.make_task)
     assert (pretrained / "reconstruction.png").exists()
     config = small("video-ft-pico", clips, tmp_path, "ft", epochs=2.0)
@@ -80,8 +80,8 @@ def test_clips_pretrain_then_finetune_with_mixup(clips: Path, tmp_path: Path):
 
 
 def test_accumulation_and_processes_do_not_change_the_result(images: Path, tmp_path: Path):
-    """1 x 12, 1 x 3 x 4 and 2 processes x 3 x 2: one global batch, the same weights to rounding."""
-    # Adam scales the rounding noise of tiny gradients up to the learning rate, so that one is small here.
+    """1 x 12, 1 x 3 x 4 and 2 processes x 3 x 2: the same global batch gives equal weights up to rounding."""
+    # Adam amplifies the rounding noise of tiny gradients to the learning rate, so the rate is small here.
     base = small("image-mae-pico", images, tmp_path, "joined", epochs=2.0, lr=1e-4)
     base = replace(base, decode_ratio=0.5, model=replace(base.model, drop_path=0.4))
 
@@ -128,7 +128,7 @@ def test_sigkill_at_a_random_step_then_resume_is_bit_identical(
         fit(config, task)
     else:
         assert call(program, preset, *arguments(config)).returncode == 0
-    wanted = random.randint(5, 9)  # past the first checkpoint and inside an epoch of 3.3 (clips: 1.7) steps
+    wanted = random.randint(5, 9)  # after the first checkpoint; an epoch has 3.3 steps (clips: 1.7)
     command = module(program, preset, *arguments(killed))
     kill_at_row(command, tmp_path / "killed" / "metrics.csv", wanted, signal.SIGKILL)
     if alone:
@@ -140,7 +140,7 @@ def test_sigkill_at_a_random_step_then_resume_is_bit_identical(
 
 
 def kill_at_row(command: list[str], metrics: Path, step: int, number: signal.Signals) -> int:
-    """Start a command in its own process group and signal the group once a row of `step` or later stands."""
+    """Start a command in its own process group; signal the group once a row of `step` or later exists."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command,
@@ -156,7 +156,7 @@ def kill_at_row(command: list[str], metrics: Path, step: int, number: signal.Sig
             break
         time.sleep(0.01)
     assert process.poll() is None, "the run ended before it could be killed"
-    # SIGKILL strikes the workers too, which are in sessions of their own; SIGTERM reaches them by torchrun.
+    # The workers are in their own sessions: SIGKILL is sent to each, and torchrun forwards SIGTERM.
     for pid in descendants(process.pid) if number == signal.SIGKILL else []:
         os.kill(pid, number)
     process.send_signal(number)
@@ -176,7 +176,7 @@ def descendants(parent: int) -> list[int]:
     return found
 
 
-def test_two_processes_finish_the_step_and_save_on_sigterm(images: Path, tmp_path: Path):
+def test_on_sigterm_two_processes_finish_the_step_and_save(images: Path, tmp_path: Path):
     config = small("image-mae-pico", images, tmp_path, "stopped", epochs=60.0)
     config = replace(
         config, run=replace(config.run, checkpoint_every=100_000, eval_every=100_000, log_every=1)
@@ -191,10 +191,10 @@ def test_two_processes_finish_the_step_and_save_on_sigterm(images: Path, tmp_pat
     assert f"step-{rows[-1]['step']:09d}" == saved[0].stem
 
 
-# ---- wrong use
+# ---- user errors
 
 
-def test_a_folder_with_other_settings_is_refused_and_kept(images: Path, tmp_path: Path):
+def test_a_folder_with_other_settings_is_refused_and_not_changed(images: Path, tmp_path: Path):
     config = small("image-mae-pico", images, tmp_path, "run", epochs=1.0)
     run = fit(config, mae.make_task)
     before = (run / "config.json").read_text()
@@ -204,7 +204,7 @@ def test_a_folder_with_other_settings_is_refused_and_kept(images: Path, tmp_path
     assert (run / "config.json").read_text() == before
 
 
-def test_torchrun_called_by_hand_refuses_other_settings_too(images: Path, tmp_path: Path):
+def test_under_torchrun_other_settings_are_refused_too(images: Path, tmp_path: Path):
     config = small("image-mae-pico", images, tmp_path, "run", epochs=1.0)
     run = fit(config, mae.make_task)
     (run / "model.safetensors").unlink()
@@ -225,7 +225,7 @@ def test_torchrun_called_by_hand_refuses_other_settings_too(images: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("group", "values", "sentence"),
+    ("group", "values", "message"),
     [
         ("optim", {"batch": 0}, "optim.batch is 0; it must be at least 1$"),
         ("optim", {"epochs": 0.0}, "optim.epochs is 0.0; it must be more than 0$"),
@@ -248,14 +248,14 @@ def test_torchrun_called_by_hand_refuses_other_settings_too(images: Path, tmp_pa
         ("", {"freeze": "all"}, "freeze is 'all'; it can be none, trunk"),
     ],
 )
-def test_a_setting_out_of_range_gets_one_sentence(group: str, values: dict, sentence: str):
+def test_a_setting_out_of_range_gives_one_line(group: str, values: dict, message: str):
     preset = FINETUNE_PRESETS["image-ft-pico"]
-    with pytest.raises(UserError, match=sentence) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         replace(getattr(preset, group) if group else preset, **values)
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Path):
+def test_unsuitable_settings_give_one_line(images: Path, clips: Path, tmp_path: Path):
     good = small("image-mae-pico", images, tmp_path, "run")
 
     def changed(part: str, **values: object):
@@ -289,8 +289,8 @@ def test_wrong_settings_get_one_sentence(images: Path, clips: Path, tmp_path: Pa
             loop.fit(config, mae.make_task)
 
 
-def test_damage_is_replaced_counted_and_bounded_on_every_rank(images: Path, tmp_path: Path):
-    """With every augmentation on: 1 and 2 processes count the same rows, and too many stop all of them."""
+def test_damage_is_replaced_counted_and_limited_on_every_rank(images: Path, tmp_path: Path):
+    """With all augmentations, 1 and 2 processes count the same rows; too much damage stops all of them."""
     data = tmp_path / "damaged"
     shutil.copytree(images, data)
     catalogue = open_dataset(data, "train")
@@ -326,7 +326,7 @@ def test_two_runs_cannot_share_a_folder(images: Path, tmp_path: Path):
     lock.close()
 
 
-def test_the_command_line_answers_in_one_sentence_and_fails(tmp_path: Path):
+def test_errors_of_the_command_line_are_one_line_with_exit_code_2(tmp_path: Path):
     done = call("train.finetune", "image-ft-pico", "--data.path", str(tmp_path / "nowhere"))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

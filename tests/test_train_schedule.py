@@ -1,4 +1,4 @@
-"""The number of steps, the warmup and the learning rate of every step, against formulas written out here."""
+"""The number of steps, the warmup and the learning rate of every step equal independent formulas."""
 
 import json
 import math
@@ -97,7 +97,7 @@ def expected(settings: OptimConfig, samples: int, step: int) -> float:
         ("video-ft-tiny-kinetics-reference", 400, {}),
     ],
 )
-def test_every_group_follows_the_formula_at_every_step(preset, samples, changes):
+def test_the_rate_of_every_group_follows_the_formula_at_every_step(preset, samples, changes):
     settings = replace(PRESETS[preset].optim, **changes)
     optimizer = optim.make_optimizer(pico(layers="-ft-" in preset), settings)
     steps = optim.total_steps(settings, samples)
@@ -114,7 +114,7 @@ def test_every_group_follows_the_formula_at_every_step(preset, samples, changes)
 
 
 @pytest.mark.parametrize(("preset", "samples"), [("image-mae-base", IMAGENET), ("video-mae-base", KINETICS)])
-def test_the_rate_is_full_where_warmup_ends_and_falls_smoothly_from_there(preset, samples):
+def test_the_rate_is_highest_at_the_end_of_warmup_and_then_decreases_smoothly(preset, samples):
     settings = PRESETS[preset].optim
     optimizer = optim.make_optimizer(pico(), settings)
     warmup, steps = optim.warmup_steps(settings, samples), optim.total_steps(settings, samples)
@@ -132,8 +132,8 @@ def test_the_rate_is_full_where_warmup_ends_and_falls_smoothly_from_there(preset
     assert 0 < rate(steps - 1) < 1e-8 * full * 100
 
 
-def test_every_command_counts_the_same_steps(tmp_path, capsys):
-    """400 samples, batch 96, 30 epochs: the plan and the report say 125 steps, and nothing is rounded."""
+def test_all_commands_compute_the_same_number_of_steps(tmp_path, capsys):
+    """400 samples, batch 96, 30 epochs: the plan and the report show 125 steps, without rounding errors."""
     data = image_dataset(tmp_path / "data", 400, size=(8, 8))
     config = small("image-ft-pico", data, tmp_path, "run", batch=96, epochs=30.0)
     world = World(0, 1, torch.device("cpu"))

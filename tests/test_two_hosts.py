@@ -78,7 +78,7 @@ def start_both(config: Config) -> list[subprocess.Popen]:
     return [start_on(host, config, config.run.root / f"{host}.log") for host in HOSTS]
 
 
-def said(config: Config) -> str:
+def printed(config: Config) -> str:
     return "".join((config.run.root / f"{host}.log").read_text() for host in HOSTS)
 
 
@@ -90,7 +90,7 @@ def finish(processes: list[subprocess.Popen], config: Config, limit: float = 240
             codes.append(process.wait(max(0.1, deadline - time.monotonic())))
         except subprocess.TimeoutExpired:
             process.kill()
-            raise AssertionError(said(config)) from None
+            raise AssertionError(printed(config)) from None
     return codes
 
 
@@ -128,8 +128,8 @@ def test_two_hosts_and_a_link_that_is_cut(
             time.sleep(cut)
             ip("-n", "hiera-a", "link", "set", "veth0", "up")
         else:
-            while said(config).count("another process ended, or gave no sign") < 2:
-                assert time.monotonic() < begin + 90, said(config)
+            while printed(config).count("another process ended, or gave no sign") < 2:
+                assert time.monotonic() < begin + 90, printed(config)
                 time.sleep(0.5)
             words = f"both processes ended after {time.monotonic() - begin:.0f} s; "
             words += ask_to_end(processes)
@@ -141,6 +141,6 @@ def test_two_hosts_and_a_link_that_is_cut(
         if any(codes):
             processes = start_both(config)
             words += ", resumed"
-    assert finish(processes, config) == [0, 0], said(config)
+    assert finish(processes, config) == [0, 0], printed(config)
     assert_same(tmp_path / "run", tmp_path / "whole")
     happened(f"{words}, bit-equal")

@@ -22,7 +22,7 @@ CLASSES = ("dark things", "light things")
 
 
 def picture(label: int, seed: int, size: int = 72) -> bytes:
-    """A noisy JPEG whose brightness is its class."""
+    """A noisy JPEG; its brightness shows its class."""
     noise = np.random.default_rng(seed).integers(0, 90, (9, 9, 3)) + 120 * label
     image = Image.fromarray(noise.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -31,7 +31,7 @@ def picture(label: int, seed: int, size: int = 72) -> bytes:
 
 
 def make_images(root: Path, train: int = 20, val: int = 7) -> Path:
-    """Pack `train` + `val` pictures a class; neither count divides by the batch sizes used here."""
+    """Pack `train` + `val` pictures per class; neither number is a multiple of the tests' batch sizes."""
     for split, count in (("train", train), ("val", val)):
         for label, name in enumerate(CLASSES):
             folder = root / "source" / split / name
@@ -65,7 +65,7 @@ def make_clips(root: Path, train: int = 10, val: int = 3, frames: int = 20) -> P
 
 
 def small(preset: str, data: Path, runs: Path, name: str, **optim: object) -> Config:
-    """A preset cut down to seconds: 64 pixels, a batch of 12, rows every 3 steps, a checkpoint every 4."""
+    """A preset that runs in seconds: 64 pixels, batch 12, rows every 3 steps, a checkpoint every 4."""
     config = {**MAE_PRESETS, **FINETUNE_PRESETS}[preset]
     frames = config.data.frames
     values = {"batch": 12, "lr_batch": 12, "epochs": 3.0, "warmup_epochs": 1.0, **optim}

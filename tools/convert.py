@@ -13,12 +13,10 @@ from typing import Any, Literal
 
 import tyro
 
-from models.errors import ModelError
-from models.factory import CONFIGS, SIZES
 from models.files import Weights, read_json, read_weights
 from models.formats import State, from_ours, is_autoencoder, stage_depths, to_ours
 from models.inputs import IMAGE_STATS
-from models.official import path_of
+from models.zoo import CONFIGS, SIZES
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text, atomic_write
 
@@ -40,14 +38,11 @@ def convert(
         target: file to write, *.safetensors or *.pth, or for transformers a folder.
         to: implementation whose names to write.
     """
-    try:
-        read = read_weights(path_of(source))
-        state = to_ours(read.state)
-        if "patch_embed.proj.weight" not in state:
-            raise UserError(f"{source} holds no Hiera weights, such as patch_embed.proj.weight; give others")
-        converted = from_ours(state, to)
-    except ModelError as error:
-        raise UserError(str(error)) from error
+    read = read_weights(source)
+    state = to_ours(read.state)
+    if "patch_embed.proj.weight" not in state:
+        raise UserError(f"{source} holds no Hiera weights, such as patch_embed.proj.weight; give others")
+    converted = from_ours(state, to)
     if target.exists() and (target.samefile(read.path) or target.samefile(read.path.parent)):
         raise UserError(f"{target} is the source itself; give another file or folder to write")
     notes = [read.note] if read.note else []

@@ -139,7 +139,7 @@ def warm_start(
         report = load_weights(
             model, settings.init, reuse_encoder_norm=settings.reuse_encoder_norm, classes=classes, quiet=True
         )
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"starting weights {settings.init}: {error}") from error
     if whole and report.fresh:
         raise UserError(f"{report}; these weights are of another kind of model or other classes")

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from models import official
+from models.files import LICENSE, is_official, official_names
 from models.inputs import IMAGE_STATS, VIDEO_STATS
 from pipelines.dataset import DatasetInfo
 from pipelines.files import atomic_text, atomic_write
@@ -15,7 +15,7 @@ from train.config import Config, flatten, to_dict
 from train.metrics import read_csv
 
 MAIN = ("epochs", "batch", "lr", "lr_batch", "name", "weight_decay", "layer_decay", "ema", "clip_norm")
-RELEASED = {f"{name.partition(':')[0]}.pth" for name in official.names()}
+RELEASED = {f"{name.partition(':')[0]}.pth" for name in official_names()}
 
 
 def export(model: nn.Module, config: Config, name: str, step: int) -> Path:
@@ -79,6 +79,6 @@ def _licence(init: str) -> str:
     """The licence of weights that started from `init`."""
     if not init:
         return "started from random weights; the terms of the data above apply."
-    if official.is_name(init) or Path(init).name in RELEASED:
-        return f"started from `{init}`, {official.LICENCE}; that holds for these weights too."
+    if is_official(init) or Path(init).name in RELEASED:
+        return f"started from `{init}`, {LICENSE}; that holds for these weights too."
     return f"that of `{init}`, it started there: ask their authors, or see a model_card.md beside the file."

@@ -35,7 +35,7 @@ from train.task import Check, Predictions, Task, batches_of, check_damage, creat
 
 def make_task(config: FinetuneConfig, run: Run) -> Task:
     """Finetuning on the configured data; raises UserError unless every training sample has a class."""
-    from models.macs import forward_macs
+    from models.zoo import forward_macs
 
     train, validation = open_splits(config, run)
     if len(train.info.classes) == 1:

@@ -40,7 +40,7 @@ from train.task import (
 
 def make_task(config: MaeConfig, run: Run) -> Task:
     """Pretraining on the configured data."""
-    from models.macs import forward_macs
+    from models.zoo import forward_macs
 
     train, validation = open_splits(config, run)
     task = task_of(config, run, train.info.classes)

@@ -242,7 +242,7 @@ def _share_of_peak(operations_per_s: float, device: torch.device) -> float | Non
     """Model FLOPs utilization: the share of the device's bf16 peak, None if the peak is unknown."""
     if device.type != "cuda":
         return None
-    from models.macs import bf16_peak
+    from models.zoo import bf16_peak
 
     peak = bf16_peak(torch.cuda.get_device_name(device))
     return operations_per_s / peak if peak else None

@@ -96,10 +96,7 @@ def create_model(data: DataConfig, model: ModelConfig, **settings: object) -> nn
         "abs_win": model.abs_win,
         "checkpoint_stages": model.checkpoint_stages,
     }
-    try:
-        return create(model.name, **settings)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return create(model.name, **settings)
 
 
 def create_classifier(data: DataConfig, model: ModelConfig, classes: int) -> nn.Module:
