@@ -103,7 +103,10 @@ def run(module: str, *command: object) -> str:
 
 
 def last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")[-300:]
+    """The last sentence for the user in an output, or else its last line."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    sentences = [line for line in lines if line.startswith("error: ")]
+    return (sentences or lines or ["no output"])[-1][-300:]
 
 
 def train_command(place: Place, preset: str, name: str, *more: object) -> list[str]:
