@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.scale import whole_epoch
 from pipelines.errors import UserError
-from tests.test_tools_pack import ROOT
+from tests.tools.test_pack import ROOT
 
 
 def test_a_small_scale_is_measured(tmp_path):

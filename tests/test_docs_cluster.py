@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_tools_pack import image_tree, pack_images, sums
+from tests.tools.test_pack import image_tree, pack_images, sums
 from tests.train_helpers import ROOT, arguments, small
 
 SCRIPTS = ("slurm-train.sh", "slurm-pack.sh")

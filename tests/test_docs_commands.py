@@ -66,7 +66,7 @@ def test_named_modules_and_files_exist(page: Path):
         if re.fullmatch(r"(?:pipelines|models|train|tools|benchmarks|tests|docs)/[\w./-]+", name)
     ]
     for block in blocks(page):
-        named += re.findall(r"\btests/test_\w+\.py", block)
+        named += re.findall(r"\btests/[\w/]+\.py", block)
     assert [name for name in named if not (ROOT / name).exists() and "results/DATE" not in name] == []
 
 

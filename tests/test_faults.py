@@ -18,7 +18,7 @@ import pytest
 from pipelines.config import Augment
 from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN, kill_until_done, redirect_output
-from tests.test_train_runs import assert_same, descendants, fit, results
+from tests.train.test_runs import assert_same, descendants, fit, results
 from tests.train_helpers import ROOT, arguments, call, module, small
 from tools.imagenet import ImageOptions
 from tools.kinetics import ClipOptions

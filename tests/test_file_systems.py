@@ -13,7 +13,7 @@ from models import files as weights_files
 from pipelines import files
 from pipelines.dataset import open_dataset, read_info
 from pipelines.errors import UserError
-from tests.test_tools_pack import image_tree, pack_images, sums
+from tests.tools.test_pack import image_tree, pack_images, sums
 from tests.train_helpers import small
 from tools import stage
 from train import loop, mae, rundir

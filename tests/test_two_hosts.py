@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_faults import named, pretraining, start, wait_for_row
-from tests.test_train_runs import assert_same
+from tests.train.test_runs import assert_same
 from tests.train_helpers import ROOT, arguments
 from train.config import Config
 

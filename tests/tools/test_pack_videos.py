@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 from PIL import Image, ImageOps
-from test_tools_pack import ROOT, dali_decode, encoded, exif, frames_of, pixels, rows_of, sums, write
 
 from pipelines.errors import UserError
+from tests.tools.test_pack import ROOT, dali_decode, encoded, exif, frames_of, pixels, rows_of, sums, write
 from tools.images import BadImage, Packed
 from tools.kinetics import ClipOptions
 from tools.pack import pack_all, pack_clips

@@ -18,7 +18,7 @@ from pipelines.config import Augment
 from pipelines.errors import UserError, run_cli
 from tests.fault_helpers import CLEAN, redirect_output
 from tests.pipelines_fixtures import read_rows, write_rows
-from tests.test_train_runs import assert_same, descendants, results
+from tests.train.test_runs import assert_same, descendants, results
 from tests.train_helpers import ROOT, arguments, module, small
 from train import checkpoint, config, ending, finetune, loop, mae, rundir
 from train.config import Config, MaeConfig

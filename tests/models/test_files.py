@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import models
 from models.files import read_weights
 from pipelines.errors import UserError
-from tests.test_models_weights import same
+from tests.models.test_weights import same
 from tests.train_helpers import CLASSES as TRAINER_CLASSES
 from tests.train_helpers import small
 from train import evaluate, finetune, loop

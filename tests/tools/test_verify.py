@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipelines_fixtures import write_rows
 
 from pipelines.errors import UserError
-from tests.test_tools_pack import (
+from tests.pipelines_fixtures import write_rows
+from tests.tools.test_pack import (
     CLIPS,
     clip_tree,
     encoded,

@@ -1,6 +1,6 @@
 """The losses of thirty steps of each kind equal the committed ones.
 
-After an intended change: UPDATE_GOLDEN=1 python -m pytest tests/test_train_golden.py
+After an intended change: UPDATE_GOLDEN=1 python -m pytest tests/train/test_golden.py
 """
 
 import json

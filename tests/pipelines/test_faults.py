@@ -9,7 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipelines_fixtures import (
+
+from pipelines.config import DataConfig
+from pipelines.dataset import check_shards, open_dataset, read_info
+from pipelines.errors import UserError
+from tests.pipelines_fixtures import (
     clip_dataset,
     evaluation,
     image_dataset,
@@ -19,10 +23,6 @@ from pipelines_fixtures import (
     train_loader,
     write_dataset,
 )
-
-from pipelines.config import DataConfig
-from pipelines.dataset import check_shards, open_dataset, read_info
-from pipelines.errors import UserError
 
 
 def damage(catalogue, sample, frame=0, by=b"\0"):

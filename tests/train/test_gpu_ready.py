@@ -14,7 +14,7 @@ from models.inputs import NormalizedInput
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.test_project import call_make
-from tests.test_train_resume import CPU, changed, fit, quick, stopping_at, task_of
+from tests.train.test_resume import CPU, changed, fit, quick, stopping_at, task_of
 from tests.train_helpers import small
 from train import build, checkpoint, distributed, finetune, loop, meters, probe
 from train.distributed import World

@@ -1,6 +1,6 @@
 """One test for each fault of the small reference trainer from which this project started.
 
-It could not train on several GPUs and did not save checkpoints: tests/test_train_runs.py compares two
+It could not train on several GPUs and did not save checkpoints: tests/train/test_runs.py compares two
 processes with one, and kills and resumes runs.
 """
 

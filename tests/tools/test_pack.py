@@ -17,15 +17,15 @@ import webdataset
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image, ImageOps
-from pipelines_fixtures import read_rows
 
 from pipelines.errors import UserError, run_cli
+from tests.pipelines_fixtures import read_rows
 from tools import pack
 from tools.imagenet import ImageOptions
 from tools.kinetics import ClipOptions, longest_run
 from tools.packing import PackOptions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pixels(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:

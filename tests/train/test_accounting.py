@@ -21,7 +21,7 @@ from models.zoo import bf16_peak
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN
-from tests.rank_helpers import evaluate_and_probe
+from tests.train.rank_helpers import evaluate_and_probe
 from tests.train_helpers import ROOT, module, small
 from train import build, distributed, evaluate, finetune, loop, mae, probe, task
 from train.config import FinetuneConfig, MaeConfig

@@ -12,7 +12,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from PIL import Image
-from pipelines_fixtures import (
+
+from pipelines import dataset
+from pipelines.config import DataConfig
+from pipelines.dataset import SCHEMA, check_shards, open_dataset, read_info
+from pipelines.errors import UserError
+from tests.pipelines_fixtures import (
     clip_dataset,
     evaluation,
     image_dataset,
@@ -22,11 +27,6 @@ from pipelines_fixtures import (
     train,
     write_rows,
 )
-
-from pipelines import dataset
-from pipelines.config import DataConfig
-from pipelines.dataset import SCHEMA, check_shards, open_dataset, read_info
-from pipelines.errors import UserError
 from tools import stage
 from tools.images import BadImage, prepare
 from tools.verify import verify

@@ -9,7 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from pipelines_fixtures import (
+
+from pipelines import dataset as dataset_module
+from pipelines.dataset import SCHEMA, Dataset, open_dataset, read_info
+from pipelines.errors import UserError
+from tests.pipelines_fixtures import (
     clip_dataset,
     frame_bytes,
     image_dataset,
@@ -21,10 +25,6 @@ from pipelines_fixtures import (
     write_info,
     write_rows,
 )
-
-from pipelines import dataset as dataset_module
-from pipelines.dataset import SCHEMA, Dataset, open_dataset, read_info
-from pipelines.errors import UserError
 from tools.shards import convert
 
 

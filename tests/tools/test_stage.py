@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from pipelines_fixtures import image_dataset, keys_of
 
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from pipelines.files import sha256_of
+from tests.pipelines_fixtures import image_dataset, keys_of
 from tests.train_helpers import ROOT, make_clips, make_images, module
 from tools import stage
 from tools.verify import verify

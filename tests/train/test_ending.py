@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from pipelines.errors import UserError, run_cli
 from tests.fault_helpers import CLEAN, redirect_output
-from tests.test_train_resume import free_port, quick
+from tests.train.test_resume import free_port, quick
 from train import finetune, loop
 from train.config import Config
 from train.task import Task

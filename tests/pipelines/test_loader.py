@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines_fixtures import (
+
+from models import inputs
+from pipelines import decode, order
+from pipelines.config import Augment, DataConfig, DecodeConfig
+from pipelines.dataset import open_dataset
+from pipelines.decode import Decoder, sizing
+from pipelines.errors import UserError
+from pipelines.loader import prefetch
+from pipelines.views import clip_notes, train_rows
+from tests.pipelines_fixtures import (
     clip_dataset,
     evaluation,
     frame_bytes,
@@ -20,15 +29,6 @@ from pipelines_fixtures import (
     train_loader,
     write_dataset,
 )
-
-from models import inputs
-from pipelines import decode, order
-from pipelines.config import Augment, DataConfig, DecodeConfig
-from pipelines.dataset import open_dataset
-from pipelines.decode import Decoder, sizing
-from pipelines.errors import UserError
-from pipelines.loader import prefetch
-from pipelines.views import clip_notes, train_rows
 
 CPU = torch.device("cpu")
 

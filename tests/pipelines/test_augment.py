@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines_fixtures import picture
 from timm.data import auto_augment as timm_ops
 
 from pipelines import augment as ours
 from pipelines.augment import augment
 from pipelines.config import Augment
 from pipelines.views import blank_rows
+from tests.pipelines_fixtures import picture
 
 STRENGTHS = {
     "autocontrast": [0],

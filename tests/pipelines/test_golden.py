@@ -1,6 +1,6 @@
 """Batches have the committed digests: a change of any row or pixel fails here.
 
-After a change that is meant to alter them: UPDATE_GOLDEN=1 python -m pytest tests/test_pipelines_golden.py
+After a change that is meant to alter them: UPDATE_GOLDEN=1 python -m pytest tests/pipelines/test_golden.py
 """
 
 import hashlib
@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pipelines_fixtures import jpeg, picture, write_dataset
 
 from pipelines.config import Augment, DataConfig, DecodeConfig
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.loader import Batch, EvalLoader, TrainLoader
 from pipelines.machine import World
+from tests.pipelines_fixtures import jpeg, picture, write_dataset
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).with_name("golden_batches.json")

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_tools_pack_videos import pack_tree, tree
 
-from tests.test_tools_pack import CLIPS, clip_tree, image_tree, pack_clips, pack_images, rows_of, sums
+from tests.tools.test_pack import CLIPS, clip_tree, image_tree, pack_clips, pack_images, rows_of, sums
+from tests.tools.test_pack_videos import pack_tree, tree
 from tools import shards
 
 Pack = Callable[..., int]

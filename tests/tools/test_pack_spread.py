@@ -15,7 +15,7 @@ import pytest
 
 from pipelines.errors import UserError
 from tests.test_project import requirements
-from tests.test_tools_pack import ROOT, image_tree, pack_images, sums
+from tests.tools.test_pack import ROOT, image_tree, pack_images, sums
 from tools.executors import pack_on_node, wait_until_seen
 from tools.imagenet import ImageOptions, load_image, plan_images
 from tools.packing import _begin

@@ -1,4 +1,4 @@
-"""The presets equal the paper's numbers in tests/paper_recipes.json and the page that lists them."""
+"""The presets equal the paper's numbers in tests/train/paper_recipes.json and the page that lists them."""
 
 import json
 import re

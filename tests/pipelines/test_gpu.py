@@ -16,7 +16,6 @@ import pytest
 import torch
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
-from pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, picture, write_dataset
 
 from pipelines import augment, decode, errors, loader, machine, order
 from pipelines.config import DataConfig, DecodeConfig
@@ -25,6 +24,7 @@ from pipelines.decode import Decoder
 from pipelines.errors import UserError
 from pipelines.machine import World
 from pipelines.views import Rows, train_rows
+from tests.pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, picture, write_dataset
 from train import ending, loop
 from train.meters import Clock
 from train.presets import MAE_PRESETS
