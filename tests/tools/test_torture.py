@@ -117,5 +117,5 @@ def test_the_order_of_classes_is_checked_on_every_later_run(tmp_path, workers):
         write(tmp_path / "source" / name / "2.jpg", encoded(pixels(2)))
     assert pack_images(tmp_path / "source", tmp_path / "out", workers=workers) == 0
     write(tmp_path / "source/a/1.jpg", encoded(pixels(3)))
-    with pytest.raises(UserError, match="another listing of source files; give another --out"):
+    with pytest.raises(UserError, match="another list of source files; give another --out"):
         pack_images(tmp_path / "source", tmp_path / "out", workers=workers)
