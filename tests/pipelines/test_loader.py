@@ -295,11 +295,13 @@ def test_prefetching_keeps_the_order_and_raises_the_errors_of_its_source():
 
 
 def test_an_abandoned_loader_ends_its_thread(images):
+    before = set(threading.enumerate())  # loaders of other tests may still have theirs
     batches = iter(train_loader(images, DataConfig(size=32)))
     next(batches)
+    (reader,) = (t for t in threading.enumerate() if t not in before and t.name.startswith("read"))
     batches.close()
     deadline = time.monotonic() + 10
-    while [thread for thread in threading.enumerate() if thread.name.startswith("read")]:
+    while reader.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
