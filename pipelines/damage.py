@@ -103,22 +103,30 @@ def frame_at(dataset: Dataset, rows: Rows, copies: int, place: int) -> tuple[int
 
 def raise_undecodable(dataset: Dataset, decoder: Decoder, error: RuntimeError) -> None:
     """Raise a UserError that names the frame on which the decoder failed, if one fails when decoded alone."""
+    fix = (
+        f"{cause(error)}; set speed.decode to whole and speed.hw_decoder_load to 0, or use the CPU "
+        "(DEVICE=cpu, --speed.device cpu)"
+    )
     for rows, encoded in decoder.waiting:
         place = first_failing(decoder, rows, encoded.jpegs)
         if place is None:
             continue
         _, where = frame_at(dataset, rows, decoder.copies, place)
-        on_cpu = replace(decoder, device=CPU, resize_on_cpu=decoder.resizes)
-        if decoder.device.type == "cuda" and first_failing(on_cpu, rows, encoded.jpegs) is None:
-            raise UserError(
-                f"the GPU's decoder failed on {where}, which the CPU decodes: {cause(error)}; set "
-                "speed.decode to whole and speed.hw_decoder_load to 0, or use the CPU (DEVICE=cpu, "
-                "--speed.device cpu)"
-            ) from error
+        if decoder.device.type == "cuda":
+            on_cpu = replace(decoder, device=CPU, resize_on_cpu=decoder.resizes)
+            first = place // rows.frames.shape[1] * decoder.copies
+            own_rows = Rows._make(column[first : first + decoder.copies] for column in rows)
+            if first_failing(on_cpu, own_rows, [encoded.jpegs[place]]) is None:
+                raise UserError(
+                    f"the GPU's decoder failed on {where}, which the CPU decodes: {fix}"
+                ) from error
         raise UserError(
             f"{where} does not decode, although its checksum is correct ({cause(error).rstrip(' :')}); "
             f"inspect it with `make verify DATA={dataset.info.root}`"
         ) from error
+    if decoder.device.type == "cuda" and decoder.waiting:
+        _, where = frame_at(dataset, decoder.waiting[0][0], decoder.copies, 0)
+        raise UserError(f"the GPU's decoder failed on a batch that begins with {where}: {fix}") from error
 
 
 def first_failing(decoder: Decoder, rows: Rows, jpegs: Jpegs) -> int | None:

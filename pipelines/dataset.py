@@ -8,7 +8,7 @@ import os
 import re
 import resource
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -188,7 +188,7 @@ def read_info(root: Path | str) -> DatasetInfo:
     try:
         raw = json.loads(path.read_bytes())
         if raw["format"] != FORMAT_VERSION:
-            convert = f"convert it with `python -m tools.shards {root}`"
+            convert = f"convert it with `python -m tools.format3 {root}`"
             raise UserError(
                 f"{path} has format {raw['format']}, this version reads {FORMAT_VERSION}; "
                 f"{convert if raw['format'] == 2 else 'pack it again'}"
@@ -196,6 +196,11 @@ def read_info(root: Path | str) -> DatasetInfo:
         check_info(raw)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged ({error!r}); pack this dataset again") from error
+    return info_of(root, raw)
+
+
+def info_of(root: Path, raw: Mapping[str, Any]) -> DatasetInfo:
+    """What `dataset.json` contains, after `check_info`."""
     listed = raw["splits"], raw["packing"], raw["tar_bytes"], raw["catalogue_sha256"]
     return DatasetInfo(root, raw["kind"], tuple(raw["classes"]), *listed)
 
@@ -264,9 +269,11 @@ def open_split(info: DatasetInfo, split: str) -> Dataset:
 
 def read_batch(path: Path, columns: Sequence[str]) -> pa.RecordBatch:
     """These columns of a catalogue. Raises ArrowException, OSError or ValueError for one that is damaged."""
-    large = path.stat().st_size >= MAPPED
-    source = pa.memory_map(str(path)) if large else pa.BufferReader(path.read_bytes())
-    reader = pa.ipc.open_file(source)
+    source = None
+    if path.stat().st_size >= MAPPED:
+        with suppress(OSError):  # some network file systems cannot map files
+            source = pa.memory_map(str(path))
+    reader = pa.ipc.open_file(source or pa.BufferReader(path.read_bytes()))
     if reader.schema != SCHEMA or reader.num_record_batches != 1:
         raise ValueError("its columns are not those of a catalogue")
     batch = reader.get_batch(0).select(columns)

@@ -1,7 +1,5 @@
 """Write a packed dataset: WebDataset tars, a DALI index and an Arrow catalogue (shards/README.md).
 
-`python -m tools.shards NAME` converts a dataset of format 2, whose catalogue was a Parquet file.
-
 `pack_shard` writes one shard: a plain function of a picklable job, for any scheduler. A shard is a fixed
 slice of the plan, which depends only on the source files, not on workers or interruptions.
 """
@@ -9,7 +7,6 @@ slice of the plan, which depends only on the source files, not on workers or int
 import hashlib
 import json
 import re
-import shutil
 import tarfile
 import time
 import zlib
@@ -23,10 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import tyro
 
-from pipelines.dataset import FORMAT_VERSION, SCHEMA, open_dataset
-from pipelines.errors import UserError, first_line, run_cli
+from pipelines.dataset import FORMAT_VERSION, SCHEMA
 from pipelines.files import atomic_text, atomic_write, sha256_of
 from tools.images import TRANSIENT, BadImage, Packed
 
@@ -285,33 +280,9 @@ def merge(out: Path, split: str) -> dict[str, int]:
 def write_catalogue(path: Path, rows: pa.Table) -> None:
     """Write rows [SCHEMA] as one record batch: packed samples first, then rejected ones, each in order."""
     packed = pc.equal(rows["status"], "ok")  # pyrefly: ignore
-    ordered = pa.concat_tables([rows.filter(packed), rows.filter(pc.invert(packed))])  # pyrefly: ignore
-    columns = [pa.concat_arrays(column.chunks or [pa.array([], column.type)]) for column in ordered.columns]
+    masks, columns = (packed, pc.invert(packed)), []  # pyrefly: ignore
+    for column in rows.columns:  # one after the other: of a large dataset each takes gigabytes
+        chunks = [chunk for mask in masks for chunk in column.filter(mask).chunks]
+        columns.append(pa.concat_arrays(chunks or [pa.array([], column.type)]))
     with atomic_write(path) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as writer:
         writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-
-
-def convert(root: tyro.conf.Positional[Path]) -> None:
-    """Convert a dataset of format 2 without decoding; UserError for another format or a damaged one."""
-    path = root / "dataset.json"
-    try:
-        info = json.loads(path.read_bytes())
-        if info["format"] != FORMAT_VERSION - 1:
-            raise UserError(f"{path} has format {info['format']}; only format 2 can be converted")
-        for split in info["splits"]:
-            write_catalogue(root / f"{split}.arrow", pq.read_table(root / f"{split}.parquet").cast(SCHEMA))
-    except (ValueError, LookupError, TypeError, OSError, pa.ArrowException) as error:
-        raise UserError(f"{root} cannot be converted ({first_line(error)}); pack it again") from error
-    sums = {split: sha256_of(root / f"{split}.arrow") for split in info["splits"]}
-    info |= {"format": FORMAT_VERSION, "catalogue_sha256": sums}
-    atomic_text(path, json.dumps(info, indent=1, ensure_ascii=False) + "\n")
-    for split in info["splits"]:
-        print(f"{root / split}.arrow: {len(open_dataset(root, split))} samples")
-        (root / f"{split}.parquet").unlink()
-        for cache in root.glob(f".{split}.*.columns"):
-            shutil.rmtree(cache)
-    print("runs that were trained on this dataset resume with --run.allow data")
-
-
-if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(convert, description=__doc__))

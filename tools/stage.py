@@ -61,7 +61,10 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
     fetch(store, f"{top}/dataset.json", waiting / "dataset.json")
     if done.is_file() and done.read_bytes() != (waiting / "dataset.json").read_bytes():
         raise UserError(f"{target} holds another dataset than {top}; choose an empty folder.")
-    info = replace(read_info(waiting), root=target)
+    try:
+        info = replace(read_info(waiting), root=target)
+    except UserError as error:
+        raise UserError(str(error).replace(str(waiting), top)) from error
     start, came, kept = time.perf_counter(), 0, 0
     for split, lengths in info.tar_bytes.items():
         (target / split).mkdir(exist_ok=True)

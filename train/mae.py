@@ -59,9 +59,7 @@ def task_of(config: MaeConfig, run: Run, classes: Sequence[str]) -> Task:
     heads = config.decoder_heads or None
     model = create_model(config.data, config.model, decode_ratio=config.decode_ratio, decoder_heads=heads)
     masking = masking_of(config.mask_ratio, model)
-    # The classifier that is probed keeps the autoencoder's last norm.
-    name = config.model.name.removeprefix("mae_")
-    encoder = replace(config.model, name=name, reuse_encoder_norm=True)
+    encoder = replace(config.model, name=config.model.name.removeprefix("mae_"))
     return Task(
         model=model,
         loss=partial(masked_loss, config.run.seed, masking),

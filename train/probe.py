@@ -5,7 +5,7 @@ nearest training samples of each validation sample vote (Wu et al. 2018, arXiv 1
 fits one linear layer to the training features.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +65,8 @@ def probe(arguments: Arguments) -> dict[str, float]:
     for note in clip_notes(splits[1], config.data):
         log(note)
     encoder = task.encoder() if task.encoder else task.model
+    if task.encoder:  # the classifier that is probed keeps the autoencoder's last norm
+        config = replace(config, model=replace(config.model, reuse_encoder_norm=True))
     model = load_model(encoder, config, weights, names, run, whole=False)
     (known, classes), (queries, answers) = (features(config, run.world, model, split) for split in splits)
     if broken := int((~known.isfinite().all(1)).sum()):

@@ -25,7 +25,7 @@ from tests.pipelines_fixtures import (
     write_info,
     write_rows,
 )
-from tools.shards import convert
+from tools.format3 import convert
 
 
 def test_the_catalogue_locates_rows_and_bytes(tmp_path):
@@ -91,7 +91,7 @@ def test_every_broken_dataset_has_its_message(tmp_path):
     (root / "dataset.json").write_text(whole.replace('"format": 3', '"format": 1'))
     expect(root, "has format 1, this version reads 3; pack it again")
     (root / "dataset.json").write_text(whole.replace('"format": 3', '"format": 2'))
-    expect(root, "has format 2, this version reads 3; convert it with `python -m tools.shards /.*/d`")
+    expect(root, "has format 2, this version reads 3; convert it with `python -m tools.format3 /.*/d`")
     (root / "dataset.json").write_text(whole.replace('"samples": 2', '"samples": 3'))
     expect(root, "has 2 rows, dataset.json says 3")
     (root / "dataset.json").write_text(
@@ -191,7 +191,7 @@ def test_a_dataset_of_format_2_is_converted_and_keeps_its_ids(tmp_path, capsys):
     del info["catalogue_sha256"]
     (root / "dataset.json").write_text(json.dumps(info))
     (root / "train.arrow").unlink()
-    with pytest.raises(UserError, match=r"convert it with `python -m tools\.shards"):
+    with pytest.raises(UserError, match=r"convert it with `python -m tools\.format3"):
         open_dataset(root, "train")
     convert(root)
     after = opened(root)
@@ -206,3 +206,20 @@ def older(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_large_list(kind):
         return pa.list_(kind.value_type)
     return pa.string() if pa.types.is_large_string(kind) else kind
+
+
+def test_a_damaged_dataset_of_format_2_is_not_converted_and_stays_as_it_is(tmp_path):
+    root = clip_dataset(tmp_path / "d", [3, 9])
+    old = pa.schema([(f.name, older(f.type)) for f in SCHEMA])
+    pq.write_table(pa.Table.from_pylist(read_rows(root), old), root / "train.parquet")
+    info = json.loads((root / "dataset.json").read_text()) | {"format": 2}
+    for change, message in (
+        ({"catalogue_sha256": {"train": "0" * 64}}, "does not have its checksum"),
+        ({"catalogue_sha256": {}, "splits": {"../x": info["splits"]["train"]}}, "cannot be converted"),
+        ({"catalogue_sha256": {}, "classes": info["classes"][:1]}, "cannot be read"),
+    ):
+        text = json.dumps(info | change)
+        (root / "dataset.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            convert(root)
+        assert (root / "dataset.json").read_text() == text and (root / "train.parquet").exists()

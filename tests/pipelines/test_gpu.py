@@ -219,6 +219,13 @@ def train(dataset: Dataset, steps: int) -> list[loader.Batch]:
     return list(itertools.islice(loader.TrainLoader(*parts, batch=10), steps))
 
 
+def test_a_decoder_that_fails_only_on_a_whole_batch_is_reported_with_a_fix(images, monkeypatch):
+    once = iter([True])  # the first JPEG of the batch; decoded alone, none fails
+    on_an_imitated_gpu(monkeypatch, lambda jpeg: next(once, False))
+    with pytest.raises(UserError, match=r"on a batch that begins with .*\.jpg at byte \d+: .*speed.decode"):
+        train(images, 1)
+
+
 def test_a_decoder_that_always_fails_is_reported_as_such(images, monkeypatch, capfd):
     on_an_imitated_gpu(monkeypatch, lambda jpeg: True)
     with pytest.raises(UserError) as raised:

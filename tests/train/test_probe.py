@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipelines.errors import UserError
 from tests.train_helpers import small
@@ -47,6 +48,18 @@ def test_runs_of_both_kinds_can_be_probed(images, clips, tmp_path):
         probe.Arguments(tmp_path / "ft", weights=tmp_path / "ft/best.safetensors", device="cpu")
     )
     assert min(found.values()) > 0.8
+
+
+def test_the_probe_of_an_autoencoder_keeps_its_last_norm(images, tmp_path, monkeypatch):
+    config = small("image-mae-pico", images, tmp_path, "run", epochs=0.4)
+    assert loop.fit(config, mae.make_task) == 0
+    loaded, load = [], probe.load_model
+    monkeypatch.setattr(
+        probe, "load_model", lambda *words, **more: loaded.append(load(*words, **more)) or loaded[0]
+    )
+    probe.probe(probe.Arguments(tmp_path / "run", device="cpu"))
+    weights = load_file(tmp_path / "run/model.safetensors")
+    assert torch.equal(loaded[0].model.norm.weight, weights["encoder_norm.weight"])
 
 
 def test_probing_shards_without_labels_is_refused(images, tmp_path):
