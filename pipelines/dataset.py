@@ -8,7 +8,7 @@ import os
 import re
 import resource
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -196,11 +196,6 @@ def read_info(root: Path | str) -> DatasetInfo:
         check_info(raw)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged ({error!r}); pack this dataset again") from error
-    return info_of(root, raw)
-
-
-def info_of(root: Path, raw: Mapping[str, Any]) -> DatasetInfo:
-    """What `dataset.json` contains, after `check_info`."""
     listed = raw["splits"], raw["packing"], raw["tar_bytes"], raw["catalogue_sha256"]
     return DatasetInfo(root, raw["kind"], tuple(raw["classes"]), *listed)
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from pipelines.dataset import FORMAT_VERSION, SCHEMA, check_info, info_of, open_split
+from pipelines.dataset import FORMAT_VERSION, SCHEMA, DatasetInfo, check_info, open_split
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_text, sha256_of
 from tools.shards import write_catalogue
@@ -33,8 +33,10 @@ def convert(root: tyro.conf.Positional[Path]) -> None:
         raise UserError(f"{root} cannot be converted ({first_line(error)}); pack it again") from error
     sums = {split: sha256_of(root / f"{split}.arrow") for split in info["splits"]}
     info |= {"format": FORMAT_VERSION, "catalogue_sha256": sums}
-    for split in info["splits"]:  # before dataset.json changes: until then the dataset is one of format 2
-        samples = len(open_split(info_of(root, info), split))
+    listed = (info[key] for key in ("splits", "packing", "tar_bytes", "catalogue_sha256"))
+    new = DatasetInfo(root, info["kind"], tuple(info["classes"]), *listed)
+    for split in new.splits:  # before dataset.json changes: until then the dataset is one of format 2
+        samples = len(open_split(new, split))
         print(f"{root / split}.arrow: {samples} samples")
     atomic_text(path, json.dumps(info, indent=1, ensure_ascii=False) + "\n")
     for split in info["splits"]:
