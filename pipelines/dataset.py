@@ -1,7 +1,4 @@
-"""A packed dataset: its catalogue, which places every frame in its tar, and the frames, checked when read.
-
-A split's catalogue is an Arrow file of one record batch. Processes share a large one, mapped into memory.
-"""
+"""A packed dataset: one Arrow catalogue per split, which places every frame in its tar; checked reads."""
 
 import json
 import os
@@ -45,7 +42,7 @@ SCHEMA = pa.schema(
 )
 PER_SAMPLE = ("shard", "label", "width", "height")  # columns that are read, of samples and of their frames
 PER_FRAME = {"offset": "offsets", "size": "sizes", "crc": "crcs"}  # name in Dataset -> column
-MAPPED = 64 << 20  # bytes from which a catalogue is mapped instead of read
+MAPPED = 64 << 20  # bytes from which a catalogue is mapped, so that processes share it
 LONGEST, LARGEST = 65_535, 1 << 30  # pixels on a JPEG's side; pixels that a decoder takes
 FRAMES_AT_ONCE = 1 << 17
 
