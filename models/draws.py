@@ -29,7 +29,7 @@ def uniform(keys: Tensor, stream: int, count: int) -> Tensor:
     count: at most 50,000.
     """
     counter = torch.arange(1, count + 1, device=keys.device)
-    # The factor GOLDEN is split because Triton multiplies indices in 32 bits.
+    # The factor GOLDEN is split because Triton computes products of indices in 32 bits.
     counters = ((counter * (GOLDEN >> 16)) << 16) + counter * (GOLDEN & 0xFFFF)
     low, high = keys[:, None] & MASK, (keys[:, None] >> 32) & MASK
     x = mix((counters + low) & MASK)
