@@ -19,7 +19,7 @@ from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
 from tools.plot import Panel, Tables, draw, panels_of
 from train.config import flatten, from_dict
-from train.metrics import read_csv
+from train.metrics import best_of, read_csv, score
 from train.optim import total_steps
 
 INK = "#010203"  # placeholder of the page's text colour in matplotlib's drawings
@@ -93,10 +93,13 @@ def state(run: Path) -> str:
 
 
 def numbers(metrics: Path) -> str:
-    """The last value of each metric, and the mean speed."""
+    """The best evaluation, the last value of each metric, and the mean speed."""
     rows = read_csv(metrics)
     last = {key: value for row in rows for key, value in row.items() if value is not None}
     shown = {name: form.format(last[key]) for key, (name, form) in NUMBERS.items() if key in last}
+    if best := best_of(rows):
+        name, form = NUMBERS["loss_val" if best.get("acc") is None else "acc"]
+        shown = {f"best {name}": f"{form.format(score(best)).lstrip('-')} (step {best['step']})", **shown}
     if rows:
         rate, step, wait = speed_of(rows)
         shown |= {"samples/s": f"{rate:.4g}", "step": f"{step:.4g} ms", "data wait": f"{wait / step:.1%}"}

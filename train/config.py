@@ -86,8 +86,11 @@ class RunConfig:
     seed: int = 0
     log_every: int = 20
     """Steps between metric rows."""
-    eval_every: int = 1000
-    """Steps between evaluations on the validation split; the last step is always evaluated."""
+    eval_every: int = 0
+    """Steps between evaluations on the validation split; 0 = once per epoch, but at least 10 and at most 100
+    times per run. The last step is always evaluated."""
+    patience: int = 0
+    """End the run after so many evaluations without a better result; 0 = never."""
     checkpoint_every: int = 500
     """Steps between checkpoints: a crash costs at most that many."""
     keep: int = 2
@@ -100,8 +103,9 @@ class RunConfig:
     """Stop after so many non-finite steps in a row, at least 1."""
 
     def __post_init__(self) -> None:
-        counts = ("log_every", "eval_every", "checkpoint_every", "keep", "max_skipped")
-        check_settings(self, "run.", **dict.fromkeys(counts, (1, ANY)))
+        counts = ("log_every", "checkpoint_every", "keep", "max_skipped")
+        ranges = {**dict.fromkeys(counts, (1, ANY)), "eval_every": (0, ANY), "patience": (0, ANY)}
+        check_settings(self, "run.", **ranges)
         parts = self.name.split("/")
         # An absolute path starts with an empty part. make passes the name through a shell.
         if self.name and ({"", ".", ".."} & set(parts) or re.search(r"[\s'\"]", self.name)):
@@ -248,7 +252,7 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
 # Settings that may change on resume, because they do not change the result.
 FREE = (
     "speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "run.log_every",
-    "run.eval_every", "run.checkpoint_every", "run.max_skipped", "data.max_bad", "data.path",
+    "run.eval_every", "run.patience", "run.checkpoint_every", "run.max_skipped", "data.max_bad", "data.path",
 )  # fmt: skip
 # Settings that never change within a run, not even with run.allow: its checkpoints would not fit.
 FIXED = (

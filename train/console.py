@@ -112,11 +112,14 @@ class Screen:
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
-    def show(self, row: Mapping[str, float | None], loss: str) -> None:
-        """Show a metric row next to the bar: curve of the column `loss`, samples/s, last evaluation."""
+    def show(self, row: Mapping[str, float | None], loss: str, best: str) -> None:
+        """Show a metric row next to the bar: curve of the column `loss`, samples/s, last and best evaluation.
+
+        best: the best evaluation as text, empty if the row has no evaluation.
+        """
         self._losses = [*self._losses, row[loss] or 0.0][-CURVE:]
         scores = [f"{name} {row[name]:.4g}" for name in ("acc", "loss_val") if row.get(name) is not None]
-        self._scores = scores or self._scores
+        self._scores = [*scores, best] if scores else self._scores
         if self._progress is not None:
             texts = [curve(self._losses), f"{row['samples_per_s']:.1f} samples/s", *self._scores]
             self._progress.update(self._task, description=" ".join(texts))

@@ -18,6 +18,7 @@ from train import distributed, ending, finetune, mae, rundir
 from train.build import set_precision, warm_start
 from train.config import Config, FinetuneConfig, MaeConfig, from_dict
 from train.console import log
+from train.metrics import best_of, best_text, read_csv
 from train.rundir import Run
 from train.task import Task, open_validation
 
@@ -105,6 +106,9 @@ def main() -> None:
     if distributed.rank() == 0:
         for name, value in scores.items():
             print(f"{name} {value:.6g}")
+        rows = arguments.run / "metrics.csv"
+        if rows.exists() and (best := best_text(best_of(read_csv(rows)))):
+            print(f"during training: {best} (best.safetensors)")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The training core: one function from a configuration to trained weights, read top to bottom."""
 
 import contextlib
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,8 +28,8 @@ from train.checkpoint import State
 from train.config import Config
 from train.console import log, screen, survive_closed_output
 from train.meters import IN_A_ROW, Clock, Detail, Recorder
-from train.metrics import MetricsWriter, score
-from train.optim import set_learning_rate, total_steps, update
+from train.metrics import MetricsWriter, Row, best_of, best_text, score
+from train.optim import eval_interval, set_learning_rate, total_steps, update
 from train.rundir import Run, start_run
 from train.task import MakeTask, Task
 
@@ -76,7 +75,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
             evaluate(trainer)
         for step in trainer.remaining():
             train_step(trainer, step)
-            evaluates = trainer.due(step, config.run.eval_every) and task.validation is not None
+            evaluates = trainer.due(step, trainer.eval_every) and task.validation is not None
             if evaluates or trainer.due(step, config.run.log_every):
                 begin_row(trainer)
             if evaluates:
@@ -123,16 +122,20 @@ class Trainer:
         self.config, self.task, self.run, self.state = config, task, run, state
         world, folder = run.world, config.run.folder
         self.steps = total_steps(config.optim, len(task.training))  # of the whole run
+        self.eval_every = config.run.eval_every or eval_interval(config.optim, len(task.training))
         self.signal = 0  # the number of the signal that stops the run
         self.metrics: MetricsWriter | None = None
-        self.best = math.inf  # the score of the best evaluation, on rank 0
+        self.best: Row = {}  # the row with the best evaluation
+        self.since = 0  # evaluations after it
         if world.is_main:
             rundir.record_start(config, run.data, {"step": state.step, "processes": world.size})
             self.metrics = MetricsWriter(folder, task.columns, state.step)
-            self.best = max((score(row) for row in self.metrics.kept), default=-math.inf)
+            evaluated = [row for row in self.metrics.kept if row["loss_val"] is not None]
+            self.best = best_of(evaluated)
+            self.since = sum(row["step"] > self.best.get("step", 0) for row in evaluated)
             if any(row["step"] == state.step for row in self.metrics.kept):
                 state.row = None
-        state.row = distributed.broadcast(state.row)
+        state.row, self.best, self.since = distributed.broadcast((state.row, self.best, self.since))
         self.writer = checkpoint.Writer(folder / "checkpoints", config.run.keep)
         ending.finish_first(self.writer.wait)
 
@@ -152,9 +155,14 @@ class Trainer:
         self.clock = Clock(state.elapsed, world.device)
 
     def remaining(self) -> Iterator[int]:
-        """The steps that are left, until a signal stops the run."""
-        while self.state.step < self.steps and not self.signal:
+        """The steps that are left, until a signal or `run.patience` stops the run."""
+        while self.state.step < self.steps and not self.signal and not self.stops_early:
             yield self.state.step + 1
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the last `run.patience` evaluations gave no better result."""
+        return 0 < self.config.run.patience <= self.since
 
     def due(self, step: int, every: int) -> bool:
         """Whether something that happens every `every` steps, and after the last one, happens now."""
@@ -253,12 +261,14 @@ def evaluate(trainer: Trainer) -> None:
         trainer.signal = stopped.args[0]
         return
     row, state.row = state.row | scores, None
-    if score(row) > trainer.best:
-        from train.card import export
+    trainer.since += 1
+    if score(row) > score(trainer.best):
+        trainer.best, trainer.since = row, 0
+        if trainer.metrics is not None:
+            from train.card import export
 
-        trainer.best = score(row)
-        export(state.evaluated, trainer.config, "best.safetensors", state.step)
-    trainer.recorder.write(row)
+            export(state.evaluated, trainer.config, "best.safetensors", state.step)
+    trainer.recorder.write(row, trainer.best)
     trainer.clock.skip()
 
 
@@ -270,6 +280,10 @@ def finish(trainer: Trainer) -> None:
     config, task, state, folder = trainer.config, trainer.task, trainer.state, trainer.config.run.folder
     trainer.stop.wait()
     trainer.recorder.settle()
+    if trainer.stops_early and not trainer.signal:
+        better = f"the last {trainer.since} evaluations gave no better result (run.patience)"
+        log(f"stopped early after step {state.step} of {trainer.steps}: {better}")
+        save(trainer)
     trainer.writer.wait()
     if trainer.detail is not None:
         trainer.detail.write()
@@ -284,9 +298,10 @@ def finish(trainer: Trainer) -> None:
                 folder / "reconstruction.png", trainer.eval_model, task.validation or task.training, 6
             )
         trainer.metrics.close()
-        write_card(config, task.training.info, trainer.steps)
-        path = export(state.evaluated, config, "model.safetensors", trainer.steps)  # last: it ends the run
-        log(f"done: {path} after {trainer.clock.elapsed():.0f} s of training")
+        write_card(config, task.training.info, state.step)
+        path = export(state.evaluated, config, "model.safetensors", state.step)  # last: it ends the run
+        best = f"; {best_text(trainer.best)}: best.safetensors" if trainer.best else ""
+        log(f"done: {path} after {trainer.clock.elapsed():.0f} s of training{best}")
     trainer.run.close()
     # torchrun sends SIGTERM to the others once a process has ended: none may end before rank 0 has saved.
     distributed.barrier()

@@ -15,7 +15,7 @@ from train import distributed
 from train.config import RunConfig
 from train.console import log, screen
 from train.distributed import World, gather
-from train.metrics import TIMING_COLUMNS, MetricsWriter
+from train.metrics import TIMING_COLUMNS, MetricsWriter, Row, best_text
 
 LOSS, NORM, BAD, GOOD, SKIPPED, IN_A_ROW = range(6)
 HIDDEN = (*TIMING_COLUMNS, "samples", "step", "skipped", "bad", "held_out")  # columns that are not printed
@@ -213,8 +213,8 @@ class Recorder:
         if (row := self.finish()) is not None:
             self.write(row)
 
-    def write(self, row: dict) -> None:
-        """Append a complete row to the metrics and print it."""
+    def write(self, row: dict, best: Row | None = None) -> None:
+        """Append a complete row to the metrics and print it, with the row of the best evaluation so far."""
         if self._metrics is not None:
             self._metrics.write(row)
         shown = {k: v for k, v in row.items() if k not in HIDDEN and v is not None}
@@ -223,8 +223,8 @@ class Recorder:
         text += f" | {row['samples_per_s']:.1f} samples/s, data wait {wait:.0f} %"
         counts = {"steps skipped": row["skipped"], "damaged samples replaced": row["bad"]}
         faults = "".join(f", {count} {what}" for what, count in counts.items() if count)
-        log(f"step {row['step']}: {text}{faults}")
-        screen.show(row, self._loss_column)
+        log(f"step {row['step']}: {text}{faults}{f' | {best_text(best)}' if best else ''}")
+        screen.show(row, self._loss_column, best_text(best or {}))
 
     def _fail(self, step: int, in_a_row: int) -> None:
         log(f"step {step}: {in_a_row} steps in a row had non-finite gradients")

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,6 +82,20 @@ def score(row: Row) -> float:
     if loss is None or not math.isfinite(loss):
         return -math.inf
     return -loss if accuracy is None else accuracy
+
+
+def best_of(rows: Iterable[Row]) -> Row:
+    """The row with the best evaluation, the first of equal ones; empty if no row has an evaluation."""
+    best = max(rows, key=score, default={})
+    return best if score(best) > -math.inf else {}
+
+
+def best_text(best: Row) -> str:
+    """What `best_of` found, as "best acc 0.9331 at step 300"; empty if it found none."""
+    if not best:
+        return ""
+    name = "loss_val" if best.get("acc") is None else "acc"
+    return f"best {name} {best[name]:.4g} at step {best['step']}"
 
 
 def read_csv(path: Path) -> list[dict]:

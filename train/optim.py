@@ -52,6 +52,12 @@ def warmup_steps(optim: OptimConfig, samples: int) -> int:
     return min(round(exact), total_steps(optim, samples))
 
 
+def eval_interval(optim: OptimConfig, samples: int) -> int:
+    """Steps between evaluations: an epoch, or what gives at least 10 and at most 100 evaluations per run."""
+    steps = total_steps(optim, samples)
+    return max(1, round(min(max(samples / optim.batch, steps / 100), steps / 10)))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, samples: int) -> None:
     """Set every group's learning rate for `step`, counted from 0: lr_scale x the schedule.
 

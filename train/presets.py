@@ -214,7 +214,7 @@ def tiny_kinetics_reference() -> FinetuneConfig:
     )
 
 
-PICO_RUN = RunConfig(log_every=10, eval_every=100, checkpoint_every=50)
+PICO_RUN = RunConfig(log_every=10, checkpoint_every=50)
 
 
 def image_mae_pico() -> MaeConfig:

@@ -19,7 +19,8 @@ from pipelines.config import Augment
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from pipelines.views import eval_rows, train_rows
-from tests.train_helpers import make_images, small
+from tests.train_helpers import call, make_images, small
+from tools.report import report
 from train import build, checkpoint, evaluate, finetune, loop, mae, optim
 from train.config import OptimConfig
 from train.console import curve
@@ -135,6 +136,23 @@ def test_best_weights_classes_and_steps_are_kept(images, tmp_path):
     assert [int(row["step"]) for row in steps] == list(range(1, rows[-1]["step"] + 1))
     first = [float(row["loss"]) for row in steps[: rows[0]["step"]]]
     assert rows[0]["loss"] == pytest.approx(sum(first) / len(first))
+
+
+def test_a_run_without_better_results_ends_early_and_its_best_one_is_shown(images, tmp_path):
+    config = small("image-ft-pico", images, tmp_path, "run", epochs=4.0, lr=1e-12)  # it learns nothing
+    settings = replace(config.run, eval_every=2, patience=3, checkpoint_every=100)
+    run = fit(replace(config, run=settings), finetune.make_task)
+    rows = [row for row in read_csv(run / "metrics.csv") if row["acc"] is not None]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    log, best = (run / "log.txt").read_text(), f"best acc {rows[0]['acc']:.4g} at step 2"
+    assert "stopped early after step 8 of 14" in log and log.count(best) == 5, "of 4 rows, and at the end"
+    assert best.removeprefix("best acc ") in call("train.evaluate", str(run), "--device", "cpu").stdout
+    assert f"{rows[0]['acc']:.1%} (step 2)" in report(run).read_text()
+    before = (run / "metrics.csv").read_bytes()
+    fit(replace(config, run=settings), finetune.make_task)  # from the checkpoint of step 8: nothing is left
+    assert (run / "metrics.csv").read_bytes() == before
+    fit(replace(config, run=replace(settings, patience=0)), finetune.make_task)
+    assert read_csv(run / "metrics.csv")[-1]["step"] == 14, "without patience it continues to its end"
 
 
 def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images, tmp_path):

@@ -47,6 +47,23 @@ def test_steps_are_counted_exactly(samples, batch, epochs, warmup_epochs, steps,
     assert optim.warmup_steps(settings, samples) == warmup
 
 
+@pytest.mark.parametrize(
+    ("samples", "batch", "epochs", "interval"),
+    [
+        (IMAGENET, 4096, 40, 313),  # one epoch
+        (IMAGENET, 4096, 400, 1251),  # 100 evaluations, one every 4 epochs
+        (270, 32, 10, 8),  # 85 steps of 8.4 to an epoch: 10 evaluations
+        (270, 32, 3, 3),  # 26 steps: at least 10 evaluations
+        (60, 12, 1, 1),  # fewer steps than 10
+        (100, 1000, 100, 1),  # an epoch is less than a step
+    ],
+)
+def test_a_run_is_evaluated_once_per_epoch_at_least_10_and_at_most_100_times(
+    samples: int, batch: int, epochs: float, interval: int
+):
+    assert optim.eval_interval(OptimConfig(batch=batch, epochs=epochs), samples) == interval
+
+
 def test_steps_are_the_smallest_number_that_covers_the_epochs():
     for samples in (1, 7, 96, 400, 1000):
         for batch in (1, 3, 64, 96):
