@@ -7,6 +7,7 @@ lists what it shows. Two groups of child processes run everything, because impor
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -122,6 +123,14 @@ def test_no_step_waits_for_the_device_and_no_launch_is_refused(alone, name: str)
 def test_no_launch_of_a_base_recipe_is_refused(alone, recipe: str):
     lines, folder, _ = alone
     assert found(lines, "launches", folder)[recipe] == 0
+
+
+def test_a_run_logs_which_micro_batch_would_fit(alone):
+    lines, folder, _ = alone
+    found(lines, "mae_rows", folder)
+    log = (folder.parent / "runs/rows/log.txt").read_text()
+    assert re.search(r"GPU memory: \d+\.\d of 80 GB at 6 rows per forward; about 12 would fit", log), log
+    assert log.count("GPU memory") == 1
 
 
 def test_a_resumed_run_needs_no_more_memory(alone):

@@ -87,6 +87,23 @@ def micro_batches(config: Config, processes: int, mixed: int = 1) -> tuple[int, 
     return micro * group, share // micro
 
 
+def log_memory(micro: int, accumulate: int, device: torch.device) -> None:
+    """Log what a step took on a GPU, and if it has several micro batches, which size of them would fit.
+
+    What the step took beyond its weights is divided by its rows. It includes the gradients, so that more
+    rows may fit than this says. A tenth of the memory stays free.
+    """
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    kept, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    others = total - free - torch.cuda.memory_reserved(device)  # DALI, NCCL and other processes
+    most = min(int((0.9 * total - others - kept) / max(1, peak - kept) * micro), micro * accumulate)
+    advice = f"; about {most} would fit (--speed.micro_batch) and may be faster" if most > micro else ""
+    used = f"{(total - free) / 2**30:.1f} of {total / 2**30:.0f} GB"
+    log(f"GPU memory: {used} at {micro} rows per forward{advice}")
+
+
 def training_batches(
     config: Config, world: World, dataset: Dataset, accumulate: int, start_step: int
 ) -> Iterator[Batch]:

@@ -20,6 +20,7 @@ from train.build import (
     check,
     compile_model,
     join,
+    log_memory,
     micro_batches,
     seed_weights,
     training_batches,
@@ -139,11 +140,11 @@ class Trainer:
         self.writer = checkpoint.Writer(folder / "checkpoints", config.run.keep)
         ending.finish_first(self.writer.wait)
 
-        micro, self.accumulate = micro_batches(config, world.size, task.mixed)
+        self.micro, self.accumulate = micro_batches(config, world.size, task.mixed)
         model = self.eval_model = NormalizedInput(state.model, config.data.frames).to(world.device)
         if state.ema is not None:
             self.eval_model = NormalizedInput(state.ema.module, config.data.frames).to(world.device)
-        blank = blank_batch(config.data, micro, world.device)
+        blank = blank_batch(config.data, self.micro, world.device)
         compile_model(model, config.speed, world.device, lambda: task.loss(model, blank))
         self.model = join(model, world)
         self.autocast = autocast_for(config.speed, world.device)
@@ -225,6 +226,8 @@ def _accumulate(
 def begin_row(trainer: Trainer) -> None:
     """Begin the metric row of this step; it is read one step later."""
     state, batch = trainer.state, trainer.config.optim.batch
+    if not trainer.clock.rows:
+        log_memory(trainer.micro, trainer.accumulate, trainer.run.world.device)
     row = trainer.clock.row(state.step, batch, trainer.run.world, trainer.task.operations)
     row["epoch"] = state.step * batch / len(trainer.task.training)
     row["lr"] = max(group["lr"] for group in state.optimizer.param_groups)

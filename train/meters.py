@@ -100,6 +100,7 @@ class Clock:
         self._coming: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet counted
         self._memory = 0.0  # GB, the most of all rows
         self.waited = 0.0  # seconds waited for the loader since this process began
+        self.rows = 0  # since this process began
         self.skip()
 
     def wait(self, batches: Iterator[Batch]) -> Batch:
@@ -143,6 +144,7 @@ class Clock:
             "mfu": _share_of_peak(operations / per_step / world.size, world.device),
             "max_mem_gb": self._memory,
         }
+        self.rows += 1
         self.skip()
         return row
 
