@@ -17,8 +17,9 @@ from typing import Annotated
 import tyro
 
 from pipelines.errors import UserError, run_cli
+from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image, plan_images
-from tools.kinetics import ClipOptions, load_clip, plan_clips
+from tools.kinetics import ClipOptions, plan_clips
 from tools.packing import PackOptions, run, source_folder
 from tools.videos import load_video
 

@@ -21,9 +21,10 @@ import tyro
 from models.inputs import NormalizedInput
 from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, run_cli
+from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image
 from tools.images import SUFFIXES, BadImage, Packed
-from tools.kinetics import ClipOptions, load_clip
+from tools.kinetics import ClipOptions
 from tools.shards import (
     Packing,
     PackPlan,

@@ -21,8 +21,9 @@ from PIL import Image, ImageOps
 from pipelines.errors import UserError, run_cli
 from tests.pipelines_fixtures import read_rows
 from tools import pack
+from tools.frames import longest_run
 from tools.imagenet import ImageOptions
-from tools.kinetics import ClipOptions, longest_run
+from tools.kinetics import ClipOptions
 from tools.packing import PackOptions
 
 ROOT = Path(__file__).resolve().parents[2]
