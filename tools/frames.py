@@ -6,7 +6,7 @@ clip is rejected.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from stat import S_ISDIR
@@ -15,7 +15,7 @@ from tools.images import COPIED, SUFFIXES, TRANSIENT, BadImage, Packed, mode_of,
 from tools.shards import Packing
 
 
-def load_clip(root: Path, source: str, packing: Packing) -> Packed:
+def load_clip(root: Path, source: str, packing: Packing) -> Iterator[Packed]:
     """Read and check the frames of one clip. Raises `BadImage` or `OSError`."""
     folder = root / source
     if not S_ISDIR(mode_of(folder)):
@@ -37,7 +37,7 @@ def load_clip(root: Path, source: str, packing: Packing) -> Packed:
     if _frame_number(files[last - 1])[0] - _frame_number(files[first])[0] >= last - first:
         notes.append("gaps in its frame numbers closed")
     change = "; ".join([*notes, *sorted(changes)]) or COPIED
-    return Packed([picture.frames[0] for picture in pictures], pictures[0].size, change)
+    yield Packed([picture.frames[0] for picture in pictures], pictures[0].size, change)
 
 
 def _read(path: Path, packing: Packing) -> Packed | BadImage:

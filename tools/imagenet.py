@@ -11,7 +11,7 @@ in one flat folder; their classes come from a file of one of three kinds, which 
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +51,9 @@ class ImageOptions(PackOptions):
         return Packing(self.short_side, self.shard_size, self.max_pixels, self.val_fraction, PIL.__version__)
 
 
-def load_image(root: Path, source: str, packing: Packing) -> Packed:
+def load_image(root: Path, source: str, packing: Packing) -> Iterator[Packed]:
     """Read and check one picture. Raises `BadImage` or `OSError`."""
-    return prepare(read_file(root / source), packing.short_side, packing.max_pixels)
+    yield prepare(read_file(root / source), packing.short_side, packing.max_pixels)
 
 
 def plan_images(source: Path, options: ImageOptions) -> PackPlan:

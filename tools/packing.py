@@ -252,7 +252,7 @@ def _pack_missing(jobs: Sequence[Job], options: PackOptions) -> str:
             rejected, unreadable = rejected + result.rejected, unreadable + result.unreadable
             example = example or result.example
             note = f"samples, {rejected} rejected" + (f", {unreadable} unreadable" if unreadable else "")
-            progress.update(bar, advance=result.packed + result.rejected, note=note)
+            progress.update(bar, advance=result.sources, note=note)
     if not unreadable:
         return ""
     return (

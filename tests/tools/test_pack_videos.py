@@ -3,7 +3,7 @@
 import io
 import os
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -74,7 +74,8 @@ def mux_jpeg(container, stream, jpeg: bytes) -> None:
 
 
 def load(path: Path, **settings) -> Packed:
-    return load_video(path.parent, path.name, replace(PACKING, **settings))
+    (packed,) = load_video(path.parent, path.name, replace(PACKING, **settings))
+    return packed
 
 
 def reason(path: Path, **options) -> str:
@@ -487,7 +488,7 @@ def test_absent_and_damaged_videos_are_in_the_catalogue(tmp_path):
         pack_tree(source, tmp_path / "out", fps=15.0)
 
 
-def crash(root: Path, source: str, packing: Packing) -> Packed:
+def crash(root: Path, source: str, packing: Packing) -> Iterator[Packed]:
     """Stands for a decoder that ends its process."""
     os.abort()
 
