@@ -10,7 +10,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,6 +96,7 @@ class PackPlan:
     classes: Sequence[str]
     splits: Mapping[str, Sequence[Sample]]
     packing: Packing
+    left_out: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # other files: count, example
 
     def settings(self) -> dict[str, object]:
         """What must be equal for a run to keep the shards of an earlier one."""
@@ -117,11 +118,15 @@ def shuffled(count: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(0).random_raw(count), kind="stable")
 
 
-def samples_of(listed: Sequence[tuple[str, str, str]], labels: Mapping[str, int]) -> list[Sample]:
-    """Samples in their final order from a sorted list of (source, class name or "", readable name)."""
+def samples_of(listed: Sequence[tuple[str, ...]], labels: Mapping[str, int]) -> list[Sample]:
+    """Samples in their final order from a sorted list of (source, class name or "", readable name, *others).
+
+    others: other files of the same video.
+    """
     numbered = [(index, *listed[index]) for index in shuffled(len(listed)).tolist()]
     return [
-        Sample(make_key(n, name), labels.get(kind, -1), kind, source) for n, source, kind, name in numbered
+        Sample(make_key(n, name), labels.get(kind, -1), kind, source, tuple(others))
+        for n, source, kind, name, *others in numbered
     ]
 
 

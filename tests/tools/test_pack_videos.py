@@ -19,7 +19,8 @@ from tests.tools.test_pack import ROOT, dali_decode, encoded, exif, frames_of, p
 from tools.images import BadImage, Packed
 from tools.kinetics import ClipOptions
 from tools.pack import pack_all, pack_clips
-from tools.packing import PackOptions, run
+from tools.packing import run
+from tools.samples import ListOptions
 from tools.shards import Packing, PackPlan, Sample, VideoPacking
 from tools.verify import verify
 from tools.videos import best_file, load_video, on_grid
@@ -534,7 +535,7 @@ def test_make_shards_takes_videos(tmp_path, monkeypatch, capsys):
     tree(
         tmp_path / "k400", {"train": ["train/-id0_000007_000017.mp4"], "val": ["val/-id1_000007_000017.mp4"]}
     )
-    assert pack_all(PackOptions(workers=1), videos=Path("k400")) == 0
+    assert pack_all(ListOptions(workers=1), videos=Path("k400")) == 0
     assert rows_of(tmp_path / "shards/kinetics")[0]["frames"] == 4
     assert "no images packed" not in capsys.readouterr().out, "nobody named any"
     assert "$(if $(VIDEOS),--videos '$(VIDEOS)')" in (ROOT / "Makefile").read_text()
