@@ -87,8 +87,11 @@ def split_off(listed: Sequence[Listed], fraction: float) -> tuple[list[Listed], 
 
 def unite(labels: Iterable[str]) -> dict[str, str]:
     """The identity of each class: itself, or the composed form if it is spelled in two forms of Unicode."""
+    names = {*labels}
+    if any(readable(label) != label for label in names):  # in another encoding, equal forms are a coincidence
+        return {label: label for label in names}
     spellings: dict[str, set[str]] = {}
-    for label in labels:
+    for label in names:
         spellings.setdefault(normalize("NFC", label), set()).add(label)
     several = [nfc for nfc, found in spellings.items() if len(found) > 1]
     if several:
