@@ -111,7 +111,7 @@ def read_text(path: Path, flag: str) -> str:
 def parse(path: Path, text: str, find: Find) -> tuple[str, list[Line]]:
     """(format, lines) of a list; (its first line, []) if it names no path that `find` finds.
 
-    Raises UserError if a line has not the format of the others.
+    Raises `UserError` if a line has another format than most lines.
     """
     if text.lstrip()[0] in "[{":
         rows = _objects(path, text)
@@ -165,11 +165,8 @@ def _path_column(rows: Rows, find: Find) -> tuple[int, float, bool]:
     sample = [cells for _, cells in _sample(rows)]
     found = [sum(bool(find(cells[n])) for cells in sample if n < len(cells)) for n in range(_width(rows))]
     most = max(found, default=0)
-    return (
-        found.index(most) if most else 0,
-        most / max(1, len(sample)),
-        len({len(row) for _, row in rows}) == 1,
-    )
+    same_width = len({len(cells) for _, cells in rows}) == 1
+    return found.index(most) if most else 0, most / max(1, len(sample)), same_width
 
 
 def _width(rows: Rows) -> int:
@@ -200,10 +197,8 @@ def _table(path: Path, rows: Rows, column: int, separator: str, find: Find) -> t
         raise UserError(f"{path} has {width} columns and no heading; keep two, the path and the class.")
     if others and first[others[0]] == "template":  # SSv2: [something] is something in its list of classes
         lines = [line._replace(label=re.sub(r"[\[\]]", "", line.label)) for line in lines]
-    what = (
-        f"columns {', '.join([first[column], *(first[n] for n in others)])}" if heading else "path and class"
-    )
-    return f"{what} {f'separated by {SEPARATORS[separator]}' if separator else 'of a JSON file'}", lines
+    names = ", ".join(first[n] for n in (column, *others)) if heading else "path, class"
+    return f"{names} {f'separated by {SEPARATORS[separator]}' if separator else 'in JSON'}", lines
 
 
 def _are_words(cells: Sequence[str]) -> bool:
@@ -237,11 +232,11 @@ def _lines(path: Path, lines: Sequence[tuple[int, str]], find: Find) -> tuple[st
     known = {line.label for n, line in enumerate(parsed) if n not in {*absent}}
     for n in absent:
         parsed[n] = _absent(parsed[n], known)
-    first = parsed[0]
+    first, heading = parsed[0], ""
     if absent[:1] == [0] and first.label not in known and _are_words([first.path, first.label]):
-        parsed = parsed[1:]  # a heading
+        parsed, heading = parsed[1:], " after a heading"
     what = "a path per line" if known == {""} else "path and class per line"
-    return what, parsed
+    return what + heading, parsed
 
 
 def _absent(line: Line, known: set[str]) -> Line:

@@ -101,12 +101,12 @@ def pack_all(
     for path, default in ((images, IMAGES), (clips, FRAMES)):
         if path != default and not path.is_dir():
             raise UserError(f"{path} does not exist; check IMAGES=, FRAMES= and VIDEOS=")
-    if not images.is_dir() and not clips.is_dir():
-        raise UserError(HOW_TO_GET_DATA)
-    codes, by_default = [], (images, clips) == (IMAGES, FRAMES)
     listed = options.train_list is not None or options.val_list is not None
     if listed and (images == IMAGES) == (clips == FRAMES):
         raise UserError("a list is for one folder; name it, either with IMAGES= or with FRAMES= or VIDEOS=.")
+    if not images.is_dir() and not clips.is_dir():
+        raise UserError(HOW_TO_GET_DATA)
+    codes, by_default = [], (images, clips) == (IMAGES, FRAMES)
     if images.is_dir() and not (listed and images == IMAGES):
         codes.append(pack_images(images, out / "imagenet", ImageOptions(**asdict(options))))
     elif by_default:
