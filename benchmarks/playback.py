@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from pipelines.errors import run_cli
-from tools.kinetics import read_annotations
+from tools.kinetics import find_list, read_annotations
 
 FRAMES = 16
 ORDERS = ("smooth", "to and fro", "jumbled")
@@ -42,7 +42,8 @@ def playback(frames: Path, annotations: Path, out: Path) -> None:
         with (out / "annotations" / f"tiny_{split}.csv").open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(["label", "youtube_id", "time_start", "time_end"])
-            for clip in read_annotations(annotations, split):
+            path = find_list(annotations, split)
+            for clip in read_annotations(path) if path else ():
                 files = sorted((frames / clip.label.replace(" ", "_") / clip.name()).iterdir())
                 first = (len(files) - FRAMES) // 2
                 for label in ORDERS if first >= 0 else ():

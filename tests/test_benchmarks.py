@@ -98,7 +98,7 @@ def test_playback_differs_only_in_the_order_of_frames(tmp_path: Path):
     assert found["smooth"] == list(range(2, 18))
     assert found["to and fro"][:4] == [3, 2, 5, 4]
     assert sorted(found["jumbled"]) == sorted(found["to and fro"]) == found["smooth"] != found["jumbled"]
-    assert len(read_annotations(tmp_path / "out/annotations", "train")) == 3
+    assert len(read_annotations(tmp_path / "out/annotations/tiny_train.csv")) == 3
     assert not list((tmp_path / "out").rglob("short*"))
 
 

@@ -41,7 +41,14 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 class BadImage(Exception):
-    """A file that cannot be packed. Its text is the reason, the same for all files with one problem."""
+    """A file that cannot be packed. Its text is the reason, the same for all files with one problem.
+
+    span: the part of the source that it concerns, as in `Packed`; "" for the whole source.
+    """
+
+    def __init__(self, reason: str, span: str = "") -> None:
+        super().__init__(reason)
+        self.span = span
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Packed:
     frames: Sequence[bytes]
     size: tuple[int, int]  # width, height
     change: str
+    span: str = ""  # of a clip that is part of a longer one: "#t=START,END", seconds
 
 
 def read_file(path: Path) -> bytes:

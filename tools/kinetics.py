@@ -1,16 +1,13 @@
-"""List clips, kept as folders of frames or as video files, with annotations as Kinetics publishes them.
+"""Pack clips, kept as folders of frames or as video files: options, and the plan from folders or lists.
 
-If some frames of a clip are bad, its longest run of good frames is kept; of a damaged video, the part before
-the damage. If that is less than half of the clip, the clip is rejected.
+Kinetics' annotations name a clip by its video and its seconds, from which its file's name is made.
 """
 
 import csv
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from stat import S_ISDIR
 
@@ -18,16 +15,20 @@ import av
 import PIL
 
 from pipelines.errors import UserError
-from tools.images import COPIED, SUFFIXES, TRANSIENT, BadImage, Packed, mode_of, prepare, read_file
-from tools.packing import PackOptions, label_of
-from tools.shards import ClipPacking, Packing, PackPlan, VideoPacking, samples_of
+from tools.folders import FRAMES, VIDEOS
+from tools.images import mode_of
+from tools.listing import Listed, Listing, plan_of
+from tools.lists import read_text
+from tools.samples import ListOptions, list_samples
+from tools.shards import ClipPacking, PackPlan, VideoPacking
 from tools.videos import best_file, find_videos
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+SPLITS = {"train": r"train(?:ing)?", "val": r"val(?:id|idation)?"}  # in the names of lists
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipOptions(PackOptions):
+class ClipOptions(ListOptions):
     """Options of packing clips. Raises UserError for a value out of its range."""
 
     shard_size: int = 64
@@ -67,28 +68,69 @@ class Clip:
         return f"{self.video}_{self.start:06d}_{self.end:06d}"
 
 
-def plan_clips(root: Path, annotations: Path, options: ClipOptions, videos: bool) -> PackPlan:
-    """Read the annotations; decide label, key and order of every clip. Raises `UserError`."""
-    source_of = video_finder(root) if videos else partial(frame_folder, root)
-    listed = {split: read_annotations(annotations, split) for split in ("train", "val")}
-    classes = sorted({clip.label for clip in listed["train"]})
-    labels = label_of(classes, [clip.label for clip in listed["val"]], str(annotations))
-    splits = {
-        split: samples_of(sorted((source_of(clip, split), clip.label, clip.name()) for clip in clips), labels)
-        for split, clips in listed.items()
-    }
-    if not any((root / sample.source).exists() for samples in splits.values() for sample in samples):
-        example = root / splits["train"][0].source
+FilesOf = Callable[[Clip, str], Sequence[str]]  # the files of a clip of a split below the root, best first
+
+
+def plan_clips(root: Path, annotations: Path | None, options: ClipOptions, videos: bool) -> PackPlan:
+    """List the clips below `root`; decide label, key and order of every clip. Raises `UserError`."""
+    lists = {"train": options.train_list, "val": options.val_list}
+    if annotations is not None:
+        lists = {split: path or find_list(annotations, split) for split, path in lists.items()}
+    train, val = lists["train"], lists["val"]
+    if train is not None and is_kinetics(train):
+        listing = _listing(root, train, val, video_finder(root) if videos else partial(frame_folder, root))
+    else:
+        listing = list_samples(root, VIDEOS if videos else FRAMES, train, val, None)
+    packing = options.packing(videos)
+    if listing.val is None:
+        packing = replace(packing, val_fraction=options.val_fraction)
+    return plan_of("video", listing, options.val_fraction, packing, str(annotations or root))
+
+
+def _listing(root: Path, train: Path, val: Path | None, files_of: FilesOf) -> Listing:
+    """The clips of one or two annotation files."""
+    listed: dict[str, list[Listed]] = {}
+    for split, path in (("train", train), ("val", val)):
+        for clip in read_annotations(path) if path is not None else ():
+            source, *others = files_of(clip, split)
+            item = Listed(source, clip.label, clip.name(), clip.video, tuple(others))
+            listed.setdefault(split, []).append(item)
+    every = [item for items in listed.values() for item in items]
+    if not any((root / item.source).exists() for item in every):
+        example = root / min(item.source for item in every)
         raise UserError(f"{root} has none of the annotated clips, such as {example}; check the folder.")
-    return PackPlan("video", classes, splits, options.packing(videos))
+    return Listing(listed["train"], listed.get("val"))
 
 
-def read_annotations(folder: Path, split: str) -> list[Clip]:
-    """The clips in tiny_<split>.csv, or otherwise in <split>.csv. Raises `UserError`."""
-    paths = [folder / f"tiny_{split}.csv", folder / f"{split}.csv"]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise UserError(f"{folder} holds neither {paths[0].name} nor {paths[1].name}; check --annotations.")
+def find_list(folder: Path, split: str) -> Path | None:
+    """The list of a split in a folder: tiny_<split>.csv, or <split>.csv, or the only one with such a name.
+
+    None if there is no list for validation. Raises `UserError`.
+    """
+    names = f"tiny_{split}.csv", f"{split}.csv"
+    if found := [folder / name for name in names if (folder / name).is_file()]:
+        return found[0]
+    named = re.compile(
+        rf"(?:.*[^a-z])?{SPLITS[split]}(?:_?list)?(?:[^a-z].*)?\.(?:csv|tsv|txt|json)", re.IGNORECASE
+    )
+    found = sorted(path for path in folder.iterdir() if named.fullmatch(path.name))
+    if len(found) > 1:
+        few = ", ".join(path.name for path in found[:3])
+        raise UserError(f"{folder} holds several lists for {split}: {few}; name one with --{split}-list.")
+    if not found and split == "train":
+        raise UserError(
+            f"{folder} holds neither {names[0]} nor {names[1]} nor another list for it; check --annotations."
+        )
+    return found[0] if found else None
+
+
+def is_kinetics(path: Path) -> bool:
+    """True if a list has the columns of Kinetics."""
+    return "youtube_id" in read_text(path, "the list").lstrip().partition("\n")[0].split(",")
+
+
+def read_annotations(path: Path) -> list[Clip]:
+    """The clips of an annotation file. Raises `UserError`."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -115,82 +157,27 @@ def _clip(row: dict[str, str | None], where: str) -> Clip:
     return clip
 
 
-def frame_folder(frames: Path, clip: Clip, split: str) -> str:
+def frame_folder(frames: Path, clip: Clip, split: str) -> Sequence[str]:
     """The clip's folder below `frames`. Labels are published with underscores; some copies have spaces."""
     underscored = f"{clip.label.replace(' ', '_')}/{clip.name()}"
     spaced = f"{clip.label}/{clip.name()}"
-    return spaced if spaced != underscored and S_ISDIR(mode_of(frames / spaced)) else underscored
+    return [spaced if spaced != underscored and S_ISDIR(mode_of(frames / spaced)) else underscored]
 
 
-def video_finder(videos: Path) -> Callable[[Clip, str], str]:
-    """A function from a clip and its split to the clip's file below `videos`.
+def video_finder(videos: Path) -> FilesOf:
+    """A function from a clip and its split to the clip's files below `videos`.
 
     Copies of Kinetics differ in folders (by label, by split or none) and in suffixes.
     """
     found = find_videos(videos)
 
-    def find(clip: Clip, split: str) -> str:
+    def find(clip: Clip, split: str) -> Sequence[str]:
         label = clip.label.replace(" ", "_")
         paths = found.get((clip.video, clip.start, clip.end), [f"{label}/{clip.name()}.mp4"])
-        return best_file(paths, (split, clip.label, label))
+        best = best_file(paths, (split, clip.label, label))
+        return [
+            best,
+            *(path for path in paths if path != best and Path(path).suffix.lower() in VIDEOS.suffixes),
+        ]
 
     return find
-
-
-def load_clip(root: Path, source: str, packing: Packing) -> Packed:
-    """Read and check the frames of one clip. Raises `BadImage` or `OSError`."""
-    folder = root / source
-    if not S_ISDIR(mode_of(folder)):
-        raise BadImage("no frame folder")
-    listed = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    files = sorted((path for path in listed if not path.name.startswith(".")), key=_frame_number)
-    if not files:
-        raise BadImage("no frames in its folder")
-    read = [_read(path, packing) for path in files]
-    first, last = longest_run([isinstance(frame, Packed) for frame in read])
-    if 2 * (last - first) < len(files):
-        reasons = Counter(str(frame) for frame in read if isinstance(frame, BadImage))
-        raise BadImage(f"under half of its frames in a row are good: {reasons.most_common(1)[0][0]}")
-    pictures = _one_size(
-        files[first:last], [frame for frame in read[first:last] if isinstance(frame, Packed)], packing
-    )
-    changes = {picture.change for picture in pictures} - {COPIED}
-    notes = ["bad frames cut off"] if last - first < len(files) else []
-    if _frame_number(files[last - 1])[0] - _frame_number(files[first])[0] >= last - first:
-        notes.append("gaps in its frame numbers closed")
-    change = "; ".join([*notes, *sorted(changes)]) or COPIED
-    return Packed([picture.frames[0] for picture in pictures], pictures[0].size, change)
-
-
-def _read(path: Path, packing: Packing) -> Packed | BadImage:
-    try:
-        return prepare(read_file(path), packing.short_side, packing.max_pixels)
-    except BadImage as error:
-        return error
-    except OSError as error:
-        if error.errno in TRANSIENT:  # the frame may be good, so it is read again
-            raise
-        return BadImage(f"cannot be read: {error.strerror}")
-
-
-def _frame_number(path: Path) -> tuple[int, str]:
-    """Sort key of frames: the last number in the name, zero-padded or not."""
-    numbers = re.findall(r"\d+", path.stem)
-    return int(numbers[-1]) if numbers else -1, path.name
-
-
-def longest_run(good: Sequence[bool]) -> tuple[int, int]:
-    """The first longest run of True in `good`, as (start, end past it)."""
-    runs = [list(run) for value, run in groupby(range(len(good)), key=good.__getitem__) if value]
-    longest = max(runs, key=len, default=[])
-    return (longest[0], longest[-1] + 1) if longest else (0, 0)
-
-
-def _one_size(files: Sequence[Path], pictures: Sequence[Packed], packing: Packing) -> list[Packed]:
-    """Resize frames of other sizes to the clip's most frequent size."""
-    goal = Counter(picture.size for picture in pictures).most_common(1)[0][0]
-    limits = (packing.short_side, packing.max_pixels, goal)
-    return [
-        picture if picture.size == goal else prepare(read_file(path), *limits)
-        for path, picture in zip(files, pictures, strict=True)
-    ]

@@ -4,6 +4,8 @@
     python -m tools.pack clips --frames data/tiny-kinetics-400/data_30fps_frames \\
         --annotations data/tiny-kinetics-400/annotations --out shards/tiny-kinetics-400
     python -m tools.pack clips --videos data/k400 --annotations data/k400/annotations --out shards/k400
+    python -m tools.pack clips --videos data/UCF-101 --out shards/ucf101
+    python -m tools.pack clips --videos data/ssv2 --annotations data/ssv2-labels --out shards/ssv2
     python -m tools.pack all --images data/imagenet --frames data/tiny-kinetics-400    (= make shards)
 
 After an interruption, the same command continues. `python -m tools.pack images --help` lists the options.
@@ -17,9 +19,11 @@ from typing import Annotated
 import tyro
 
 from pipelines.errors import UserError, run_cli
+from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image, plan_images
-from tools.kinetics import ClipOptions, load_clip, plan_clips
-from tools.packing import PackOptions, run, source_folder
+from tools.kinetics import ClipOptions, plan_clips
+from tools.packing import run, source_folder
+from tools.samples import ListOptions
 from tools.videos import load_video
 
 IMAGES, FRAMES = Path("data/imagenet"), Path("data/tiny-kinetics-400")
@@ -31,13 +35,15 @@ HOW_TO_GET_DATA = f"""nothing to pack. Put data in place, then run make shards a
   or try everything on generated data: make demo"""
 
 Flat = tyro.conf.arg(name="")  # the options of a dataclass without a prefix
+CLIPS = ClipOptions()
 
 
 def pack_images(source: Path, out: Path, options: Annotated[ImageOptions, Flat]) -> int:
-    """Pack pictures into shards: ImageNet as published, class folders, or a flat folder.
+    """Pack pictures into shards: ImageNet as published, class folders, lists, or a flat folder.
 
     Args:
-        source: folder with train/<class>/* and val/<class>/*, or <class>/*, or pictures without classes.
+        source: folder with train/<class>/* and val/<class>/*, or <class>/*, or pictures without classes; with
+            --train-list, the folder to which its paths are relative.
         out: folder to write, for example shards/imagenet.
         options: see `ImageOptions`.
     """
@@ -46,31 +52,35 @@ def pack_images(source: Path, out: Path, options: Annotated[ImageOptions, Flat])
 
 
 def pack_clips(
-    annotations: Path,
-    out: Path,
-    options: Annotated[ClipOptions, Flat],
+    annotations: Path | None = None,
+    out: Path = tyro.MISSING,
+    options: Annotated[ClipOptions, Flat] = CLIPS,
     frames: Path | None = None,
     videos: Path | None = None,
 ) -> int:
-    """Pack clips into shards, from folders of frames or from video files, with Kinetics' annotations.
+    """Pack clips into shards, from folders of frames or from video files.
 
     Args:
-        annotations: folder with tiny_train.csv and tiny_val.csv, or train.csv and val.csv.
+        annotations: folder with tiny_train.csv and tiny_val.csv, or train.csv and val.csv, as Kinetics
+            publishes them, or with other lists of train and val; without any list, folders decide.
         out: folder to write, for example shards/tiny-kinetics-400.
         options: see `ClipOptions`.
-        frames: folder with <label>/<youtube_id>_<start>_<end>/frame_00001.jpg ...
-        videos: instead of frames, folder with <youtube_id>_<start>_<end>.mp4 ... in folders of any depth.
+        frames: folder with <class>/<clip>/frame_00001.jpg ..., or train/<class>/<clip>/... and val/...; with
+            Kinetics' annotations a clip is <youtube_id>_<start>_<end>.
+        videos: instead of frames, folder with <class>/*.mp4, or train/<class>/*.mp4 and val/...; with
+            Kinetics' annotations <youtube_id>_<start>_<end>.mp4 ... in folders of any depth.
     """
     if (root := frames or videos) is None or (frames and videos):
         raise UserError("clips come from one of --frames and --videos; give one of them.")
     source_folder(root, *(("--videos", "the video files") if videos else ("--frames", "the label folders")))
-    source_folder(annotations, "--annotations", "tiny_train.csv and tiny_val.csv")
+    if annotations is not None:
+        source_folder(annotations, "--annotations", "the lists for train and val")
     plan = plan_clips(root, annotations, options, videos is not None)
     return run(plan, root, out, load_video if videos else load_clip, options)
 
 
 def pack_all(
-    options: Annotated[PackOptions, Flat],
+    options: Annotated[ListOptions, Flat],
     images: Path = IMAGES,
     frames: Path = FRAMES,
     videos: Path | None = None,
@@ -79,10 +89,10 @@ def pack_all(
     """Pack images and clips, whichever exist.
 
     Args:
-        options: see `PackOptions`.
+        options: see `ListOptions` and `PackOptions`.
         images: folder as for `tools.pack images`.
-        frames: folder with data_30fps_frames/ and annotations/.
-        videos: instead of frames, folder with video files and annotations/.
+        frames: folder as for `tools.pack clips`, or with data_30fps_frames/ and annotations/.
+        videos: instead of frames, folder as for `tools.pack clips`; lists may be in its folder annotations/.
         out: folder for both results, imagenet and kinetics.
     """
     if videos is not None and frames != FRAMES:
@@ -91,17 +101,22 @@ def pack_all(
     for path, default in ((images, IMAGES), (clips, FRAMES)):
         if path != default and not path.is_dir():
             raise UserError(f"{path} does not exist; check IMAGES=, FRAMES= and VIDEOS=")
+    listed = options.train_list is not None or options.val_list is not None
+    if listed and (images == IMAGES) == (clips == FRAMES):
+        raise UserError("a list is for one folder; name it, either with IMAGES= or with FRAMES= or VIDEOS=.")
     if not images.is_dir() and not clips.is_dir():
         raise UserError(HOW_TO_GET_DATA)
     codes, by_default = [], (images, clips) == (IMAGES, FRAMES)
-    if images.is_dir():
+    if images.is_dir() and not (listed and images == IMAGES):
         codes.append(pack_images(images, out / "imagenet", ImageOptions(**asdict(options))))
     elif by_default:
         print(f"{images} does not exist: no images packed")
-    if clips.is_dir():
-        source = {"videos": videos} if videos else {"frames": frames / "data_30fps_frames"}
-        folders = (clips / "annotations", out / "kinetics")
-        codes.append(pack_clips(*folders, ClipOptions(**asdict(options)), **source))
+    if clips.is_dir() and not (listed and clips == FRAMES):
+        published = frames / "data_30fps_frames"
+        source = {"videos": videos} if videos else {"frames": published if published.is_dir() else frames}
+        folder = clips / "annotations"
+        annotations = folder if folder.is_dir() and not listed else None
+        codes.append(pack_clips(annotations, out / "kinetics", ClipOptions(**asdict(options)), **source))
     elif by_default:
         print(f"{frames} does not exist: no clips packed")
     return max(codes)

@@ -25,10 +25,12 @@ from pipelines.files import lock, sync
 from pipelines.machine import usable_cores
 from tools.executors import local, on_ray
 from tools.images import COPIED
-from tools.shards import PLAN_FILE, Job, Load, PackPlan, Result, finish, is_done, jobs_of
+from tools.shards import PLAN_FILE, Job, Load, PackPlan, Result, finish, is_done, jobs_of, readable
 
 UNFINISHED = (".*.tmp-*",)  # the temporary files of writers that were killed
+LEFT_OUT = 12  # most kinds of other files in the closing table
 UNLOCKED = "another process that packs into this folder would not be noticed, so make sure there is none"
+IGNORED = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "Thumbs.db", "desktop.ini"})
 NOTES = ("[0-9]*.parquet", PLAN_FILE)  # an unfinished dataset's rows per shard and its plan
 
 
@@ -97,7 +99,15 @@ def source_folder(path: Path, flag: str, what: str) -> Path:
 
 
 def walk(top: Path) -> Iterator[Path]:
-    """Every file below `top` that is not hidden; links are followed. Raises `UserError`."""
+    """Every file of `walk_folders`."""
+    return (folder / name for folder, files in walk_folders(top) for name in files)
+
+
+def walk_folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder from `top` on with the names of its files; links are followed. Raises `UserError`.
+
+    Hidden files and folders are left out, and those that systems add.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(
@@ -109,8 +119,8 @@ def walk(top: Path) -> Iterator[Path]:
         if any(here.samefile(parent) for parent in here.parents if parent.is_relative_to(top)):
             folders.clear()  # a link back to a folder above would never end
             continue
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (here / name for name in files if not name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in IGNORED]
+        yield here, [name for name in files if not name.startswith(".") and name not in IGNORED]
 
 
 def label_of(classes: Sequence[str], val_classes: Sequence[str], where: str) -> dict[str, int]:
@@ -144,7 +154,7 @@ def run(plan: PackPlan, root: Path, out: Path, load: Load, options: PackOptions)
             read_info(out)  # raises UserError for a dataset of an earlier format
             console.print(f"{out} is already packed with these settings.", soft_wrap=True)
         remove(out, plan.splits, *NOTES)
-    return _report(console, out, plan.splits, options.max_reject)
+    return _report(console, out, plan, options.max_reject)
 
 
 def remove(out: Path, splits: Iterable[str], *patterns: str) -> None:
@@ -252,7 +262,7 @@ def _pack_missing(jobs: Sequence[Job], options: PackOptions) -> str:
             rejected, unreadable = rejected + result.rejected, unreadable + result.unreadable
             example = example or result.example
             note = f"samples, {rejected} rejected" + (f", {unreadable} unreadable" if unreadable else "")
-            progress.update(bar, advance=result.packed + result.rejected, note=note)
+            progress.update(bar, advance=result.sources, note=note)
     if not unreadable:
         return ""
     return (
@@ -261,11 +271,13 @@ def _pack_missing(jobs: Sequence[Job], options: PackOptions) -> str:
     )
 
 
-def _report(console: Console, out: Path, splits: Iterable[str], max_reject: float) -> int:
-    """Print a table of packed, changed and rejected samples with reasons; return the exit code."""
+def _report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> int:
+    """Print a table of classes, samples by what happened to them, and other files; return the exit code."""
     table = Table("split", "what", "samples", "example", title=str(out))
+    names = ", ".join([*plan.classes[:3], *["..."] * (len(plan.classes) > 3)])
+    table.add_row("", "classes", str(len(plan.classes)), names or "the samples have no classes")
     total = rejected = 0
-    for split in splits:
+    for split in plan.splits:
         for row in _outcomes(out / f"{split}.arrow"):
             count, change, example = row["source_count"], row["change"], row["source_min"]
             total += count
@@ -274,6 +286,8 @@ def _report(console: Console, out: Path, splits: Iterable[str], max_reject: floa
             else:
                 rejected += count
                 table.add_row(split, f"rejected: {row['reason']}", str(count), example, style="red")
+    for what, (count, example) in sorted(plan.left_out.items(), key=lambda item: -item[1][0])[:LEFT_OUT]:
+        table.add_row("", f"left out: {what}", str(count), readable(example))
     console.print(table)
     if rejected <= max_reject * total:
         return 0

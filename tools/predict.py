@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ import tyro
 from models.inputs import NormalizedInput
 from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, run_cli
+from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image
 from tools.images import SUFFIXES, BadImage, Packed
-from tools.kinetics import ClipOptions, load_clip
+from tools.kinetics import ClipOptions
 from tools.shards import (
     Packing,
     PackPlan,
@@ -140,13 +141,14 @@ def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out
     return [row["reason"] for row in sorted(listed, key=lambda row: row["key"])]  # keys begin with the index
 
 
-def load(root: Path, source: str, packing: Packing) -> Packed:
+def load(root: Path, source: str, packing: Packing) -> Iterator[Packed | BadImage]:
     """Read one picture, or for clips a video or a folder of frames. Raises `BadImage` or `OSError`."""
     clips = isinstance(packing, VideoPacking)
     if clips and (root / source).is_dir():
-        return load_clip(root, source, packing)
+        yield from load_clip(root, source, packing)
+        return
     try:
-        return (load_video if clips else load_image)(root, source, packing)
+        yield from (load_video if clips else load_image)(root, source, packing)
     except BadImage as error:
         raise BadImage(f"{error} (this run takes {'clips' if clips else 'pictures'})") from error
 

@@ -8,10 +8,9 @@ import hashlib
 import json
 import re
 import tarfile
-import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +23,9 @@ import pyarrow.parquet as pq
 from pipelines.dataset import FORMAT_VERSION, SCHEMA
 from pipelines.files import atomic_text, atomic_write, sha256_of
 from tools.images import TRANSIENT, BadImage, Packed
+from tools.sources import PAUSES, Part, read_source
 
 PLAN_FILE = ".plan.json"
-PAUSES = (0.2, 1.0, 5.0)  # seconds before a failed read is repeated
 JSON_FIELDS = ("label", "class_name", "source", "width", "height", "frames")  # columns copied to KEY.json
 
 
@@ -58,21 +57,26 @@ class VideoPacking(ClipPacking):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One source sample: an image file or a folder of frames."""
+    """One source: an image file, a folder of frames or a video. A long video becomes several samples."""
 
     key: str
     label: int
     class_name: str
     source: str  # path below the source folder
+    others: tuple[str, ...] = ()  # other files of the same video, read if that one cannot be packed
 
 
 Row = dict[str, Any]  # one row of the catalogue
-Load = Callable[[Path, str, Packing], Packed]
+Load = Callable[[Path, str, Packing], Iterator[Part]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to write: `load(root, source, packing)` reads a sample or raises `BadImage`."""
+    """One shard to write.
+
+    `load(root, source, packing)` yields the samples of a source, and for each part that is rejected a
+    `BadImage`; it raises `BadImage` if nothing can be packed.
+    """
 
     root: Path
     folder: Path
@@ -92,13 +96,15 @@ class PackPlan:
     classes: Sequence[str]
     splits: Mapping[str, Sequence[Sample]]
     packing: Packing
+    left_out: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # other files: count, example
 
     def settings(self) -> dict[str, object]:
         """What must be equal for a run to keep the shards of an earlier one."""
         digest = hashlib.sha256()
         for split, samples in self.splits.items():
             for sample in samples:
-                digest.update(json.dumps([split, *asdict(sample).values()]).encode())
+                named = [split, sample.key, sample.label, sample.class_name, sample.source]
+                digest.update(json.dumps(named).encode())
         return {**asdict(self.packing), "source_sha256": digest.hexdigest()}
 
 
@@ -112,11 +118,15 @@ def shuffled(count: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(0).random_raw(count), kind="stable")
 
 
-def samples_of(listed: Sequence[tuple[str, str, str]], labels: Mapping[str, int]) -> list[Sample]:
-    """Samples in their final order from a sorted list of (source, class name or "", readable name)."""
+def samples_of(listed: Sequence[tuple[str, ...]], labels: Mapping[str, int]) -> list[Sample]:
+    """Samples in their final order from a sorted list of (source, class name or "", readable name, *others).
+
+    others: other files of the same video.
+    """
     numbered = [(index, *listed[index]) for index in shuffled(len(listed)).tolist()]
     return [
-        Sample(make_key(n, name), labels.get(kind, -1), kind, source) for n, source, kind, name in numbered
+        Sample(make_key(n, name), labels.get(kind, -1), kind, source, tuple(others))
+        for n, source, kind, name, *others in numbered
     ]
 
 
@@ -126,11 +136,11 @@ def readable(text: str) -> str:
 
 
 class Result(NamedTuple):
-    """Counts of a shard's samples. If some are unreadable, the shard is not written."""
+    """Counts of a shard. If some samples are unreadable, it is not written."""
 
-    packed: int
-    rejected: int
-    unreadable: int = 0
+    sources: int
+    rejected: int  # samples
+    unreadable: int = 0  # samples
     example: str = ""  # an unreadable source and the reason
 
 
@@ -151,66 +161,65 @@ def pack_shard(job: Job) -> Result:
             atomic_write(stem.with_suffix(".tar")) as path,
             tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar,
         ):
-            lines = [_add_sample(tar, sample, job, rows, unreadable) for sample in job.samples]
+            index = [line for sample in job.samples for line in _add(tar, sample, job, rows, unreadable)]
             if unreadable:
                 raise _UnreadableError
     except _UnreadableError:
         return Result(0, 0, len(unreadable), unreadable[0])
-    index = [line for line in lines if line]
     atomic_text(stem.with_suffix(".idx"), "".join([f"v1.2 {len(index)}\n", *index]))
     with atomic_write(stem.with_suffix(".parquet")) as path:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
-    return Result(len(index), len(rows) - len(index))
+    return Result(len(job.samples), len(rows) - len(index))
 
 
-def load_sample(job: Job, source: str, pauses: Sequence[float]) -> Packed:
-    """Read a sample; if the storage fails, read it again after each of the `pauses` (seconds).
+def _add(
+    tar: tarfile.TarFile, source: Sample, job: Job, rows: list[Row], unreadable: list[str]
+) -> Iterator[str]:
+    """Append the samples of a source to the tar and their rows to `rows`; yield their index lines.
 
-    Raises `BadImage` or `OSError`.
-    """
-    for pause in pauses:
-        try:
-            return job.load(job.root, source, job.packing)
-        except OSError as error:
-            if error.errno not in TRANSIENT:
-                raise
-        time.sleep(pause)
-    return job.load(job.root, source, job.packing)
-
-
-def _add_sample(
-    tar: tarfile.TarFile, sample: Sample, job: Job, rows: list[Row], unreadable: list[str]
-) -> str:
-    """Append one sample to the tar and its row to `rows`; return its index line, "" if it is rejected.
-
-    If the storage fails to deliver the sample, it is added to `unreadable`. Later samples of the shard are
+    If the storage fails to deliver the source, it is added to `unreadable`. Later samples of the shard are
     then read only once, so that a shard waits for an outage once.
     """
-    row: Row = asdict(sample) | {"source": readable(sample.source), "frames": 0, "shard": -1}
-    row |= {"status": "rejected", "reason": "", "change": "", "width": 0, "height": 0, "sha256": ""}
-    row |= {"offsets": [], "sizes": [], "crcs": []}
-    rows.append(row)
+    paths, pauses = (source.source, *source.others), () if unreadable else PAUSES
+
+    def read(path: str) -> Iterator[Part]:
+        return job.load(job.root, path, job.packing)
+
     try:
-        packed = load_sample(job, sample.source, () if unreadable else PAUSES)
+        for number, (path, part) in enumerate(read_source(read, paths, pauses)):
+            key = f"{source.key}-{number}" if part.span else source.key
+            sample = replace(source, key=key, source=path + part.span)
+            rows.append(_rejected(sample, str(part) if isinstance(part, BadImage) else ""))
+            if isinstance(part, Packed):
+                yield _add_sample(tar, rows[-1], part, job)
     except BadImage as error:
-        row["reason"] = str(error)
-        return ""
+        rows.append(_rejected(source, str(error)))
     except OSError as error:
-        row["reason"] = f"cannot be read: {error.strerror}"
+        rows.append(_rejected(source, f"cannot be read: {error.strerror}"))
         if error.errno in TRANSIENT and not job.reject_unreadable:
-            unreadable.append(f"{row['source']} ({error.strerror})")
-        return ""
+            unreadable.append(f"{readable(source.source)} ({error.strerror})")
+
+
+def _rejected(sample: Sample, reason: str) -> Row:
+    """The row of a sample that is not packed."""
+    row = asdict(sample) | {"source": readable(sample.source), "frames": 0, "shard": -1}
+    row |= {"status": "rejected", "reason": reason, "change": "", "width": 0, "height": 0, "sha256": ""}
+    return row | {"offsets": [], "sizes": [], "crcs": []}
+
+
+def _add_sample(tar: tarfile.TarFile, row: Row, packed: Packed, job: Job) -> str:
+    """Append one sample to the tar, complete its row and return its index line."""
     row |= {"status": "ok", "change": packed.change, "shard": job.shard, "frames": len(packed.frames)}
     row["width"], row["height"] = packed.size
     places = [
-        (name, _add_member(tar, f"{sample.key}.{name}", data), len(data))
+        (name, _add_member(tar, f"{row['key']}.{name}", data), len(data))
         for name, data in members(row, packed.frames, job.kind)
     ]
     frames = places[: len(packed.frames)]
     row["offsets"], row["sizes"] = [offset for _, offset, _ in frames], [size for *_, size in frames]
     row["crcs"] = [zlib.crc32(frame) for frame in packed.frames]
     row["sha256"] = hashlib.sha256(b"".join(packed.frames)).hexdigest()
-    return index_line(sample.key, places)
+    return index_line(row["key"], places)
 
 
 def members(row: Row, frames: Sequence[bytes], kind: str) -> list[tuple[str, bytes]]:

@@ -89,7 +89,7 @@ def best_file(paths: Sequence[str], folders: Sequence[str]) -> str:
 # ---- one clip --------------------------------------------------------------------------------------------
 
 
-def load_video(root: Path, source: str, packing: Packing) -> Packed:
+def load_video(root: Path, source: str, packing: Packing) -> Iterator[Packed]:
     """Decode one clip to JPEGs as a `VideoPacking` requires. Raises `BadImage` or `OSError`."""
     assert isinstance(packing, VideoPacking)
     path = root / source
@@ -103,7 +103,8 @@ def load_video(root: Path, source: str, packing: Packing) -> Packed:
                 raise
         else:
             if file.error is None:
-                return packed
+                yield packed
+                return
         raise file.error
 
 

@@ -21,9 +21,10 @@ from PIL import Image, ImageOps
 from pipelines.errors import UserError, run_cli
 from tests.pipelines_fixtures import read_rows
 from tools import pack
+from tools.frames import longest_run
 from tools.imagenet import ImageOptions
-from tools.kinetics import ClipOptions, longest_run
-from tools.packing import PackOptions
+from tools.kinetics import ClipOptions
+from tools.samples import ListOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -444,7 +445,7 @@ def test_the_classes_of_a_flat_val_folder_are_read_from_a_file(tmp_path, kind):
     write(tmp_path / "labels", LABELS[kind].encode())
     write(tmp_path / "synsets", b"b kit fox\nc\na\n")
     synsets = tmp_path / "synsets" if kind == "numbers" else None
-    assert pack_images(source, tmp_path / "out", val_labels=tmp_path / "labels", synsets=synsets) == 0
+    assert pack_images(source, tmp_path / "out", val_list=tmp_path / "labels", synsets=synsets) == 0
     rows = sorted(rows_of(tmp_path / "out", "val"), key=lambda row: row["source"])
     assert [(row["class_name"], row["label"]) for row in rows] == [("b", 1), ("a", 0), ("b", 1), ("b", 1)]
 
@@ -453,7 +454,7 @@ def test_wrong_validation_labels_end_with_one_line(tmp_path):
     source = flat_val(tmp_path / "source")
     labels, synsets, out = tmp_path / "labels", tmp_path / "synsets", tmp_path / "out"
     wrong = {
-        (b"b\na\nb\n", None): "labels has 3 labels for 4 pictures in val.",
+        (b"b\na\nb\n", None): "labels has 3 labels for 4 pictures; give one per picture.",
         (b"b\na\nq\nb", None): "labels line 3: 'q' is neither a class folder of train nor a picture of val.",
         (b"1\n2\n1\n1", None): "labels holds class numbers; give --synsets FILE",
         (b"1\n2\n3\n1", b"b\na"): "labels line 3: '3' is not a number from 1 to 2",
@@ -468,7 +469,7 @@ def test_wrong_validation_labels_end_with_one_line(tmp_path):
         (f'{VAL}1,b\n{VAL}2," "'.encode(), None): "labels line 2: '",
         (f"x,y\n{VAL}1,b\n{VAL}1,a".encode(), None): f"labels line 3: '{VAL}1' has a second label.",
         (f"{VAL}1,b\n{VAL}2,q 1".encode(), None): "labels line 2: 'q' is not a class folder of train.",
-        (f"{VAL}1,b\n{VAL}3,b".encode(), None): f"2 of the 4 pictures in val; val/{VAL}2.JPEG has none.",
+        (f"{VAL}1,b\n{VAL}3,b".encode(), None): f"2 of the 4 pictures; val/{VAL}2.JPEG has none.",
         (b"", None): "labels is empty.",
         (b"\x93NUMPY\xff\xfe", None): "labels is not a text file in UTF-8",
         (b"MATLAB 5.0 MAT-file", None): "labels has 1 labels for 4 pictures",
@@ -477,17 +478,17 @@ def test_wrong_validation_labels_end_with_one_line(tmp_path):
         write(labels, text)
         write(synsets, numbers or b"")
         with pytest.raises(UserError) as caught:
-            pack_images(source, out, val_labels=labels, synsets=None if numbers is None else synsets)
+            pack_images(source, out, val_list=labels, synsets=None if numbers is None else synsets)
         assert words in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"--val-labels .*nowhere cannot be read: No such file"):
-        pack_images(source, out, val_labels=tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"only one of .* or name the classes .* with --val-labels"):
+    with pytest.raises(UserError, match=r"--val-list .*nowhere cannot be read: No such file"):
+        pack_images(source, out, val_list=tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"only one of .* or name the classes .* with --val-list"):
         pack_images(source, out)
-    with pytest.raises(UserError, match="give both or none"):
+    with pytest.raises(UserError, match="give --val-list too"):
         pack_images(source, out, synsets=synsets)
-    for other in (image_tree(tmp_path / "labelled", 1, 1), source / "train", source / "val"):
-        with pytest.raises(UserError, match=r"/val is no folder of loose pictures; leave --val-labels out"):
-            pack_images(other, out, val_labels=labels)
+    for other in (image_tree(tmp_path / "labelled", 1, 1), source / "train"):
+        with pytest.raises(UserError, match=r"/val is no folder of loose pictures; leave --val-list out"):
+            pack_images(other, out, val_list=labels)
     assert not out.exists()
 
 
@@ -549,10 +550,10 @@ def test_each_wrong_use_ends_with_one_line(tmp_path):
 
 def test_packing_without_data_explains_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"a does not exist; check IMAGES=, FRAMES= and VIDEOS="):
-        pack.pack_all(PackOptions(), tmp_path / "a", tmp_path / "b")
+        pack.pack_all(ListOptions(), tmp_path / "a", tmp_path / "b")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"(?s)nothing to pack.*ImageNet-1K.*data/imagenet.*make demo"):
-        pack.pack_all(PackOptions())
+        pack.pack_all(ListOptions())
 
 
 def test_the_command_line_prints_the_error_and_exits_with_2(tmp_path, capsys):

@@ -3,7 +3,7 @@
 import io
 import os
 import wave
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,8 @@ from tests.tools.test_pack import ROOT, dali_decode, encoded, exif, frames_of, p
 from tools.images import BadImage, Packed
 from tools.kinetics import ClipOptions
 from tools.pack import pack_all, pack_clips
-from tools.packing import PackOptions, run
+from tools.packing import run
+from tools.samples import ListOptions
 from tools.shards import Packing, PackPlan, Sample, VideoPacking
 from tools.verify import verify
 from tools.videos import best_file, load_video, on_grid
@@ -74,7 +75,8 @@ def mux_jpeg(container, stream, jpeg: bytes) -> None:
 
 
 def load(path: Path, **settings) -> Packed:
-    return load_video(path.parent, path.name, replace(PACKING, **settings))
+    (packed,) = load_video(path.parent, path.name, replace(PACKING, **settings))
+    return packed
 
 
 def reason(path: Path, **options) -> str:
@@ -487,7 +489,7 @@ def test_absent_and_damaged_videos_are_in_the_catalogue(tmp_path):
         pack_tree(source, tmp_path / "out", fps=15.0)
 
 
-def crash(root: Path, source: str, packing: Packing) -> Packed:
+def crash(root: Path, source: str, packing: Packing) -> Iterator[Packed]:
     """Stands for a decoder that ends its process."""
     os.abort()
 
@@ -533,7 +535,7 @@ def test_make_shards_takes_videos(tmp_path, monkeypatch, capsys):
     tree(
         tmp_path / "k400", {"train": ["train/-id0_000007_000017.mp4"], "val": ["val/-id1_000007_000017.mp4"]}
     )
-    assert pack_all(PackOptions(workers=1), videos=Path("k400")) == 0
+    assert pack_all(ListOptions(workers=1), videos=Path("k400")) == 0
     assert rows_of(tmp_path / "shards/kinetics")[0]["frames"] == 4
     assert "no images packed" not in capsys.readouterr().out, "nobody named any"
     assert "$(if $(VIDEOS),--videos '$(VIDEOS)')" in (ROOT / "Makefile").read_text()

@@ -1,0 +1,225 @@
+"""List the pictures, videos or frame folders below a folder, with the classes and splits of its layout.
+
+A layout is <split>/<class>/..., <class>/..., or samples without classes. A frame folder is a folder of
+pictures. Only the paths decide; no file is opened. Layouts with two meanings raise `UserError`.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.errors import UserError
+from tools.images import SUFFIXES
+from tools.listing import Listed, Listing, has_classes
+from tools.packing import walk_folders
+from tools.shards import readable
+from tools.videos import PREFERRED
+
+SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id|idation)?|(test)(?:ing)?)(?:\.x\d*)?", re.IGNORECASE)
+PART = re.compile(r".*\.x\d*", re.IGNORECASE)  # train.X1, train.X2, ... together are one split
+SOURCE_VIDEO = re.compile(  # names of clips that begin with the name of the video from which they were cut
+    r"(v_.+_g\d+)_c\d+"  # UCF101
+    r"|(.+)_[fulh]_(?:nm|cm)_np\d+_(?:fr|ba|le|ri)_(?:goo|med|bad)_\d+"  # HMDB51
+    r"|([\w-]{11})_\d+_\d+",  # Kinetics
+    re.ASCII,
+)
+NO_SAMPLES = "folders without samples"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a sample is."""
+
+    what: str
+    suffixes: frozenset[str]
+    folders: bool = False  # a sample is a folder of files with these suffixes
+
+
+PICTURES = Kind("pictures", SUFFIXES)
+FRAMES = Kind("folders of pictures", SUFFIXES, folders=True)
+VIDEOS = Kind(
+    "videos", PREFERRED | {".ts", ".mts", ".m2ts", ".mpeg", ".ogv", ".asf", ".rm", ".mxf", ".dv", ".nut"}
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The sources below a folder, sorted by bytes, and what is no source."""
+
+    root: Path
+    kind: Kind
+    sources: Sequence[str]
+    empty: Sequence[str]  # the topmost folders without sources
+    left_out: dict[str, tuple[int, str]]
+
+
+def find_sources(root: Path, kind: Kind) -> Found:
+    """Every source below `root`. Raises `UserError`."""
+    sources: list[str] = []
+    folders: list[str] = []
+    others: dict[str, tuple[int, str]] = {}
+    for folder, files in walk_folders(root):
+        below = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+        folders.append(below[:-1])
+        good = [name for name in files if _suffix(name) in kind.suffixes]
+        sources += [below + name for name in good] if not kind.folders else [below[:-1]] * bool(good)
+        for name in files if len(good) < len(files) else ():
+            if (suffix := _suffix(name)) not in kind.suffixes:
+                _count(others, f"{suffix or 'other'} files", below + name)
+    used: set[str] = set()
+    for path in sources:
+        while path and path not in used:
+            used.add(path)
+            path = path.rpartition("/")[0]
+    empty = [path for path in folders if path not in used and path.rpartition("/")[0] in {"", *used}]
+    return Found(root, kind, sorted(sources, key=os.fsencode), [path for path in empty if path], others)
+
+
+def _suffix(name: str) -> str:
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 and len(name) - dot <= 10 else ""
+
+
+def _count(counts: dict[str, tuple[int, str]], what: str, example: str) -> None:
+    count, first = counts.get(what, (0, example))
+    counts[what] = (count + 1, min(first, example))
+
+
+# ---- layouts -----------------------------------------------------------------------------------------------
+
+
+def by_folder(found: Found) -> Listing:
+    """The classes and splits that the folders show. Raises `UserError`."""
+    root, sources = found.root, found.sources
+    if not sources:
+        raise UserError(
+            f"{root} holds no {found.kind.what} ({' '.join(sorted(found.kind.suffixes))}); check the folder."
+        )
+    _reject_nested(found)
+    below = _descend(sources)
+    if below:
+        print(f"{root} holds nothing but {below[:-1]}: its folders are used")
+    where, left_out = root / below, dict(found.left_out)
+    for path in found.empty:
+        _count(left_out, NO_SAMPLES, path)
+    heads = Counter(_head(source, below) for source in sources)
+    folders = _folders_of_splits(where, heads, [path for path in found.empty if path.startswith(below)])
+    if not folders:
+        return Listing(_labelled(found, sources, below), None, left_out)
+    listed: dict[str, list[Listed]] = {"train": [], "val": [], "test": []}
+    for split, names in folders.items():
+        for name in names:
+            inside = [source for source in sources if source.startswith(f"{below}{name}/")]
+            listed[split] += _labelled(found, inside, f"{below}{name}/")
+    if not listed["val"] and listed["test"]:
+        if has_classes(listed["test"]) == has_classes(listed["train"]):
+            print(f"{where} has no val folder: {folders['test'][0]} becomes the validation split")
+            listed["val"] = listed.pop("test")
+        else:
+            print(f"{where} has no val folder, and {folders['test'][0]} has no classes: it is not used")
+    kept = {item.source for split in ("train", "val") for item in listed[split]}
+    for source in sources if len(kept) < len(sources) else ():
+        if source not in kept:
+            head = _head(source, below)
+            _count(left_out, f"{found.kind.what} in {head}" if head else f"loose {found.kind.what}", source)
+    return Listing(listed["train"], listed["val"] or None, left_out)
+
+
+def _reject_nested(found: Found) -> None:
+    """Frame folders may not contain others."""
+    folders = {*found.sources} if found.kind.folders else set()
+    for source in found.sources if folders else ():
+        outer = "" if source else None
+        while source:
+            source = source.rpartition("/")[0]
+            outer = source if source in folders else outer
+        if outer:
+            raise UserError(
+                f"{found.root / outer} holds both pictures and folders of pictures; a clip is one folder of "
+                "pictures, so move one kind."
+            )
+
+
+def _descend(sources: Sequence[str]) -> str:
+    """The folders above a dataset that is some folders too deep, each with a slash."""
+    below = ""
+    while True:
+        head = _head(sources[0], below)
+        inner = f"{below}{head}/"
+        if (
+            not head
+            or split_of(head)
+            or not all(path.startswith(inner) for path in (sources[0], sources[-1]))
+        ):
+            return below
+        if not all("/" in path[len(inner) :] for path in sources):
+            return below
+        below = inner
+
+
+def split_of(name: str) -> str:
+    """train, val or test, if a folder's name means that; otherwise ""."""
+    found = SPLIT.fullmatch(name)
+    return next((group.lower() for group in found.groups() if group), "") if found else ""
+
+
+def _head(source: str, below: str) -> str:
+    """The first folder of a path below `below`; "" for a loose file."""
+    return source[len(below) :].rpartition("/")[0].partition("/")[0]
+
+
+def _folders_of_splits(where: Path, heads: Iterable[str], empty: Sequence[str]) -> dict[str, list[str]]:
+    """The folders of each split; {} if they are classes. heads: folders with samples, "" for loose ones."""
+    folders: dict[str, list[str]] = {}
+    for name in sorted(heads):
+        folders.setdefault(split_of(name), []).append(name)
+    others = folders.pop("", [])
+    for path in empty:
+        if folders and split_of(name := path.rpartition("/")[2]) and (where / name).is_dir():
+            raise UserError(f"{where / name} holds no samples; fill the folder or remove it.")
+    for split, names in folders.items():
+        if len(names) > 1 and not all(map(PART.fullmatch, names)):
+            raise UserError(f"{where} has several {split} folders, {' and '.join(names)}; keep one of them.")
+    if folders and "train" not in folders:
+        name = next(iter(folders.values()))[0]
+        raise UserError(
+            f"{where} has a folder {name} but no train folder; give {where / name} to split it, or, if it is "
+            "a class, move all class folders into a folder named train."
+        )
+    if folders.keys() <= {"train", "test"} and folders and others:
+        both = f"{folders['train'][0]} and {others[-1] or 'loose files'}"
+        raise UserError(
+            f"{where} has no val folder, but samples in {both}; if these are classes, move all class folders "
+            "into a folder named train, otherwise move the others away."
+        )
+    return folders
+
+
+def _labelled(found: Found, sources: Sequence[str], below: str) -> list[Listed]:
+    """Sources below a split's folder with their classes: the first folder below it."""
+    listed = [listed_as(found.kind, source, _head(source, below)) for source in sources]
+    if len({not item.label for item in listed}) == 2:
+        loose = min(item.source for item in listed if not item.label)
+        raise UserError(
+            f"{found.root / below} holds both class folders and loose {found.kind.what}, such as "
+            f"{readable(loose)}; move one kind."
+        )
+    return listed
+
+
+def listed_as(kind: Kind, source: str, label: str) -> Listed:
+    """A source with its readable name and its group."""
+    name = source.rpartition("/")[2] if kind.folders else Path(source).stem
+    return Listed(source, label, name, "" if kind is PICTURES else group_of(name, label))
+
+
+def group_of(name: str, label: str) -> str:
+    """The video from which a clip was cut, if its name tells; otherwise ""."""
+    found = SOURCE_VIDEO.fullmatch(name)
+    if found is None:
+        return ""
+    video = next(group for group in found.groups() if group)
+    return video.removesuffix(f"_{label}")  # HMDB51: the class follows the video

@@ -1,0 +1,136 @@
+"""Turn a listing of sources into a plan for packing: splits, classes, labels, order and keys."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from unicodedata import normalize
+
+from pipelines.errors import UserError
+from tools.packing import label_of
+from tools.shards import Packing, PackPlan, readable, samples_of, shuffled
+
+# Of names that are not UTF-8. Each takes only some byte sequences, so that often one alone takes all names.
+ENCODINGS = ("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr", "cp1252")
+
+LeftOut = Mapping[str, tuple[int, str]]  # what was not packed: (how many, an example)
+
+
+class Listed(NamedTuple):
+    """One source to pack."""
+
+    source: str  # path below the root
+    label: str = ""  # the class, as the file system names it; "" without classes
+    name: str = ""  # readable, for the key
+    group: str = ""  # samples of one group stay in one split; "": a group of its own
+    others: tuple[str, ...] = ()  # other files of the same video, read if `source` cannot be packed
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All sources. If `val` is None, a share of each class becomes the validation split."""
+
+    train: Sequence[Listed]
+    val: Sequence[Listed] | None = None
+    left_out: LeftOut = field(default_factory=dict)
+    numbered: bool = False  # classes are numbers and are sorted as such
+
+
+def plan_of(kind: str, listing: Listing, val_fraction: float, packing: Packing, where: str) -> PackPlan:
+    """Decide splits, labels, keys and order. where: names the listing in messages. Raises `UserError`."""
+    train, val = listing.train, listing.val
+    if val is None:
+        train, val = split_off(train, val_fraction)
+    elif val and has_classes(train) != has_classes(val):
+        raise UserError(
+            f"{where}: only one of train and val has classes; give both or none, or name the classes of a "
+            "flat val folder with --val-list."
+        )
+    united = unite(item.label for item in (*train, *val))
+    train, val = ([item._replace(label=united[item.label]) for item in items] for items in (train, val))
+    order = (lambda text: (int(text), text)) if listing.numbered else None
+    classes = sorted({item.label for item in train} - {""}, key=order)
+    label_of(classes, [item.label for item in val if item.label], where)
+    names = display_names(classes)
+    numbers = {names[label]: number for number, label in enumerate(classes)}
+    splits = {}
+    for split, items in (("train", train), ("val", val)):
+        ordered = sorted(items, key=lambda item: (os.fsencode(item.source), item.label, item.name))
+        named = [(item.source, names.get(item.label, ""), item.name, *item.others) for item in ordered]
+        splits[split] = samples_of(named, numbers)
+    return PackPlan(kind, [*numbers], splits, packing, listing.left_out)
+
+
+def split_off(listed: Sequence[Listed], fraction: float) -> tuple[list[Listed], list[Listed]]:
+    """Split a listing into train and val: the same share of each class, in a fixed random order.
+
+    A group is in one split, also if its samples are of several classes. A class keeps at least one group in
+    train.
+    """
+    classes: dict[str, dict[str, list[Listed]]] = {}
+    for item in listed:
+        classes.setdefault(item.label, {}).setdefault(item.group or item.source, []).append(item)
+    in_val: dict[str, bool] = {}
+    for groups in classes.values():
+        goal = round(fraction * sum(map(len, groups.values())))
+        count = sum(len(items) for group, items in groups.items() if in_val.get(group))
+        left = sum(not in_val.get(group) for group in groups)
+        names = [*groups]
+        for name in (names[index] for index in shuffled(len(names))):
+            if name not in in_val:
+                in_val[name] = count < goal and left > 1
+                count, left = (count + len(groups[name]), left - 1) if in_val[name] else (count, left)
+    chosen = [in_val[item.group or item.source] for item in listed]
+    train = [item for item, taken in zip(listed, chosen, strict=True) if not taken]
+    return train, [item for item, taken in zip(listed, chosen, strict=True) if taken]
+
+
+def unite(labels: Iterable[str]) -> dict[str, str]:
+    """The identity of each class: itself, or the composed form if it is spelled in two forms of Unicode."""
+    names = {*labels}
+    if any(readable(label) != label for label in names):  # in another encoding, equal forms are a coincidence
+        return {label: label for label in names}
+    spellings: dict[str, set[str]] = {}
+    for label in names:
+        spellings.setdefault(normalize("NFC", label), set()).add(label)
+    several = [nfc for nfc, found in spellings.items() if len(found) > 1]
+    if several:
+        print(f"{len(several)} classes, such as {readable(min(several))}, are spelled in NFC and NFD: united")
+    return {label: nfc if len(found) > 1 else label for nfc, found in spellings.items() for label in found}
+
+
+def display_names(classes: Sequence[str]) -> dict[str, str]:
+    """A distinct readable name for each class, in the same order.
+
+    Names that are not UTF-8 are decoded with the one encoding that takes the names of all classes; if there
+    is none or several, their bytes are escaped.
+    """
+    raw = {label: os.fsencode(label) for label in classes}
+    encoding = "utf-8"
+    if any(readable(label) != label for label in classes):
+        fitting = [one for one in ENCODINGS if all(_decodes(name, one) for name in raw.values())]
+        encoding = fitting[0] if len(fitting) == 1 else encoding
+        how = f"decoded as {encoding}" if len(fitting) == 1 else "shown with escaped bytes"
+        print(f"some class names are not UTF-8: they are {how}")
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for label in sorted(classes, key=lambda label: (readable(label) != label, label)):
+        base = name = raw[label].decode(encoding, "backslashreplace")
+        number = 2
+        while name in taken:
+            name, number = f"{base} ({number})", number + 1
+        names[label] = name
+        taken.add(name)
+    return {label: names[label] for label in classes}
+
+
+def _decodes(name: bytes, encoding: str) -> bool:
+    """True if the encoding takes the name and its characters beyond ASCII are letters or digits."""
+    try:
+        return all(char.isascii() or char.isalnum() for char in name.decode(encoding))
+    except UnicodeDecodeError:
+        return False
+
+
+def has_classes(listed: Iterable[Listed]) -> bool:
+    return any(item.label for item in listed)

@@ -1,0 +1,180 @@
+"""Decide where samples and classes come from: class folders, lists, or a flat folder and a file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pipelines.errors import UserError
+from tools.folders import PICTURES, Kind, by_folder, find_sources, listed_as
+from tools.listing import Listed, Listing, has_classes
+from tools.lists import AFTER_FRAMES, NUMBER, Index, Line, parse, plain_labels, read_text, source_of
+from tools.packing import PackOptions
+
+Alias = tyro.conf.arg(aliases=["--val-labels"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListOptions(PackOptions):
+    """Options of listing samples. Raises UserError for a value out of its range."""
+
+    train_list: Path | None = None
+    """file with a path and a class per line, instead of class folders; or SSv2's JSON"""
+    val_list: Annotated[Path | None, Alias] = None
+    """the same for validation; without --train-list, the classes of a flat val folder: a picture's name and
+    its class per line; or a class or a class number per line, in the order of the names"""
+    val_fraction: float = 0.1
+    """share of each class that becomes the validation split, if the source has none"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1.")
+
+
+def list_samples(
+    root: Path, kind: Kind, train: Path | None, val: Path | None, synsets: Path | None
+) -> Listing:
+    """The samples below `root`: of class folders, or of lists. Raises `UserError`.
+
+    train, val, synsets: see `ListOptions` and `ImageOptions`.
+    """
+    if synsets is not None and (val is None or train is not None):
+        raise UserError("--synsets names the class of each number in a flat val folder; give --val-list too.")
+    found = find_sources(root, kind)
+    if train is None:
+        listing = by_folder(found)
+        return listing if val is None else _with_classes(listing, val, synsets, root)
+    index = Index(found.sources, kind)
+    listed = read_list(train, "--train-list", index, root)
+    held_out = None if val is None else read_list(val, "--val-list", index, root)
+    if held_out and has_classes(listed) and not has_classes(held_out):  # as UCF101's lists
+        of_folder: dict[str, set[str]] = {}
+        for item in listed:
+            of_folder.setdefault(item.source.rpartition("/")[0], set()).add(item.label)
+        classes = [of_folder.get(item.source.rpartition("/")[0], set()) for item in held_out]
+        if all(len(names) == 1 for names in classes):
+            print(f"{val}: each class is that of the same folder in {train}")
+            held_out = [
+                item._replace(label=min(names)) for item, names in zip(held_out, classes, strict=True)
+            ]
+    used = {item.source for item in (*listed, *(held_out or ()))}
+    rest = [source for source in found.sources if source not in used]
+    left_out = {**found.left_out, **({f"{kind.what} in no list": (len(rest), rest[0])} if rest else {})}
+    numbers = all(NUMBER.fullmatch(item.label) for item in listed)
+    return Listing(listed, held_out, left_out, numbers)
+
+
+def read_list(path: Path, flag: str, index: Index, root: Path) -> list[Listed]:
+    """The samples of a list, in its order; print its format. Raises `UserError`."""
+    what, lines = parse(path, read_text(path, flag), index.find)
+    if not lines:
+        raise UserError(
+            f"{flag} {path}: none of its lines names one of the {index.kind.what} below {root}, such as "
+            f"{what[:200]!r}; give the folder to which its paths are relative."
+        )
+    kind, labels = plain_labels([line.label for line in lines])
+    if kind == AFTER_FRAMES and index.kind is PICTURES:
+        raise UserError(f"{path} has two numbers after each path; keep one, the class.")
+    listed: list[Listed] = []
+    seen: dict[str, str] = {}
+    for (where, text, _), label in zip(lines, labels, strict=True):
+        if not text or "\0" in text or any("\ud800" <= char < "\udc80" for char in text + label):
+            raise UserError(f"{where}: {text!r} is no path; correct it.")
+        if not label and any(labels):
+            raise UserError(f"{where}: {text!r} has no class, but other lines have; correct it.")
+        source = source_of(where, text, index) or text.removeprefix("./").lstrip("/")
+        if seen.setdefault(source, label) != label:
+            raise UserError(
+                f"{where}: {text!r} has a second class, {label!r}; its first is {seen[source]!r}."
+            )
+        listed.append(listed_as(index.kind, source, label))
+    absent = sum(item.source not in index.sources for item in listed)
+    print(f"{path}: {len(listed)} samples; {what}; {kind}" + (f"; {absent} absent" if absent else ""))
+    return listed
+
+
+# ---- classes of a flat folder ------------------------------------------------------------------------------
+
+
+def _with_classes(listing: Listing, path: Path, synsets: Path | None, root: Path) -> Listing:
+    """The listing with classes for its flat val folder, or for all pictures if there is no val folder."""
+    flat = listing.train if listing.val is None else listing.val
+    classes = None if listing.val is None else {item.label for item in listing.train}
+    if has_classes(flat) if classes is None else any(item.label in classes - {""} for item in flat):
+        raise UserError(f"{root}/val is no folder of loose pictures; leave --val-list out.")
+    found = flat_classes(path, synsets, [item.source for item in flat], classes)
+    labelled = [item._replace(label=label) for item, label in zip(flat, found, strict=True)]
+    if listing.val is not None:
+        return replace(listing, val=labelled)
+    print(f"{root} has no train folder: {path} names the classes of all pictures")
+    return replace(listing, train=labelled, numbered=all(map(NUMBER.fullmatch, found)))
+
+
+def flat_classes(
+    path: Path, synsets: Path | None, pictures: Sequence[str], classes: set[str] | None
+) -> list[str]:
+    """The class of each picture (paths, sorted by name) of a flat folder, from a file. Raises `UserError`.
+
+    classes: the class folders of train; None: the file decides which classes there are.
+    """
+    index, text = Index(pictures, PICTURES), read_text(path, "--val-list")
+    lines = [(f"{path} line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    what, named = parse(path, text, index.find)
+    named = named if any(line.label for line in named) else []
+    numbered = not named and bool(NUMBER.fullmatch(lines[0][1])) and lines[0][1] not in (classes or ())
+    if synsets is not None and not numbered:
+        raise UserError(f"{path} has no class numbers, and --synsets is for those; leave it out.")
+    if named:
+        print(f"{path}: {what}")
+        return _by_name(path, named, index, pictures, classes)
+    if len(lines) != len(pictures):
+        raise UserError(f"{path} has {len(lines)} labels for {len(pictures)} pictures; give one per picture.")
+    if numbered:
+        lines = _numbered(path, lines, synsets)
+    for where, label in lines:
+        if classes is not None and label not in classes:
+            raise UserError(f"{where}: {label!r} is neither a class folder of train nor a picture of val.")
+    print(f"{path}: a class {'number ' if numbered else ''}per line, in the order of the pictures' names")
+    return [label for _, label in lines]
+
+
+def _by_name(
+    path: Path, lines: Sequence[Line], index: Index, pictures: Sequence[str], classes: set[str] | None
+) -> list[str]:
+    """The class of each picture, from lines that name the pictures."""
+    plain = plain_labels([line.label for line in lines])[1]
+    found: dict[str, str] = {}
+    for (where, text, rest), label in zip(lines, plain, strict=True):
+        if classes is not None:  # in Kaggle's file, boxes follow the class
+            label = rest if rest in classes else (rest.split() or [""])[0]
+            if label not in classes:
+                raise UserError(f"{where}: {label!r} is not a class folder of train.")
+        if not (source := source_of(where, text, index)):
+            raise UserError(f"{where}: {text!r} is not a picture of val.")
+        if source in found:
+            raise UserError(f"{where}: {text!r} has a second label.")
+        found[source] = label
+    if missing := [picture for picture in pictures if not found.get(picture)]:
+        share = f"{len(found)} of the {len(pictures)} pictures"
+        raise UserError(f"{path} has labels for {share}; {missing[0]} has none.")
+    return [found[picture] for picture in pictures]
+
+
+def _numbered(path: Path, lines: Sequence[tuple[str, str]], synsets: Path | None) -> list[tuple[str, str]]:
+    """The lines with classes instead of class numbers, which count from 1."""
+    if synsets is None:
+        raise UserError(f"{path} holds class numbers; give --synsets FILE with one class per line.")
+    text = read_text(synsets, "--synsets")
+    classes = [line.split()[0] for line in text.split("\n") if line.strip()]
+    if len(classes) == 1000 and classes == sorted(classes):
+        raise UserError(
+            f"{synsets} is in alphabetical order; the numbers are ILSVRC2012_ID in the devkit's meta.mat, "
+            "which has another order."
+        )
+    for where, text in lines:
+        if not NUMBER.fullmatch(text) or not 1 <= int(text) <= len(classes):
+            raise UserError(f"{where}: {text!r} is not a number from 1 to {len(classes)}, as {synsets} has.")
+    return [(where, classes[int(text) - 1]) for where, text in lines]
