@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from stat import S_ISDIR
@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from tools.images import mode_of
 from tools.packing import PackOptions, label_of
 from tools.shards import ClipPacking, PackPlan, VideoPacking, samples_of
-from tools.videos import best_file, find_videos
+from tools.videos import find_videos, ranked_files
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 
@@ -25,25 +25,36 @@ class ClipOptions(PackOptions):
 
     shard_size: int = 64
     """clips per shard"""
-    fps: float = 30.0
-    """videos: frames per second to extract; folders of frames: the rate that they already have"""
+    fps: float | None = None
+    """frames per second to store; by default 30, of folders of frames those that they have"""
+    source_fps: float = 30.0
+    """frames per second that folders of frames have"""
     max_seconds: float = 60.0
-    """longer videos are rejected"""
+    """longer clips are cut into equal parts"""
+    clip_seconds: float = 10.0
+    """about the length of these parts"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.fps <= 1000:
-            raise UserError(f"--fps is {self.fps:g}; it must be above 0 and at most 1000.")
-        if not 0 < self.max_seconds < float("inf"):
-            raise UserError(f"--max-seconds is {self.max_seconds:g}; it must be above 0 and finite.")
+        for name, value in (("fps", self.fps), ("source-fps", self.source_fps)):
+            if value is not None and not 0 < value <= 1000:
+                raise UserError(f"--{name} is {value:g}; it must be above 0 and at most 1000.")
+        for name, value in (("max-seconds", self.max_seconds), ("clip-seconds", self.clip_seconds)):
+            if not 0 < value < float("inf"):
+                raise UserError(f"--{name} is {value:g}; it must be above 0 and finite.")
 
     def packing(self, videos: bool) -> ClipPacking:
-        """What decides the bytes of a shard."""
+        """What decides the bytes of a shard. Raises `UserError` if folders have too few frames per second."""
+        fps = self.fps or (30.0 if videos else self.source_fps)
+        if not videos and fps > self.source_fps:
+            raise UserError(
+                f"--fps {fps:g} is more than the frames have, --source-fps {self.source_fps:g}; lower --fps, "
+                "or give their true rate as --source-fps."
+            )
         sizes = self.short_side, self.shard_size, self.max_pixels
-        clips = ClipPacking(*sizes, val_fraction=0.0, pillow=PIL.__version__, fps=self.fps)
-        if not videos:
-            return clips
-        return VideoPacking(**asdict(clips), max_seconds=self.max_seconds, av=av.__version__)
+        times = fps, self.max_seconds, self.clip_seconds, self.source_fps
+        clips = ClipPacking(*sizes, 0.0, PIL.__version__, *times)
+        return VideoPacking(**asdict(clips), av=av.__version__) if videos else clips
 
 
 @dataclass(frozen=True)
@@ -62,14 +73,16 @@ class Clip:
 
 def plan_clips(root: Path, annotations: Path, options: ClipOptions, videos: bool) -> PackPlan:
     """Read the annotations; decide label, key and order of every clip. Raises `UserError`."""
-    source_of = video_finder(root) if videos else partial(frame_folder, root)
+    files_of = video_finder(root) if videos else partial(frame_folder, root)
     listed = {split: read_annotations(annotations, split) for split in ("train", "val")}
     classes = sorted({clip.label for clip in listed["train"]})
     labels = label_of(classes, [clip.label for clip in listed["val"]], str(annotations))
-    splits = {
-        split: samples_of(sorted((source_of(clip, split), clip.label, clip.name()) for clip in clips), labels)
-        for split, clips in listed.items()
-    }
+    splits = {}
+    for split, clips in listed.items():
+        files = [(files_of(clip, split), clip.label, clip.name()) for clip in clips]
+        others = {paths[0]: tuple(paths[1:]) for paths, *_ in files}
+        samples = samples_of(sorted((paths[0], label, name) for paths, label, name in files), labels)
+        splits[split] = [replace(sample, others=others[sample.source]) for sample in samples]
     if not any((root / sample.source).exists() for samples in splits.values() for sample in samples):
         example = root / splits["train"][0].source
         raise UserError(f"{root} has none of the annotated clips, such as {example}; check the folder.")
@@ -108,23 +121,23 @@ def _clip(row: dict[str, str | None], where: str) -> Clip:
     return clip
 
 
-def frame_folder(frames: Path, clip: Clip, split: str) -> str:
+def frame_folder(frames: Path, clip: Clip, split: str) -> list[str]:
     """The clip's folder below `frames`. Labels are published with underscores; some copies have spaces."""
     underscored = f"{clip.label.replace(' ', '_')}/{clip.name()}"
     spaced = f"{clip.label}/{clip.name()}"
-    return spaced if spaced != underscored and S_ISDIR(mode_of(frames / spaced)) else underscored
+    return [spaced if spaced != underscored and S_ISDIR(mode_of(frames / spaced)) else underscored]
 
 
-def video_finder(videos: Path) -> Callable[[Clip, str], str]:
-    """A function from a clip and its split to the clip's file below `videos`.
+def video_finder(videos: Path) -> Callable[[Clip, str], list[str]]:
+    """A function from a clip and its split to the clip's files below `videos`, the best first.
 
     Copies of Kinetics differ in folders (by label, by split or none) and in suffixes.
     """
     found = find_videos(videos)
 
-    def find(clip: Clip, split: str) -> str:
+    def find(clip: Clip, split: str) -> list[str]:
         label = clip.label.replace(" ", "_")
         paths = found.get((clip.video, clip.start, clip.end), [f"{label}/{clip.name()}.mp4"])
-        return best_file(paths, (split, clip.label, label))
+        return ranked_files(paths, (split, clip.label, label))
 
     return find
