@@ -67,9 +67,9 @@ def make(
     return path
 
 
-def mux_jpeg(container, stream, jpeg: bytes) -> None:
+def mux_jpeg(container, stream, jpeg: bytes, time: int = 0) -> None:
     packet = av.Packet(jpeg)
-    packet.stream, packet.pts, packet.dts, packet.time_base = stream, 0, 0, Fraction(1, 30)
+    packet.stream, packet.pts, packet.dts, packet.time_base = stream, time, time, Fraction(1, 30)
     container.mux(packet)
 
 
