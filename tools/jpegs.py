@@ -50,13 +50,27 @@ class JpegWriter:
             self.hdr = HDR.get(frame.color_trc, "")
         self.resized = self.resized or size != self.goal
         self.varied = self.varied or size != self.first
-        # For a frame of 720 lines, scaling here takes a fifth of the time that Pillow takes.
-        picture = self.reformatter.reformat(
-            frame, *self.goal, "rgb24", interpolation=ACCURATE, threads=1
-        ).to_image()
+        picture = self._scaled(frame, self.goal)
         upright = picture.transpose(self.turn) if self.turn is not None else picture
         self.size, self.last, self.jpeg = upright.size, frame, encode(upright)
         return self.jpeg
+
+    def _scaled(self, frame: VideoFrame, goal: tuple[int, int]) -> Image.Image:
+        """The frame as RGB, scaled to `goal` (width, height).
+
+        FFmpeg scales a frame of 720 lines in a fifth of the time that Pillow takes. From YUV, its planar
+        output has the same pixels as rgb24 and takes a third of the time. From some RGB formats, it differs.
+        """
+        planar = not frame.format.is_rgb and not frame.format.has_palette
+        pixels = "gbrp" if planar else "rgb24"
+        scaled = self.reformatter.reformat(frame, *goal, pixels, interpolation=ACCURATE, threads=1)
+        if not planar:
+            return scaled.to_image()
+        green, blue, red = (
+            Image.frombuffer("L", goal, bytes(plane), "raw", "L", plane.line_size, 1)
+            for plane in scaled.planes
+        )
+        return Image.merge("RGB", (red, green, blue))
 
     def changes(self) -> list[str]:
         """What was changed in the frames so far."""
