@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pipelines.errors import UserError
 from tools.folders import PICTURES, VIDEOS, Kind
-from tools.videos import best_file
+from tools.videos import ranked_files
 
 MEDIA = PICTURES.suffixes | VIDEOS.suffixes
 SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
@@ -70,7 +70,7 @@ class Index:
         exact = [source for source in found if _stem(source) == stem] or found
         same = [source for source in exact if source.endswith(text.rpartition("/")[2])] or exact
         if len({*map(_stem, same)}) == 1 and self.kind is VIDEOS:
-            return [best_file(same, ())]
+            return ranked_files(same, ())[:1]
         return same
 
 
