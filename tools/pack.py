@@ -6,6 +6,8 @@
     python -m tools.pack clips --videos data/k400 --annotations data/k400/annotations --out shards/k400
     python -m tools.pack all --images data/imagenet --frames data/tiny-kinetics-400    (= make shards)
 
+Larger pictures and frames are scaled down to a short side of 256 pixels and encoded as JPEGs of quality 90;
+correct JPEGs that are not larger are copied byte for byte. With --short-side 100000 all correct JPEGs are.
 After an interruption, the same command continues. `python -m tools.pack images --help` lists the options.
 """
 
@@ -24,6 +26,7 @@ from tools.packing import PackOptions, run, source_folder
 from tools.videos import load_video
 
 IMAGES, FRAMES = Path("data/imagenet"), Path("data/tiny-kinetics-400")
+FRAMES_FOLDER = "data_30fps_frames"  # of Tiny-Kinetics-400
 HOW_TO_GET_DATA = f"""nothing to pack. Put data in place, then run make shards again:
   images  ImageNet-1K from image-net.org (train and val class folders) into {IMAGES}/
   clips   Tiny-Kinetics-400 from github.com/Tramac/tiny-kinetics-400 (annotations/, data_30fps_frames/)
@@ -65,6 +68,8 @@ def pack_clips(
     if (root := frames or videos) is None or (frames and videos):
         raise UserError("clips come from one of --frames and --videos; give one of them.")
     source_folder(root, *(("--videos", "the video files") if videos else ("--frames", "the label folders")))
+    if frames is not None and (frames / FRAMES_FOLDER).is_dir():
+        raise UserError(f"--frames {frames} holds {FRAMES_FOLDER}; give --frames {frames / FRAMES_FOLDER}.")
     source_folder(annotations, "--annotations", "tiny_train.csv and tiny_val.csv")
     plan = plan_clips(root, annotations, options, videos is not None)
     return run(plan, root, out, load_video if videos else load_clip, options)
@@ -100,7 +105,7 @@ def pack_all(
     elif by_default:
         print(f"{images} does not exist: no images packed")
     if clips.is_dir():
-        source = {"videos": videos} if videos else {"frames": frames / "data_30fps_frames"}
+        source = {"videos": videos} if videos else {"frames": frames / FRAMES_FOLDER}
         folders = (clips / "annotations", out / "kinetics")
         codes.append(pack_clips(*folders, ClipOptions(**asdict(options)), **source))
     elif by_default:
