@@ -26,7 +26,6 @@ from tools.packing import PackOptions, run, source_folder
 from tools.videos import load_video
 
 IMAGES, FRAMES = Path("data/imagenet"), Path("data/tiny-kinetics-400")
-FRAMES_FOLDER = "data_30fps_frames"  # of Tiny-Kinetics-400
 HOW_TO_GET_DATA = f"""nothing to pack. Put data in place, then run make shards again:
   images  ImageNet-1K from image-net.org (train and val class folders) into {IMAGES}/
   clips   Tiny-Kinetics-400 from github.com/Tramac/tiny-kinetics-400 (annotations/, data_30fps_frames/)
@@ -67,9 +66,9 @@ def pack_clips(
     """
     if (root := frames or videos) is None or (frames and videos):
         raise UserError("clips come from one of --frames and --videos; give one of them.")
+    if frames and (inner := frames / "data_30fps_frames").is_dir():
+        raise UserError(f"--frames {frames} holds {inner.name}; give --frames {inner}.")
     source_folder(root, *(("--videos", "the video files") if videos else ("--frames", "the label folders")))
-    if frames is not None and (frames / FRAMES_FOLDER).is_dir():
-        raise UserError(f"--frames {frames} holds {FRAMES_FOLDER}; give --frames {frames / FRAMES_FOLDER}.")
     source_folder(annotations, "--annotations", "tiny_train.csv and tiny_val.csv")
     plan = plan_clips(root, annotations, options, videos is not None)
     return run(plan, root, out, load_video if videos else load_clip, options)
@@ -105,7 +104,7 @@ def pack_all(
     elif by_default:
         print(f"{images} does not exist: no images packed")
     if clips.is_dir():
-        source = {"videos": videos} if videos else {"frames": frames / FRAMES_FOLDER}
+        source = {"videos": videos} if videos else {"frames": frames / "data_30fps_frames"}
         folders = (clips / "annotations", out / "kinetics")
         codes.append(pack_clips(*folders, ClipOptions(**asdict(options)), **source))
     elif by_default:
