@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.errors import UserError, first_line
+from pipelines.errors import UserError, check_local, first_line
 from pipelines.files import sha256_of
 
 FORMAT_VERSION = 3
@@ -171,6 +171,7 @@ class Tar:
 
 def read_info(root: Path | str) -> DatasetInfo:
     """Read `dataset.json`. Raises UserError when the folder, the file or its format is not as expected."""
+    check_local(root)
     root = Path(root)
     path = root / "dataset.json"
     if not root.is_dir():

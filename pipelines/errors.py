@@ -5,7 +5,10 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 
 NO_PLACE = {  # errors of the place written to, and what to do about them
     errno.ENOSPC: "free some space, then run the same command again",
@@ -24,6 +27,10 @@ DEVICE = re.compile(  # what CUDA, DALI and nvJPEG say when the driver or the GP
     r"CUDA (runtime|driver) API error|CUDA error|cudaError[A-Z]|driver version|nvJPEG error", re.IGNORECASE
 )
 INTERRUPTED = "interrupted; run the same command again to go on"
+# The path of a remote file, also as `Path` writes it: with one slash.
+REMOTE = re.compile(r"(?:s3a?|gs|gcs|hf|hdfs|abfss?|az|ftps?|https?):/")
+WRITTEN = ("--out", "--run.root", "target")  # flags of what a command writes
+UNTIL_ENDED = 10.0  # seconds that torchrun may take to end a process after another one failed
 
 
 class UserError(Exception):
@@ -31,8 +38,49 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """An error's text without what libraries append to it."""
+    """An error's text without what libraries append to it, and without the number of an OSError."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error).partition("\n")[0]
+
+
+def check_local(path: object, flag: str = "") -> None:
+    """Raise UserError if `path`, the value of `flag`, is on an object store or a web server."""
+    if not REMOTE.match(text := str(path)):
+        return
+    url = text if "://" in text else text.replace(":/", "://", 1)
+    if flag in WRITTEN:
+        fix = "give a local folder, and copy the result there with the store's own program"
+    else:
+        fix = (
+            f"copy it to a local disk first: a packed dataset with make stage DATA='{url}' TO=FOLDER, "
+            "other files with the store's own program"
+        )
+    raise UserError(f"{flag} {url} is not a local path; {fix}".lstrip())
+
+
+def check_words(words: Sequence[str]) -> None:
+    """`check_local` of every value on a command line."""
+    for before, word in zip(("", *words), words, strict=False):
+        flag, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        check_local(value, flag if flag.startswith("--") else "")
+
+
+@contextmanager
+def once_per_machine() -> Iterator[None]:
+    """Of several processes on a machine, let only the first print an error of the block.
+
+    The error must be the same in all of them, as for a wrong word on the command line.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        yield
+        return
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    except (UserError, SystemExit):
+        time.sleep(UNTIL_ENDED)  # if this process ended now, torchrun might end the first before it prints
+        sys.exit(2)
 
 
 def cause(error: BaseException) -> str:
@@ -73,16 +121,20 @@ def _exit_at_once(_number: int, _frame: object) -> None:
     os._exit(130)
 
 
-def run_cli(main: Callable[[], object]) -> None:
+def run_cli(main: Callable[[], object], remote: bool = False) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C 130.
 
-    So does an OSError of a place that is full, closed or not there.
+    So does an OSError of a place that is full, closed or not there. Unless the command takes `remote` paths,
+    a word of the command line that is one raises `UserError`.
     """
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     spec = sys.modules["__main__"].__spec__
     sys.argv[0] = f"python -m {spec.name}" if spec else sys.argv[0]  # what help texts call the command
     try:
+        if not remote:
+            with once_per_machine():
+                check_words(sys.argv[1:])
         main()
     except (UserError, OSError, KeyboardInterrupt) as error:
         code = answer(error)

@@ -30,8 +30,8 @@ MODE = 0o666 & ~_MASK
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; on success it takes `path`'s place, durably.
 
-    On an exception the temporary file is removed and `path` is left as it was; where the disk is full it
-    becomes the OSError that says so. Raises UserError where the file system cannot rename.
+    On an exception the temporary file is removed and `path` is left as it was. An OSError names `path`; where
+    the disk is full it says so. Raises UserError where the file system cannot rename.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -48,6 +48,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
         if full and isinstance(error, Exception):  # each library has its own words for it
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if isinstance(error, OSError) and error.errno and temporary.name in f"{error} {error.filename}":
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
 

@@ -17,6 +17,8 @@ from tools.shards import write_catalogue
 def convert(root: tyro.conf.Positional[Path]) -> None:
     """Convert a dataset of format 2 without decoding; UserError for another format or a damaged one."""
     path = root / "dataset.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give the top folder of a packed dataset")
     try:
         info = json.loads(path.read_bytes())
         if info["format"] != FORMAT_VERSION - 1:

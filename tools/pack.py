@@ -8,6 +8,8 @@
     python -m tools.pack clips --videos data/ssv2 --annotations data/ssv2-labels --out shards/ssv2
     python -m tools.pack all --images data/imagenet --frames data/tiny-kinetics-400    (= make shards)
 
+Larger pictures and frames are scaled down to a short side of 256 pixels and encoded as JPEGs of quality 90;
+correct JPEGs that are not larger are copied byte for byte. With --short-side 100000 all correct JPEGs are.
 After an interruption, the same command continues. `python -m tools.pack images --help` lists the options.
 """
 
@@ -72,6 +74,8 @@ def pack_clips(
     """
     if (root := frames or videos) is None or (frames and videos):
         raise UserError("clips come from one of --frames and --videos; give one of them.")
+    if frames and (inner := frames / "data_30fps_frames").is_dir():
+        raise UserError(f"--frames {frames} holds {inner.name}; give --frames {inner}.")
     source_folder(root, *(("--videos", "the video files") if videos else ("--frames", "the label folders")))
     if annotations is not None:
         source_folder(annotations, "--annotations", "the lists for train and val")

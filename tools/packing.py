@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -20,9 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipelines.dataset import read_batch, read_info
-from pipelines.errors import UserError
+from pipelines.errors import UserError, check_local
 from pipelines.files import lock, sync
 from pipelines.machine import usable_cores
+from tools.estimate import announce
 from tools.executors import local, on_ray
 from tools.images import COPIED
 from tools.shards import PLAN_FILE, Job, Load, PackPlan, Result, finish, is_done, jobs_of, readable
@@ -41,7 +44,9 @@ class PackOptions:
     workers: int | None = None
     """processes, by default one per core; with Ray: shards that are packed at the same time"""
     short_side: int = 256
-    """larger pictures and frames are scaled down until their shorter side has this many pixels"""
+    """larger pictures and frames are scaled down until their shorter side has this many pixels, and encoded
+    as JPEGs of quality 90; correct JPEGs that are not larger are copied byte for byte. To keep the originals,
+    give a side that no picture exceeds, such as 100000"""
     max_pixels: int = 100_000_000
     """larger pictures and frames are rejected"""
     max_reject: float = 0.01
@@ -56,6 +61,8 @@ class PackOptions:
     reject_unreadable: bool = False
     """reject files that the storage fails to deliver (input/output error, stale file handle, timeout);
     otherwise their shards are packed when the command runs again"""
+    ignore_free_space: bool = False
+    """pack even if the disk seems too small, as on a file system that compresses"""
 
     def __post_init__(self) -> None:
         for name in ("workers", "short_side", "shard_size", "max_pixels"):
@@ -135,12 +142,18 @@ def run(plan: PackPlan, root: Path, out: Path, load: Load, options: PackOptions)
 
     The exit code is 1 if too many samples were rejected or some could not be read.
     """
+    check_local(out, "--out")
     console = Console(markup=False, highlight=False, emoji=False)
     with writing_to(out):
         if not (out / "dataset.json").exists():
+            jobs = jobs_of(plan, root, out, load, options.reject_unreadable)
+            i, n = options.part or (1, 1)
+            estimate = partial(announce, jobs, (i, n), out, options.processes, options.ignore_free_space)
+            if fresh := not (out / PLAN_FILE).exists():  # if it does not fit, no folder is made
+                estimate()
             with _begin(plan, out, options.part is None):
-                jobs = jobs_of(plan, root, out, load, options.reject_unreadable)
-                i, n = options.part or (1, 1)
+                if not fresh:
+                    estimate()
                 if unreadable := _pack_missing(jobs[i - 1 :: n], options):
                     console.print(unreadable, soft_wrap=True)
                     return 1
@@ -293,9 +306,11 @@ def _report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> i
     console.print(table)
     if rejected <= max_reject * total:
         return 0
+    enough = math.ceil(1000 * rejected / total) / 1000
     console.print(
         f"{rejected} of {total} samples were rejected, more than --max-reject {max_reject:.2%} allows; the "
-        f"rest is packed in {out}. To include them, repair the files, delete that folder and pack again.",
+        f"rest is packed in {out}. To accept that, add --max-reject {enough} (with make: in ARGS=). To "
+        "include them, repair the files, delete that folder and pack again.",
         soft_wrap=True,
     )
     return 1

@@ -1,8 +1,9 @@
 """Predictions of a run for pictures or clips: python -m tools.predict runs/NAME INPUT [INPUT ...].
 
 For a classifier, the most probable classes are printed. For a masked autoencoder, a picture of
-reconstructions is drawn. An input is a picture; for clips, it is a video file or a folder of frames. Inputs
-are packed like training data and read like validation data, so that predictions are those of `make eval`.
+reconstructions is drawn. An input is a picture or a folder of pictures; for clips, it is a video file or a
+folder of frames. Inputs are packed like training data and read like validation data, so that predictions are
+those of `make eval`. In folders, the files that packing skips are skipped: hidden ones and other suffixes.
 """
 
 import json
@@ -20,11 +21,12 @@ import tyro
 
 from models.inputs import NormalizedInput
 from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
-from pipelines.errors import UserError, run_cli
+from pipelines.errors import UserError, first_line, run_cli
 from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image
 from tools.images import SUFFIXES, BadImage, Packed
 from tools.kinetics import ClipOptions
+from tools.packing import walk
 from tools.shards import (
     Packing,
     PackPlan,
@@ -36,6 +38,7 @@ from tools.shards import (
     pack_shard,
 )
 from tools.videos import load_video
+from tools.words import shown
 from train.config import Config, FinetuneConfig
 from train.evaluate import load_model, open_task, read_config, weights_of
 from train.task import Task
@@ -71,6 +74,7 @@ def predict(
     if top < 1:
         raise UserError(f"--top is {top}; it must be at least 1")
     config, classes, packing = read_run(run)
+    labels = shown(classes)
     if config.data.frames == 1:
         inputs = tuple(picture for path in inputs for picture in pictures_of(path))
     weights = weights_of(run, weights)
@@ -89,7 +93,7 @@ def predict(
             else:
                 for number, row in zip(good, probabilities(task, model, catalogue).tolist(), strict=True):
                     if all(map(math.isfinite, row)):
-                        best = sorted(zip(row, classes, strict=True), key=lambda pair: -pair[0])[:top]
+                        best = sorted(zip(row, labels, strict=True), key=lambda pair: -pair[0])[:top]
                         lines = [f"{chance:9.2%}  {label}" for chance, label in best]
                         print("\n".join([names[number], *lines]))
                     else:
@@ -157,9 +161,23 @@ def load(root: Path, source: str, packing: Packing) -> Iterator[Packed | BadImag
 
 
 def pictures_of(path: Path) -> list[Path]:
-    """The pictures of a folder, sorted by name; for another path, the path."""
-    inside = path.iterdir() if path.is_dir() else ()
-    return sorted(file for file in inside if file.suffix.lower() in SUFFIXES) or [path]
+    """The pictures below a folder that packing would pack, sorted by name; for another path, the path.
+
+    Prints how many files are skipped. A folder that cannot be listed to its end comes last, as a bad picture.
+    """
+    files: list[Path] = []
+    unlisted: list[Path] = []
+    try:
+        if path.is_dir():
+            files.extend(walk(path))
+    except (OSError, UserError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        unlisted = [path]
+    found = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+    if others := {*files} - {*found}:
+        example = min(others)
+        print(f"skipped {len(others)} files without a picture's suffix, such as {example}", file=sys.stderr)
+    return [*found, *unlisted] or [path]
 
 
 def probabilities(task: Task, model: NormalizedInput, catalogue: Dataset) -> torch.Tensor:

@@ -18,6 +18,7 @@ import tyro
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
 from tools.plot import Panel, Tables, draw, panels_of
+from tools.words import shown
 from train.config import flatten, from_dict
 from train.metrics import best_of, read_csv, score
 from train.optim import total_steps
@@ -157,6 +158,8 @@ def classes(table: Path) -> str:
     import pyarrow.parquet as pq
 
     every = pq.read_table(table).to_pylist()
+    for row, name in zip(every, shown([row["class_name"] for row in every]), strict=True):
+        row["class_name"] = name
     rows = [row for row in every if row["samples"]]
     top5 = len(every) > 5  # with at most five classes it is always 1
     lines = [

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from pipelines.dataset import missing_shards, open_split, read_info
-from pipelines.errors import UserError, first_line, run_cli
+from pipelines.errors import UserError, check_local, first_line, run_cli
 from pipelines.files import atomic_write, lock, sha256_of
 from tools.shards import Row
 from tools.verify import Tally, rows_by_shard
@@ -32,6 +32,7 @@ from tools.verify import Tally, rows_by_shard
 ATTEMPTS = 4
 UNLOCKED = "two stage commands would disturb each other, so run one stage command at a time"
 BLOCK = 4 << 20  # bytes
+STORES, GIVEN = ("s3://", "gs://", "hdfs://", "file://"), "s3://, gs:// or hdfs://"
 
 
 def stage(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path], /, workers: int = 8) -> None:
@@ -42,8 +43,9 @@ def stage(source: tyro.conf.Positional[str], target: tyro.conf.Positional[Path],
         target: folder on a local disk.
         workers: files that are copied at the same time.
     """
+    check_local(target, "target")
     store, top = open_store(source)
-    if store.get_file_info(f"{top}/dataset.json").type != fs.FileType.File:
+    if not has_file(store, f"{top}/dataset.json"):
         raise UserError(f"{top}/dataset.json does not exist; give the top folder of a packed dataset")
     target.mkdir(parents=True, exist_ok=True)
     folder = os.open(target, os.O_RDONLY)
@@ -96,12 +98,26 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
 
 def open_store(source: str) -> tuple[fs.FileSystem, str]:
     """The file system of a folder or URI, and the path in it. Raises UserError if Arrow cannot read it."""
+    if "://" in source and not source.startswith(STORES):
+        raise UserError(f"{source} cannot be opened; give a folder, or a URI that begins with {GIVEN}")
     try:
         store, top = fs.FileSystem.from_uri(source if "://" in source else str(Path(source).absolute()))
         return store, top.rstrip("/")
     except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(
-            f"{source} cannot be opened ({first_line(error)}); check the folder or URI"
+            f"{source} cannot be opened ({first_line(error)}); give a folder, or a URI that begins with "
+            f"{GIVEN}"
+        ) from error
+
+
+def has_file(store: fs.FileSystem, path: str) -> bool:
+    """Whether the store has this file. Raises UserError if the store refuses to answer."""
+    try:
+        return store.get_file_info(path).type == fs.FileType.File
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}); check the address and the credentials, for s3:// "
+            "the variables AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from error
 
 
@@ -186,4 +202,4 @@ def check_space(target: Path, split: str, needed: int) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(lambda: tyro.cli(stage, description=__doc__))
+    run_cli(lambda: tyro.cli(stage, description=__doc__), remote=True)

@@ -23,7 +23,7 @@ from train.config import Config, ModelConfig, SpeedConfig
 from train.console import log
 from train.distributed import World
 from train.meters import Meters
-from train.optim import make_ema, make_optimizer, scaled_lr, total_steps
+from train.optim import make_ema, make_optimizer, scaled_lr, total_steps, warmup_steps
 from train.rundir import Run
 from train.task import Task
 
@@ -127,9 +127,16 @@ def log_plan(config: Config, task: Task, world: World) -> None:
         f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {length}"
     )
     if optim.batch > samples:
-        log(f"a batch is {optim.batch / samples:.1f} times the training data: lower optim.batch")
-    if optim.warmup_epochs >= optim.epochs:
-        log(f"warmup takes {optim.warmup_epochs:g} epochs: the learning rate rises to the very end")
+        log(
+            f"a batch is {optim.batch / samples:.1f} times the training data: lower optim.batch to at most "
+            f"{samples} (the learning rate is scaled with it), or every step sees samples more than once"
+        )
+    if warmup_steps(optim, samples) >= steps:
+        log(
+            f"warmup takes {optim.warmup_epochs:g} epochs: the learning rate rises to the very end, and is 0 "
+            f"in the first of {steps} steps; set optim.warmup_epochs further below optim.epochs "
+            f"({optim.epochs:g}), or to 0"
+        )
 
 
 # ---- weights
@@ -157,7 +164,7 @@ def warm_start(
             model, settings.init, reuse_encoder_norm=settings.reuse_encoder_norm, classes=classes, quiet=True
         )
     except UserError as error:
-        raise UserError(f"starting weights {settings.init}: {error}") from error
+        raise UserError(f"{'weights' if whole else 'starting weights'} {settings.init}: {error}") from error
     if whole and report.fresh:
         raise UserError(f"{report}; these weights are of another kind of model or other classes")
     log(str(report))

@@ -16,7 +16,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, once_per_machine
 from train.config import Config, flatten, hint, to_dict
 
 BARS, CURVE = "▁▂▃▄▅▆▇█", 30
@@ -140,6 +140,7 @@ log = screen.line
 # ---- the command line
 
 
+@once_per_machine()
 def parse(presets: Mapping[str, Config], program: str, not_given: Mapping[str, str] | None = None) -> Config:
     """Read `PRESET [--dotted.overrides]` from the command line; raises UserError on unknown words.
 

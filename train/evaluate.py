@@ -12,7 +12,7 @@ import tyro
 from torch import nn
 
 from models.inputs import NormalizedInput
-from pipelines.errors import UserError, run_cli
+from pipelines.errors import UserError, once_per_machine, run_cli
 from pipelines.views import clip_notes
 from train import distributed, ending, finetune, mae, rundir
 from train.build import set_precision, warm_start
@@ -97,11 +97,15 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     for note in clip_notes(dataset, config.data):
         log(note)
     model = load_model(task.model, config, weights, classes, run)
-    return task.evaluate(model, dataset, lambda: None)
+    scores = task.evaluate(model, dataset, lambda: None)
+    if not rundir.is_data_of(arguments.run, dataset.info):
+        scores.pop("held_out", None)  # whether the run has trained on these samples is unknown
+    return scores
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, prog="python -m train.evaluate")
+    with once_per_machine():
+        arguments = tyro.cli(Arguments, prog="python -m train.evaluate")
     scores = ending.end_together(lambda: evaluate(arguments))
     if distributed.rank() == 0:
         for name, value in scores.items():

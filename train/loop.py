@@ -66,9 +66,10 @@ def fit(config: Config, make_task: MakeTask) -> int:
     if run.finished:
         return 0
     seed_weights(config.run.seed)
-    task = make_task(config, run)  # datasets, model, loss, evaluation
-    state = build(config, task, run)  # precision, starting weights, optimizer, moving average
-    resume(config, task, run, state)  # all processes must have the same weights
+    with run.starting():  # an error leaves no folder behind
+        task = make_task(config, run)  # datasets, model, loss, evaluation
+        state = build(config, task, run)  # precision, starting weights, optimizer, moving average
+        resume(config, task, run, state)  # all processes must have the same weights
     trainer = Trainer(config, task, run, state)  # metrics, compilation, DDP, loader
     with screen.progress(state.step, trainer.steps):
         if state.row is not None:

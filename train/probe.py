@@ -17,7 +17,7 @@ from torch.nn import functional
 from models.inputs import NormalizedInput
 from pipelines.augment import to_device
 from pipelines.dataset import Dataset, open_dataset
-from pipelines.errors import UserError, run_cli
+from pipelines.errors import UserError, once_per_machine, run_cli
 from pipelines.views import clip_notes
 from train import distributed, ending
 from train.build import autocast_for
@@ -140,7 +140,8 @@ def linear(known: Tensor, classes: Tensor, queries: Tensor, decay: float, steps:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, prog="python -m train.probe")
+    with once_per_machine():
+        arguments = tyro.cli(Arguments, prog="python -m train.probe")
     found = ending.end_together(lambda: probe(arguments))
     if distributed.rank() == 0:
         for name, value in found.items():

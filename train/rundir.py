@@ -8,8 +8,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import zip_longest
@@ -52,6 +52,18 @@ class Run:
         screen.close()
         if self.lock is not None:
             self.lock.close()
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Remove the run folder after a `UserError`, if it holds only the log of starts that failed."""
+        try:
+            yield
+        except UserError:
+            if self.lock is not None and self.folder is not None:
+                self.close()
+                if {path.name for path in self.folder.iterdir()} <= {".lock", "log.txt"}:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
 
 def start_run(config: Config) -> Run:
@@ -162,6 +174,12 @@ def check_classes(folder: Path, info: DatasetInfo) -> None:
         f"{info.root} has other classes than {folder} was trained on ({path}): its class {number} is "
         f"{theirs}, the run's is {mine}; evaluate on data packed with the same classes"
     )
+
+
+def is_data_of(folder: Path, info: DatasetInfo) -> bool:
+    """Whether a run was trained on this dataset, or a copy of it; True if it has no record of its data."""
+    path = folder / "data.json"
+    return not path.exists() or json.loads(path.read_text())["sha256"] == info.catalogue_sha256
 
 
 def lock_run(folder: Path) -> IO[str]:
