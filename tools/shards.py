@@ -11,7 +11,8 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ class Packing:
     max_pixels: int
     val_fraction: float
     pillow: str  # version; others may encode other bytes
+    # the same of torch, which resizes
+    torch: str = field(default_factory=lambda: version("torch"), kw_only=True)
 
 
 @dataclass(frozen=True)
