@@ -20,6 +20,8 @@ from typing import Any
 from pipelines.errors import UserError, first_line
 from tools.shards import PLAN_FILE, Job, Result, is_done, pack_shard
 
+# What workers need. torch takes seconds to import, so one process does it, and the workers are its copies.
+PRELOADED = ["torch", "av", "PIL.Image", "pyarrow.parquet", "rich.progress", "tyro"]
 RETRIES = 5  # for a shard whose Ray worker or node died
 CONNECT = 10.0  # seconds for a cluster to answer
 UNTIL_SEEN = 120.0  # seconds until a file of another node is seen here; NFS caches absence for 60
@@ -30,7 +32,8 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
     if workers == 1 or len(jobs) < 2:
         yield from map(pack_shard, jobs)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _follow_parent)
     try:
         for future in as_completed([pool.submit(pack_shard, job) for job in jobs]):
@@ -40,7 +43,13 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
 
 
 def _follow_parent() -> None:
-    """Start of a worker: it ends on Ctrl-C without a traceback, and with its parent, even a killed one."""
+    """Start of a worker: it ends on Ctrl-C without a traceback, and with its parent, even a killed one.
+
+    torch works on one thread, as there is a worker per core.
+    """
+    import torch  # preloaded
+
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
 
@@ -122,7 +131,7 @@ def pack_on_node(job: Job, example: Path | None) -> Result:
     for path in (job.folder.parent / PLAN_FILE, example or job.root):
         if not path.exists():
             raise UserError(f"{node} does not see {path}; mount source and --out on all nodes at one path.")
-    for name in ("pillow", "av"):
+    for name in ("pillow", "torch", "av"):
         wanted = getattr(job.packing, name, None)
         if wanted and version(name) != wanted:
             raise UserError(

@@ -244,7 +244,7 @@ def _agree(plan: PackPlan, noted: Path, text: str) -> bool:
         known = {"max_seconds": settings["max_seconds"], "clip_seconds": settings["clip_seconds"]}
         then = {"fps": 30.0, "source_fps": rate} | known | then
     for name, now in settings.items():
-        if now == then.get(name) or (name in ("pillow", "av") and noted.name == "dataset.json"):
+        if now == then.get(name) or (name in ("pillow", "torch", "av") and noted.name == "dataset.json"):
             continue  # a finished dataset is valid with any version
         what = f"{name.replace('_', '-')} {then.get(name)}, not {now}"
         if name == "source_sha256":

@@ -11,6 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ class Packing:
     max_pixels: int
     val_fraction: float
     pillow: str  # version; others may encode other bytes
+    # the same of torch, which resizes
+    torch: str = field(default_factory=lambda: version("torch"), kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from io import BytesIO
 from itertools import chain, combinations, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import tyro
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 SHOWN = 10  # faults that are printed
 FRAMES_AT_ONCE = 64
+COMPARED = 16  # the pixels of one frame in so many are compared
+LEVELS = 6  # by which two correct decoders may differ on average, of 255
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -208,29 +213,55 @@ def sample_faults(info: DatasetInfo, row: Row, frames: Sequence[bytes]) -> Itera
 
 
 def decode_faults(tar: np.ndarray, rows: Sequence[Row]) -> Iterator[str]:
-    """Decode every frame of `rows` as training does; compare its size with the catalogue's."""
+    """Decode every frame of `rows` as training does; compare its size with the catalogue's.
+
+    One frame in `COMPARED` must also have the pixels that Pillow finds, which decoded it for packing.
+    """
     frames = [
         (f"{row['key']}: frame {number} at byte {offset}", tar[offset : offset + size], row)
         for row in rows
         for number, (offset, size) in enumerate(zip(row["offsets"], row["sizes"], strict=True))
     ]
     for start in range(0, len(frames), FRAMES_AT_ONCE):
-        names, jpegs, owners = zip(*frames[start : start + FRAMES_AT_ONCE], strict=True)
-        sizes = decode(jpegs) or [size for jpeg in jpegs for size in decode([jpeg]) or [(0, 0)]]
-        for name, size, row in zip(names, sizes, owners, strict=True):
-            if size == (0, 0):
-                yield f"{name} does not decode; pack this dataset again"
-            elif size != (row["width"], row["height"]):
-                packed = f"in the catalogue {row['width']}x{row['height']}"
-                yield f"{name} is {size[0]}x{size[1]}, {packed}; pack this dataset again"
+        yield from frame_faults(frames[start : start + FRAMES_AT_ONCE])
 
 
-def decode(jpegs: Sequence[np.ndarray]) -> list[tuple[int, int]]:
-    """(width, height) of each decoded JPEG; an empty list if one fails, since DALI does not say which."""
+def frame_faults(frames: Sequence[tuple[str, np.ndarray, Row]]) -> Iterator[str]:
+    """Decode (name, JPEG, row of the catalogue) of each frame; yield what is wrong with it."""
+    found = decode([jpeg for _, jpeg, _ in frames])
+    if not found and len(frames) > 1:
+        for frame in frames:
+            yield from frame_faults([frame])
+        return
+    for number, (name, jpeg, row) in enumerate(frames):
+        packed = (row["height"], row["width"], 3)
+        if not found:
+            yield f"{name} does not decode; pack this dataset again"
+        elif found[number].shape != packed:
+            sizes = [f"{width}x{height}" for height, width, _ in (found[number].shape, packed)]
+            yield f"{name} is {sizes[0]}, in the catalogue {sizes[1]}; pack this dataset again"
+        elif number % COMPARED == 0 and (levels := difference(jpeg, found[number])) > LEVELS:
+            yield f"{name} differs by {levels:.0f} levels between DALI and Pillow; pack this dataset again"
+
+
+def difference(jpeg: np.ndarray, pixels: np.ndarray) -> float:
+    """Mean difference, in levels of 255, of `pixels`, uint8 [h, w, 3], from what Pillow decodes."""
+    with suppress(OSError):
+        other = np.asarray(Image.open(BytesIO(jpeg.tobytes())).convert("RGB"))
+        if other.shape == pixels.shape:
+            return float(np.abs(other - pixels.astype(np.int16)).mean())
+    return 255.0
+
+
+def decode(jpegs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The pixels, uint8 [h, w, 3], of each JPEG until the next call; [] if one of them fails.
+
+    DALI does not say which one failed.
+    """
     try:
         decoder().feed_input("jpegs", list(jpegs))
         (pictures,) = decoder().run()
-        return [(width, height) for height, width, _ in pictures.shape()]
+        return [np.asarray(pictures[index]) for index in range(len(jpegs))]
     except RuntimeError:
         decoder.cache_clear()  # a pipeline that failed cannot run again
         return []
@@ -244,7 +275,9 @@ def decoder() -> "Pipeline":
 
     pipeline = Pipeline(FRAMES_AT_ONCE, usable_cores(), None, prefetch_queue_depth=1)
     with pipeline:
-        pipeline.set_outputs(fn.decoders.image(fn.external_source(name="jpegs"), device="cpu"))
+        jpegs = fn.external_source(name="jpegs")
+        pixels = fn.decoders.image(jpegs, device="cpu", jpeg_fancy_upsampling=True)  # as for training
+        pipeline.set_outputs(pixels)
     pipeline.build()
     return pipeline
 

@@ -21,8 +21,8 @@ import av
 from av.container import InputContainer
 
 from tools.clips import on_grid, part_length, parts_of
+from tools.encode import JpegWriter
 from tools.images import BadImage, Packed, mode_of
-from tools.jpegs import JpegWriter
 from tools.packing import walk
 from tools.shards import Packing, VideoPacking
 from tools.sources import Part

@@ -1,0 +1,210 @@
+"""Read a JPEG strictly: its markers, its EXIF orientation, and whether all of its pixels are there.
+
+If coded pixels end early, libjpeg fills the picture with gray and warns, but Pillow hides its warnings. So
+the pixels are decoded without the end marker, or a second time with more bytes after each piece of them.
+"""
+
+import io
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image, JpegImagePlugin
+
+START, END = b"\xff\xd8", b"\xff\xd9"
+CUT = "bytes after its end cut off"
+ENDED = "missing end marker added"
+# Eight bytes of ones, as libjpeg reads ahead by up to 8 bytes. No code consists of ones, so they hold at most
+# two blocks of pixels.
+ONES = b"\xff\x00" * 8
+TAIL = 4  # bytes of coded data; if the last pixel ends before them, the decoder has lost its place
+FILLER = bytes(0xA5 ^ n for n in range(64))  # libjpeg takes missing bits for zeros: these begin with a one
+RESTART = re.compile(rb"\xff[\xd0-\xd7]")
+ORIENTATION = 0x0112
+
+
+class BadImage(Exception):
+    """A file that cannot be packed. Its text is the reason, the same for all files with one problem.
+
+    span: the part of the source that it concerns, as in `Packed`; "" for the whole source.
+    """
+
+    def __init__(self, reason: str, span: str = "") -> None:
+        super().__init__(reason)
+        self.span = span
+
+
+@dataclass
+class Jpeg:
+    """A JPEG's bytes from its start marker to its end marker, and what its markers contain."""
+
+    data: bytes = b""
+    changes: list[str] = field(default_factory=list)
+    scans: list[tuple[int, int]] = field(default_factory=list)  # start and end of coded pixels, bytes
+    exif: list[bytes] = field(default_factory=list)  # EXIF segments
+    coding: int = 0  # the marker of the frame: 0xC0 baseline, 0xC2 progressive, ...
+    components: int = 0
+    scanned: set[int] = field(default_factory=set)  # components that have coded pixels
+    in_first_scan: int = 0  # components in the first scan
+
+    @property
+    def unusual(self) -> bool:
+        """True for arithmetic, lossless and hierarchical coding."""
+        return self.coding > 0xC2
+
+    @property
+    def has_one_scan(self) -> bool:
+        """True if one scan holds all pixels."""
+        return self.coding < 0xC2 and len(self.scans) == 1 and self.in_first_scan == self.components
+
+    @property
+    def in_one_piece(self) -> bool:
+        """True if the coded pixels are one sequence of bytes without any marker."""
+        return self.has_one_scan and not RESTART.search(self.data, *self.scans[0])
+
+    def source(self) -> bytes:
+        """The bytes to decode: if the coded pixels are in one piece, without an end marker."""
+        return self.data[: self.scans[0][1]] + ONES if self.in_one_piece else self.data
+
+    def filled(self) -> bytes:
+        """The JPEG with additional bytes before every marker that ends coded pixels. Decoders skip them."""
+        parts, done = [], 0
+        for start, end in self.scans:
+            pieces = re.sub(rb"(?=\xff+[\xd0-\xd7])", FILLER, self.data[start:end])
+            parts += [self.data[done:start], pieces, FILLER]
+            done = end
+        return b"".join([*parts, self.data[done:]])
+
+
+def read_jpeg(data: bytes) -> Jpeg:
+    """Follow the markers to the end marker; cut off what follows it. Raises `BadImage`.
+
+    Decoders treat damaged markers differently: Pillow accepts stray bytes between the segments of a header,
+    and sometimes a missing end marker; DALI accepts neither.
+    """
+    jpeg, end = Jpeg(), 0
+    for marker, start, strays in _markers(data):
+        if jpeg.scans and jpeg.scans[-1][1] == len(data):
+            jpeg.scans[-1] = jpeg.scans[-1][0], start
+        if strays and "stray bytes in its header left out" not in jpeg.changes:
+            jpeg.changes.append("stray bytes in its header left out")
+        content = start + 4
+        size = max(0, int.from_bytes(data[start + 2 : content], "big") - 2)
+        segment = data[content : content + size]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            _read_frame(jpeg, marker, segment)
+        elif marker == 0xDA and segment:
+            jpeg.scanned |= {*segment[1 : 1 + 2 * segment[0] : 2]}
+            jpeg.in_first_scan = jpeg.in_first_scan or segment[0]
+            jpeg.scans.append((content + size, len(data)))
+        elif marker == 0xE1 and segment.startswith(b"Exif"):
+            jpeg.exif.append(segment)
+        elif marker == 0xD9:
+            end = start + 2
+    if not jpeg.scans or max(len(jpeg.scanned), jpeg.in_first_scan) < jpeg.components:
+        raise BadImage("truncated")
+    if end:
+        jpeg.changes += [CUT] if end < len(data) else []
+        jpeg.data = data[:end]
+        return jpeg
+    if not jpeg.has_one_scan:
+        raise BadImage("truncated")
+    jpeg.data = data.rstrip(b"\xff")
+    jpeg.scans[-1] = jpeg.scans[-1][0], len(jpeg.data)
+    jpeg.data += END
+    jpeg.changes.append(ENDED)
+    return jpeg
+
+
+def _read_frame(jpeg: Jpeg, marker: int, segment: bytes) -> None:
+    """Note the kind of coding. Raises `BadImage` for a kind that libjpeg or Pillow cannot decode."""
+    if len(segment) < 6:
+        raise BadImage("truncated")
+    bits, height, jpeg.components = segment[0], int.from_bytes(segment[1:3], "big"), segment[5]
+    if bits != 8:
+        raise BadImage(f"JPEG with {bits} bits per sample, which is not supported")
+    if not height:
+        raise BadImage("JPEG without its height in the header, which is not supported")
+    if jpeg.components not in (1, 3, 4):
+        raise BadImage(f"JPEG with {jpeg.components} color components, which is not supported")
+    jpeg.coding = marker
+    if jpeg.unusual:
+        jpeg.changes.append("unusual JPEG coding made baseline")
+
+
+_NEXT_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
+
+
+def _markers(data: bytes) -> Iterator[tuple[int, int, bool]]:
+    """(code, byte offset, stray bytes before it) of each marker up to the end marker, if there is one.
+
+    Coded pixels are between the header of a scan (0xDA) and the next marker. Before the first scan, each
+    segment must follow the previous one directly.
+    """
+    position = 2
+    in_header = True
+    while found := _NEXT_MARKER.search(data, position):
+        marker = found[1][0]
+        yield marker, found.start(), in_header and found.start() != position
+        if marker == 0xD9:
+            return
+        in_header = in_header and marker != 0xDA
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+
+
+# ---- pixels ------------------------------------------------------------------------------------------------
+
+
+def load(picture: Image.Image, stream: io.BytesIO, jpeg: Jpeg, side: int) -> None:
+    """Decode `picture`, opened from `stream` of `jpeg.source()`. Raises `BadImage` if pixels are missing.
+
+    The decoder may shrink large pictures 2, 4 or 8-fold, but not below `side` x `side` pixels.
+    """
+    assert isinstance(picture, JpegImagePlugin.JpegImageFile)
+    picture.draft(None, (side, side))
+    if not jpeg.in_one_piece:
+        picture.decodermaxblock = len(jpeg.data)  # arithmetic coding must be decoded in one call
+        picture.load()
+        if not jpeg.unusual:
+            _compare(picture, jpeg, side)
+        return
+    end = jpeg.scans[0][1]
+    picture.decodermaxblock = max(1, end - TAIL)
+    picture.load()
+    rest = jpeg.data[end - TAIL : end].replace(b"\xff\0", b"\xff")
+    if stream.tell() == end - TAIL and len({*rest}) > 1:
+        raise BadImage("damaged: coded data is left after the last pixel")
+
+
+def _compare(picture: Image.Image, jpeg: Jpeg, side: int) -> None:
+    """Raise `BadImage` if more bytes before the markers change the pixels: then coded data ends early."""
+    other = Image.open(io.BytesIO(jpeg.filled()), formats=["JPEG"])
+    other.draft(None, (side, side))
+    if other.tobytes() != picture.tobytes():
+        raise BadImage("truncated")
+
+
+# ---- orientation -------------------------------------------------------------------------------------------
+
+
+def has_clear_exif(blocks: Sequence[bytes]) -> bool:
+    """True if every decoder finds the same orientation in a JPEG's EXIF segments, or none."""
+    if not any(tag in block for block in blocks for tag in (b"\x01\x12", b"\x12\x01")):
+        return True
+    one = len(blocks) == 1 and blocks[0].startswith(b"Exif\0\0")
+    return one and _orientation_tags(blocks[0][6:]) in [[(3, 1, value)] for value in range(1, 9)]
+
+
+def _orientation_tags(tiff: bytes) -> list[tuple[int, int, int]]:
+    """(type, count, value) of each orientation tag in the first directory; [] if it is damaged."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return []
+    try:
+        (start,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, start)
+        entries = [struct.unpack_from(f"{order}HHIH", tiff, start + 2 + 12 * n) for n in range(count)]
+    except struct.error:
+        return []
+    return [(kind, number, value) for tag, kind, number, value in entries if tag == ORIENTATION]
