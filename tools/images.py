@@ -9,7 +9,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 
@@ -43,12 +43,12 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 class BadImage(Exception):
     """A file that cannot be packed. Its text is the reason, the same for all files with one problem.
 
-    span: the part of the source that it concerns, as in `Packed`; "" for the whole source.
+    span, row: as in `Packed`, of the part of the source that it concerns; without, of the whole source.
     """
 
-    def __init__(self, reason: str, span: str = "") -> None:
+    def __init__(self, reason: str, span: str = "", row: dict[str, object] | None = None) -> None:
         super().__init__(reason)
-        self.span = span
+        self.span, self.row = span, row or {}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Packed:
     size: tuple[int, int]  # width, height
     change: str
     span: str = ""  # of a clip that is part of a longer one: "#t=START,END", seconds
+    row: dict[str, object] = field(default_factory=dict)  # what a tar says of it: see tools/tars.py
 
 
 def read_file(path: Path) -> bytes:

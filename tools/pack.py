@@ -4,6 +4,7 @@
     python -m tools.pack clips --frames data/tiny-kinetics-400/data_30fps_frames \\
         --annotations data/tiny-kinetics-400/annotations --out shards/tiny-kinetics-400
     python -m tools.pack clips --videos data/k400 --annotations data/k400/annotations --out shards/k400
+    python -m tools.pack tars --train 'data/imagenet-train-{0000..1023}.tar'
     python -m tools.pack all --images data/imagenet --frames data/tiny-kinetics-400    (= make shards)
 
 After an interruption, the same command continues. `python -m tools.pack images --help` lists the options.
@@ -21,6 +22,7 @@ from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image, plan_images
 from tools.kinetics import ClipOptions, plan_clips
 from tools.packing import PackOptions, run, source_folder
+from tools.tars import pack_tars
 from tools.videos import load_video
 
 IMAGES, FRAMES = Path("data/imagenet"), Path("data/tiny-kinetics-400")
@@ -109,5 +111,5 @@ def pack_all(
 
 
 if __name__ == "__main__":
-    commands = {"images": pack_images, "clips": pack_clips, "all": pack_all}
+    commands = {"images": pack_images, "clips": pack_clips, "tars": pack_tars, "all": pack_all}
     run_cli(lambda: sys.exit(tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)))
