@@ -16,8 +16,10 @@ SETTINGS = $(if $(RUN),--run.name '$(RUN)') $(if $(DATA),--data.path '$(DATA)') 
 	$(if $(TUNED),$(shell cat '$(TUNED)'))
 NAMED = $(or $(RUN),$(error name a folder in runs/ with RUN=))
 OTHER = $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DEVICE),--device $(DEVICE))
-PACKING = $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(TRAIN_LIST),--train-list '$(TRAIN_LIST)') \
-	$(if $(VAL_LIST),--val-list '$(VAL_LIST)') $(if $(OUT),--out '$(OUT)') \
+PACKED = $(if $(TARS),tars --train '$(TARS)' $(if $(VAL_TARS),--val '$(VAL_TARS)'),all --images '$(IMAGES)' \
+	--frames '$(FRAMES)' $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(TRAIN_LIST),--train-list '$(TRAIN_LIST)') \
+	$(if $(VAL_LIST),--val-list '$(VAL_LIST)'))
+PACKING = $(if $(OUT),--out '$(OUT)') \
 	$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray '$(RAY)')
 # Without SIGHUP: torchrun would also handle it under nohup. 240 s to save: torchrun's default of 30 is too short.
 TORCHRUN := .venv/bin/torchrun --signals-to-handle SIGTERM,SIGINT,SIGQUIT --shutdown-timeout 240
@@ -35,8 +37,8 @@ help:  ## print this list
 demo: env  ## generate pictures and clips, pack, pretrain, finetune, evaluate and plot; needs no GPU
 	$(PY) -m tools.demo $(ARGS)
 
-shards: env  ## pack IMAGES=DIR and FRAMES=DIR or VIDEOS=DIR, whichever exist, into OUT=shards; TRAIN_LIST= VAL_LIST=FILE EXECUTOR=ray RAY=HOST:PORT
-	$(PY) -m tools.pack all --images '$(IMAGES)' --frames '$(FRAMES)' $(PACKING) $(ARGS)
+shards: env  ## pack IMAGES=DIR and FRAMES=DIR or VIDEOS=DIR (TRAIN_LIST= VAL_LIST=FILE) into OUT=shards, or index TARS='a-{0..9}.tar' VAL_TARS=; EXECUTOR=ray RAY=HOST:PORT
+	$(PY) -m tools.pack $(PACKED) $(PACKING) $(ARGS)
 
 verify: env  ## check all checksums, indexes and labels of DATA=shards/imagenet, and decode every frame
 	$(PY) -m tools.verify '$(or $(DATA),shards/imagenet)' $(ARGS)

@@ -1,5 +1,6 @@
 """A packed dataset: one Arrow catalogue per split, which places every frame in its tar; checked reads."""
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import UserError, check_local, first_line
-from pipelines.files import sha256_of
+from pipelines.files import length_of, open_regular, sha256_of
 
 FORMAT_VERSION = 3
 
@@ -58,6 +59,7 @@ class DatasetInfo:
     packing: dict[str, object]
     tar_bytes: dict[str, list[int]]  # by split, the length of every shard's tar
     catalogue_sha256: dict[str, str] = field(default_factory=dict)  # by split
+    tars: dict[str, list[str]] = field(default_factory=dict)  # by split, paths of tars that others wrote
 
     @property
     def fps(self) -> float | None:
@@ -65,10 +67,9 @@ class DatasetInfo:
         return self.packing.get("fps")  # pyrefly: ignore
 
     def tar_path(self, split: str, shard: int) -> Path:
-        return self.root / split / f"{shard:06d}.tar"
+        return self.root / (self.tars[split][shard] if self.tars else f"{split}/{shard:06d}.tar")
 
     def catalogue(self, split: str) -> Path:
-        """The file of a split's catalogue."""
         return self.root / f"{split}.arrow"
 
 
@@ -150,11 +151,11 @@ class Tar:
 
     def __init__(self, path: Path) -> None:
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block for ever
+            self.descriptor = open_regular(path)
         except OSError as error:
-            raise UserError(
-                f"{path} cannot be opened ({error.strerror}); restore it, or pack this dataset again"
-            ) from error
+            if error.errno != errno.EINVAL:  # that is a folder, pipe or device: its frames count as damaged
+                what = f"{path} cannot be opened ({error.strerror})"
+                raise UserError(f"{what}; restore it, or pack this dataset again") from error
 
     def __del__(self) -> None:
         if self.descriptor >= 0:
@@ -194,7 +195,7 @@ def read_info(root: Path | str) -> DatasetInfo:
         check_info(raw)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged ({error!r}); pack this dataset again") from error
-    listed = raw["splits"], raw["packing"], raw["tar_bytes"], raw["catalogue_sha256"]
+    listed = raw["splits"], raw["packing"], raw["tar_bytes"], raw["catalogue_sha256"], raw.get("tars", {})
     return DatasetInfo(root, raw["kind"], tuple(raw["classes"]), *listed)
 
 
@@ -202,32 +203,32 @@ def check_info(raw: dict[str, Any]) -> None:
     """Raise ValueError, or what comes of a wrong type, unless `raw` is what packing writes."""
     classes = raw["classes"]
     "".join(classes).encode()  # fails for what is no text
-    if raw["kind"] not in ("image", "video") or raw["packing"] != dict(raw["packing"]):
+    fps = dict(raw["packing"]).get("fps", 30)
+    if raw["kind"] not in ("image", "video") or raw["packing"] != dict(raw["packing"]) or fps is True:
         raise ValueError("kind or packing")
-    fps = raw["packing"].get("fps", 30)
-    if isinstance(fps, bool) or not 0 < fps <= 1000:
+    if not 0 < fps <= 1000:
         raise ValueError("frames per second")
     if not isinstance(classes, list) or len(set(classes)) < len(classes):
         raise ValueError("classes")
+    tars = raw.get("tars", {})
     for split, counts in raw["splits"].items():
         lengths = raw["tar_bytes"][split]
-        numbers = [*(counts[name] for name in ("samples", "rejected", "frames", "shards")), *lengths]
         if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
             raise ValueError(f"a split named {split!r}")
-        if len(lengths) != counts["shards"] or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        numbers = [*(counts[name] for name in ("samples", "rejected", "frames", "shards")), *lengths]
+        names = tars[split] if tars else [""] * len(lengths)
+        fit = type(names) is list and len(names) == len(lengths) == counts["shards"]
+        if not fit or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise ValueError(f"counts of {split}")
-    sums = raw["catalogue_sha256"]
-    if not all(re.fullmatch(r"[0-9a-f]{64}", sums[split]) for split in raw["splits"]):
-        raise ValueError("catalogue_sha256")
+        if b"\0" in "".join(names).encode() or not re.fullmatch(
+            r"[0-9a-f]{64}", raw["catalogue_sha256"][split]
+        ):
+            raise ValueError(f"tars or catalogue_sha256 of {split}")
 
 
 def missing_shards(info: DatasetInfo, split: str) -> list[int]:
     """The shards whose tar is missing or has another length than when it was packed."""
-
-    def length(tar: Path) -> int:
-        return tar.stat().st_size if tar.is_file() else -1
-
-    return [n for n, size in enumerate(info.tar_bytes[split]) if length(info.tar_path(split, n)) != size]
+    return [n for n, size in enumerate(info.tar_bytes[split]) if length_of(info.tar_path(split, n)) != size]
 
 
 def check_shards(info: DatasetInfo) -> None:
@@ -235,7 +236,7 @@ def check_shards(info: DatasetInfo) -> None:
     for split in info.splits:
         for shard in missing_shards(info, split):
             tar = info.tar_path(split, shard)
-            what = "is not of the length it was packed with" if tar.is_file() else "is missing"
+            what = "is not of the length it was packed with" if length_of(tar) >= 0 else "is missing"
             raise UserError(f"{tar} {what}; restore it, or pack {info.root} again")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO
 
 from pipelines.errors import UserError
@@ -57,6 +58,21 @@ def atomic_text(path: Path, text: str) -> None:
     """`atomic_write` of a text in UTF-8."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
+
+
+def open_regular(path: Path | str, flags: int = os.O_RDONLY) -> int:
+    """Open a file, as the `opener` of open(). Raises OSError for a pipe or device, which could block."""
+    if not S_ISREG(Path(path).stat().st_mode):  # opening a device can have effects
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def length_of(path: Path) -> int:
+    """The bytes of a regular file, -1 if there is none."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_size if S_ISREG(found.st_mode) else -1
+    return -1
 
 
 def sha256_of(path: Path) -> str:

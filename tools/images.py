@@ -10,7 +10,7 @@ import re
 import struct
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -80,6 +80,7 @@ class Packed:
     size: tuple[int, int]  # width, height
     change: str
     span: str = ""  # of a clip that is part of a longer one: "#t=START,END", seconds
+    row: dict[str, object] = field(default_factory=dict)  # what a tar says of it: see tools/tars.py
 
 
 def read_file(path: Path) -> bytes:

@@ -27,12 +27,12 @@ ORIENTATION = 0x0112
 class BadImage(Exception):
     """A file that cannot be packed. Its text is the reason, the same for all files with one problem.
 
-    span: the part of the source that it concerns, as in `Packed`; "" for the whole source.
+    span, row: as in `Packed`, of the part of the source that it concerns; without, of the whole source.
     """
 
-    def __init__(self, reason: str, span: str = "") -> None:
+    def __init__(self, reason: str, span: str = "", row: dict[str, object] | None = None) -> None:
         super().__init__(reason)
-        self.span = span
+        self.span, self.row = span, row or {}
 
 
 @dataclass

@@ -6,6 +6,7 @@
     python -m tools.pack clips --videos data/k400 --annotations data/k400/annotations --out shards/k400
     python -m tools.pack clips --videos data/UCF-101 --out shards/ucf101
     python -m tools.pack clips --videos data/ssv2 --annotations data/ssv2-labels --out shards/ssv2
+    python -m tools.pack tars --train 'data/imagenet-train-{0000..1023}.tar'
     python -m tools.pack all --images data/imagenet --frames data/tiny-kinetics-400    (= make shards)
 
 Larger pictures and frames are scaled down to a short side of 256 pixels and encoded as JPEGs of quality 90;
@@ -26,6 +27,7 @@ from tools.imagenet import ImageOptions, load_image, plan_images
 from tools.kinetics import ClipOptions, plan_clips
 from tools.packing import run, source_folder
 from tools.samples import ListOptions
+from tools.tars import pack_tars
 from tools.videos import load_video
 
 IMAGES, FRAMES = Path("data/imagenet"), Path("data/tiny-kinetics-400")
@@ -127,5 +129,5 @@ def pack_all(
 
 
 if __name__ == "__main__":
-    commands = {"images": pack_images, "clips": pack_clips, "all": pack_all}
+    commands = {"images": pack_images, "clips": pack_clips, "tars": pack_tars, "all": pack_all}
     run_cli(lambda: sys.exit(tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)))

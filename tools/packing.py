@@ -151,10 +151,10 @@ def run(plan: PackPlan, root: Path, out: Path, load: Load, options: PackOptions)
             estimate = partial(announce, jobs, (i, n), out, options.processes, options.ignore_free_space)
             if fresh := not (out / PLAN_FILE).exists():  # if it does not fit, no folder is made
                 estimate()
-            with _begin(plan, out, options.part is None):
+            with begin(plan, out, options.part is None):
                 if not fresh:
                     estimate()
-                if unreadable := _pack_missing(jobs[i - 1 :: n], options):
+                if unreadable := pack_missing(jobs[i - 1 :: n], options):
                     console.print(unreadable, soft_wrap=True)
                     return 1
                 if options.part:
@@ -167,7 +167,7 @@ def run(plan: PackPlan, root: Path, out: Path, load: Load, options: PackOptions)
             read_info(out)  # raises UserError for a dataset of an earlier format
             console.print(f"{out} is already packed with these settings.", soft_wrap=True)
         remove(out, plan.splits, *NOTES)
-    return _report(console, out, plan, options.max_reject)
+    return report(console, out, plan, options.max_reject)
 
 
 def remove(out: Path, splits: Iterable[str], *patterns: str) -> None:
@@ -197,7 +197,7 @@ def writing_to(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _begin(plan: PackPlan, out: Path, alone: bool) -> Iterator[None]:
+def begin(plan: PackPlan, out: Path, alone: bool) -> Iterator[None]:
     """Write the plan into a new folder, or check that the folder has the same plan; lock the folder.
 
     A process that packs all shards locks it `alone`; processes that pack parts share the lock.
@@ -258,8 +258,8 @@ def _agree(plan: PackPlan, noted: Path, text: str) -> bool:
     return True
 
 
-def _pack_missing(jobs: Sequence[Job], options: PackOptions) -> str:
-    """Run every job that is not done, with a progress bar in samples.
+def pack_missing(jobs: Sequence[Job], options: PackOptions, unit: str = "samples") -> str:
+    """Run every job that is not done, with a progress bar in sources, named `unit`.
 
     Returns a message about samples that could not be read, "" if there are none.
     """
@@ -270,13 +270,13 @@ def _pack_missing(jobs: Sequence[Job], options: PackOptions) -> str:
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         total = sum(len(job.samples) for job in jobs)
         done = total - sum(len(job.samples) for job in missing)
-        bar = progress.add_task("", total=total, completed=done, note="samples, 0 rejected")
+        bar = progress.add_task("", total=total, completed=done, note=f"{unit}, 0 rejected")
         rejected = unreadable = 0
         example = ""
         for result in options.pack(missing):
             rejected, unreadable = rejected + result.rejected, unreadable + result.unreadable
             example = example or result.example
-            note = f"samples, {rejected} rejected" + (f", {unreadable} unreadable" if unreadable else "")
+            note = f"{unit}, {rejected} rejected" + (f", {unreadable} unreadable" if unreadable else "")
             progress.update(bar, advance=result.sources, note=note)
     if not unreadable:
         return ""
@@ -286,7 +286,7 @@ def _pack_missing(jobs: Sequence[Job], options: PackOptions) -> str:
     )
 
 
-def _report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> int:
+def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> int:
     """Print a table of classes, samples by what happened to them, and other files; return the exit code."""
     table = Table("split", "what", "samples", "example", title=str(out))
     names = ", ".join([*plan.classes[:3], *["..."] * (len(plan.classes) > 3)])

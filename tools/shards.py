@@ -7,12 +7,10 @@ slice of the plan, which depends only on the source files, not on workers or int
 import hashlib
 import json
 import re
-import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +23,7 @@ from pipelines.dataset import FORMAT_VERSION, SCHEMA
 from pipelines.files import atomic_text, atomic_write, sha256_of
 from tools.images import TRANSIENT, BadImage, Packed
 from tools.sources import PAUSES, Part, read_source
+from tools.tarfiles import TarWriter, add_member, tar_writer
 
 PLAN_FILE = ".plan.json"
 JSON_FIELDS = ("label", "class_name", "source", "width", "height", "frames")  # columns copied to KEY.json
@@ -164,23 +163,23 @@ def pack_shard(job: Job) -> Result:
     try:
         with (
             atomic_write(stem.with_suffix(".tar")) as path,
-            tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar,
+            tar_writer(path) as tar,
         ):
-            index = [line for sample in job.samples for line in _add(tar, sample, job, rows, unreadable)]
+            lines = [line for sample in job.samples for line in _add(tar, sample, job, rows, unreadable)]
             if unreadable:
                 raise _UnreadableError
     except _UnreadableError:
         return Result(0, 0, len(unreadable), unreadable[0])
+    index = [line for line in lines if line]
     atomic_text(stem.with_suffix(".idx"), "".join([f"v1.2 {len(index)}\n", *index]))
     with atomic_write(stem.with_suffix(".parquet")) as path:
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
-    return Result(len(job.samples), len(rows) - len(index))
+    return Result(len(job.samples), len(rows) - len(lines))
 
 
-def _add(
-    tar: tarfile.TarFile, source: Sample, job: Job, rows: list[Row], unreadable: list[str]
-) -> Iterator[str]:
-    """Append the samples of a source to the tar and their rows to `rows`; yield their index lines.
+def _add(tar: TarWriter, source: Sample, job: Job, rows: list[Row], unreadable: list[str]) -> Iterator[str]:
+    """Append the samples of a source to the tar and their rows to `rows`; yield their index lines, "" for one
+    that stays where it is.
 
     If the storage fails to deliver the source, it is added to `unreadable`. Later samples of the shard are
     then read only once, so that a shard waits for an outage once.
@@ -194,36 +193,37 @@ def _add(
         for number, (path, part) in enumerate(read_source(read, paths, pauses)):
             key = f"{source.key}-{number}" if part.span else source.key
             sample = replace(source, key=key, source=path + part.span)
-            rows.append(_rejected(sample, str(part) if isinstance(part, BadImage) else ""))
+            rows.append(rejected(sample, str(part) if isinstance(part, BadImage) else "") | part.row)
             if isinstance(part, Packed):
                 yield _add_sample(tar, rows[-1], part, job)
     except BadImage as error:
-        rows.append(_rejected(source, str(error)))
+        rows.append(rejected(source, str(error)))
     except OSError as error:
-        rows.append(_rejected(source, f"cannot be read: {error.strerror}"))
+        rows.append(rejected(source, f"cannot be read: {error.strerror}"))
         if error.errno in TRANSIENT and not job.reject_unreadable:
             unreadable.append(f"{readable(source.source)} ({error.strerror})")
 
 
-def _rejected(sample: Sample, reason: str) -> Row:
+def rejected(sample: Sample, reason: str) -> Row:
     """The row of a sample that is not packed."""
     row = asdict(sample) | {"source": readable(sample.source), "frames": 0, "shard": -1}
     row |= {"status": "rejected", "reason": reason, "change": "", "width": 0, "height": 0, "sha256": ""}
     return row | {"offsets": [], "sizes": [], "crcs": []}
 
 
-def _add_sample(tar: tarfile.TarFile, row: Row, packed: Packed, job: Job) -> str:
-    """Append one sample to the tar, complete its row and return its index line."""
+def _add_sample(tar: TarWriter, row: Row, packed: Packed, job: Job) -> str:
+    """Append one sample to the tar, unless its row has its place; complete the row, return its index line."""
     row |= {"status": "ok", "change": packed.change, "shard": job.shard, "frames": len(packed.frames)}
     row["width"], row["height"] = packed.size
+    row["sizes"], row["crcs"] = list(map(len, packed.frames)), list(map(zlib.crc32, packed.frames))
+    row["sha256"] = hashlib.sha256(b"".join(packed.frames)).hexdigest()
+    if row["offsets"]:
+        return ""
     places = [
-        (name, _add_member(tar, f"{row['key']}.{name}", data), len(data))
+        (name, add_member(tar, row["key"], name, data), len(data))
         for name, data in members(row, packed.frames, job.kind)
     ]
-    frames = places[: len(packed.frames)]
-    row["offsets"], row["sizes"] = [offset for _, offset, _ in frames], [size for *_, size in frames]
-    row["crcs"] = [zlib.crc32(frame) for frame in packed.frames]
-    row["sha256"] = hashlib.sha256(b"".join(packed.frames)).hexdigest()
+    row["offsets"] = [offset for _, offset, _ in places[: len(packed.frames)]]
     return index_line(row["key"], places)
 
 
@@ -233,15 +233,6 @@ def members(row: Row, frames: Sequence[bytes], kind: str) -> list[tuple[str, byt
     description = json.dumps({name: row[name] for name in JSON_FIELDS}, ensure_ascii=False)
     contents = [*frames, b"%d" % row["label"], description.encode()]
     return [*zip([*names, "cls", "json"], contents, strict=True)]
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a file with fixed time and owner; return the byte offset of its content."""
-    header = tarfile.TarInfo(name)
-    header.size = len(data)
-    offset = tar.offset + tarfile.BLOCKSIZE
-    tar.addfile(header, BytesIO(data))
-    return offset
 
 
 def index_line(key: str, places: Sequence[tuple[str, int, int]]) -> str:
@@ -285,10 +276,15 @@ def merge(out: Path, split: str) -> dict[str, int]:
     parts = sorted((out / split).glob("[0-9]*.parquet"))
     tables = [pq.read_table(part).cast(SCHEMA) for part in parts]
     rows = pa.concat_tables([SCHEMA.empty_table(), *tables])
-    write_catalogue(out / f"{split}.arrow", rows)
+    return write_split(out / f"{split}.arrow", rows, len(parts))
+
+
+def write_split(catalogue: Path, rows: pa.Table, shards: int) -> dict[str, int]:
+    """Write the catalogue of a split; return the split's counts."""
+    write_catalogue(catalogue, rows)
     good = rows["status"].to_pylist().count("ok")
     frames = pc.sum(rows["frames"]).as_py() or 0  # pyrefly: ignore
-    return {"samples": good, "rejected": len(rows) - good, "frames": frames, "shards": len(parts)}
+    return {"samples": good, "rejected": len(rows) - good, "frames": frames, "shards": shards}
 
 
 def write_catalogue(path: Path, rows: pa.Table) -> None:

@@ -7,7 +7,9 @@ interruption the same command continues. dataset.json is written last; with it, 
 """
 
 import hashlib
+import json
 import os
+import posixpath
 import shutil
 import time
 from collections import deque
@@ -23,9 +25,9 @@ from pyarrow import fs
 from rich.console import Console
 from rich.progress import track
 
-from pipelines.dataset import missing_shards, open_split, read_info
+from pipelines.dataset import DatasetInfo, missing_shards, open_split, read_info
 from pipelines.errors import UserError, check_local, first_line, run_cli
-from pipelines.files import atomic_write, lock, sha256_of
+from pipelines.files import atomic_text, atomic_write, lock, sha256_of
 from tools.shards import Row
 from tools.verify import Tally, rows_by_shard
 
@@ -61,14 +63,16 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
     done, waiting = target / "dataset.json", target / ".staging"
     waiting.mkdir(exist_ok=True)
     fetch(store, f"{top}/dataset.json", waiting / "dataset.json")
-    if done.is_file() and done.read_bytes() != (waiting / "dataset.json").read_bytes():
-        raise UserError(f"{target} holds another dataset than {top}; choose an empty folder.")
     try:
-        info = replace(read_info(waiting), root=target)
+        source = read_info(waiting)
     except UserError as error:
         raise UserError(str(error).replace(str(waiting), top)) from error
+    info = replace(source, root=target, tars=own_places(source, waiting / "dataset.json"))
+    if done.is_file() and done.read_bytes() != (waiting / "dataset.json").read_bytes():
+        raise UserError(f"{target} holds another dataset than {top}; choose an empty folder.")
     start, came, kept = time.perf_counter(), 0, 0
-    for split, lengths in info.tar_bytes.items():
+    for split in info.splits:
+        lengths = info.tar_bytes[split]
         (target / split).mkdir(exist_ok=True)
         catalogue, checksum = info.catalogue(split), info.catalogue_sha256[split]
         if not catalogue.is_file() or sha256_of(catalogue) != checksum:
@@ -79,8 +83,10 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
         check_space(target, split, sum(lengths[shard] for shard in missing))
         listed = enumerate(rows_by_shard(catalogue, len(lengths), Tally()))
         jobs = (
-            partial(fetch_shard, store, f"{top}/{split}/{shard:06d}", target / split / f"{shard:06d}", rows)
-            for shard, rows in listed
+            partial(
+                fetch_foreign if info.tars else fetch_shard, store, place, info.tar_path(split, shard), rows
+            )
+            for (shard, rows), place in zip(listed, places_in(store, top, source, split), strict=True)
             if shard in missing
         )
         progress = track(
@@ -172,8 +178,45 @@ def damaged_sample(tar: Path, rows: Sequence[Row]) -> str | None:
 
 def fetch_shard(store: fs.FileSystem, source: str, target: Path, rows: list[Row]) -> int:
     """Copy a shard's index, then its tar: if the tar exists, both are complete. Returns bytes copied."""
-    index = fetch(store, f"{source}.idx", target.with_suffix(".idx"))
-    return index + fetch(store, f"{source}.tar", target.with_suffix(".tar"), rows=rows)
+    index = fetch(store, source.removesuffix(".tar") + ".idx", target.with_suffix(".idx"))
+    return index + fetch(store, source, target, rows=rows)
+
+
+# ---- tars that another program wrote ---------------------------------------------------------------------
+
+
+def own_places(info: DatasetInfo, file: Path) -> dict[str, list[str]]:
+    """Where the copy has the tars of others, by split; also written into the copy's dataset.json `file`."""
+    if not info.tars:
+        return {}
+    places: dict[str, str] = {}  # two splits may share a tar
+    tars = {
+        split: [places.setdefault(path, f"{split}/{shard:06d}.tar") for shard, path in enumerate(paths)]
+        for split, paths in info.tars.items()
+    }
+    raw = json.loads(file.read_bytes()) | {"tars": tars}
+    atomic_text(file, json.dumps(raw, indent=1, ensure_ascii=False) + "\n")
+    return tars
+
+
+def places_in(store: fs.FileSystem, top: str, info: DatasetInfo, split: str) -> Iterator[str]:
+    """Where the source has each tar of a split. Raises UserError for one that is outside a remote source."""
+    for shard in range(info.splits[split]["shards"]):
+        path = info.tars[split][shard] if info.tars else f"{split}/{shard:06d}.tar"
+        if store.type_name != "local" and (path.startswith("/") or ".." in path.split("/")):
+            raise UserError(f"{path} is outside {top}; copy its tars there, or stage from a local folder")
+        yield posixpath.join(top, path)
+
+
+def fetch_foreign(store: fs.FileSystem, source: str, target: Path, rows: list[Row]) -> int:
+    """Copy a tar; returns bytes copied. Raises UserError if it is not a file: a device would never end."""
+    try:
+        kind = store.get_file_info(source).type
+    except OSError:
+        kind = fs.FileType.NotFound
+    if kind != fs.FileType.File:
+        raise UserError(f"{source} is not a file; restore it or index the source again")
+    return fetch(store, source, target, rows=rows)
 
 
 def in_parallel(jobs: Iterable[Callable[[], int]], workers: int) -> Iterator[int]:

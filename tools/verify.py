@@ -30,7 +30,10 @@ from rich.progress import track
 from pipelines.dataset import SCHEMA, DatasetInfo, missing_shards, open_split, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.machine import usable_cores
-from tools.shards import Row, index_line, members
+from tools.images import BadImage
+from tools.shards import Row, index_line, members, readable
+from tools.tarfiles import ForeignTar, samples_in
+from tools.tarsamples import frames_of, label_in
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline
@@ -92,13 +95,13 @@ def check_split(info: DatasetInfo, split: str, tally: Tally) -> Iterator[str]:
     files = {*tars, *(tar.with_suffix(".idx") for tar in tars)}
     for tar in (tars[shard] for shard in missing_shards(info, split)):
         yield f"{tar} is missing or does not have the length that was packed; pack this dataset again"
-    for unknown in sorted({*(info.root / split).glob("[!.]*")} - files):
+    for unknown in sorted({*(info.root / split).glob("[!.]*")} - files) if not info.tars else ():
         yield f"{unknown} belongs to no shard; delete it"
     try:
         open_split(info, split)
         shards = track(tars, split, transient=True, console=Console(stderr=True))
         for tar, rows in zip(shards, rows_by_shard(path, len(tars), tally), strict=True):
-            yield from check_shard(info, tar, rows)
+            yield from (check_foreign if info.tars else check_shard)(info, tar, rows)
     except UserError as error:
         yield str(error)
         return
@@ -188,6 +191,37 @@ def check_shard(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterator[
     yield from (f"{path}: {fault}" for fault in decode_faults(np.frombuffer(data, np.uint8), good))
 
 
+def check_foreign(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterator[str]:
+    """Check the catalogue's rows against a tar that another program wrote."""
+    try:
+        with ForeignTar(path) as tar:
+            names, numbers = frozenset(info.classes), {name: n for n, name in enumerate(info.classes)}
+            listed: dict[tuple[str, tuple[int, ...]], int] = {}
+            for found in samples_in(tar):
+                offsets = tuple(found.files[name].offset for name in frames_of(found.files))
+                label = -1
+                with suppress(BadImage):  # of a sample that was rejected
+                    if not info.packing.get("unlabelled"):
+                        number, name = label_in(tar, found.files, names)
+                        label = number if number >= 0 else numbers.get(name, -1)
+                    listed[readable(found.key), offsets] = label
+            good = []
+            for row in rows:
+                label = listed.get((row["key"], tuple(row["offsets"])))
+                frames = [
+                    tar[at : at + size].tobytes()
+                    for at, size in zip(row["offsets"], row["sizes"], strict=True)
+                ]
+                faults = [*sample_faults(info, row, frames)]
+                if label != row["label"]:
+                    faults.append("the tar has it elsewhere or with another class; index this dataset again")
+                yield from (f"{path}: {row['key']}: {fault}" for fault in faults)
+                good += [] if faults else [row]
+            yield from (f"{path}: {fault}" for fault in decode_faults(tar, good))
+    except OSError as error:
+        yield f"{path} cannot be read: {error.strerror}; restore it or index this dataset again"
+
+
 def member_size(data: bytes, at: int, name: str) -> int:
     """Size of the file `name`, whose header is at byte `at`. Raises ValueError if it is not there."""
     block, header = data[at : at + BLOCK], tarfile.TarInfo(name)
@@ -212,7 +246,7 @@ def sample_faults(info: DatasetInfo, row: Row, frames: Sequence[bytes]) -> Itera
         yield f"dataset.json has no class {row['class_name']!r} with label {row['label']}; pack it again"
 
 
-def decode_faults(tar: np.ndarray, rows: Sequence[Row]) -> Iterator[str]:
+def decode_faults(tar: np.ndarray | ForeignTar, rows: Sequence[Row]) -> Iterator[str]:
     """Decode every frame of `rows` as training does; compare its size with the catalogue's.
 
     One frame in `COMPARED` must also have the pixels that Pillow finds, which decoded it for packing.

@@ -118,13 +118,13 @@ def by_webdataset(tars: list[Path], names: list[str]) -> list[tuple[bytes, ...]]
     return [tuple(sample[name] for name in names) for sample in samples]
 
 
-def by_dali(tars: list[Path], names: list[str]) -> list[tuple[bytes, ...]]:
-    """As read with our index, each sample once."""
+def by_dali(tars: list[Path], names: list[str], indexed: bool = True) -> list[tuple[bytes, ...]]:
+    """As read with our index or without one, each sample once."""
     pipeline = Pipeline(1, 1, None)
     with pipeline:
         read = fn.readers.webdataset(
             paths=[str(tar) for tar in tars],
-            index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
+            index_paths=[str(tar.with_suffix(".idx")) for tar in tars] if indexed else [],
             ext=names,
             missing_component_behavior="error",
             name="reader",
@@ -163,6 +163,17 @@ def test_tars_are_plain_and_labels_mixed(tmp_path):
         members = tar.getmembers()
     assert all(not member.pax_headers and member.mtime == 0 and member.uid == 0 for member in members)
     assert [member.name.partition(".")[2] for member in members] == ["jpg", "cls", "json"] * 8
+    data = io.BytesIO()
+    packed = tmp_path / "out/train/000000.tar"
+    with (
+        tarfile.open(packed) as tar,
+        tarfile.open(fileobj=data, mode="w", format=tarfile.USTAR_FORMAT) as plain,
+    ):
+        for member in tar:
+            again = tarfile.TarInfo(member.name)
+            again.size = member.size
+            plain.addfile(again, tar.extractfile(member))
+    assert packed.read_bytes() == data.getvalue(), "the bytes are those that tarfile writes"
     first_shard = {row["label"] for row in rows_of(tmp_path / "out") if row["shard"] == 0}
     assert first_shard == {0, 1, 2}, "a shard of one class would ruin training"
 

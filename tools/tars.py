@@ -1,0 +1,280 @@
+"""Index WebDataset tars that other programs wrote, in place: python -m tools.pack tars --train 'a-{0..9}.tar'
+
+Every sample is decoded once. If training can read its bytes as they are, the catalogue points into the tar.
+The others are listed with the reason, or with --repack written into further tars.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import PIL
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tyro
+from rich.console import Console
+
+from pipelines.dataset import FORMAT_VERSION, SCHEMA, read_info
+from pipelines.errors import UserError
+from pipelines.files import atomic_text, sha256_of
+from tools.lists import read_text
+from tools.packing import PackOptions, begin, pack_missing, report, writing_to
+from tools.shards import PackPlan, Sample, jobs_of, rejected, write_split
+from tools.tarfiles import expand
+from tools.tarsamples import ANY_SIZE, MADE, TarPacking, first_is_clip, load_tar
+
+Indexed = tuple[tuple[Path, Path], pa.Table]  # a tar, the tar of its repacked samples, and their rows
+Classes = dict[tuple[int, str], str]  # (number or -1, name or "") of a class: a source that has it
+WORK = ".packing"  # folder in --out with what is done, until all tars are done
+REPACKED = "repacked"  # folder in --out with further tars
+NO_CLASS = "it has no class, but other samples have one"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarOptions(PackOptions):
+    """Options of indexing tars. Raises UserError for a value out of its range."""
+
+    short_side: int = ANY_SIZE
+    """pictures that are repacked are scaled down until their shorter side has this many pixels; those that
+    are used in place keep their size"""
+    val_fraction: float = 0.1
+    """without --val, the share of the samples that becomes the validation split; their keys decide"""
+    repack: bool = False
+    """write samples that training cannot read unchanged (PNG, CMYK, 16 bit, EXIF rotation ...) into further
+    tars; otherwise they are left out"""
+    unlabelled: bool = False
+    """leave out all classes, as for pretraining"""
+    class_names: Path | None = None
+    """text file with the name of class 0, 1, 2 ... in each line"""
+    fps: float = 30.0
+    """frames per second of the clips in the tars"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1.")
+        if not 0 < self.fps <= 1000:
+            raise UserError(f"--fps is {self.fps:g}; it must be above 0 and at most 1000.")
+
+    def packing(self, clips: bool) -> TarPacking:
+        """What decides the catalogue."""
+        text = read_text(self.class_names, "--class-names") if self.class_names else ""
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if len({*names}) < len(names):
+            raise UserError(f"--class-names {self.class_names} has a name twice; number one of them.")
+        sizes = (self.short_side, 1, self.max_pixels, self.val_fraction, PIL.__version__, self.fps)
+        return TarPacking(*sizes, clips, self.repack, self.unlabelled, "\n".join(names))
+
+
+def pack_tars(
+    train: str, options: Annotated[TarOptions, tyro.conf.arg(name="")], val: str = "", out: Path | None = None
+) -> int:
+    """Index tars that other programs wrote, in place.
+
+    Args:
+        train: the tars, such as 'data/train-{0000..1023}.tar'; several lists are separated by ::
+        options: see `TarOptions`.
+        val: the tars of the validation split, in the same form.
+        out: folder for the catalogue; default: the common folder of the tars.
+    """
+    tars = {split: expand(spec, f"--{split}") for split, spec in (("train", train), ("val", val)) if spec}
+    every = [path.absolute() for paths in tars.values() for path in paths]
+    if repeated := [str(path) for path, count in Counter(every).items() if count > 1]:
+        raise UserError(f"--train and --val name {repeated[0]} twice; name each tar once.")
+    root = Path(os.path.commonpath([path.parent for path in every]))
+    splits = {
+        split: [
+            Sample(
+                f"{path.stem}, {path.stat().st_size} bytes", -1, "", str(path.absolute().relative_to(root))
+            )
+            for path in paths
+        ]
+        for split, paths in tars.items()
+    }
+    clips = first_is_clip(every)
+    plan = PackPlan("video" if clips else "image", (), splits, options.packing(clips))
+    return index(plan, root, (out or root).absolute(), options)
+
+
+def index(plan: PackPlan, root: Path, out: Path, options: TarOptions) -> int:
+    """Index what is not indexed yet and print the closing table; return the exit code as `packing.run`."""
+    console = Console(markup=False, highlight=False, emoji=False)
+    work, done = out / WORK, out / "dataset.json"
+    with writing_to(out):
+        if done.exists():
+            check_same(plan, done)
+            console.print(f"{done} already describes these tars with these settings.", soft_wrap=True)
+        else:
+            work.mkdir(parents=True, exist_ok=True)
+            with begin(plan, work, options.part is None):
+                jobs = jobs_of(plan, root, work, load_tar, options.reject_unreadable)
+                i, n = options.part or (1, 1)
+                if unreadable := pack_missing(jobs[i - 1 :: n], options, "tars"):
+                    console.print(unreadable, soft_wrap=True)
+                    return 1
+                if options.part:
+                    rest = "when all parts are indexed, run this without --shard-range."
+                    console.print(f"part {i} of {n} of {out} is indexed; {rest}", soft_wrap=True)
+                    return 0
+                finish(plan, root, out)
+        shutil.rmtree(work, ignore_errors=True)
+    done_plan = replace(plan, classes=read_info(out).classes, splits={"train": (), "val": ()})
+    return report(console, out, done_plan, options.max_reject)
+
+
+def check_same(plan: PackPlan, done: Path) -> None:
+    """Raise `UserError` unless a finished dataset.json is of this plan; it may be of another Pillow."""
+    try:
+        then = json.loads(done.read_bytes())["packing"]
+        differs = [
+            name for name, now in plan.settings().items() if name != "pillow" and then.get(name) != now
+        ]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{done} is not of a packed dataset; give another --out.") from error
+    if differs:
+        what = "other tars" if differs == ["source_sha256"] else f"another {differs[0].replace('_', '-')}"
+        raise UserError(
+            f"{done} was written for {what}; give another --out (with make shards: OUT=FOLDER), or delete "
+            "that file."
+        )
+
+
+# ---- all tars --------------------------------------------------------------------------------------------
+
+
+def finish(plan: PackPlan, root: Path, out: Path) -> None:
+    """Decide the classes, write a catalogue per split, and dataset.json last. Raises `UserError`."""
+    packing = plan.packing
+    assert isinstance(packing, TarPacking)
+    found = {split: read_parts(split, samples, root, out) for split, samples in plan.splits.items()}
+    known = [classes_in(parts) for parts in found.values()]
+    classes = classes_of(known[0], known[-1], packing.class_names.splitlines())
+    if "val" not in found:
+        found = divided(found["train"], packing.val_fraction)
+    info: dict[str, Any] = {"format": FORMAT_VERSION, "kind": plan.kind, "classes": classes, "splits": {}}
+    info |= {"packing": plan.settings(), "tars": {}, "tar_bytes": {}, "catalogue_sha256": {}}
+    for split, parts in found.items():
+        rows, tars = joined([(tars, labelled(rows, classes)) for tars, rows in parts])
+        info["splits"][split] = write_split(out / f"{split}.arrow", rows, len(tars))
+        info["tars"][split] = [str(tar.relative_to(out) if tar.is_relative_to(out) else tar) for tar in tars]
+        info["tar_bytes"][split] = [tar.stat().st_size for tar in tars]
+        info["catalogue_sha256"][split] = sha256_of(out / f"{split}.arrow")
+    atomic_text(out / "dataset.json", json.dumps(info, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_parts(split: str, samples: Sequence[Sample], root: Path, out: Path) -> list[Indexed]:
+    """What was indexed of a split; tars with repacked samples move from the work folder to `REPACKED`."""
+    parts = []
+    for number, sample in enumerate(samples):
+        stem = out / WORK / split / f"{number:06d}"
+        rows = pq.read_table(stem.with_suffix(".parquet")).cast(SCHEMA)
+        kept = out / REPACKED / split / stem.name
+        if any(change.startswith(MADE) for change in rows["change"].unique().to_pylist()):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            for suffix in (".idx", ".tar"):
+                if (written := stem.with_suffix(suffix)).exists():  # else an interrupted command moved it
+                    written.replace(kept.with_suffix(suffix))
+        parts.append(((root / sample.source, kept.with_suffix(".tar")), rows))
+    return parts
+
+
+def divided(parts: Sequence[Indexed], fraction: float) -> dict[str, list[Indexed]]:
+    """Training and validation: the first four bytes of the SHA-256 of a sample's key decide."""
+    found: dict[str, list[Indexed]] = {"train": [], "val": []}
+    for tars, rows in parts:
+        keys = rows["key"].to_pylist()
+        draws = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") for key in keys]
+        val = np.array(draws, np.int64) < fraction * 2**32
+        found["train"].append((tars, rows.filter(pa.array(~val))))
+        found["val"].append((tars, rows.filter(pa.array(val))))
+    return found
+
+
+def joined(parts: Sequence[Indexed]) -> tuple[pa.Table, list[Path]]:
+    """The rows of a split in order, and its tars; both without tars that have no sample."""
+    tables, tars = [SCHEMA.empty_table()], []
+    for pair, rows in parts:
+        shard, change = rows["shard"].to_numpy().copy(), rows["change"].to_pylist()
+        own = np.array([text.startswith(MADE) for text in change], bool)
+        for tar, here in zip(pair, ((shard >= 0) & ~own, (shard >= 0) & own), strict=True):
+            if here.any():
+                shard[here] = len(tars)
+                tars.append(tar)
+        rows = rows.set_column(SCHEMA.get_field_index("shard"), SCHEMA.field("shard"), pa.array(shard))
+        tables.append(rows.take(pa.array(np.argsort(own, kind="stable"))))
+    return pa.concat_tables(tables), tars
+
+
+# ---- classes ---------------------------------------------------------------------------------------------
+
+
+def classes_in(parts: Sequence[Indexed]) -> Classes:
+    """The classes of usable samples."""
+    columns = ["status", "label", "class_name", "source"]
+    rows = pa.concat_tables([SCHEMA.empty_table(), *(rows for _, rows in parts)]).select(columns)
+    groups = rows.filter(pc.field("status") == "ok").group_by(columns[1:3]).aggregate([("source", "min")])
+    return {(row["label"], row["class_name"]): row["source_min"] for row in groups.to_pylist()}
+
+
+def classes_of(train: Classes, val: Classes, listed: Sequence[str]) -> list[str]:
+    """The classes in label order: those `listed`, else the names or numbers of the training samples.
+
+    Raises `UserError` if numbers and names are mixed, or if validation does not agree with training.
+    """
+    every = val | train
+    numbers = {number: source for (number, _), source in every.items() if number >= 0}
+    named = {name: source for (number, name), source in every.items() if number < 0 and name}
+    if numbers and named and not listed:
+        both = f"{min(named.values())} has class {min(named)!r}, {min(numbers.values())} {min(numbers)}"
+        raise UserError(
+            f"{both}; give the name of each number with --class-names, or omit all (--unlabelled)."
+        )
+    names = sorted({name for number, name in train if number < 0 and name})
+    classes = list(listed) or names or names_of({pair for pair in train if pair[0] >= 0})
+    for (number, name), source in every.items():
+        own = str(number) if number >= 0 else name
+        if number >= len(classes) or (number < 0 and name and name not in classes):
+            where = "--class-names has" if listed else "training has"
+            raise UserError(f"{source} has class {own!r}, which {where} not; remove it.")
+        if number >= 0 and not listed and name and classes[number] not in (name, own):
+            other = f"{source} calls class {number} {name!r}, training {classes[number]!r}"
+            raise UserError(f"{other}; correct one of them, or give the names with --class-names.")
+    return classes
+
+
+def names_of(pairs: set[tuple[int, str]]) -> list[str]:
+    """The name of each number, if each has one of its own, otherwise the numbers."""
+    numbers = [str(number) for number in range(1 + max((number for number, _ in pairs), default=-1))]
+    names = numbers.copy()
+    for number, name in pairs:
+        names[number] = name or numbers[number]
+    return names if len(pairs) == len({n for n, _ in pairs}) and len({*names}) == len(names) else numbers
+
+
+def labelled(rows: pa.Table, classes: Sequence[str]) -> pa.Table:
+    """Rows with the label and name of their class; if there are classes, samples without one are rejected."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    pairs = zip(rows["label"].to_pylist(), rows["class_name"].to_pylist(), strict=True)
+    label = np.array([n if n >= 0 else numbers.get(name, -1) for n, name in pairs], np.int32)
+    label[label >= len(classes)] = -1  # of a rejected sample
+    columns = {"label": label, "class_name": np.array(["", *classes], object)[label + 1]}
+    for name, values in columns.items():
+        rows = rows.set_column(
+            SCHEMA.names.index(name), SCHEMA.field(name), pa.array(values, SCHEMA.field(name).type)
+        )
+    without = (label < 0) & (rows["shard"].to_numpy() >= 0)
+    if not classes or not without.any():
+        return rows
+    kept = [
+        rejected(Sample(row["key"], -1, "", row["source"]), NO_CLASS) if none else row
+        for row, none in zip(rows.to_pylist(), without.tolist(), strict=True)
+    ]
+    return pa.Table.from_pylist(kept, SCHEMA)
