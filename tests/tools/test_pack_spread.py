@@ -18,7 +18,7 @@ from tests.test_project import requirements
 from tests.tools.test_pack import ROOT, image_tree, pack_images, sums
 from tools.executors import pack_on_node, wait_until_seen
 from tools.imagenet import ImageOptions, load_image, plan_images
-from tools.packing import _begin
+from tools.packing import begin
 from tools.shards import PLAN_FILE, Job, jobs_of
 
 
@@ -85,7 +85,7 @@ def test_of_two_plans_started_together_only_one_is_used(tmp_path):
 
         def begin(number: int, out: Path, began=began, barrier=barrier, leave=leave) -> None:
             barrier.wait()
-            with suppress(UserError), _begin(plans[number % 2], out, False):
+            with suppress(UserError), begin(plans[number % 2], out, False):
                 began.append(number % 2)
                 leave.wait(20)
 
