@@ -7,23 +7,55 @@ clip is rejected.
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from decimal import Decimal
+from fractions import Fraction
+from itertools import groupby, pairwise
 from pathlib import Path
 from stat import S_ISDIR
 
+from tools.clips import on_grid, part_length, parts_of
 from tools.images import COPIED, SUFFIXES, TRANSIENT, BadImage, Packed, mode_of, prepare, read_file
-from tools.shards import Packing
+from tools.shards import ClipPacking, Packing, readable
+from tools.sources import Part
+
+INTEGERS, DECIMALS = re.compile(r"(\d+)", re.ASCII), re.compile(r"(\d+(?:\.\d+)?)", re.ASCII)
 
 
-def load_clip(root: Path, source: str, packing: Packing) -> Iterator[Packed]:
-    """Read and check the frames of one clip. Raises `BadImage` or `OSError`."""
+def load_clip(root: Path, source: str, packing: Packing) -> Iterator[Part]:
+    """Read and check the frames of one clip; a long clip is cut. Raises `BadImage` or `OSError`."""
+    assert isinstance(packing, ClipPacking)
     folder = root / source
     if not S_ISDIR(mode_of(folder)):
         raise BadImage("no frame folder")
-    listed = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    files = sorted((path for path in listed if not path.name.startswith(".")), key=_frame_number)
-    if not files:
+    names = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+    if not (names := [name for name in names if not name.startswith(".")]):
         raise BadImage("no frames in its folder")
+    ordered, gaps = in_order(names)
+    rate, fps = Fraction(packing.source_fps), Fraction(packing.fps)
+    if fps < rate:
+        ordered = [*on_grid(((n / rate, 1 / rate, name) for n, name in enumerate(ordered)), fps)]
+    files = [folder / name for name in ordered]
+    notes = ["gaps in its frame numbers closed"] if gaps else []
+    if length := part_length(len(files) / fps, packing):
+        bounds = [round(n * length) for n in range(round(len(files) / length) + 1)]
+        parts = (
+            (first, end, _or_reason(files[first:end], notes, packing)) for first, end in pairwise(bounds)
+        )
+        yield from parts_of(parts, packing.fps)
+    else:
+        yield _clip(files, notes, packing)
+
+
+def _or_reason(files: Sequence[Path], notes: Sequence[str], packing: Packing) -> Part:
+    """`_clip`, or the reason why it is rejected."""
+    try:
+        return _clip(files, notes, packing)
+    except BadImage as error:
+        return error
+
+
+def _clip(files: Sequence[Path], notes: Sequence[str], packing: Packing) -> Packed:
+    """The longest run of good frames. Raises `BadImage` or `OSError`."""
     read = [_read(path, packing) for path in files]
     first, last = longest_run([isinstance(frame, Packed) for frame in read])
     if 2 * (last - first) < len(files):
@@ -33,14 +65,12 @@ def load_clip(root: Path, source: str, packing: Packing) -> Iterator[Packed]:
         files[first:last], [frame for frame in read[first:last] if isinstance(frame, Packed)], packing
     )
     changes = {picture.change for picture in pictures} - {COPIED}
-    notes = ["bad frames cut off"] if last - first < len(files) else []
-    if _frame_number(files[last - 1])[0] - _frame_number(files[first])[0] >= last - first:
-        notes.append("gaps in its frame numbers closed")
-    change = "; ".join([*notes, *sorted(changes)]) or COPIED
-    yield Packed([picture.frames[0] for picture in pictures], pictures[0].size, change)
+    cut = ["bad frames cut off"] if last - first < len(files) else []
+    change = "; ".join([*cut, *notes, *sorted(changes)]) or COPIED
+    return Packed([picture.frames[0] for picture in pictures], pictures[0].size, change)
 
 
-def _read(path: Path, packing: Packing) -> Packed | BadImage:
+def _read(path: Path, packing: Packing) -> Part:
     try:
         return prepare(read_file(path), packing.short_side, packing.max_pixels)
     except BadImage as error:
@@ -51,10 +81,55 @@ def _read(path: Path, packing: Packing) -> Packed | BadImage:
         return BadImage(f"cannot be read: {error.strerror}")
 
 
-def _frame_number(path: Path) -> tuple[int, str]:
-    """Sort key of frames: the last number in the name, zero-padded or not."""
-    numbers = re.findall(r"\d+", path.stem)
-    return int(numbers[-1]) if numbers else -1, path.name
+def in_order(names: Sequence[str]) -> tuple[list[str], bool]:
+    """The frames of a clip in the order of the number that counts them, and whether numbers are missing.
+
+    The names may differ in numbers only, zero-padded or not. A number counts the frames if it differs in
+    every name; of several such numbers, the one with the most even steps. Raises `BadImage`.
+    """
+    names = sorted(names)
+    if len(names) == 1:
+        return names, False
+    found = [column for pattern in (DECIMALS, INTEGERS) for column in _numbers(names, pattern)]
+    counting = [column for column in found if min(_steps(column)) > 0]
+    if not counting:
+        column = max(found, key=lambda column: len({number for number, _ in column}), default=[])
+        pairs = ((a, b) for (one, a), (two, b) in pairwise(column) if one == two)
+        raise _conflict("the same number", *next(pairs, names[:2]))
+    best = min(map(_unevenness, counting))
+    first, *others = ([name for _, name in column] for column in counting if _unevenness(column) == best)
+    for other in others:
+        if other != first:
+            pair = next(pair for pair in zip(first, other, strict=True) if pair[0] != pair[1])
+            raise _conflict("two numbers that count differently", *pair)
+    steps = next(_steps(column) for column in counting if _unevenness(column) == best)
+    return first, max(steps) >= 2 * min(steps)
+
+
+def _numbers(names: Sequence[str], pattern: re.Pattern[str]) -> Iterator[list[tuple[Decimal, str]]]:
+    """For each number in the names: the sorted (number, name). Raises `BadImage` if other text differs."""
+    fields = [pattern.split(Path(name).stem) for name in names]  # text, number, text ...
+    for name, parts in zip(names, fields, strict=True):
+        if parts[::2] != fields[0][::2]:
+            if pattern is INTEGERS:
+                return  # 1 and 1.5 are alike as decimal numbers
+            raise _conflict("names of different kinds", names[0], name)
+    for column in zip(*(parts[1::2] for parts in fields), strict=True):
+        yield sorted(zip(map(Decimal, column), names, strict=True))
+
+
+def _steps(column: Sequence[tuple[Decimal, str]]) -> list[Decimal]:
+    return [b - a for (a, _), (b, _) in pairwise(column)]
+
+
+def _unevenness(column: Sequence[tuple[Decimal, str]]) -> Decimal:
+    """1 if all steps are equal; otherwise larger."""
+    steps = _steps(column)
+    return sum(steps) / (min(steps) * len(steps))
+
+
+def _conflict(what: str, one: str, other: str) -> BadImage:
+    return BadImage(readable(f"its frames have {what}, such as {one} and {other}"))
 
 
 def longest_run(good: Sequence[bool]) -> tuple[int, int]:

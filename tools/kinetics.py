@@ -21,7 +21,7 @@ from tools.listing import Listed, Listing, plan_of
 from tools.lists import read_text
 from tools.samples import ListOptions, list_samples
 from tools.shards import ClipPacking, PackPlan, VideoPacking
-from tools.videos import best_file, find_videos
+from tools.videos import find_videos, ranked_files
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 SPLITS = {"train": r"train(?:ing)?", "val": r"val(?:id|idation)?"}  # in the names of lists
@@ -33,25 +33,36 @@ class ClipOptions(ListOptions):
 
     shard_size: int = 64
     """clips per shard"""
-    fps: float = 30.0
-    """videos: frames per second to extract; folders of frames: the rate that they already have"""
+    fps: float | None = None
+    """frames per second to store; by default 30, of folders of frames those that they have"""
+    source_fps: float = 30.0
+    """frames per second that folders of frames have"""
     max_seconds: float = 60.0
-    """longer videos are rejected"""
+    """longer clips are cut into equal parts"""
+    clip_seconds: float = 10.0
+    """about the length of these parts"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.fps <= 1000:
-            raise UserError(f"--fps is {self.fps:g}; it must be above 0 and at most 1000.")
-        if not 0 < self.max_seconds < float("inf"):
-            raise UserError(f"--max-seconds is {self.max_seconds:g}; it must be above 0 and finite.")
+        for name, value in (("fps", self.fps), ("source-fps", self.source_fps)):
+            if value is not None and not 0 < value <= 1000:
+                raise UserError(f"--{name} is {value:g}; it must be above 0 and at most 1000.")
+        for name, value in (("max-seconds", self.max_seconds), ("clip-seconds", self.clip_seconds)):
+            if not 0 < value < float("inf"):
+                raise UserError(f"--{name} is {value:g}; it must be above 0 and finite.")
 
     def packing(self, videos: bool) -> ClipPacking:
-        """What decides the bytes of a shard."""
+        """What decides the bytes of a shard. Raises `UserError` if folders have too few frames per second."""
+        fps = self.fps or (30.0 if videos else self.source_fps)
+        if not videos and fps > self.source_fps:
+            raise UserError(
+                f"--fps {fps:g} is more than the frames have, --source-fps {self.source_fps:g}; lower --fps, "
+                "or give their true rate as --source-fps."
+            )
         sizes = self.short_side, self.shard_size, self.max_pixels
-        clips = ClipPacking(*sizes, val_fraction=0.0, pillow=PIL.__version__, fps=self.fps)
-        if not videos:
-            return clips
-        return VideoPacking(**asdict(clips), max_seconds=self.max_seconds, av=av.__version__)
+        times = fps, self.max_seconds, self.clip_seconds, self.source_fps
+        clips = ClipPacking(*sizes, 0.0, PIL.__version__, *times)
+        return VideoPacking(**asdict(clips), av=av.__version__) if videos else clips
 
 
 @dataclass(frozen=True)
@@ -174,10 +185,6 @@ def video_finder(videos: Path) -> FilesOf:
     def find(clip: Clip, split: str) -> Sequence[str]:
         label = clip.label.replace(" ", "_")
         paths = found.get((clip.video, clip.start, clip.end), [f"{label}/{clip.name()}.mp4"])
-        best = best_file(paths, (split, clip.label, label))
-        return [
-            best,
-            *(path for path in paths if path != best and Path(path).suffix.lower() in VIDEOS.suffixes),
-        ]
+        return ranked_files(paths, (split, clip.label, label))
 
     return find

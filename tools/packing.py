@@ -226,15 +226,17 @@ def _agree(plan: PackPlan, noted: Path, text: str) -> bool:
     except (ValueError, KeyError) as error:
         raise UserError(f"{noted} is damaged; delete {noted.parent} and pack again.") from error
     settings = plan.settings()
-    if "fps" in settings:
-        then = {"fps": 30.0, **then}  # earlier versions did not record the rate of frame folders
+    if "fps" in settings:  # earlier versions recorded less
+        rate = settings["source_fps"] if "av" in settings else then.get("fps", 30.0)
+        known = {"max_seconds": settings["max_seconds"], "clip_seconds": settings["clip_seconds"]}
+        then = {"fps": 30.0, "source_fps": rate} | known | then
     for name, now in settings.items():
         if now == then.get(name) or (name in ("pillow", "av") and noted.name == "dataset.json"):
             continue  # a finished dataset is valid with any version
         what = f"{name.replace('_', '-')} {then.get(name)}, not {now}"
         if name == "source_sha256":
             what = "another list of source files"
-        elif "max_seconds" in settings and "max_seconds" not in then:
+        elif "av" in settings and "av" not in then:
             what = "clips from frames, not from videos"
         raise UserError(
             f"{noted.parent} was packed with {what}; give another --out (with make shards: OUT=FOLDER), "

@@ -34,7 +34,6 @@ from tools.shards import (
     jobs_of,
     make_key,
     pack_shard,
-    readable,
 )
 from tools.videos import load_video
 from train.config import Config, FinetuneConfig
@@ -75,9 +74,8 @@ def predict(
     if config.data.frames == 1:
         inputs = tuple(picture for path in inputs for picture in pictures_of(path))
     weights = weights_of(run, weights)
-    names = [readable(str(path)) for path in inputs]
     with tempfile.TemporaryDirectory() as folder:
-        reasons = pack(config, inputs, packing, Path(folder))
+        names, reasons = pack(config, inputs, packing, Path(folder))
         good = [number for number, reason in enumerate(reasons) if not reason]
         read = [names[number] for number in good]
         if read:
@@ -122,13 +120,17 @@ def read_run(run: Path) -> tuple[Config, Sequence[str], Mapping[str, Any]]:
     return config, classes, packing
 
 
-def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out: Path) -> list[str]:
-    """Make `out` a dataset of the inputs; return the reason for each that was rejected, "" for the others.
+def pack(
+    config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out: Path
+) -> tuple[list[str], list[str]]:
+    """Make `out` a dataset of the inputs; return the name of each sample and why it was rejected, or "".
 
-    packing: how the run's data was packed; defaults replace what is missing.
+    A long video has several samples. packing: how the run's data was packed; defaults replace what is
+    missing.
     """
     clips = config.data.frames > 1
     kind = ClipOptions if clips else ImageOptions
+    packing = {"source_fps": packing.get("fps", 30.0), **packing}  # earlier versions did not record it
     options = kind(**{field.name: packing[field.name] for field in fields(kind) if field.name in packing})
     how = options.packing(videos=True) if isinstance(options, ClipOptions) else options.packing()
     samples = [Sample(make_key(i, path.stem), -1, "", str(path)) for i, path in enumerate(inputs)]
@@ -137,8 +139,9 @@ def pack(config: Config, inputs: Sequence[Path], packing: Mapping[str, Any], out
     for job in jobs_of(plan, Path(), out, load, reject_unreadable=True):
         pack_shard(job)
     finish(plan, out)
-    listed = read_batch(out / "val.arrow", ["key", "reason"]).to_pylist()
-    return [row["reason"] for row in sorted(listed, key=lambda row: row["key"])]  # keys begin with the index
+    listed = read_batch(out / "val.arrow", ["key", "source", "reason"]).to_pylist()
+    listed.sort(key=lambda row: row["key"].partition("-")[0])  # the index of the input
+    return [row["source"] for row in listed], [row["reason"] for row in listed]
 
 
 def load(root: Path, source: str, packing: Packing) -> Iterator[Packed | BadImage]:

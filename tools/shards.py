@@ -45,13 +45,15 @@ class ClipPacking(Packing):
     """The same for clips."""
 
     fps: float  # stored frames per second
+    max_seconds: float  # longer clips are cut
+    clip_seconds: float  # about the length of their parts
+    source_fps: float  # frames per second of folders of frames
 
 
 @dataclass(frozen=True)
 class VideoPacking(ClipPacking):
     """The same for clips decoded from videos."""
 
-    max_seconds: float
     av: str  # version; others may decode other pixels
 
 

@@ -2,68 +2,69 @@
 
 Frames are chosen by their timestamps, so that videos of any frame rate, also a varying one, keep their speed.
 Damaged frames are never packed: the clip ends before the damage. If less than half is left, it is rejected.
+Videos longer than --max-seconds are cut into clips of equal length.
 """
 
 import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from io import FileIO
+from itertools import chain
+from math import ceil
 from pathlib import Path
 from stat import S_ISREG
-from struct import unpack
-from typing import Any, TypeVar
 
 import av
 from av.container import InputContainer
-from av.sidedata.sidedata import Type
-from av.stream import Disposition
-from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
-from av.video.stream import VideoStream
-from PIL import Image
 
-from tools.images import BadImage, Packed, encode, fitted, mode_of
+from tools.clips import on_grid, part_length, parts_of
+from tools.images import BadImage, Packed, mode_of
+from tools.jpegs import JpegWriter
 from tools.packing import walk
 from tools.shards import Packing, VideoPacking
+from tools.sources import Part
+from tools.streams import Run, Shot, declared_seconds, good_run, picture_stream, timed_frames
 
 # Without playlists, scripts and streams, which open other files or the network.
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,rm,mxf,dv,nut"
-PREFERRED = frozenset(
-    {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".flv", ".mpg", ".wmv", ".3gp", ".gif"}
+SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".ts", ".mts"}
+    | {".m2ts", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".flv", ".wmv", ".asf", ".ogv", ".ogg"}
+    | {".gif", ".rm", ".rmvb", ".mxf", ".dv", ".nut"}
 )
-# The same pixels on any processor, and colours between the coarser samples of a video's colour planes.
-ACCURATE = (
-    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
-)
-TURNED = Image.Transpose
-ANGLES = (None, TURNED.ROTATE_90, TURNED.ROTATE_180, TURNED.ROTATE_270)  # counterclockwise
-TURNS = {  # by the signs of a display matrix: x' = a x + c y, y' = b x + d y, as (a, b, c, d)
-    (0, -1, 1, 0): TURNED.ROTATE_90,
-    (-1, 0, 0, -1): TURNED.ROTATE_180,
-    (0, 1, -1, 0): TURNED.ROTATE_270,
-    (-1, 0, 0, 1): TURNED.FLIP_LEFT_RIGHT,
-    (1, 0, 0, -1): TURNED.FLIP_TOP_BOTTOM,
-    (0, 1, 1, 0): TURNED.TRANSPOSE,
-    (0, -1, -1, 0): TURNED.TRANSVERSE,
-}
-HALF = Fraction(1, 2)
-TIME_STEP = Fraction(1, 1000)  # seconds; many containers round their times to it
+LOST = "damaged: no frame can be decoded"
 COMPLETE = Fraction(95, 100)  # share of the declared duration from which a clip counts as complete
 
 Name = tuple[str, int, int]  # video, start and end, seconds
-T = TypeVar("T")
 
 
 @dataclass
-class Decoded:
-    """How much of a clip was decoded; updated while its frames are read."""
+class Piece:
+    """Frames of a video that become one clip; all of them if the video is not cut."""
 
-    seconds: Fraction = Fraction(0)
+    index: int
+    first: int  # frame of the grid at which it begins
+    end: int | None  # frame past its last, if it is complete; None for an uncut video
+    jpegs: list[bytes] = field(default_factory=list)
+    seconds: Fraction = Fraction(0)  # of an uncut video: end of its last frame
     damaged: bool = False
+    last: bool = False  # the video ends in it
+
+    @classmethod
+    def number(cls, index: int, length: Fraction | None) -> "Piece":
+        """An empty piece; `length` in frames, not always a whole number."""
+        return cls(index, round(index * (length or 0)), round((index + 1) * length) if length else None)
+
+    def split(self, length: Fraction) -> "list[Piece]":
+        """Its frames in pieces of `length`; the last one may be incomplete."""
+        pieces = [Piece.number(n, length) for n in range(ceil(len(self.jpegs) / length))]
+        for piece in pieces:
+            piece.jpegs = self.jpegs[piece.first : piece.end]
+        pieces[0].damaged = self.damaged
+        return pieces
 
 
 def find_videos(top: Path) -> dict[Name, list[str]]:
@@ -77,35 +78,40 @@ def find_videos(top: Path) -> dict[Name, list[str]]:
 
 
 def best_file(paths: Sequence[str], folders: Sequence[str]) -> str:
-    """Of files with the same name, the one in the most of `folders`; videos before other files."""
+    """The first of `ranked_files`."""
+    return ranked_files(paths, folders)[0]
+
+
+def ranked_files(paths: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """Files with the same name: those in the most of `folders` first; videos before other files."""
 
     def rank(path: str) -> tuple[int, bool, str]:
         place = Path(path)
-        return -len({*folders} & {*place.parts[:-1]}), place.suffix.lower() not in PREFERRED, path
+        return -len({*folders} & {*place.parts[:-1]}), place.suffix.lower() not in SUFFIXES, path
 
-    return min(paths, key=rank)
+    return sorted(paths, key=rank)
 
 
 # ---- one clip --------------------------------------------------------------------------------------------
 
 
-def load_video(root: Path, source: str, packing: Packing) -> Iterator[Packed]:
-    """Decode one clip to JPEGs as a `VideoPacking` requires. Raises `BadImage` or `OSError`."""
+def load_video(root: Path, source: str, packing: Packing) -> Iterator[Part]:
+    """Decode a video to JPEGs as a `VideoPacking` requires. Raises `BadImage` or `OSError`."""
     assert isinstance(packing, VideoPacking)
     path = root / source
     if not S_ISREG(mode := mode_of(path)):
         raise BadImage("not a regular file" if mode else "no video file")
     with SourceFile(path) as file:
         try:
-            packed = _decode_file(file, packing)
+            for part in _decode_file(file, packing):
+                if file.error is not None:
+                    break
+                yield part
         except BadImage:
             if file.error is None:
                 raise
-        else:
-            if file.error is None:
-                yield packed
-                return
-        raise file.error
+        if file.error is not None:
+            raise file.error
 
 
 class SourceFile(FileIO):
@@ -129,11 +135,11 @@ class SourceFile(FileIO):
             return -1
 
 
-def _decode_file(file: SourceFile, packing: VideoPacking) -> Packed:
+def _decode_file(file: SourceFile, packing: VideoPacking) -> Iterator[Part]:
     """`load_video` of an open file. Raises `BadImage`."""
     try:
         with _open(file) as container:
-            return _convert(container, packing)
+            yield from _convert(container, packing)
     except BadImage:
         raise
     except Exception as error:
@@ -151,143 +157,100 @@ def _open(file: SourceFile) -> InputContainer:
         raise BadImage("not a video, or its header is damaged or missing") from error
 
 
-def _convert(container: InputContainer, packing: VideoPacking) -> Packed:
-    stream = _picture_stream(container)
-    declared = _declared(container, stream)
-    if declared > Fraction(packing.max_seconds):
-        raise _too_long(packing)
-    decoded = Decoded()
-    to_rgb = VideoReformatter()
-    jpegs: list[bytes] = []
-    changes = [f"{stream.codec_context.name} to JPEG"]
-    goal = last = turn = size = None
-    for frame in on_grid(_good_frames(container, stream, packing, decoded), Fraction(packing.fps)):
-        if frame is not last:
-            if goal is None:
-                goal, turn = fitted((frame.width, frame.height), packing.short_side), _turn(frame)
-            if (frame.width, frame.height) != goal:
-                changes.append("resized")
-            # For a frame of 720 lines, scaling here takes a fifth of the time that Pillow takes.
-            picture = to_rgb.reformat(frame, *goal, "rgb24", interpolation=ACCURATE, threads=1).to_image()
-            upright = picture.transpose(turn) if turn is not None else picture
-            size = upright.size
-            jpegs.append(encode(upright))
-        else:
-            jpegs.append(jpegs[-1])
-        last = frame
-    if size is None:
-        raise BadImage("damaged: no frame can be decoded")
-    if 2 * decoded.seconds < declared:
-        raise BadImage("under half of its declared duration can be decoded")
-    if turn is not None:
-        changes.append("turned upright")
-    if decoded.damaged:
-        changes.append("damaged part left out")
-    elif decoded.seconds < COMPLETE * declared:
-        changes.append("shorter than it declares")
-    return Packed(jpegs, size, ", ".join(dict.fromkeys(changes)))
+def _convert(container: InputContainer, packing: VideoPacking) -> Iterator[Part]:
+    """The video as one clip, or a long one as several. Raises `BadImage`."""
+    stream = picture_stream(container)
+    declared, fps = declared_seconds(container, stream), Fraction(packing.fps)
+    to_jpeg = JpegWriter(stream.codec_context.name, packing.short_side)
+    pieces = _joined(_pieces(timed_frames(container, stream, packing), declared, packing, to_jpeg))
+    first = next(pieces, None)
+    if first is None:
+        raise BadImage(LOST)
+    if first.end is None:
+        yield _packed(first, first.seconds, declared, to_jpeg)
+    else:
+        yield from parts_of(_judged(chain([first], pieces), declared * fps, to_jpeg, fps), packing.fps)
 
 
-def _picture_stream(container: InputContainer) -> VideoStream:
-    """The first video stream that is not a cover picture; it decodes in this thread."""
-    streams = [
-        stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
-    ]
-    if not streams:
-        raise BadImage("no video stream")
-    if streams[0].codec_context is None:
-        raise BadImage("no decoder for its codec")
-    streams[0].codec_context.thread_count = 1
-    return streams[0]
+def _pieces(
+    shots: Iterator[Shot | None], declared: Fraction, packing: VideoPacking, to_jpeg: JpegWriter
+) -> Iterator[Piece]:
+    """A video's frames in pieces of equal length; in one piece if it is not longer than --max-seconds.
 
-
-def _declared(container: InputContainer, stream: VideoStream) -> Fraction:
-    """Duration of the video in seconds, as the file declares it; 0 if it does not."""
-    if stream.duration and stream.time_base:
-        return stream.duration * stream.time_base
-    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)\0*", stream.metadata.get("DURATION", ""), re.ASCII)
-    if tag:  # Matroska: the duration of the file may be that of a longer sound track
-        return 3600 * Fraction(tag[1]) + 60 * Fraction(tag[2]) + Fraction(tag[3])
-    return Fraction(container.duration or 0, av.time_base)
-
-
-def _too_long(packing: VideoPacking) -> BadImage:
-    return BadImage(f"longer than --max-seconds {packing.max_seconds:g}")
-
-
-def _good_frames(
-    container: InputContainer, stream: VideoStream, packing: VideoPacking, decoded: Decoded
-) -> Iterator[tuple[Fraction, Fraction, VideoFrame]]:
-    """(start, length, frame) of all frames from the first good one up to damage; in seconds from 0."""
-    step = 1 / (stream.average_rate or Fraction(30))
-    base = stream.time_base or Fraction(1)
-    origin, start = Fraction(0), None
-    for frame in _decode(container, stream):
-        if frame is None or frame.is_corrupt:
-            decoded.damaged = True
-            if start is None:
-                continue  # a clip cut from a longer video may begin with frames that need earlier ones
-            return
-        if frame.width * frame.height > packing.max_pixels:
-            raise BadImage(f"more than --max-pixels {packing.max_pixels}")
-        time = None if frame.pts is None else frame.pts * base
-        if start is None:
-            origin, start = time or Fraction(0), Fraction(0)
-        else:  # if a time is missing or runs backwards, the frame starts one frame later
-            start = time - origin if time is not None and time - origin > start else start + step
-        length = frame.duration * base or step
-        decoded.seconds = start + length
-        if decoded.seconds > Fraction(packing.max_seconds):
-            raise _too_long(packing)
-        yield start, length, frame
-
-
-def _decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
-    """All frames of the stream in order; None for a part that cannot be read or decoded."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            for packet in packets:
-                yield from packet.decode()
-            return
-        except av.FFmpegError:
-            with suppress(av.FFmpegError):
-                yield from stream.decode()  # earlier frames that the decoder still holds
-            stream.codec_context.flush_buffers()
-            yield None
-
-
-def on_grid(timed: Iterable[tuple[Fraction, Fraction, T]], fps: Fraction) -> Iterator[T]:
-    """The item at each tick of `fps` per second: the last one that started, or the next if it is nearer.
-
-    `timed`: (start, length, item) in order of start, the first at 0. An item that starts half a tick or more
-    after the tick is not used. Ticks end within half a tick of the last item's end; there is at least one.
+    After damage, a long video continues with the first key frame of a later piece.
     """
-    tick = 0
-    half = HALF / fps
-    before = None
-    for start, length, item in timed:
-        if before is not None:
-            switch = max((before[0] + start) / 2, start - half) + TIME_STEP
-            while tick <= switch * fps:
-                yield before[1]
-                tick += 1
-        before = start, item, start + length
-    while before is not None and (tick == 0 or tick + HALF <= before[2] * fps):
-        yield before[1]
-        tick += 1
+    fps, longest = Fraction(packing.fps), Fraction(packing.max_seconds)
+    length = part_length(declared, packing)
+    most = (
+        ceil(max(longest, declared) * fps) + 1
+    )  # frames of one piece; more if a video is longer than declared
+    piece, run = Piece.number(0, length), Run()
+    while not run.over:
+        run = Run(piece.first / fps if piece.index else None)
+        for offset, frame in enumerate(on_grid(good_run(shots, fps, run), fps)):
+            if length is None and len(piece.jpegs) == most:
+                length = min(longest, Fraction(packing.clip_seconds)) * fps
+                *whole, piece = piece.split(length)
+                yield from whole
+            while piece.end is not None and length and run.tick + offset >= piece.end:
+                if piece.jpegs:
+                    yield piece
+                piece = Piece.number(piece.index + 1, length)
+            if offset == 0:
+                piece.damaged = run.damaged or run.tick > piece.first
+                run.damaged = False
+            piece.jpegs.append(to_jpeg(frame))
+        piece.seconds, piece.damaged = run.seconds, piece.damaged or run.damaged
+        piece.last = not run.damaged
+        if piece.jpegs:
+            yield piece
+        if length is None:
+            return
+        piece = Piece.number(piece.index + 1, length)
 
 
-def _turn(frame: VideoFrame) -> Image.Transpose | None:
-    """The transpose that turns the frame upright, from its display matrix; None if it is upright."""
-    try:
-        data: Any = frame.side_data
-        found = [bytes(item) for item in data if item.type is Type.DISPLAYMATRIX]
-    except ValueError:  # PyAV has no name for some other side data, such as EXIF
-        return ANGLES[round(frame.rotation / 90) % 4]
-    if not found:
-        return None
-    matrix = unpack("9i", found[0])
-    parts = matrix[0], matrix[1], matrix[3], matrix[4]
-    largest = max(map(abs, parts)) or 1
-    return TURNS.get(tuple(round(part / largest) for part in parts))
+def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same pieces; if the last one is shorter than half a piece, it is added to the one before."""
+    held = None
+    for piece in pieces:
+        short = piece.end is not None and 2 * len(piece.jpegs) < piece.end - piece.first
+        if held and short and piece.last and not held.damaged | piece.damaged:
+            piece = replace(held, jpegs=held.jpegs + piece.jpegs, end=piece.end, last=True)
+        elif held:
+            yield held
+        held = piece
+    if held:
+        yield held
+
+
+def _judged(
+    pieces: Iterable[Piece], declared: Fraction, to_jpeg: JpegWriter, fps: Fraction
+) -> Iterator[tuple[int, int, Part]]:
+    """(first frame, frame past the last, part) of a long video of `declared` frames; 0: unknown."""
+    end = size = 0
+    for piece in pieces:
+        assert piece.end is not None
+        if piece.first > end:
+            yield end, piece.first, BadImage(LOST)
+        size = piece.end - piece.first
+        end = piece.first + len(piece.jpegs) if piece.last and not piece.damaged else piece.end
+        wanted = min(Fraction(piece.end), declared or Fraction(end)) - piece.first
+        try:
+            part = _packed(piece, len(piece.jpegs) / fps, wanted / fps, to_jpeg)
+        except BadImage as error:
+            part = error
+        yield piece.first, end, part
+    if 2 * (declared - end) > size:
+        yield end, round(declared), BadImage(LOST)
+
+
+def _packed(piece: Piece, seconds: Fraction, declared: Fraction, to_jpeg: JpegWriter) -> Packed:
+    """The sample of a piece, of which `seconds` were decoded. Raises `BadImage` if that is under half."""
+    if 2 * seconds < declared:
+        raise BadImage("under half of its declared duration can be decoded")
+    changes = to_jpeg.changes()
+    if piece.damaged:
+        changes.append("damaged part left out")
+    elif seconds < COMPLETE * declared:
+        changes.append("shorter than it declares")
+    return Packed(piece.jpegs, to_jpeg.size, ", ".join(changes))

@@ -164,7 +164,7 @@ def test_training_evaluation_and_prediction_use_the_packed_frame_rate(tmp_path, 
     inputs = sorted(path for path in (tmp_path / "frames").glob("*/*") if "val" in path.name)
     out = tmp_path / "inputs"
     out.mkdir()
-    assert pack_inputs(config, inputs, read_info(slow).packing, out) == [""] * len(inputs)
+    assert pack_inputs(config, inputs, read_info(slow).packing, out)[1] == [""] * len(inputs)
     given, known = open_dataset(out, "val"), open_validation(config.data)
     assert given.info.fps == 15.0 and known is not None
     view = config.data

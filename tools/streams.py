@@ -1,0 +1,150 @@
+"""Frames of a video stream with their times, without those that are damaged."""
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from tools.images import BadImage
+from tools.shards import VideoPacking
+
+AHEAD = 4  # frames whose times may be permuted: packed AVI files store them out of order
+
+Shot = tuple[Fraction, Fraction, VideoFrame]  # start and length in seconds, frame
+
+
+@dataclass
+class Run:
+    """Frames in a row without damage; updated while they are read."""
+
+    after: Fraction | None = None  # begin with a key frame that starts here or later, seconds
+    tick: int = 0  # tick of the first frame
+    seconds: Fraction = Fraction(0)  # end of the last frame
+    damaged: bool = False  # damage came before or after it
+    over: bool = False  # no frames follow
+
+
+def picture_stream(container: InputContainer) -> VideoStream:
+    """The main video stream: default, then largest; no cover pictures. It decodes in this thread."""
+    streams = [
+        stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
+    ]
+    if not streams:
+        raise BadImage("no video stream")
+
+    def rank(stream: VideoStream) -> tuple[bool, bool, bool, int]:
+        codec = stream.codec_context
+        default = bool(stream.disposition & Disposition.default)
+        return codec is not None, stream.frames != 1, default, stream.width * stream.height if codec else 0
+
+    best = max(streams, key=rank)
+    if best.codec_context is None:
+        raise BadImage("no decoder for its codec")
+    best.codec_context.thread_count = 1
+    return best
+
+
+def declared_seconds(container: InputContainer, stream: VideoStream) -> Fraction:
+    """Duration of the stream in seconds, as the file declares it; 0 if it does not."""
+    if stream.duration and stream.time_base:
+        return stream.duration * stream.time_base
+    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)\0*", stream.metadata.get("DURATION", ""), re.ASCII)
+    if tag:
+        return 3600 * Fraction(tag[1]) + 60 * Fraction(tag[2]) + Fraction(tag[3])
+    if len(container.streams) > 1:  # the duration of the file may be that of its sound
+        return Fraction(0)
+    return Fraction(container.duration or 0, av.time_base)
+
+
+def timed_frames(
+    container: InputContainer, stream: VideoStream, packing: VideoPacking
+) -> Iterator[Shot | None]:
+    """All frames in order, with start and length in seconds, the first at 0; None for damage."""
+    step = 1 / (stream.average_rate or Fraction(30))
+    base, longest = stream.time_base or Fraction(1), Fraction(packing.max_seconds)
+    origin, start = Fraction(0), None
+    for pts, frame in _in_sequence(_decode(container, stream)):
+        if frame is None or frame.is_corrupt:
+            yield None
+            continue
+        if frame.width * frame.height > packing.max_pixels:
+            raise BadImage(f"more than --max-pixels {packing.max_pixels}")
+        time = None if pts is None else pts * base
+        if start is None:
+            origin, start = time or Fraction(0), Fraction(0)
+        else:  # if a time is missing or runs backwards, the frame starts one frame later
+            before = start
+            start = time - origin if time is not None and time - origin > start else start + step
+            if start - before > longest:
+                yield None
+        length = frame.duration * base or step
+        yield start, length if length <= longest else step, frame
+
+
+def good_run(shots: Iterator[Shot | None], fps: Fraction, run: Run) -> Iterator[Shot]:
+    """The next frames up to damage; their starts are relative to the time of `run.tick`."""
+    begun = False
+    for shot in shots:
+        if shot is None:
+            run.damaged = True
+            if begun:
+                return
+            continue  # a clip cut from a longer video may begin with frames that need earlier ones
+        start, length, frame = shot
+        if not begun:
+            if run.after is not None and (start < run.after or not frame.key_frame):
+                continue
+            begun, run.tick = True, round(start * fps)
+        run.seconds = start + length
+        yield start - run.tick / fps, length, frame
+    run.over = True
+
+
+def _in_sequence(frames: Iterator[VideoFrame | None]) -> Iterator[tuple[int | None, VideoFrame | None]]:
+    """Frames with their times (pts). If times of neighbours are permuted, they are sorted."""
+    ahead: list[tuple[int | None, VideoFrame]] = []
+    last = None
+
+    def first() -> tuple[int | None, VideoFrame]:
+        nonlocal last
+        pts, frame = ahead.pop(0)
+        later = [time for time, _ in ahead if time is not None and (last is None or time > last)]
+        if pts is not None and later and min(later) < pts:
+            n = next(n for n, (time, _) in enumerate(ahead) if time == min(later))
+            pts, ahead[n] = min(later), (pts, ahead[n][1])
+        last = pts
+        return pts, frame
+
+    for frame in frames:
+        if frame is None:
+            while ahead:
+                yield first()
+            yield None, None
+        else:
+            ahead.append((frame.pts, frame))
+            if len(ahead) >= AHEAD:
+                yield first()
+    while ahead:
+        yield first()
+
+
+def _decode(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
+    """All frames of the stream in order; None for a part that cannot be read or decoded."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            for packet in packets:
+                yield from packet.decode()
+            return
+        except av.FFmpegError:
+            with suppress(av.FFmpegError):
+                yield from stream.decode()  # earlier frames that the decoder still holds
+            stream.codec_context.flush_buffers()
+            yield None
