@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import UserError
+from tools import videos
 from tools.images import SUFFIXES
 from tools.listing import Listed, Listing, has_classes
 from tools.packing import walk_folders
 from tools.shards import readable
-from tools.videos import SUFFIXES as VIDEO_SUFFIXES
 
 SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id|idation)?|(test)(?:ing)?)(?:\.x\d*)?", re.IGNORECASE)
 PART = re.compile(r".*\.x\d*", re.IGNORECASE)  # train.X1, train.X2, ... together are one split
@@ -40,7 +40,7 @@ class Kind:
 
 PICTURES = Kind("pictures", SUFFIXES)
 FRAMES = Kind("folders of pictures", SUFFIXES, folders=True)
-VIDEOS = Kind("videos", VIDEO_SUFFIXES)
+VIDEOS = Kind("videos", videos.SUFFIXES)
 
 
 @dataclass(frozen=True)

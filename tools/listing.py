@@ -41,6 +41,7 @@ def plan_of(kind: str, listing: Listing, val_fraction: float, packing: Packing, 
     train, val = listing.train, listing.val
     if val is None:
         train, val = split_off(train, val_fraction)
+        print(f"no validation split in {where}: {len(val)} of {len(train) + len(val)} samples become it")
     elif val and has_classes(train) != has_classes(val):
         raise UserError(
             f"{where}: only one of train and val has classes; give both or none, or name the classes of a "
@@ -95,7 +96,8 @@ def unite(labels: Iterable[str]) -> dict[str, str]:
         spellings.setdefault(normalize("NFC", label), set()).add(label)
     several = [nfc for nfc, found in spellings.items() if len(found) > 1]
     if several:
-        print(f"{len(several)} classes, such as {readable(min(several))}, are spelled in NFC and NFD: united")
+        names = f"{readable(min(several))} ({len(several)})"
+        print(f"classes that are spelled in two forms of Unicode (NFC and NFD) are united, such as {names}")
     return {label: nfc if len(found) > 1 else label for nfc, found in spellings.items() for label in found}
 
 
