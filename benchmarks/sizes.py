@@ -1,4 +1,4 @@
-"""Measure how large packed datasets become, for the table in docs/data.md: python -m benchmarks.sizes --images DIR
+"""Measure how large packed datasets become: python -m benchmarks.sizes --images DIR (docs/data.md)
 
 The datasets themselves are not needed. Their pictures and videos are imitated with the photographs below DIR:
 
