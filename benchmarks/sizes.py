@@ -1,4 +1,4 @@
-"""Measure what packed datasets need for the table in docs/data.md: python -m benchmarks.sizes --images DIR
+"""Measure how large packed datasets become: python -m benchmarks.sizes --images DIR (docs/data.md)
 
 The datasets themselves are not needed. Their pictures and videos are imitated with the photographs below DIR:
 
@@ -8,11 +8,10 @@ The datasets themselves are not needed. Their pictures and videos are imitated w
   pixels, 10 s at 30 frames per second as in Kinetics-400; 426 x 240 pixels, 4 s at 12 frames per second as in
   SSv2.
 
-All are packed by `tools.pack` and read by the loader with random crops: samples per CPU second.
+All are packed by `tools.pack`. `python -m benchmarks loader` measures how fast they load.
 """
 
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,18 +22,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.loader import CPU, FRAMES, SIZE
-from pipelines.config import DataConfig, DecodeConfig
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError, run_cli
-from pipelines.loader import TrainLoader
-from pipelines.machine import World
 from tools.imagenet import ImageOptions
 from tools.kinetics import ClipOptions
 from tools.pack import pack_clips, pack_images
 
 IMAGENET, KINETICS, SSV2 = 1_281_167, 240_000, 169_000  # training samples
-ORIGINAL = 110_000  # bytes of a picture of ImageNet as published
 NORMAL = 341 * 256  # pixels of a picture of ImageNet at short side 256
 VIDEOS = {
     "K400": ((340, 256), 30, 300, KINETICS),
@@ -55,7 +49,7 @@ def run(images: Path, work: Path = Path("/tmp/hiera-train-sizes"), count: int = 
     if len(found) < 640:
         raise UserError(f"{images} holds {len(found)} JPEG pictures, fewer than 640; give another --images")
     chosen = random.Random(0).sample(found, 640)
-    table = Table("data", "bytes per sample", "total", "catalogue", "samples per CPU second")
+    table = Table("data", "bytes per sample", "per frame", "total", "catalogue")
     add_pictures(table, chosen, work, side)
     for name, (size, fps, frames, clips) in VIDEOS.items():
         make_videos(chosen, work / name, count, size, fps, frames)
@@ -63,9 +57,7 @@ def run(images: Path, work: Path = Path("/tmp/hiera-train-sizes"), count: int = 
             out = work / f"{name}-{rate:g}"
             options = ClipOptions(workers=2, fps=rate, shard_size=4)
             pack_clips(work / name / "annotations", out, options, videos=work / name)
-            sampling = "stride" if name == "K400" else "segments"
-            config = DataConfig(size=SIZE, frames=FRAMES, sampling=sampling, scale=(0.5, 1.0))
-            add(table, f"{name}, {rate:g} fps", out, clips, rate_of(out, config, 4, 6))
+            add(table, f"{name}, {rate:g} fps", out, clips)
     Console().print(table)
 
 
@@ -80,28 +72,19 @@ def add_pictures(table: Table, chosen: list[Path], work: Path, side: int) -> Non
     dataset = open_dataset(work / "packed", "train")
     pixels = (dataset.width.astype(np.int64) * dataset.height).sum()
     scale = NORMAL / (pixels / len(dataset))
-    rate = rate_of(work / "packed", DataConfig(size=SIZE, scale=(0.08, 1.0)), 32, 40)
-    add(table, f"ImageNet, short side 256 (from {side})", work / "packed", IMAGENET, rate, scale)
+    add(table, f"ImageNet, short side 256 (from {side})", work / "packed", IMAGENET, scale)
 
 
-def add(table: Table, name: str, out: Path, samples: int, rate: float, scale: float = 1.0) -> None:
+def add(table: Table, name: str, out: Path, samples: int, scale: float = 1.0) -> None:
     """Add a row about a packed dataset, its frames' bytes multiplied by `scale`."""
     dataset = open_dataset(out, "train")
     frames = int(dataset.size.sum())
     others = sum(dataset.info.tar_bytes["train"]) - frames
     each = (scale * frames + others) / len(dataset)
     catalogue = dataset.catalogue.stat().st_size / len(dataset)
-    per_frame = (
-        f"{scale * dataset.size.mean() / 1e3:.1f} kB per frame of {dataset.width[0]}x{dataset.height[0]}"
-    )
+    per_frame = f"{scale * dataset.size.mean() / 1e3:.1f} kB"
     total = f"{each * samples / 1e9:.0f} GB"
-    table.add_row(
-        name,
-        f"{each / 1e3:.0f} kB ({per_frame})",
-        total,
-        f"{catalogue * samples / 1e6:.0f} MB",
-        f"{rate:.0f}",
-    )
+    table.add_row(name, f"{each / 1e3:.0f} kB", per_frame, total, f"{catalogue * samples / 1e6:.0f} MB")
 
 
 def make_videos(
@@ -138,20 +121,6 @@ def moving(chosen: list[Path], number: int, size: tuple[int, int], frames: int) 
         share = frame / frames
         left, top = (round(a + share * (b - a)) for a, b in zip(*ways, strict=True))
         yield mosaic.crop((left, top, left + size[0], top + size[1]))
-
-
-def rate_of(out: Path, config: DataConfig, batch: int, batches: int) -> float:
-    """Samples per CPU second of the loader on one thread."""
-    world = World(0, 1, CPU)
-    loader = iter(
-        TrainLoader(open_dataset(out, "train"), config, DecodeConfig(threads=1), world, batch=batch)
-    )
-    for _ in range(4):
-        next(loader)
-    start = time.process_time()
-    for _ in range(batches):
-        next(loader)
-    return batch * batches / (time.process_time() - start)
 
 
 if __name__ == "__main__":
