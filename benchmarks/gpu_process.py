@@ -79,4 +79,4 @@ def last_line(printed: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     sentences = [line for line in lines if line.startswith("error: ")]
     where = re.search(r"Current thread [^\n]*\n\s*(File [^\n]*)", crash)
-    return " ".join([(sentences or lines or ["no output"])[-1][-300:], *(where.groups() if where else ())])
+    return " ".join([(sentences or lines or ["no output"])[-1][:300], *(where.groups() if where else ())])

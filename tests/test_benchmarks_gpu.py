@@ -13,6 +13,7 @@ from benchmarks import gpu_check, gpu_checks, gpu_models, gpu_runs
 from benchmarks.gpu_checks import Place
 from tests.test_project import call_make
 from train import console
+from train.build import ATTENTION
 from train.presets import MAE_PRESETS
 
 RATES = {
@@ -58,6 +59,22 @@ def place(images: Path, clips: Path, tmp_path: Path) -> Place:
 )
 def test_a_check_passes_on_the_cpu(place: Place, check):
     assert check(place)
+
+
+def test_models_are_checked_with_the_attention_that_training_uses(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    """PyTorch would choose cuDNN's attention on an H100; training does not allow it by default."""
+    allowed, compute = [], gpu_models.loss_and_norm
+
+    def noting(*arguments, **options):
+        cuda = torch.backends.cuda
+        allowed.append((cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()))
+        return compute(*arguments, **options)
+
+    monkeypatch.setattr(gpu_models, "loss_and_norm", noting)
+    gpu_models.models_bf16(place)
+    assert allowed[1::2] == [ATTENTION["auto"]] * 2  # every second one is the CPU's, which is compared
 
 
 def test_a_check_finds_other_pixels(place: Place, monkeypatch: pytest.MonkeyPatch):
