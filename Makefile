@@ -76,7 +76,7 @@ test: check  ## run check, then the tests, WORKERS=2 at a time, without the long
 gpu-check: env  ## check and measure this machine's GPU; DEVICE=cpu runs the checks that need none
 	$(PY) -m benchmarks.gpu_check $(if $(DEVICE),--device $(DEVICE)) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-faults: env  ## all reliability tests, half an hour: kill, pause, starve and corrupt runs; KILLS=50 random kills per test
+faults: env  ## all reliability tests, over an hour: kill, pause, starve and corrupt runs; KILLS=50 random kills per test
 	$(PY) -m pytest -m fault --kills $(or $(KILLS),50) $(ARGS)
 
 check: env  ## check lint, format and types

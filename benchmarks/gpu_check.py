@@ -6,14 +6,11 @@ Every check runs in a new process with a time limit, so that a crash or a hang b
 Earlier checks may explain failures of later ones.
 """
 
-import contextlib
 import datetime
 import functools
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 import train  # sets how OpenMP waits  # noqa: F401
-from benchmarks import gpu_checks, gpu_models, gpu_runs
+from benchmarks import gpu_checks, gpu_models, gpu_process, gpu_runs
 from benchmarks.gpu_checks import Place
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
@@ -37,6 +34,7 @@ from train.rundir import environment
 
 RESULT = "RESULT "
 CPU_FACTOR = 5  # factor of the time limits on the CPU
+KEPT = 8000  # characters of a failed check's output
 FAILED, NEEDS_GPU, NEEDS_GPUS = "FAILED", "needs a GPU", "needs two GPUs"
 
 
@@ -100,6 +98,8 @@ class Row:
     found: str | dict[str, float]
     seconds: float = 0.0
     required: bool = True
+    printed: str = ""
+    """The end of the output of a failed check."""
 
 
 # ---- one check
@@ -124,40 +124,24 @@ def child(name: str, values: dict[str, str], flags: list[str]) -> None:
     os._exit(0)  # without waiting for decoding threads
 
 
-def run(name: str, place: Place, seconds: int, flags: list[str] | None = None) -> Row:
-    """Run a check in a new process; after `seconds`, kill it with its child processes."""
+def run(name: str, place: Place, seconds: float, flags: list[str] | None = None) -> Row:
+    """Run a check in a new process; after `seconds`, kill it and every process that it has started."""
     values = {
         "device": str(place.device),
         "images": str(place.images),
         "clips": str(place.clips),
         "work": str(place.work),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_check",
-        "--child",
-        json.dumps([name, values, flags or []]),
-    ]
+    task = json.dumps([name, values, flags or []])
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--child", task]
     begin = time.monotonic()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        printed, code = process.communicate(timeout=seconds)[0], process.returncode
-    except subprocess.TimeoutExpired:
-        printed, code = "", None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    if code is None:
-        printed = process.communicate()[0]
+    printed, code = gpu_process.output_of(command, seconds)
     results = [line for line in printed.splitlines() if line.startswith(RESULT)]
     took = time.monotonic() - begin
     if code == 0 and results:
         return Row(name, "ok", json.loads(results[-1].removeprefix(RESULT)), took)
-    how = f"no answer after {seconds} s: " if code is None else f"signal {-code}: " if code < 0 else ""
-    return Row(name, FAILED, how + gpu_runs.last_line(printed), took)
+    how = f"no answer after {seconds:g} s: " if code is None else f"signal {-code}: " if code < 0 else ""
+    return Row(name, FAILED, how + gpu_process.last_line(printed), took, printed=printed[-KEPT:])
 
 
 # ---- all of them
@@ -168,6 +152,7 @@ def gpu_check(
     out: Path = Path("benchmarks/results"),
     only: tuple[str, ...] = (),
     rates: bool = True,
+    patience: float = 1.0,
 ) -> None:
     """Check this machine and measure it.
 
@@ -176,8 +161,10 @@ def gpu_check(
         out: folder for the JSON file and the recommended settings.
         only: run only checks whose names contain one of these words.
         rates: also measure rates.
+        patience: factor of all time limits, for a slow or busy machine.
     """
     gpus = torch.cuda.device_count() if device == "cuda" else 0
+    factor = patience * (1 if gpus else CPU_FACTOR)
     if device == "cuda" and not torch.cuda.is_available():
         version = gpu_checks.driver()
         why = (
@@ -198,14 +185,16 @@ def gpu_check(
             work / "shards/clips",
             work,
         )
-        rows = [show(console, run("data", place, 180 * (1 if gpus else CPU_FACTOR)))]
+        rows = [show(console, run("data", place, 180 * factor))]
         chosen = CHECKS | (RATES if rates else {}) if rows[0].state == "ok" else {}
         for name, check in chosen.items():
             if not only or any(word in name for word in only):
-                rows.append(show(console, row_of(name, check, place, gpus)))
+                rows.append(show(console, row_of(name, check, place, gpus, factor)))
         flags = recommended({row.name: row.found for row in rows if isinstance(row.found, dict)})
         if rates and gpus and not only:
-            rows += [show(console, run(recipe, place, 180, tuned)) for recipe, tuned in flags.items()]
+            rows += [
+                show(console, run(recipe, place, 180 * factor, tuned)) for recipe, tuned in flags.items()
+            ]
     console.print(table_of(rows, device))
     write(rows, flags, device, out, console)
     failures = [row.name for row in rows if row.state == FAILED and row.required]
@@ -213,10 +202,11 @@ def gpu_check(
     sys.exit(1 if failures else 0)
 
 
-def row_of(name: str, check: Check, place: Place, gpus: int) -> Row:
+def row_of(name: str, check: Check, place: Place, gpus: int, factor: float) -> Row:
+    """The row of a check, whose time limit is multiplied by `factor`."""
     if gpus < check.gpus:
         return Row(name, NEEDS_GPUS if check.gpus > 1 else NEEDS_GPU, "", required=check.required)
-    row = run(name, place, check.seconds * (1 if place.gpu else CPU_FACTOR))
+    row = run(name, place, check.seconds * factor)
     row.required = check.required
     return row
 
@@ -288,7 +278,9 @@ def write(rows: list[Row], flags: dict[str, list[str]], device: str, out: Path, 
     path = out / f"{datetime.date.today()}-{hardware}-gpu-check.json"
     out.mkdir(parents=True, exist_ok=True)
     values = {
-        row.name: {"state": row.state, "seconds": round(row.seconds, 1), "found": row.found} for row in rows
+        row.name: {"state": row.state, "seconds": round(row.seconds, 1), "found": row.found}
+        | ({"output": row.printed} if row.printed else {})
+        for row in rows
     }
     content = {
         "environment": environment(),

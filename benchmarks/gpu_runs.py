@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 from benchmarks.gpu_checks import Place, batches, fed, need
+from benchmarks.gpu_process import last_line
+from benchmarks.memory import need_of
 from pipelines.machine import usable_cores
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
@@ -102,13 +104,6 @@ def run(module: str, *command: object) -> str:
     return printed
 
 
-def last_line(text: str) -> str:
-    """The last sentence for the user in an output, or else its last line."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    sentences = [line for line in lines if line.startswith("error: ")]
-    return (sentences or lines or ["no output"])[-1][-300:]
-
-
 def train_command(place: Place, preset: str, name: str, *more: object) -> list[str]:
     """The command that trains a preset on the drawn data."""
     program = "train.mae" if "-mae-" in preset else "train.finetune"
@@ -182,13 +177,15 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def out_of_memory(place: Place) -> str:
-    """A micro batch that does not fit ends the run with one line and exit code 2."""
-    large = ("--optim.batch", 65536, "--speed.micro-batch", 65536, "--speed.compile", "no")
+    """A micro batch of twice to four times what fits ends the run with one line and exit code 2."""
+    total = torch.cuda.get_device_properties(place.device).total_memory / 2**30
+    micro = 4 * max(1, need_of("hiera_base_224").micro_batch(total))
+    large = ("--optim.batch", micro, "--speed.micro-batch", micro, "--speed.compile", "no")
     command = train_command(place, "image-ft-base", "memory", *large)
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
     fine = done.returncode == 2 and "speed.micro_batch" in done.stderr and "Traceback" not in done.stderr
-    need(fine, f"exit code {done.returncode}: {last_line(done.stderr)}")
-    return "one line, exit code 2"
+    need(fine, f"micro batch {micro}: exit code {done.returncode}: {last_line(done.stderr)}")
+    return f"micro batch {micro}: one line, exit code 2"
 
 
 def ranks_end_together(place: Place) -> str:

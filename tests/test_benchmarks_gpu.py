@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from benchmarks import gpu_check, gpu_checks, gpu_models, gpu_runs
 from benchmarks.gpu_checks import Place
 from tests.test_project import call_make
 from train import console
+from train.build import ATTENTION
 from train.presets import MAE_PRESETS
 
 RATES = {
@@ -58,6 +61,22 @@ def test_a_check_passes_on_the_cpu(place: Place, check):
     assert check(place)
 
 
+def test_models_are_checked_with_the_attention_that_training_uses(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    """PyTorch would choose cuDNN's attention on an H100; training does not allow it by default."""
+    allowed, compute = [], gpu_models.loss_and_norm
+
+    def noting(*arguments, **options):
+        cuda = torch.backends.cuda
+        allowed.append((cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()))
+        return compute(*arguments, **options)
+
+    monkeypatch.setattr(gpu_models, "loss_and_norm", noting)
+    gpu_models.models_bf16(place)
+    assert allowed[1::2] == [ATTENTION["auto"]] * 2  # every second one is the CPU's, which is compared
+
+
 def test_a_check_finds_other_pixels(place: Place, monkeypatch: pytest.MonkeyPatch):
     decode = gpu_checks.decode
     shift = iter((0, 9))
@@ -73,18 +92,48 @@ def test_a_hang_becomes_a_row(place: Place):
     assert row.state == gpu_check.FAILED and "no answer after 0 s" in str(row.found)
 
 
+def replace_python(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    """Run a shell script instead of a check."""
+    (folder / "python").write_text(f"#!/bin/sh\n{script}")
+    (folder / "python").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(folder / "python"))
+
+
 def test_a_crash_becomes_a_row(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    crash = tmp_path / "python"
-    crash.write_text("#!/bin/sh\necho decoding\nkill -SEGV $$\n")
-    crash.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(crash))
+    replace_python(monkeypatch, tmp_path, "echo decoding\nkill -SEGV $$\n")
     row = gpu_check.run("machine", place, 60)
     assert (row.state, row.found) == (gpu_check.FAILED, "signal 11: decoding")
 
 
+def test_processes_that_a_check_leaves_behind_are_killed_and_delay_no_row(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The process has a session of its own, as torchrun's have, and keeps the check's output open."""
+    orphan = tmp_path / "orphan"
+    replace_python(monkeypatch, tmp_path, f"setsid sh -c 'echo $$ > {orphan}; exec sleep 60' &\nsleep 2\n")
+    begin = time.monotonic()
+    row = gpu_check.run("machine", place, 30)
+    assert row.state == gpu_check.FAILED and time.monotonic() - begin < 30
+    assert not Path(f"/proc/{orphan.read_text().strip()}").exists()
+
+
+def test_a_hang_shows_where_the_inner_process_was(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """A check waits for a training that hangs: the row names the training's line."""
+    hang = "import time\nprint('step 3', flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "hang.py").write_text(hang)
+    replace_python(
+        monkeypatch, tmp_path, f'printed=$({sys.executable} {tmp_path}/hang.py 2>&1)\necho "$printed"\n'
+    )
+    row = gpu_check.run("machine", place, 5)
+    assert row.found == f'no answer after 5 s: step 3 File "{tmp_path}/hang.py", line 3 in <module>'
+    assert "Fatal Python error: Aborted" in row.printed
+
+
 def test_checks_that_need_gpus_are_marked(place: Place):
     states = {
-        name: gpu_check.row_of(name, check, place, 0).state
+        name: gpu_check.row_of(name, check, place, 0, 1.0).state
         for name, check in gpu_check.CHECKS.items()
         if check.gpus
     }
@@ -96,10 +145,11 @@ def test_settings_are_the_smallest_micro_batch_near_the_best_and_training_accept
 ):
     flags = gpu_check.recommended(RATES)
     assert {recipe: " ".join(words) for recipe, words in flags.items()} == {"image-mae-base": FLAGS}
-    row = gpu_check.Row("machine", "ok", "fine")
-    gpu_check.write([row], flags, "cpu", tmp_path, gpu_check.Console(quiet=True))
+    rows = [gpu_check.Row("machine", "ok", "fine"), gpu_check.Row("no", gpu_check.FAILED, "", printed="why")]
+    gpu_check.write(rows, flags, "cpu", tmp_path, gpu_check.Console(quiet=True))
     (path,) = tmp_path.glob("*-cpu-gpu-check.json")
-    assert json.loads(path.read_text())["checks"]["machine"]["state"] == "ok"
+    checks = json.loads(path.read_text())["checks"]
+    assert checks["machine"]["state"] == "ok" and checks["no"]["output"] == "why"
     command = call_make("-n", "train-mae", f"TUNED={tmp_path / 'tuned-image-mae-base.txt'}").splitlines()[-1]
     words = shlex.split(command.partition("train.mae ")[2])
     monkeypatch.setattr("sys.argv", ["train.mae", *words])

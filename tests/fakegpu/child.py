@@ -28,7 +28,7 @@ from pipelines import loader
 from pipelines.decode import Decoder
 from pipelines.errors import UserError, run_cli
 from tests.train_helpers import small
-from train import finetune, loop, mae
+from train import finetune, loop, mae, task
 from train.config import Config, MaeConfig, from_dict, to_dict
 from train.meters import Recorder
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
@@ -75,7 +75,8 @@ def replace_parts() -> None:
     loader.Decoder = UploadingDecoder
     init = dist.init_process_group
     dist.init_process_group = lambda backend, **rest: init(f"cpu:gloo,cuda:{backend}", **rest)
-    mae.check_damage = finetune.check_damage = lambda *_: None
+    # In `task`, too: a command's module is imported again as __main__.
+    task.check_damage = mae.check_damage = finetune.check_damage = lambda *_: None
     ddp._verify_param_shape_across_processes = lambda *_, **__: None
 
 
@@ -155,8 +156,21 @@ class Setup:
 # ---- scenarios of one process
 
 
+def broadcast_then_read(values: torch.Tensor) -> list[float]:
+    """What the host reads of a tensor on a device after NCCL has broadcast it from this process."""
+    pointer = ctypes.c_void_p(values.data_ptr())
+    RUNTIME.ncclBroadcast(pointer, pointer, ctypes.c_size_t(len(values)), 7, 0, None, None)
+    return values.tolist()
+
+
 def controls(_: Setup) -> dict:
-    """Does the runtime show a value read too early, a wait, and a launch that a device refuses?"""
+    """Does the runtime show a value read too early, a wait, and a launch that a device refuses?
+
+    A broadcast of values that were just uploaded can be read, as DDP does; one of values that a kernel may
+    have written reads as zeros.
+    """
+    uploaded = broadcast_then_read(torch.ones(4).to("cuda"))
+    written = broadcast_then_read(torch.ones(4).to("cuda").mul_(2))
     imitate(lag_ms=50)
     copy = torch.zeros(4, device="cuda").to("cpu", non_blocking=True)
     early = copy.isnan().all().item()
@@ -174,7 +188,8 @@ def controls(_: Setup) -> dict:
         refusal = ""
     except RuntimeError as error:
         refusal = str(error)
-    return {"early": early, "late": copy.tolist(), "waited": waited, "refusal": refusal}
+    found = {"early": early, "late": copy.tolist(), "waited": waited, "refusal": refusal}
+    return found | {"uploaded": uploaded, "written": written}
 
 
 def mae_rows(setup: Setup) -> dict:
@@ -320,12 +335,11 @@ def rank_fails(setup: Setup) -> dict:
 # ---- scenarios of make faults
 
 
-def compile_recipes(_: Setup) -> dict:
-    """Compile the recipes in $RECIPES; gives each one's graphs, and why any was compiled again.
+def compile_recipe(_: Setup) -> dict:
+    """Compile the recipe $RECIPE; gives its graphs, and why any was compiled again.
 
-    Every recipe trains, evaluates and trains again.
+    The recipe trains, evaluates and trains again.
     """
-    import torch._dynamo
     from torch._dynamo.utils import counters
 
     reasons: list[str] = []
@@ -333,23 +347,12 @@ def compile_recipes(_: Setup) -> dict:
     handler = logging.Handler()
     handler.emit = lambda record: reasons.append(record.getMessage())
     logging.getLogger("torch._dynamo.guards.__recompiles").addHandler(handler)
-    found = {}
-    for name in os.environ["RECIPES"].split():
-        torch._dynamo.reset()
-        counters.clear()
-        reasons.clear()
-        begin = time.monotonic()
-        config = {**MAE_PRESETS, **FINETUNE_PRESETS}[name]
-        config = dataclasses.replace(config, speed=dataclasses.replace(config.speed, micro_batch=4))
-        step, evaluate_once = passes(config, compiled=True)
-        for call in (step, step, evaluate_once, evaluate_once, step):
-            call()
-        found[name] = {
-            "graphs": counters["stats"]["unique_graphs"],
-            "recompiles": list(reasons),
-            "seconds": round(time.monotonic() - begin),
-        }
-    return found
+    config = {**MAE_PRESETS, **FINETUNE_PRESETS}[os.environ["RECIPE"]]
+    config = dataclasses.replace(config, speed=dataclasses.replace(config.speed, micro_batch=4))
+    step, evaluate_once = passes(config, compiled=True)
+    for call in (step, step, evaluate_once, evaluate_once, step):
+        call()
+    return {"graphs": counters["stats"]["unique_graphs"], "recompiles": reasons}
 
 
 def main() -> None:

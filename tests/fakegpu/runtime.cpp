@@ -95,8 +95,8 @@ struct Copy {
 std::deque<Copy> queue;
 unsigned long submitted = 0, done = 0;
 
-// DDP broadcasts its list of gradient buckets and reads it back: what was uploaded to a buffer and then broadcast
-// can be read once.
+// DDP uploads its list of gradient buckets, broadcasts it and reads it back: what was uploaded to a buffer and then
+// broadcast can be read once, unless a kernel was launched in between, which may have written to the buffer.
 std::map<const void *, std::vector<char>> uploaded, broadcast;
 
 // Do the copies up to `number`, and those that are due.
@@ -156,7 +156,10 @@ struct Event {
 // ---- launches
 
 cudaError_t launch(dim3 grid, dim3 block, size_t shared) {
+  Guard guard(mutex);
   advance();
+  uploaded.clear();
+  broadcast.clear();
   launches++;
   bool fits = grid.x && grid.y && grid.z && block.x && block.y && block.z && grid.x <= max_grid_x &&
               grid.y <= max_grid_yz && grid.z <= max_grid_yz && block.z <= (unsigned)max_block_z &&
