@@ -210,7 +210,9 @@ def _labelled(found: Found, sources: Sequence[str], below: str) -> list[Listed]:
 
 def listed_as(kind: Kind, source: str, label: str) -> Listed:
     """A source with its readable name and its group."""
-    name = source.rpartition("/")[2] if kind.folders else Path(source).stem
+    name = source.rpartition("/")[2]
+    dot = 0 if kind.folders else name.rfind(".")
+    name = name[:dot] if 0 < dot < len(name) - 1 else name
     return Listed(source, label, name, "" if kind is PICTURES else group_of(name, label))
 
 

@@ -48,7 +48,8 @@ def plan_of(kind: str, listing: Listing, val_fraction: float, packing: Packing, 
             "flat val folder with --val-list."
         )
     united = unite(item.label for item in (*train, *val))
-    train, val = ([item._replace(label=united[item.label]) for item in items] for items in (train, val))
+    if any(label != spelling for label, spelling in united.items()):
+        train, val = ([item._replace(label=united[item.label]) for item in items] for items in (train, val))
     order = (lambda text: (int(text), text)) if listing.numbered else None
     classes = sorted({item.label for item in train} - {""}, key=order)
     label_of(classes, [item.label for item in val if item.label], where)

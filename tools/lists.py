@@ -120,7 +120,7 @@ def parse(path: Path, text: str, find: Find) -> tuple[str, list[Line]]:
     lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     sample = _sample(lines)
     best, table = (sum(bool(_ends(line, find)) for _, line in sample) / len(sample), 1), None
-    for separator in SEPARATORS:
+    for separator in (one for one in SEPARATORS if one in text):
         rows = _cells(text, separator)
         column, share, same_width = _path_column(rows, find)
         if share and (share, 2 * same_width) > best:
