@@ -16,6 +16,7 @@ from stat import S_ISREG
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image, ImageFile, ImageOps
 
 from tools.jpeg import CUT, ENDED, ORIENTATION, START, BadImage, Jpeg, has_clear_exif, read_jpeg
@@ -68,6 +69,8 @@ UNSUPPORTED = {
 }
 
 warnings.filterwarnings("ignore", module="PIL")  # each odd EXIF block would print two lines
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # torch only reads it
+Image.core.set_block_size((1 << 31) - 4096)  # the pixels of a picture are one array, which needs no copy
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is decoded
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 
@@ -154,13 +157,17 @@ def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """
     import torch  # takes seconds, and copied pictures can do without
 
-    # Four bytes for each pixel, as Pillow stores it: the fourth is unused.
-    mode, channels = ("RGBX", 4) if picture.mode == "RGB" else ("L", 1)
-    pixels = torch.frombuffer(bytearray(picture.tobytes("raw", mode)), dtype=torch.uint8)
+    color = picture.mode == "RGB"  # Pillow stores four bytes for each pixel, of which the fourth is unused
+    mode, channels = ("RGBX", 4) if color else ("L", 1)
+    try:
+        stored = pa.array(picture)  # without a copy
+    except ValueError as error:
+        raise BadImage("more than 2 GiB of pixels") from error
+    pixels = (stored.values if color else stored).to_numpy()
     out = np.empty((size[1], size[0], channels), np.uint8)
     planes, results = (
-        rows.view(1, *shape, channels).permute(0, 3, 1, 2)
-        for rows, shape in ((pixels, picture.size[::-1]), (torch.from_numpy(out), size[::-1]))
+        torch.from_numpy(rows.reshape(1, height, width, channels)).permute(0, 3, 1, 2)
+        for rows, (width, height) in ((pixels, picture.size), (out, size))
     )
     torch.ops.aten._upsample_bicubic2d_aa.out(planes, size[::-1], False, None, None, out=results)
     return Image.frombuffer(mode, size, out, "raw", mode, 0, 1)

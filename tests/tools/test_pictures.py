@@ -2,8 +2,11 @@
 
 import hashlib
 import io
+import os
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -13,9 +16,10 @@ from PIL import Image
 
 from tests.pipelines_fixtures import write_rows
 from tests.tools.test_pack import dali_decode, encoded, exif, pack_images, pixels, rows_of, write
-from tools.images import COPIED, BadImage, prepare
+from tools.images import COPIED, BadImage, fitted, prepare, resized
 from tools.verify import verify
 
+ROOT = Path(__file__).resolve().parents[2]
 START, END = b"\xff\xd8", b"\xff\xd9"
 SQUARE = (96, 96)
 
@@ -486,3 +490,34 @@ def test_verify_compares_pixels_with_the_decoder_of_training(tmp_path: Path, cap
     assert verify(tmp_path / "out") == 1
     (fault,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fault:")]
     assert re.search(r"frame 0 at byte 512 differs by \d+ levels between DALI and Pillow; pack", fault)
+
+
+# ---- scaling -----------------------------------------------------------------------------------------------
+
+SCALE_ON_ANY_PROCESSOR = """
+import hashlib, sys
+from tests.tools.test_pack import encoded, pixels
+from tools.images import prepare
+modes = [pixels(7, (311, 207)), pixels(8, (90, 207)).convert("L")]
+print(*(hashlib.sha256(prepare(encoded(image), 50, 10**6).frames[0]).hexdigest() for image in modes))
+"""
+
+
+def test_scaled_pixels_do_not_depend_on_the_processor():
+    """torch has code of its own for processors with AVX2."""
+    found = set()
+    for capability in ("default", "avx2", "avx512"):
+        words = [sys.executable, "-c", SCALE_ON_ANY_PROCESSOR]
+        settings = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+        found.add(subprocess.run(words, env=settings, check=True, capture_output=True, cwd=ROOT).stdout)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(300, 200), (200, 301), (1000, 97), (97, 96)])
+def test_scaled_pixels_are_pillows_within_two_levels(mode: str, size: tuple[int, int]):
+    image = pixels(1, size).convert(mode)
+    goal = fitted(size, 96)
+    expected = np.asarray(image.resize(goal, Image.Resampling.BICUBIC)).astype(int)
+    found = np.asarray(resized(image, goal).convert(mode)).astype(int)
+    assert np.abs(found - expected).max() <= 2 and np.abs(found - expected).mean() < 0.1
