@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from math import floor
 from typing import TypeVar
 
 from tools.images import BadImage
@@ -27,8 +28,8 @@ def on_grid(timed: Iterable[tuple[Fraction, Fraction, T]], fps: Fraction) -> Ite
     before = None
     for start, length, item in timed:
         if before is not None:
-            switch = max((before[0] + start) / 2, start - half) + TIME_STEP
-            while tick <= switch * fps:
+            switch = floor((max((before[0] + start) / 2, start - half) + TIME_STEP) * fps)
+            while tick <= switch:
                 yield before[1]
                 tick += 1
         before = start, item, start + length

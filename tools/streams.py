@@ -90,7 +90,7 @@ def timed_frames(
 
 def good_run(shots: Iterator[Shot | None], fps: Fraction, run: Run) -> Iterator[Shot]:
     """The next frames up to damage; their starts are relative to the time of `run.tick`."""
-    begun = False
+    begun, origin = False, Fraction(0)
     for shot in shots:
         if shot is None:
             run.damaged = True
@@ -102,8 +102,9 @@ def good_run(shots: Iterator[Shot | None], fps: Fraction, run: Run) -> Iterator[
             if run.after is not None and (start < run.after or not frame.key_frame):
                 continue
             begun, run.tick = True, round(start * fps)
+            origin = run.tick / fps
         run.seconds = start + length
-        yield start - run.tick / fps, length, frame
+        yield start - origin, length, frame
     run.over = True
 
 

@@ -145,18 +145,20 @@ def test_impossible_strides_are_refused_before_reading(dataset, tmp_path):
 
 
 def test_training_evaluation_and_prediction_use_the_packed_frame_rate(tmp_path, capsys):
-    """Folders of frames packed with --fps 15: stride 2 at 30 fps is stride 1."""
-    clips = make_clips(tmp_path, train=4, val=2)
+    """Folders of frames at 30 fps packed with --fps 7.5: stride 4 is stride 1, to a finished run."""
+    clips = make_clips(tmp_path, train=4, val=2, frames=40)
     assert read_info(clips).packing["fps"] == 30.0
     folders = {"frames": tmp_path / "frames", "annotations": tmp_path / "annotations"}
-    slow, options = tmp_path / "slow", ClipOptions(workers=1, shard_size=8, fps=15.0)
+    slow, options = tmp_path / "slow", ClipOptions(workers=1, shard_size=8, fps=7.5)
     assert pack_clips(out=slow, options=options, **folders) == 0
-    with pytest.raises(UserError, match=r"packed with fps 15\.0, not 30\.0"):
+    with pytest.raises(UserError, match=r"packed with fps 7\.5, not 30\.0"):
         pack_clips(out=slow, options=replace(options, fps=30.0), **folders)
+    assert (open_dataset(slow, "train").frame_counts(np.arange(4)) == 10).all()
     config = small("video-ft-pico", slow, tmp_path, "run", epochs=1.0)
+    config = replace(config, data=replace(config.data, stride=4))
     build.check(config)
     assert loop.fit(config, finetune.make_task) == 0
-    note = "stride 2 at 30 frames per second is stride 1 at the dataset's 15: 0.0667 s from frame to frame"
+    note = "stride 4 at 30 frames per second is stride 1 at the dataset's 7.5: 0.133 s from frame to frame"
     assert note in (tmp_path / "run" / "log.txt").read_text()
     capsys.readouterr()
     evaluate.evaluate(evaluate.Arguments(tmp_path / "run", device="cpu"))
@@ -166,7 +168,7 @@ def test_training_evaluation_and_prediction_use_the_packed_frame_rate(tmp_path, 
     out.mkdir()
     assert pack_inputs(config, inputs, read_info(slow).packing, out)[1] == [""] * len(inputs)
     given, known = open_dataset(out, "val"), open_validation(config.data)
-    assert given.info.fps == 15.0 and known is not None
+    assert given.info.fps == 7.5 and known is not None
     view = config.data
     assert np.array_equal(evaluated(given, view), evaluated(known, view))
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.tools.test_pack import ROOT, encoded, frames_of, rows_of, sums, write
 from tests.tools.test_pack_videos import PACKING, damaged, make, number_of, numbered, pack_tree, tree, zeros
+from tools import predict
 from tools.frames import load_clip
 from tools.images import BadImage, Packed
 from tools.kinetics import ClipOptions
@@ -18,6 +19,7 @@ from tools.shards import VideoPacking
 from tools.sources import Part
 from tools.verify import verify
 from tools.videos import load_video
+from train.presets import FINETUNE_PRESETS
 
 SHORT = replace(PACKING, fps=10.0, max_seconds=3.0, clip_seconds=1.0)
 LOST = "under half of its declared duration can be decoded"
@@ -115,6 +117,20 @@ def test_the_clips_of_a_video_are_in_one_split_and_one_shard(tmp_path):
     found = [number_of(jpeg) for row in rows for jpeg in frames_of(tmp_path / "1", "train", row)]
     assert found == [*range(100)]
     assert verify(tmp_path / "1") == 0
+
+
+def test_prediction_names_the_parts_of_a_long_video(tmp_path):
+    path = make(
+        tmp_path / "a.mp4", [numbered(n) for n in range(60)], "libx264", 10, g="5", bf="0", sc_threshold="0"
+    )
+    bad, short = damaged(path, range(11, 13), zeros), make(tmp_path / "b.mp4", [numbered(1)] * 9, rate=10)
+    (tmp_path / "out").mkdir()
+    packing = {name: getattr(SHORT, name) for name in ("fps", "max_seconds", "clip_seconds")}
+    config = FINETUNE_PRESETS["video-ft-pico"]
+    names, reasons = predict.pack(config, [bad, short], packing, tmp_path / "out")
+    parts = [f"{bad}#t={n},{n + 1}" for n in (0, 2, 3, 4, 5, 1)]
+    assert names == [*parts, str(short)]
+    assert reasons == ["", "", "", "", "", LOST, ""]
 
 
 def test_a_long_folder_of_frames_becomes_clips(tmp_path):
