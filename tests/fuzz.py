@@ -7,6 +7,7 @@ a finding. Case `seed` of a reader is always the same: --only READER --seed N ru
 import argparse
 import copy
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ import resource
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -31,9 +33,10 @@ from pipelines.dataset import SCHEMA, check_shards, missing_shards, open_dataset
 from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from tests.pipelines_fixtures import read_rows
-from tests.train_helpers import make_clips
+from tests.train_helpers import make_clips, picture
 from tools.kinetics import read_annotations
 from tools.samples import flat_classes
+from tools.tars import TarOptions, pack_tars
 from tools.verify import check_shard, verify
 
 SECONDS = 20  # a case may take, on a machine that does other things too
@@ -67,6 +70,27 @@ def bytes_of(rng: Random, data: bytes) -> bytes:
             text[at : at + 8] = rng.randbytes(8)
         elif rng.randrange(4) == 0:
             del text[at:]
+    return bytes(text)
+
+
+def tar_of(rng: Random, data: bytes) -> bytes:
+    """Change fields of a few headers of a tar; their checksums are correct."""
+    text = bytearray(data)
+    starts = [at for at in range(0, len(text), 512) if text[at + 257 : at + 262] == b"ustar"]
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at, kind = rng.choice(starts), rng.randrange(4)
+        if kind == 0:
+            size = max(-(2**87), min(int(rng.choice([n for n in NUMBERS if n != 1e300])), 2**87))
+            text[at + 124 : at + 136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # pyrefly: ignore
+        elif kind == 1:
+            text[at + 156] = rng.choice(b"0123456 7xgLKSDVNAX\0")
+        elif kind == 2:
+            text[at : at + 100] = rng.choice(STRINGS).encode("utf-8", "surrogatepass")[:100].ljust(100, b"\0")
+        else:
+            field = rng.choice((0, 124, 157, 257, 345, 386, 482))
+            text[at + field : at + field + 8] = rng.randbytes(8)
+        total = sum(text[at : at + 148]) + 8 * 32 + sum(text[at + 156 : at + 512])
+        text[at + 148 : at + 156] = b"%06o\0 " % total
     return bytes(text)
 
 
@@ -166,11 +190,31 @@ def annotations(root: Path) -> None:
         assert "/" not in clip.name() and clip.name() not in (".", "..")
 
 
+def foreign(root: Path) -> None:
+    """What `tools.pack tars` accepts, `tools.verify` accepts too."""
+    shutil.rmtree(root / "out", ignore_errors=True)
+    pack_tars(str(root / "foreign.tar"), TarOptions(workers=1, max_reject=1.0), out=root / "out")
+    assert verify(root / "out") == 0
+
+
+def foreign_tar(path: Path) -> None:
+    """A tar with plain, pax and GNU headers, as another program may write it."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(4):
+            tar.format = tarfile.PAX_FORMAT if number % 2 else tarfile.GNU_FORMAT
+            key = f"{'n' * (120 * (number > 1))}/{number}"
+            for suffix, data in (("jpg", picture(number % 2, number, 24)), ("cls", b"%d" % (number % 2))):
+                header = tarfile.TarInfo(f"{key}.{suffix}")
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+
+
 READERS: dict[str, tuple[tuple[str, ...], tuple[Mutate, ...], Callable[[Path], object]]] = {
     "dataset": (("dataset.json",), (bytes_of, json_of, json_of), use),
     "catalogue": (("train.arrow",), (bytes_of, rows_of, rows_of), use),
     "verify": (("dataset.json", "train.arrow"), (bytes_of,), verify),
     "index": (("train/000000.idx", "train/000000.tar"), (bytes_of,), check),
+    "tars": (("foreign.tar",), (bytes_of, tar_of, tar_of), foreign),
     "labels": (("labels.txt", "classes.txt", "numbers.txt"), (bytes_of,), labels),
     "annotations": (("train.csv",), (bytes_of,), annotations),
 }
@@ -184,6 +228,7 @@ def make(root: Path) -> Path:
     (good / "classes.txt").write_text("n01\nn02\n")
     (good / "numbers.txt").write_text("2\n1\n")
     shard = (good / "train/000000.tar").read_bytes() + (good / "train/000000.idx").read_bytes()
+    foreign_tar(good / "foreign.tar")
     (good / "whole").write_text(hashlib.sha256(shard).hexdigest())
     return good
 

@@ -142,7 +142,7 @@ def _members(tar: ForeignTar, ended: list[Found]) -> Iterator[dict[str, Any]]:
         archive = tarfile.TarFile(fileobj=tar, errors="surrogateescape")
         while (member := archive.next()) is not None:
             archive.members.clear()  # pyrefly: ignore  # millions would take gigabytes
-            if archive.offset <= member.offset:
+            if archive.offset <= member.offset or member.size < 0:
                 raise tarfile.ReadError("a negative length")
             at = archive.offset
             if member.isdir() or META.match(member.name):

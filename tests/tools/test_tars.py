@@ -533,6 +533,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], dict[str, str]]] = {
     "8 GB": (lambda: sized(8**11 - 1), {"a": "in place", "b": "cut off with the tar", "byte": ENDS[1]}),
     "2 to the 80": (lambda: sized(1 << 80), {"a": "in place", "b": "cut off with the tar", "byte": ENDS[1]}),
     "negative": (lambda: sized(-512), {"a": "in place", "byte": ENDS[0]}),
+    "slightly negative": (lambda: sized(-1), {"a": "in place", "byte": ENDS[0]}),
     "very negative": (lambda: sized(-(1 << 70)), {"a": "in place", "byte": ENDS[0]}),
     "sparse": (sparse, {"b": "a sparse file in the tar"}),
     "long header": (lambda: long_header(1 << 40), BAD_START),
