@@ -15,8 +15,8 @@ from pipelines.errors import UserError
 from tools import videos
 from tools.images import SUFFIXES
 from tools.listing import Listed, Listing, has_classes
-from tools.packing import walk_folders
 from tools.shards import readable
+from tools.sources import walk_folders
 
 SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id|idation)?|(test)(?:ing)?)(?:\.x\d*)?", re.IGNORECASE)
 PART = re.compile(r".*\.x\d*", re.IGNORECASE)  # train.X1, train.X2, ... together are one split

@@ -33,7 +33,6 @@ from tools.shards import PLAN_FILE, Job, Load, PackPlan, Result, finish, is_done
 UNFINISHED = (".*.tmp-*",)  # the temporary files of writers that were killed
 LEFT_OUT = 12  # most kinds of other files in the closing table
 UNLOCKED = "another process that packs into this folder would not be noticed, so make sure there is none"
-IGNORED = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "Thumbs.db", "desktop.ini"})
 NOTES = ("[0-9]*.parquet", PLAN_FILE)  # an unfinished dataset's rows per shard and its plan
 
 
@@ -103,31 +102,6 @@ def source_folder(path: Path, flag: str, what: str) -> Path:
     if not os.access(path, os.R_OK | os.X_OK):
         raise UserError(f"{flag} {path} cannot be read; check its permissions.")
     return path
-
-
-def walk(top: Path) -> Iterator[Path]:
-    """Every file of `walk_folders`."""
-    return (folder / name for folder, files in walk_folders(top) for name in files)
-
-
-def walk_folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder from `top` on with the names of its files; links are followed. Raises `UserError`.
-
-    Hidden files and folders are left out, and those that systems add.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise UserError(
-            f"{error.filename} cannot be listed: {error.strerror}; check its permissions."
-        ) from error
-
-    for folder, folders, files in os.walk(top, onerror=refuse, followlinks=True):
-        here = Path(folder)
-        if any(here.samefile(parent) for parent in here.parents if parent.is_relative_to(top)):
-            folders.clear()  # a link back to a folder above would never end
-            continue
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in IGNORED]
-        yield here, [name for name in files if not name.startswith(".") and name not in IGNORED]
 
 
 def label_of(classes: Sequence[str], val_classes: Sequence[str], where: str) -> dict[str, int]:

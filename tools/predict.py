@@ -26,7 +26,6 @@ from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image
 from tools.images import SUFFIXES, BadImage, Packed
 from tools.kinetics import ClipOptions
-from tools.packing import walk
 from tools.shards import (
     Packing,
     PackPlan,
@@ -37,6 +36,7 @@ from tools.shards import (
     make_key,
     pack_shard,
 )
+from tools.sources import walk
 from tools.videos import load_video
 from tools.words import shown
 from train.config import Config, FinetuneConfig

@@ -1,15 +1,44 @@
-"""Read the samples of a source: repeat failed reads, try other files of the same video."""
+"""Walk the folders of sources; read the samples of one: repeat failed reads, try other files of the video."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
+from pipelines.errors import UserError
 from tools.images import TRANSIENT, BadImage, Packed
 
 PAUSES = (0.2, 1.0, 5.0)  # seconds before a failed read is repeated
+IGNORED = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "Thumbs.db", "desktop.ini"})
 
 Part = Packed | BadImage  # a sample, or the reason why a part of a source is rejected
 Read = Callable[[str], Iterator[Part]]  # the samples of a path below the source folder
+
+
+def walk(top: Path) -> Iterator[Path]:
+    """Every file of `walk_folders`."""
+    return (folder / name for folder, files in walk_folders(top) for name in files)
+
+
+def walk_folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder from `top` on with the names of its files; links are followed. Raises `UserError`.
+
+    Hidden files and folders are left out, and those that systems add.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename} cannot be listed: {error.strerror}; check its permissions."
+        ) from error
+
+    for folder, folders, files in os.walk(top, onerror=refuse, followlinks=True):
+        here = Path(folder)
+        if any(here.samefile(parent) for parent in here.parents if parent.is_relative_to(top)):
+            folders.clear()  # a link back to a folder above would never end
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in IGNORED]
+        yield here, [name for name in files if not name.startswith(".") and name not in IGNORED]
 
 
 def read_source(read: Read, paths: Sequence[str], pauses: Sequence[float]) -> Iterator[tuple[str, Part]]:
