@@ -20,8 +20,8 @@ from typing import Any
 from pipelines.errors import UserError, first_line
 from tools.shards import PLAN_FILE, Job, Result, is_done, pack_shard
 
-# What workers need. torch takes seconds to import, so one process does it, and the workers are its copies.
-PRELOADED = ["torch", "av", "PIL.Image", "pyarrow.parquet", "rich.progress", "tyro"]
+# What workers need. One process imports it, and the workers are its copies.
+PRELOADED = ["av", "PIL.Image", "pyarrow.parquet", "rich.progress", "tyro"]
 RETRIES = 5  # for a shard whose Ray worker or node died
 CONNECT = 10.0  # seconds for a cluster to answer
 UNTIL_SEEN = 120.0  # seconds until a file of another node is seen here; NFS caches absence for 60
@@ -33,7 +33,8 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
         yield from map(pack_shard, jobs)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    # torch takes seconds to import; clips seldom need it, pictures nearly always.
+    context.set_forkserver_preload([*PRELOADED, "torch"] if jobs[0].kind == "image" else PRELOADED)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _follow_parent)
     try:
         for future in as_completed([pool.submit(pack_shard, job) for job in jobs]):
@@ -43,13 +44,7 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
 
 
 def _follow_parent() -> None:
-    """Start of a worker: it ends on Ctrl-C without a traceback, and with its parent, even a killed one.
-
-    torch works on one thread, as there is a worker per core.
-    """
-    import torch  # preloaded
-
-    torch.set_num_threads(1)
+    """Start of a worker: it ends on Ctrl-C without a traceback, and with its parent, even a killed one."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
 

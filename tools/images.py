@@ -277,8 +277,6 @@ def _normal(picture: Image.Image, orientation: int, jpeg: Jpeg | None) -> tuple[
         page = Image.new("RGBA", upright.size, "white")
         return Image.alpha_composite(page, upright.convert("RGBA")).convert("RGB"), changes
     changes.append(f"{upright.mode} to RGB")
-    if upright.mode == "LAB":
-        raise BadImage("Lab colors, which are not supported")
     return upright.convert("RGB"), changes
 
 
