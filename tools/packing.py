@@ -213,7 +213,7 @@ def _agree(plan: PackPlan, noted: Path, text: str) -> bool:
     except (ValueError, KeyError) as error:
         raise UserError(f"{noted} is damaged; delete {noted.parent} and pack again.") from error
     settings = plan.settings()
-    if "fps" in settings:  # earlier versions recorded less
+    if "source_fps" in settings:  # earlier versions recorded less
         rate = settings["source_fps"] if "av" in settings else then.get("fps", 30.0)
         known = {"max_seconds": settings["max_seconds"], "clip_seconds": settings["clip_seconds"]}
         then = {"fps": 30.0, "source_fps": rate} | known | then

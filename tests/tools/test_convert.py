@@ -118,7 +118,7 @@ def test_a_pipeline_predicts_what_evaluation_predicts(tmp_path, interpolation):
         Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(inputs[-1], quality=95)
     out = tmp_path / "packed"
     out.mkdir()
-    assert pack(config, inputs, {}, out) == [""] * len(inputs)
+    assert pack(config, inputs, {}, out)[1] == [""] * len(inputs)
     here, task = open_task(config, CLASSES, "cpu")
     ready = load_model(task.model, config, run / "model.safetensors", CLASSES, here)
     wanted = probabilities(task, ready, open_dataset(out, "val"))

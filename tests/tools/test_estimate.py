@@ -97,7 +97,7 @@ def test_rejected_sources_are_counted_with_the_most_frequent_reason(tmp_path: Pa
     assert pack_images(source, tmp_path / "out", max_reject=1.0) == 0
     text = capsys.readouterr().out
     line = re.search(
-        r"; (\d+) of the 32 are rejected, (\d+) as 'not an image, or its header is damaged'", text
+        r"; (\d+) of the 32 are rejected, (\d+) as 'not an image'", text
     )
     assert line is not None and 6 < int(line[1]) == int(line[2]) < 26
 

@@ -82,13 +82,13 @@ def test_of_two_plans_started_together_only_one_is_used(tmp_path):
         began: list[int] = []
         barrier, leave = threading.Barrier(8), threading.Event()
 
-        def begin(number: int, out: Path, began=began, barrier=barrier, leave=leave) -> None:
+        def attempt_of(number: int, out: Path, began=began, barrier=barrier, leave=leave) -> None:
             barrier.wait()
             with suppress(UserError), begin(plans[number % 2], out, False):
                 began.append(number % 2)
                 leave.wait(20)
 
-        threads = [threading.Thread(target=begin, args=(n, tmp_path / str(attempt))) for n in range(8)]
+        threads = [threading.Thread(target=attempt_of, args=(n, tmp_path / str(attempt))) for n in range(8)]
         for thread in threads:
             thread.start()
         wait_for(lambda began=began, threads=threads: sum(t.is_alive() for t in threads) == len(began) > 0)

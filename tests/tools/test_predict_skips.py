@@ -30,7 +30,7 @@ def test_a_folder_is_read_as_packing_reads_it(images: Path, tmp_path: Path, caps
     printed = capsys.readouterr()
     assert list(answers(printed.out)) == [f"{top}/a.jpg", f"{top}/sub/b.PNG"]
     assert printed.err.splitlines() == [
-        f"skipped 2 files without a picture's suffix, such as {top}/notes.txt",
+        f"skipped 1 files without a picture's suffix, such as {top}/notes.txt",
         f"error: {top}/cut.jpg: truncated (this run takes pictures)",
     ]
     (top / "cut.jpg").unlink()
