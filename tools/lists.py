@@ -177,6 +177,15 @@ def _width(rows: Rows) -> int:
 def _table(path: Path, rows: Rows, column: int, separator: str, find: Find) -> tuple[str, list[Line]]:
     """The lines of a table whose `column` holds the paths; without a separator it comes from JSON."""
     (_, first), width = rows[0], _width(rows)
+    for number, cells in rows if separator else ():
+        if len(cells) != width:
+            raise UserError(
+                f"{path} line {number} has {len(cells)} columns, most lines have {width}; correct it."
+            )
+        if any("\n" in cell for cell in cells):
+            raise UserError(
+                f"{path} has a quoted cell of several lines that ends in line {number}; close its quote."
+            )
     seen = [{cells[n] for _, cells in rows[1:] if n < len(cells)} for n in range(len(first))]
     new = not any(cell in cells for cell, cells in zip(first, seen, strict=True))
     heading = not separator or (len(rows) > 1 and new and not find(first[column]) and _are_words(first))
@@ -190,8 +199,6 @@ def _table(path: Path, rows: Rows, column: int, separator: str, find: Find) -> t
     lines = []
     for number, cells in rows[heading:]:
         where = f"{path} {'line' if separator else 'entry'} {number}"
-        if len(cells) != width:
-            raise UserError(f"{where} has {len(cells)} columns, most lines have {width}; correct it.")
         lines.append(Line(where, cells[column], " ".join(cells[n] for n in others)))
     if not heading and len(others) > 1 and plain_labels([line.label for line in lines])[0] in PLAIN:
         raise UserError(f"{path} has {width} columns and no heading; keep two, the path and the class.")

@@ -119,6 +119,11 @@ def test_absent_files_are_kept_for_the_catalogue(tmp_path):
         ("[" * 100_000, "is not a JSON file"),
         ('[{"id": "78687", "label": "\\ud800"}]', "is no path; correct it"),
         ('"plain/78687.webm",1\n"riding a bike/x.mp4",2,3\n', "line 2 has 3 columns, most lines have 2"),
+        ("mine\n1,plain/78687.webm\n2,riding a bike/x.mp4\n", "line 1 has 1 columns, most lines have 2"),
+        (
+            'plain/78687.webm,run\nriding a bike/x.mp4,"ride\nplain/v_Run_g01_c01.avi,run\n',
+            "a quoted cell of several lines that ends in line 3; close its quote",
+        ),
     ],
 )
 def test_what_is_not_understood_is_named(tmp_path, text, words):
