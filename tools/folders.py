@@ -106,6 +106,8 @@ def by_folder(found: Found) -> Listing:
     heads = Counter(_head(source, below) for source in sources)
     folders = _folders_of_splits(where, heads, [path for path in found.empty if path.startswith(below)])
     if not folders:
+        if found.kind.folders and len(sources) > 1 and not sources[0]:
+            raise _mixed(root)
         return Listing(_labelled(found, sources, below), None, left_out)
     listed: dict[str, list[Listed]] = {"train": [], "val": [], "test": []}
     for split, names in folders.items():
@@ -127,18 +129,22 @@ def by_folder(found: Found) -> Listing:
 
 
 def _reject_nested(found: Found) -> None:
-    """Frame folders may not contain others."""
+    """Frame folders may not contain others, except `root` itself, which may contain split folders."""
     folders = {*found.sources} if found.kind.folders else set()
     for source in found.sources if folders else ():
-        outer = "" if source else None
+        outer = ""
         while source:
             source = source.rpartition("/")[0]
             outer = source if source in folders else outer
         if outer:
-            raise UserError(
-                f"{found.root / outer} holds both pictures and folders of pictures; a clip is one folder of "
-                "pictures, so move one kind."
-            )
+            raise _mixed(found.root / outer)
+
+
+def _mixed(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} holds both pictures and folders of pictures; a clip is one folder of pictures, so move "
+        "one kind."
+    )
 
 
 def _descend(sources: Sequence[str]) -> str:

@@ -141,6 +141,11 @@ def test_layouts_with_two_meanings_are_rejected(tmp_path, paths, words):
     assert words in problem(tree(tmp_path, *paths))
 
 
+def test_a_folder_with_pictures_and_clips_is_no_clip(tmp_path):
+    paths = ["cover.jpg", "one/1.jpg", "two/1.jpg"]
+    assert "holds both pictures and folders of pictures" in problem(tree(tmp_path, *paths), FRAMES)
+
+
 # ---- clips -------------------------------------------------------------------------------------------------
 
 
