@@ -220,9 +220,8 @@ def check_info(raw: dict[str, Any]) -> None:
         fit = type(names) is list and len(names) == len(lengths) == counts["shards"]
         if not fit or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise ValueError(f"counts of {split}")
-        if b"\0" in "".join(names).encode() or not re.fullmatch(
-            r"[0-9a-f]{64}", raw["catalogue_sha256"][split]
-        ):
+        digest = raw["catalogue_sha256"][split]
+        if b"\0" in "".join(names).encode() or not re.fullmatch(r"[0-9a-f]{64}", digest):
             raise ValueError(f"tars or catalogue_sha256 of {split}")
 
 
