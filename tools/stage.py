@@ -79,20 +79,21 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
             came += fetch(store, f"{top}/{split}.arrow", catalogue, checksum)
         open_split(info, split)  # raises UserError for a damaged catalogue
         missing = {*missing_shards(info, split)}
-        kept += len(lengths) - len(missing)
+        # Of a tar that another split has copied, the samples of this split are still to be checked.
+        shared = {n for n, path in enumerate(info.tars.get(split, ())) if not path.startswith(f"{split}/")}
+        kept += len(lengths) - len(missing | shared)
         check_space(target, split, sum(lengths[shard] for shard in missing))
         listed = enumerate(rows_by_shard(catalogue, len(lengths), Tally()))
+        copy = fetch_foreign if info.tars else fetch_shard
         jobs = (
             partial(
-                fetch_foreign if info.tars else fetch_shard, store, place, info.tar_path(split, shard), rows
+                copy if shard in missing else fetch_damaged, store, place, info.tar_path(split, shard), rows
             )
             for (shard, rows), place in zip(listed, places_in(store, top, source, split), strict=True)
-            if shard in missing
+            if shard in missing | shared
         )
-        progress = track(
-            in_parallel(jobs, workers), split, len(missing), transient=True, console=Console(stderr=True)
-        )
-        came += sum(progress)
+        done_jobs, count = in_parallel(jobs, workers), len(missing | shared)
+        came += sum(track(done_jobs, split, count, transient=True, console=Console(stderr=True)))
         for leftover in (target / split).glob(".*.tmp-*"):  # of killed commands
             leftover.unlink()
     (waiting / "dataset.json").replace(done)
@@ -217,6 +218,11 @@ def fetch_foreign(store: fs.FileSystem, source: str, target: Path, rows: list[Ro
     if kind != fs.FileType.File:
         raise UserError(f"{source} is not a file; restore it or index the source again")
     return fetch(store, source, target, rows=rows)
+
+
+def fetch_damaged(store: fs.FileSystem, source: str, target: Path, rows: list[Row]) -> int:
+    """Copy a tar again if a sample in its copy is damaged; returns bytes copied."""
+    return fetch_foreign(store, source, target, rows) if damaged_sample(target, rows) else 0
 
 
 def in_parallel(jobs: Iterable[Callable[[], int]], workers: int) -> Iterator[int]:

@@ -87,7 +87,8 @@ def pack_tars(
     """
     tars = {split: expand(spec, f"--{split}") for split, spec in (("train", train), ("val", val)) if spec}
     every = [path.absolute() for paths in tars.values() for path in paths]
-    if repeated := [str(path) for path, count in Counter(every).items() if count > 1]:
+    counts = Counter(path.resolve() for path in every)
+    if repeated := [str(path) for path, count in counts.items() if count > 1]:
         raise UserError(f"--train and --val name {repeated[0]} twice; name each tar once.")
     root = Path(os.path.commonpath([path.parent for path in every]))
     splits = {
@@ -131,11 +132,12 @@ def index(plan: PackPlan, root: Path, out: Path, options: TarOptions) -> int:
 
 
 def check_same(plan: PackPlan, done: Path) -> None:
-    """Raise `UserError` unless a finished dataset.json is of this plan; it may be of another Pillow."""
+    """Raise `UserError` unless a finished dataset.json is of this plan; versions of libraries may differ."""
     try:
         then = json.loads(done.read_bytes())["packing"]
+        settings = plan.settings().items()
         differs = [
-            name for name, now in plan.settings().items() if name != "pillow" and then.get(name) != now
+            name for name, now in settings if name not in ("pillow", "torch") and then.get(name) != now
         ]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{done} is not of a packed dataset; give another --out.") from error

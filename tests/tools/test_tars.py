@@ -187,6 +187,17 @@ def test_verify_and_stage_check_the_tars_of_others(tmp_path, capsys):
     assert f"t-0001.tar: {row['key']}: its checksum differs" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"t-0001.tar could not be copied .*{row['key']}"):
         stage(str(data), tmp_path / "other")
+    (data / "t-0001.tar").write_bytes(whole)
+    row = read_rows(data, "val")[0]
+    place = data / row["source"].partition(".tar/")[0]
+    place = place.with_name(f"{place.name}.tar")
+    kept, damaged = place.read_bytes(), bytearray(place.read_bytes())
+    damaged[row["offsets"][0] + 200] ^= 1
+    place.write_bytes(damaged)
+    with pytest.raises(UserError, match=f"{place.name} could not be copied .*{row['key']}"):
+        stage(str(data), tmp_path / "third")
+    place.write_bytes(kept)
+    row = next(row for row in read_rows(data) if row["source"].startswith("t-0001.tar"))
     with tarfile.open(data / "t-0001.tar") as tar:
         label = tar.getmember(f"{row['key']}.cls").offset_data
     (data / "t-0001.tar").write_bytes(whole[:label] + bytes([whole[label] ^ 1]) + whole[label + 1 :])
@@ -652,6 +663,24 @@ def test_dataset_json_cannot_point_at_devices(tmp_path):
         (tmp_path / "out/dataset.json").write_text(json.dumps(info | {"tars": tars}))
         with pytest.raises(UserError, match=r"dataset\.json is damaged"):
             read_info(tmp_path / "out")
+
+
+def test_a_finished_index_is_kept_with_other_versions_of_libraries(tmp_path, capsys):
+    pattern = shard_writer(tmp_path / "data", 12)
+    index(pattern)
+    path = tmp_path / "data/dataset.json"
+    info = json.loads(path.read_text())
+    info["packing"] |= {"pillow": "1.0", "torch": "1.0"}
+    path.write_text(json.dumps(info))
+    assert index(pattern) == 0
+    assert "already describes these tars" in capsys.readouterr().out
+
+
+def test_a_tar_that_is_named_in_two_ways_is_not_in_two_splits(tmp_path):
+    shard_writer(tmp_path / "data", 12)
+    (tmp_path / "link.tar").symlink_to(tmp_path / "data/t-0000.tar")
+    with pytest.raises(UserError, match=r"t-0000\.tar twice; name each tar once"):
+        index(tmp_path / "data/t-0000.tar", val=tmp_path / "link.tar")
 
 
 def test_another_dataset_in_the_folder_is_kept(tmp_path):
