@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
-from itertools import chain, combinations, groupby
+from itertools import chain, combinations, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -195,7 +195,8 @@ def check_foreign(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterato
     """Check the catalogue's rows against a tar that another program wrote."""
     try:
         with ForeignTar(path) as tar:
-            names, numbers = frozenset(info.classes), {name: n for n, name in enumerate(info.classes)}
+            names = frozenset(str(info.packing.get("class_names", "")).splitlines())
+            numbers = {name: n for n, name in enumerate(info.classes)}
             listed: dict[tuple[str, tuple[int, ...]], int] = {}
             for found in samples_in(tar):
                 offsets = tuple(found.files[name].offset for name in frames_of(found.files))
@@ -208,10 +209,8 @@ def check_foreign(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterato
             good = []
             for row in rows:
                 label = listed.get((row["key"], tuple(row["offsets"])))
-                frames = [
-                    tar[at : at + size].tobytes()
-                    for at, size in zip(row["offsets"], row["sizes"], strict=True)
-                ]
+                places = zip(row["offsets"], row["sizes"], strict=True)
+                frames = [tar[at : at + size].tobytes() for at, size in places]
                 faults = [*sample_faults(info, row, frames)]
                 if label != row["label"]:
                     faults.append("the tar has it elsewhere or with another class; index this dataset again")
@@ -251,13 +250,13 @@ def decode_faults(tar: np.ndarray | ForeignTar, rows: Sequence[Row]) -> Iterator
 
     One frame in `COMPARED` must also have the pixels that Pillow finds, which decoded it for packing.
     """
-    frames = [
+    frames = (
         (f"{row['key']}: frame {number} at byte {offset}", tar[offset : offset + size], row)
         for row in rows
         for number, (offset, size) in enumerate(zip(row["offsets"], row["sizes"], strict=True))
-    ]
-    for start in range(0, len(frames), FRAMES_AT_ONCE):
-        yield from frame_faults(frames[start : start + FRAMES_AT_ONCE])
+    )
+    while some := list(islice(frames, FRAMES_AT_ONCE)):  # all frames of another program's tar may be too many
+        yield from frame_faults(some)
 
 
 def frame_faults(frames: Sequence[tuple[str, np.ndarray, Row]]) -> Iterator[str]:
