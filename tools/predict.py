@@ -135,7 +135,8 @@ def pack(
     clips = config.data.frames > 1
     kind = ClipOptions if clips else ImageOptions
     packing = {"source_fps": packing.get("fps", 30.0), **packing}  # earlier versions did not record it
-    options = kind(**{field.name: packing[field.name] for field in fields(kind) if field.name in packing})
+    names = {field.name for field in fields(kind)} & {*packing} - {"shard_size"}  # 1 for indexed tars
+    options = kind(**{name: packing[name] for name in names})
     how = options.packing(videos=True) if isinstance(options, ClipOptions) else options.packing()
     samples = [Sample(make_key(i, path.stem), -1, "", str(path)) for i, path in enumerate(inputs)]
     plan = PackPlan("video" if clips else "image", (), {"val": samples}, how)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.tools.test_predict import answers, untrained
 from tests.train_helpers import picture, small
-from tools.predict import predict
+from tools.predict import pack, predict
 
 
 def as_png(jpeg: bytes) -> bytes:
@@ -70,3 +70,14 @@ def test_imagenet_classes_are_shown_with_words(images: Path, tmp_path: Path, cap
     assert predict(run, (tmp_path / "a.jpg",), device="cpu") == 0
     (found,) = answers(capsys.readouterr().out).values()
     assert set(found) == {"tench (n01440764)", "crane (n02012849)"}
+
+
+def test_inputs_of_a_run_on_indexed_tars_share_a_shard(images: Path, tmp_path: Path):
+    inputs = [tmp_path / f"{n}.jpg" for n in range(3)]
+    for n, path in enumerate(inputs):
+        path.write_bytes(picture(0, n))
+    (tmp_path / "out").mkdir()
+    config = small("image-ft-pico", images, tmp_path, "run")
+    names, reasons = pack(config, inputs, {"shard_size": 1, "short_side": 65_535}, tmp_path / "out")
+    assert (names, reasons) == ([str(path) for path in inputs], [""] * 3)
+    assert len([*(tmp_path / "out/val").glob("*.tar")]) == 1
