@@ -209,8 +209,8 @@ def _agree(plan: PackPlan, noted: Path, text: str) -> bool:
     """True if `text`, read from `noted`, describes this plan. Raises `UserError` for a difference."""
     try:
         # Without locks two parts may both have written the file: the first plan counts.
-        then = json.JSONDecoder().raw_decode(text)[0]["packing"]
-    except (ValueError, KeyError) as error:
+        then = {**json.JSONDecoder().raw_decode(text)[0]["packing"]}
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{noted} is damaged; delete {noted.parent} and pack again.") from error
     settings = plan.settings()
     if "source_fps" in settings:  # earlier versions recorded less
@@ -225,6 +225,8 @@ def _agree(plan: PackPlan, noted: Path, text: str) -> bool:
             what = "another list of source files"
         elif "av" in settings and "av" not in then:
             what = "clips from frames, not from videos"
+        elif name not in then:
+            what = f"an earlier version, which did not record {name.replace('_', '-')}"
         raise UserError(
             f"{noted.parent} was packed with {what}; give another --out (with make shards: OUT=FOLDER), "
             "or delete that folder."
