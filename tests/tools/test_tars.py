@@ -129,7 +129,20 @@ def test_webdataset_and_dali_count_the_samples_of_the_catalogue(tmp_path):
     assert by_dali(tars, ["jpg", "cls"], indexed=False) == expected
 
 
-@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=[pytest.mark.long, pytest.mark.fault])])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_batches_on_tars_of_webdataset_are_the_same_after_a_resume_within_an_epoch(world, tmp_path):
+    index(shard_writer(tmp_path / "data", 40), tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out", "train")
+    for rank in range(world):
+        options = {"batch": 12, "rank": rank, "world": world}
+        whole = train(dataset, DataConfig(size=32), 7, **options)
+        resumed = train(dataset, DataConfig(size=32), 5, start_step=2, **options)
+        for a, b in zip(whole[2:], resumed, strict=True):
+            assert np.array_equal(a.rows.ids, b.rows.ids)
+            assert np.array_equal(a.pixels.numpy(), b.pixels.numpy())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
 def test_training_on_tars_of_webdataset_resumes_bit_exactly(processes, tmp_path, capsys):
     """After SIGKILL within an epoch, the weights are those of a run without interruption."""
     train_tars, val_tars = shard_writer(tmp_path / "train", 40), shard_writer(tmp_path / "val", 14, first=500)
