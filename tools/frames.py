@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from fractions import Fraction
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from stat import S_ISDIR
 
@@ -18,6 +18,7 @@ from tools.images import COPIED, SUFFIXES, TRANSIENT, BadImage, Packed, mode_of,
 from tools.shards import ClipPacking, Packing, readable
 from tools.sources import Part
 
+DIFFERENT = "two numbers that count differently"
 INTEGERS, DECIMALS = re.compile(r"(\d+)", re.ASCII), re.compile(r"(\d+(?:\.\d+)?)", re.ASCII)
 
 
@@ -85,12 +86,14 @@ def in_order(names: Sequence[str]) -> tuple[list[str], bool]:
     """The frames of a clip in the order of the number that counts them, and whether numbers are missing.
 
     The names may differ in numbers only, zero-padded or not. A number counts the frames if it differs in
-    every name; of several such numbers, the one with the most even steps. Raises `BadImage`.
+    every name; of several such numbers, the one with the most even steps. Numbers before it, such as the
+    minutes before seconds, may not decrease. Raises `BadImage`.
     """
     names = sorted(names)
     if len(names) == 1:
         return names, False
-    found = [column for pattern in (DECIMALS, INTEGERS) for column in _numbers(names, pattern)]
+    patterns = [[*_numbers(names, pattern)] for pattern in (DECIMALS, INTEGERS)]
+    found = [*chain.from_iterable(patterns)]
     counting = [column for column in found if min(_steps(column)) > 0]
     if not counting:
         column = max(found, key=lambda column: len({number for number, _ in column}), default=[])
@@ -101,7 +104,11 @@ def in_order(names: Sequence[str]) -> tuple[list[str], bool]:
     for other in others:
         if other != first:
             pair = next(pair for pair in zip(first, other, strict=True) if pair[0] != pair[1])
-            raise _conflict("two numbers that count differently", *pair)
+            raise _conflict(DIFFERENT, *pair)
+    for columns in patterns:
+        evenness = [_unevenness(column) if min(_steps(column)) > 0 else None for column in columns]
+        for column in columns[: evenness.index(best)] if best in evenness else ():
+            _check_rising(column, first)
     steps = next(_steps(column) for column in counting if _unevenness(column) == best)
     return first, max(steps) >= 2 * min(steps)
 
@@ -116,6 +123,14 @@ def _numbers(names: Sequence[str], pattern: re.Pattern[str]) -> Iterator[list[tu
             raise _conflict("names of different kinds", names[0], name)
     for column in zip(*(parts[1::2] for parts in fields), strict=True):
         yield sorted(zip(map(Decimal, column), names, strict=True))
+
+
+def _check_rising(column: Sequence[tuple[Decimal, str]], order: Sequence[str]) -> None:
+    """Raise `BadImage` if the numbers of a column decrease in the order of these names."""
+    numbers = {name: number for number, name in column}
+    for one, other in pairwise(order):
+        if numbers[one] > numbers[other]:
+            raise _conflict(DIFFERENT, one, other)
 
 
 def _steps(column: Sequence[tuple[Decimal, str]]) -> list[Decimal]:

@@ -59,6 +59,7 @@ IN_CONFLICT = {
     "a.jpg and b.jpg": ["a.jpg", "b.jpg"],
     "01.jpg and 1.jpg": ["1.jpg", "01.jpg", "2.jpg"],
     "left_1_right_3.jpg and left_3_right_1.jpg": [f"left_{n}_right_{4 - n}.jpg" for n in (1, 2, 3)],
+    "10.00.01.jpg and 10.01.00.jpg": ["10.00.01.jpg", "10.00.02.jpg", "10.01.00.jpg"],
     "1_1.jpg and 1_2.jpg": ["1_1.jpg", "1_2.jpg", "2_1.jpg", "2_2.jpg"],
 }
 
