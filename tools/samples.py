@@ -60,6 +60,8 @@ def list_samples(
             held_out = [
                 item._replace(label=min(names)) for item, names in zip(held_out, classes, strict=True)
             ]
+    if both := {item.source for item in listed} & {item.source for item in held_out or ()}:
+        raise UserError(f"{val}: {min(both)!r} is also in {train}; remove it from one of the two lists.")
     used = {item.source for item in (*listed, *(held_out or ()))}
     rest = [source for source in found.sources if source not in used]
     left_out = {**found.left_out, **({f"{kind.what} in no list": (len(rest), rest[0])} if rest else {})}

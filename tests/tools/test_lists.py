@@ -158,6 +158,15 @@ def test_lists_without_classes_take_them_from_the_folders_of_the_other_list(tmp_
     assert [item.label for item in listing.train] == ["2", "1"] == [item.label for item in listing.val or ()]
 
 
+def test_a_sample_in_both_lists_is_rejected(tmp_path):
+    for path in ("videos/a.mp4", "videos/b.mp4"):
+        write(tmp_path / path, b"")
+    write(tmp_path / "train.txt", b"a.mp4 0\nb.mp4 1\n")
+    write(tmp_path / "val.txt", b"/data/b.mp4 1\n")
+    with pytest.raises(UserError, match=r"'b\.mp4' is also in .*train\.txt; remove it"):
+        list_samples(tmp_path / "videos", VIDEOS, tmp_path / "train.txt", tmp_path / "val.txt", None)
+
+
 def test_the_lists_of_a_folder_are_found_by_name(tmp_path):
     for names, split, wanted in (
         (["tiny_train.csv", "train.csv"], "train", "tiny_train.csv"),
