@@ -96,9 +96,7 @@ def test_rejected_sources_are_counted_with_the_most_frequent_reason(tmp_path: Pa
         write(source / "a" / f"{number}.jpg", good)
     assert pack_images(source, tmp_path / "out", max_reject=1.0) == 0
     text = capsys.readouterr().out
-    line = re.search(
-        r"; (\d+) of the 32 are rejected, (\d+) as 'not an image'", text
-    )
+    line = re.search(r"; (\d+) of the 32 are rejected, (\d+) as 'not an image'", text)
     assert line is not None and 6 < int(line[1]) == int(line[2]) < 26
 
 

@@ -18,6 +18,7 @@ from tests.test_project import requirements
 from tests.tools.test_pack import ROOT, image_tree, pack_images, sums
 from tools.executors import pack_on_node, wait_until_seen
 from tools.imagenet import ImageOptions, load_image, plan_images
+from tools.packing import begin
 from tools.shards import PLAN_FILE, Job, jobs_of
 
 
