@@ -266,3 +266,18 @@ def join(model: NormalizedInput, world: World) -> nn.Module:
     return DistributedDataParallel(
         model, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
+
+
+def arrange_buckets(model: nn.Module, autocast: Autocast, trial: Callable[[], Tensor]) -> None:
+    """Let DDP arrange its buckets of gradients, which it does at the second step otherwise.
+
+    The arrangement decides in which order three and more processes add their gradients. A resumed run would
+    add those of its first step in another order than the run that it continues, and differ in the last bits.
+
+    trial: one forward pass on a blank batch, giving the loss.
+    """
+    if isinstance(model, DistributedDataParallel):
+        with autocast():
+            loss = trial()
+        loss.backward()
+        model.zero_grad(set_to_none=True)

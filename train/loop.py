@@ -15,6 +15,7 @@ from pipelines.loader import Batch, blank_batch
 from train import checkpoint, distributed, ending, rundir
 from train.build import (
     Autocast,
+    arrange_buckets,
     autocast_for,
     build,
     check,
@@ -149,6 +150,7 @@ class Trainer:
         compile_model(model, config.speed, world.device, lambda: task.loss(model, blank))
         self.model = join(model, world)
         self.autocast = autocast_for(config.speed, world.device)
+        arrange_buckets(self.model, self.autocast, lambda: task.loss(self.model, blank))
         self.stop = ending.StopSignal(config.speed.timeout)
         self.batches = training_batches(config, world, task.training, self.accumulate, state.step)
         self.recorder = Recorder(config.run, world, task.loss_column, self.metrics, self.steps)

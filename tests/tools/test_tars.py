@@ -142,7 +142,7 @@ def test_batches_on_tars_of_webdataset_are_the_same_after_a_resume_within_an_epo
             assert np.array_equal(a.pixels.numpy(), b.pixels.numpy())
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.fault)])
 def test_training_on_tars_of_webdataset_resumes_bit_exactly(processes, tmp_path, capsys):
     """After SIGKILL within an epoch, the weights are those of a run without interruption."""
     train_tars, val_tars = shard_writer(tmp_path / "train", 40), shard_writer(tmp_path / "val", 14, first=500)
