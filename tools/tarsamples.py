@@ -107,6 +107,7 @@ def label_in(tar: ForeignTar, files: Mapping[str, Place], names: frozenset[str])
         return class_of(texts[".cls"], name)
     for field in ("label", "class"):
         value = described.get(field)
+        value = int(value) if isinstance(value, float) and value.is_integer() else value
         if isinstance(value, int | str) and not isinstance(value, bool):
             return class_of(str(value), name)
     text = texts.get(".txt", "")

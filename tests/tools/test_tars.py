@@ -246,7 +246,7 @@ USES: dict[str, tuple[dict[str, bytes], str]] = {
     "webp": ({"webp": encoded(pixels(3), "WEBP")}, "WEBP to JPEG: needs --repack"),
     "png with the suffix of a JPEG": ({"jpg": encoded(pixels(3), "PNG")}, "PNG to JPEG: needs --repack"),
     "truncated": ({"jpg": jpeg()[:900]}, "truncated"),
-    "damaged": ({"jpg": b"no picture"}, "not an image, or its header is damaged"),
+    "damaged": ({"jpg": b"no picture"}, "not an image"),
     "empty": ({"jpg": b""}, "empty file"),
     "none": ({"txt": b"a cat"}, "no .jpg, .jpeg, .png, .webp or .f0000.jpg"),
     "clip": ({"f0000.jpg": jpeg(), "f0001.jpg": jpeg()}, "a clip among pictures"),
@@ -285,6 +285,7 @@ def test_samples_that_training_can_read_are_used_in_place_and_the_others_are_lis
 
 
 LABELS: dict[str, tuple[dict[str, bytes], int]] = {
+    "json with a decimal": ({"json": b'{"label": 2.0}'}, 2),
     "cls": ({"cls": b"1"}, 1),
     "cls with a line end": ({"cls": b" 2\n"}, 2),
     "cls without a class": ({"cls": b"-1"}, -1),
