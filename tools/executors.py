@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,14 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
 
 
 def _follow_parent() -> None:
-    """Start of a worker: it ends on Ctrl-C without a traceback, and with its parent, even a killed one."""
+    """Start of a worker: it ends on Ctrl-C without a traceback, and with its parent, even a killed one.
+
+    torch, if preloaded, has one thread, as there is a worker per core: without AVX2, it resizes with several.
+    """
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
 
