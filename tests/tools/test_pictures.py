@@ -225,6 +225,33 @@ def test_pixels_missing_in_the_middle_are_damage(way: str):
     assert rejected(data[: place - 6].rstrip(b"\xff") + data[place:]) == "truncated"
 
 
+@pytest.mark.parametrize("end", [b"", END])
+@pytest.mark.parametrize("way", ["baseline", "restarts per row", "progressive with restarts"])
+def test_a_marker_between_coded_pixels_is_damage(way: str, end: bytes):
+    """libjpeg continues at a later restart marker, and the last rows become gray."""
+    data = made(way)
+    place = (scan(data) + len(data)) // 2
+    place = place + (data[place - 1] == 0xFF)
+    for marker in (b"\xff\x9f\x01\x00", b"\xff\xae\xff\xff"):
+        assert rejected(data[:place] + marker + data[place + 4 : -2] + end) == "truncated"
+
+
+def test_restart_markers_must_be_complete_and_in_order():
+    data = made("restarts")
+    places = [match.start() for match in re.finditer(rb"\xff[\xd0-\xd7]", data)]
+    middle, after = places[20], places[21]
+    assert rejected(data[:middle] + data[after:]) == "truncated"
+    assert rejected(data[:middle] + data[places[28] :]) == "truncated"
+    assert rejected(data[: places[-1]] + END) == "truncated"
+    more = data[:-2] + b"\xff\xd7" + END
+    assert packed(more)[1:] == (COPIED, more)
+    assert rejected(data[: middle + 1] + b"\xd0" + data[middle + 2 :]) == (
+        "damaged: restart markers out of order"
+    )
+    again = data[:-2] + data[places[-8] : -2] + END
+    assert rejected(again) == "damaged: coded data is left after the last pixel"
+
+
 @pytest.mark.parametrize("way", [way for way in WAYS if "progressive" not in way])
 def test_a_missing_end_marker_is_added(way: str):
     data = made(way)
