@@ -131,11 +131,11 @@ def _read_frame(jpeg: Jpeg, marker: int, segment: bytes) -> None:
         raise BadImage("truncated")
     bits, height, jpeg.components = segment[0], int.from_bytes(segment[1:3], "big"), segment[5]
     if bits != 8:
-        raise BadImage(f"JPEG with {bits} bits per sample, which is not supported")
+        raise BadImage("JPEG without 8 bits per sample, which is not supported")
     if not height:
         raise BadImage("JPEG without its height in the header, which is not supported")
     if jpeg.components not in (1, 3, 4):
-        raise BadImage(f"JPEG with {jpeg.components} color components, which is not supported")
+        raise BadImage("JPEG without 1, 3 or 4 color components, which is not supported")
     jpeg.coding, jpeg.size = marker, (int.from_bytes(segment[3:5], "big"), height)
     jpeg.names = [*segment[6::3]]
     jpeg.sampling = [(both >> 4, both & 15) for both in segment[7::3]]

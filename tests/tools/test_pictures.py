@@ -425,6 +425,13 @@ def test_sixteen_bits_become_eight():
         assert np.abs(found[..., 0].astype(int) - GRAY).mean() < 6, name
 
 
+def test_large_pictures_of_sixteen_bits_are_scaled():
+    """Their 8-bit pixels belong to NumPy; pyarrow crashes the process if it reads them from Pillow."""
+    wide = np.asarray(pixels(5, (600, 400)).convert("L")).astype(np.uint16) * 257
+    made = prepare(encoded(Image.fromarray(wide), "PNG"), 256, 1_000_000)
+    assert made.size == (384, 256) and made.change == "PNG to JPEG, 16 bit to 8 bit, resized"
+
+
 def bmp(bits: int, compression: int, content: bytes) -> bytes:
     colors = struct.pack("<I", 0) + struct.pack("<I", 0xFFFFFF)
     head = struct.pack("<IiiHHIIiiII", 40, 8, 4, 1, bits, compression, len(content), 0, 0, 2, 0)
@@ -441,6 +448,46 @@ def test_files_that_pillow_misreads_are_rejected():
     assert np.abs(found[..., 0].astype(int) - GRAY).mean() < 6
     rows = b"\x08\x01\x00\x00" * 4 + b"\x00\x01"
     assert rejected(bmp(4, 2, rows)) == "BMP with RLE4 coding, which Pillow misreads"
+    luma = np.stack([GRAY, GRAY // 2, GRAY // 3])
+    assert rejected(tiff(luma, 8, 6, planar=2)) == "TIFF with separate planes of YCbCr, which Pillow misreads"
+
+
+def test_signed_samples_are_rejected():
+    for size, bits in ((GRAY, 8), (WIDE, 16)):
+        assert rejected(with_tag(tiff(size, bits, 1), (339, 3, 1, 2))) == (
+            "signed, floating-point or 32-bit samples, which are not supported"
+        )
+        assert packed(with_tag(tiff(size, bits, 1), (339, 3, 1, 1)))[1]
+
+
+def with_tag(data: bytes, entry: tuple[int, int, int, int]) -> bytes:
+    """A TIFF of `tiff` with its planes' tag (284, the last and always 1) replaced."""
+    start = data.rindex(struct.pack("<HHIH", 284, 3, 1, 1))
+    return data[:start] + directory(entry)[2:14] + data[start + 12 :]
+
+
+@pytest.mark.parametrize("scale", [1, 257])
+def test_palettes_of_tiffs_have_8_or_16_bit(scale: int):
+    colors = np.stack([np.arange(256), np.arange(256) // 2, np.arange(256) // 3])
+    data = tiff(GRAY, 8, 3)
+    place = len(data) + len(data) % 2
+    data = with_tag(data, (320, 3, 768, 0)).ljust(place, b"\0")
+    at = data.rindex(struct.pack("<HHII", 320, 3, 768, 0)) + 8
+    data = data[:at] + struct.pack("<I", place) + data[at + 4 :]
+    found, _, _ = packed(data + (colors * scale).astype("<u2").tobytes())
+    assert distance(found, colors.T[GRAY]) < 6
+
+
+@pytest.mark.parametrize("transparency", [0, 0x8000])
+def test_bmps_of_16_bits_have_no_transparency(transparency: int):
+    masks = 0x7C00, 0x3E0, 0x1F, transparency
+    head = struct.pack("<IiiHHIIiiII4I", 56, 8, 4, 1, 16, 3, 64, 0, 0, 0, 0, *masks)
+    start = 14 + len(head)
+    data = b"BM" + struct.pack("<IHHI", start + 64, 0, 0, start) + head + b"\xff\x7f" * 32
+    if transparency:
+        assert rejected(data) == "BMP with 16 bits and transparency, which Pillow misreads"
+    else:
+        assert packed(data)[0].min() > 250
 
 
 def ftyp(brand: bytes) -> bytes:
@@ -480,16 +527,21 @@ def test_a_header_is_damaged_only_if_it_is():
     png, gray = encoded(pixels(1), "PNG"), made("gray")
     assert rejected(png[:20]) == "truncated"
     assert rejected(tiff(GRAY, 8, 1)[:20]) in ("truncated", "TIFF whose header is damaged")
-    assert rejected(patched(gray, (0, 12))) == "JPEG with 12 bits per sample, which is not supported"
-    assert rejected(patched(made("4:4:4"), (5, 2))) == "JPEG with 2 color components, which is not supported"
+    assert rejected(patched(gray, (0, 12))) == "JPEG without 8 bits per sample, which is not supported"
+    assert rejected(patched(made("4:4:4"), (5, 2))) == (
+        "JPEG without 1, 3 or 4 color components, which is not supported"
+    )
     assert rejected(patched(gray, (1, 0), (2, 0))) == (
         "JPEG without its height in the header, which is not supported"
     )
     unknown = tiff(GRAY, 8, 1).replace(
         struct.pack("<HHIH", 259, 3, 1, 1), struct.pack("<HHIH", 259, 3, 1, 999)
     )
-    assert rejected(unknown) == "TIFF that Pillow cannot read (unknown value 999)"
-    assert "damaged" not in rejected(bmp(8, 4, bytes(32)))
+    assert rejected(unknown) == "TIFF with a coding that Pillow cannot read"
+    ten = tiff(GRAY, 8, 1).replace(struct.pack("<HHIH", 258, 3, 1, 8), struct.pack("<HHIH", 258, 3, 1, 10))
+    assert rejected(ten) == "TIFF with samples that Pillow cannot read"
+    assert rejected(bmp(8, 4, bytes(32))) == "BMP of a kind that Pillow cannot read"
+    assert rejected(png[:16] + bytes(8) + png[24:]) == "PNG whose header is damaged"
     floats = encoded(Image.new("F", (8, 8)), "TIFF")
     assert rejected(floats) == "signed, floating-point or 32-bit samples, which are not supported"
 
