@@ -8,7 +8,7 @@ import errno
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from stat import S_ISREG
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from tools.jpeg import CUT, ENDED, ORIENTATION, START, BadImage, Jpeg, has_clear_exif, read_jpeg
 from tools.jpeg import load as load_jpeg
-from tools.opening import KINDS_OF_SAMPLES, open_picture, tag, why_not_decoded
+from tools.opening import KINDS_OF_SAMPLES, open_picture, tag, why_not_decoded, without_metadata
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 QUALITY = 90
@@ -76,6 +76,18 @@ def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int]
     If the shorter side is larger than `short_side`, the picture is scaled down to it, antialiased. `size`:
     resize to this (width, height) instead. Raises `BadImage` with the reason.
     """
+    try:
+        return _prepare(data, short_side, max_pixels, size)
+    except BadImage:
+        plain = without_metadata(data)
+        if plain == data:
+            raise
+    packed = _prepare(plain, short_side, max_pixels, size)
+    changes = [] if packed.change == COPIED else [packed.change]
+    return replace(packed, change=", ".join([*changes, "damaged metadata left out"]))
+
+
+def _prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int] | None) -> Packed:
     jpeg = read_jpeg(data) if data.startswith(START) else None
     stream = io.BytesIO(jpeg.source() if jpeg else data)
     picture = open_picture(stream, max_pixels)

@@ -425,6 +425,37 @@ def test_sixteen_bits_become_eight():
         assert np.abs(found[..., 0].astype(int) - GRAY).mean() < 6, name
 
 
+def chunk(name: bytes, content: bytes, crc: int | None = None) -> bytes:
+    crc = zlib.crc32(name + content) if crc is None else crc
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
+
+
+DAMAGED_METADATA = {
+    "a large text": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2_000_000))),
+    "a wrong checksum": chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(9)), crc=5),
+    "a short chunk": chunk(b"pHYs", b"\0"),
+    "a wrong animation": chunk(b"acTL", struct.pack(">II", 2, 0)) + chunk(b"fdAT", bytes(9)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_METADATA)
+def test_damaged_metadata_of_a_png_is_left_out(name: str):
+    upright = pixels(2, (80, 60))
+    data = encoded(upright, "PNG", exif=exif(6))
+    found, change, _ = packed(data[:33] + DAMAGED_METADATA[name] + data[33:])
+    assert change.endswith("damaged metadata left out")
+    assert distance(found, upright.transpose(TURNS[6])) < 6
+    pixel_data = bytearray(data)
+    pixel_data[data.index(b"IDAT") + 30] ^= 1
+    assert rejected(bytes(pixel_data[:33] + DAMAGED_METADATA[name] + pixel_data[33:]))
+
+
+def test_an_empty_jfif_segment_is_left_out():
+    plain = without_jfif(made("baseline"))
+    data = with_segments(plain, segment(0xE0, b"JFIF\0"))
+    assert packed(data)[1:] == ("damaged metadata left out", plain)
+
+
 def test_large_pictures_of_sixteen_bits_are_scaled():
     """Their 8-bit pixels belong to NumPy; pyarrow crashes the process if it reads them from Pillow."""
     wide = np.asarray(pixels(5, (600, 400)).convert("L")).astype(np.uint16) * 257
