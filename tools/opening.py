@@ -93,11 +93,14 @@ def without_metadata(data: bytes) -> bytes:
         return data[:2] + data[4 + size :] if 2 <= size < 16 else data
     if not data.startswith(PNG):
         return data
-    kept, place = [PNG], len(PNG)
+    kept, place, last = [PNG], len(PNG), b""
     while place < len(data):
         size, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
         chunk = data[place : place + 12 + size]
         whole = zlib.crc32(chunk[4:-4]).to_bytes(4, "big") == chunk[-4:]
+        if name == b"IDAT" != last and any(part[4:8] == name for part in kept):
+            return data  # pixels in several places are damage
+        last = name
         if name[:1].isupper() or name == b"tRNS" or (name == b"eXIf" and whole):
             kept.append(chunk)
         place += len(chunk)

@@ -448,6 +448,10 @@ def test_damaged_metadata_of_a_png_is_left_out(name: str):
     pixel_data = bytearray(data)
     pixel_data[data.index(b"IDAT") + 30] ^= 1
     assert rejected(bytes(pixel_data[:33] + DAMAGED_METADATA[name] + pixel_data[33:]))
+    place = data.index(b"IDAT") - 4
+    half, rest = data[place + 8 : place + 20], data[place + 20 : -16]
+    between = chunk(b"IDAT", half) + DAMAGED_METADATA[name] + chunk(b"IDAT", rest)
+    assert rejected(data[:place] + between + data[-12:])
 
 
 def test_an_empty_jfif_segment_is_left_out():
