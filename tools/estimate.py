@@ -23,6 +23,7 @@ from tools.sources import Part, read_source
 
 LEAST = 200  # fewer sources are packed without an estimate
 SAMPLES, SECONDS = 32, 10.0  # most sources that are loaded, and the time after which no further one is
+FEWEST, PATIENCE = 16, 3  # for so few sources, the time may be so many times longer
 PADDING = RECORDSIZE // 2  # bytes at the end of a tar, on average
 LISTED = 80  # bytes per file of a sample in the index, the rows and the catalogue
 
@@ -38,12 +39,18 @@ class Measured:
 
 
 def measure(jobs: Sequence[Job], samples: int = SAMPLES, seconds: float = SECONDS) -> Measured | None:
-    """Load some sources of the jobs in a fixed random order; None if not even one is loaded in `seconds`."""
-    end = time.monotonic() + seconds
+    """Load some sources of the jobs in a fixed random order, for `seconds`.
+
+    If they are fewer than FEWEST by then, for up to PATIENCE times as long; None if not even one is loaded.
+    """
+    start = time.monotonic()
     sizes: list[int] = []
     times: list[float] = []
     rejected: Counter[str] = Counter()
     for job, sample in _spread(jobs, samples):
+        end = start + seconds * (PATIENCE if len(sizes) < FEWEST else 1)
+        if time.monotonic() > end:
+            break
         begin, used, size = time.perf_counter(), time.process_time(), 0
         try:
             for part in _parts(job, sample):
@@ -104,7 +111,7 @@ def announce(jobs: Sequence[Job], part: tuple[int, int], out: Path, workers: int
         return
     found = measure(mine)
     if found is None:
-        print(f"no estimate: the first of {count} sources took longer than {SECONDS:g} s")
+        print(f"no estimate: the first of {count} sources took longer than {PATIENCE * SECONDS:g} s")
         return
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(place).free, round(found.files * every) + PADDING * len(missing)

@@ -6,14 +6,11 @@ change is recorded) or rejected (with a reason).
 
 import errno
 import io
-import re
-import struct
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +18,9 @@ from PIL import Image, ImageFile, ImageOps
 
 from tools.jpeg import CUT, ENDED, ORIENTATION, START, BadImage, Jpeg, has_clear_exif, read_jpeg
 from tools.jpeg import load as load_jpeg
+from tools.opening import KINDS_OF_SAMPLES, open_picture, tag, why_not_decoded, without_metadata
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 QUALITY = 90
 COPIED = "copied"
 # Errors of storage that is temporarily unavailable; they say nothing about the file.
@@ -39,34 +36,6 @@ TRANSIENT = frozenset(
     }
     | {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
-# How files of other formats begin.
-UNSUPPORTED = {
-    "AVIF": rb".{4}ftyp(?=.{0,40}avi[fs])",
-    "HEIC": rb".{4}ftyp(?:hei|hev|mif1|msf1)",
-    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
-    "JPEG XR": rb"II\xbc",
-    "JPEG-LS": rb"\xff\xd8\xff\xf7",
-    "video": rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ",
-    "HTML": rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html)",
-    "SVG": rb"(?:\xef\xbb\xbf)?\s*<(?:svg|.{0,1000}?<svg)",
-    "Photoshop": rb"8BPS",
-    "GIMP": rb"gimp xcf",
-    "PDF": rb"%PDF",
-    "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
-    "OpenEXR": rb"\x76\x2f\x31\x01",
-    "Radiance HDR": rb"#\?(?:radiance|rgbe)",
-    "Windows icon": rb"\0\0[\x01\x02]\0",
-    "DirectDraw surface": rb"DDS ",
-    "QOI": rb"qoif",
-    "PAM": rb"P7\s",
-    "NumPy": rb"\x93NUMPY",
-    "gzip": rb"\x1f\x8b",
-    "bzip2": rb"BZh",
-    "xz": rb"\xfd7zXZ",
-    "ZIP": rb"PK\x03\x04",
-    "Git LFS pointer": rb"version https://git-lfs",
-}
 
 warnings.filterwarnings("ignore", module="PIL")  # each odd EXIF block would print two lines
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # torch only reads it
@@ -107,9 +76,21 @@ def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int]
     If the shorter side is larger than `short_side`, the picture is scaled down to it, antialiased. `size`:
     resize to this (width, height) instead. Raises `BadImage` with the reason.
     """
+    try:
+        return _prepare(data, short_side, max_pixels, size)
+    except BadImage:
+        plain = without_metadata(data)
+        if plain == data:
+            raise
+    packed = _prepare(plain, short_side, max_pixels, size)
+    changes = [] if packed.change == COPIED else [packed.change]
+    return replace(packed, change=", ".join([*changes, "damaged metadata left out"]))
+
+
+def _prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int] | None) -> Packed:
     jpeg = read_jpeg(data) if data.startswith(START) else None
     stream = io.BytesIO(jpeg.source() if jpeg else data)
-    picture = _open(stream, max_pixels)
+    picture = open_picture(stream, max_pixels)
     full = picture.size
     try:
         if jpeg:
@@ -122,7 +103,7 @@ def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int]
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # for hostile bytes, decoders raise nearly every type of error
-        raise BadImage(_why_not_decoded(picture, error)) from error
+        raise BadImage(why_not_decoded(picture, error)) from error
     goal = size or fitted(full[::-1] if orientation >= 5 else full, short_side)
     if upright.size != goal:
         upright = resized(upright, goal)
@@ -157,6 +138,8 @@ def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """
     import torch  # takes seconds, and copied pictures can do without
 
+    if picture.readonly:  # its pixels belong to NumPy, and pyarrow would crash
+        picture = picture.copy()
     color = picture.mode == "RGB"  # Pillow stores four bytes for each pixel, of which the fourth is unused
     mode, channels = ("RGBX", 4) if color else ("L", 1)
     try:
@@ -171,62 +154,6 @@ def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     )
     torch.ops.aten._upsample_bicubic2d_aa.out(planes, size[::-1], False, None, None, out=results)
     return Image.frombuffer(mode, size, out, "raw", mode, 0, 1)
-
-
-# ---- opening -----------------------------------------------------------------------------------------------
-
-
-def _open(stream: io.BytesIO, max_pixels: int) -> Image.Image:
-    data = stream.getvalue()
-    if not data:
-        raise BadImage("empty file")
-    try:
-        picture = Image.open(stream, formats=FORMATS)
-    except Exception as error:
-        raise BadImage(_why_not_opened(data)) from error
-    if picture.width * picture.height > max_pixels:
-        raise BadImage(f"more than --max-pixels {max_pixels}")
-    if picture.format == "BMP" and picture.info.get("compression") == 2:
-        raise BadImage("BMP with RLE4 coding, which Pillow misreads")
-    if picture.format == "TIFF" and _tag(picture, 284, 1) == 2 and _tag(picture, 258, 1) > 8:
-        raise BadImage("TIFF with separate planes of 16 bit, which Pillow misreads")
-    return picture
-
-
-def _tag(picture: Image.Image, number: int, default: int) -> int:
-    """The first value of a tag of a TIFF."""
-    tags: Any = picture
-    value = tags.tag_v2.get(number, default)
-    return value[0] if isinstance(value, tuple) else value
-
-
-def _why_not_opened(data: bytes) -> str:
-    for name, start in UNSUPPORTED.items():
-        if re.match(start, data, re.DOTALL | re.IGNORECASE):
-            return f"{name}, which is not supported"
-    for name in FORMATS:
-        factory, accepts = Image.OPEN[name]
-        if accepts is not None and accepts(data[:16]):
-            try:
-                factory(io.BytesIO(data), "")
-            except Exception as error:
-                return _header_problem(name, error.__cause__ or error)
-    return "not an image"
-
-
-def _header_problem(name: str, error: BaseException) -> str:
-    if isinstance(error, IndexError | TypeError | EOFError | struct.error):  # the data ends within it
-        return f"{name} whose header is damaged"
-    text = f"unknown value {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-    return "truncated" if "truncated" in text.lower() else f"{name} that Pillow cannot read ({text})"
-
-
-def _why_not_decoded(picture: Image.Image, error: Exception) -> str:
-    if any(part in str(error).lower() for part in ("truncated", "not enough image data")):
-        return "truncated"
-    if picture.format == "TIFF":
-        return "TIFF that is damaged or has an unsupported coding"
-    return "damaged: it cannot be decoded"
 
 
 # ---- changes of pixels -------------------------------------------------------------------------------------
@@ -271,7 +198,7 @@ def _normal(picture: Image.Image, orientation: int, jpeg: Jpeg | None) -> tuple[
         changes.append("16 bit to 8 bit")
         return _eight_bit(picture, upright), changes
     if upright.mode in ("I", "F"):
-        raise BadImage("signed, floating-point or 32-bit samples, which are not supported")
+        raise BadImage(KINDS_OF_SAMPLES)
     if upright.has_transparency_data:
         changes.append("transparency on white")
         page = Image.new("RGBA", upright.size, "white")
@@ -283,5 +210,5 @@ def _normal(picture: Image.Image, orientation: int, jpeg: Jpeg | None) -> tuple[
 def _eight_bit(picture: Image.Image, upright: Image.Image) -> Image.Image:
     """A gray picture of 9 to 16 bit as 8 bit."""
     tiff = picture.format == "TIFF"
-    pixels = (np.asarray(upright) >> (_tag(picture, 258, 16) if tiff else 16) - 8).astype(np.uint8)
-    return Image.fromarray(~pixels if tiff and _tag(picture, 262, 1) == 0 else pixels)
+    pixels = (np.asarray(upright) >> (tag(picture, 258, 16) if tiff else 16) - 8).astype(np.uint8)
+    return Image.fromarray(~pixels if tiff and tag(picture, 262, 1) == 0 else pixels)

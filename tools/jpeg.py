@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 from PIL import Image, JpegImagePlugin
 
@@ -45,6 +46,10 @@ class Jpeg:
     exif: list[bytes] = field(default_factory=list)  # EXIF segments
     coding: int = 0  # the marker of the frame: 0xC0 baseline, 0xC2 progressive, ...
     components: int = 0
+    size: tuple[int, int] = (0, 0)  # width, height
+    sampling: list[tuple[int, int]] = field(default_factory=list)  # horizontal, vertical, of each component
+    names: list[int] = field(default_factory=list)  # of the components
+    interval: int = 0  # units of pixels between two restart markers; 0: no restart markers
     scanned: set[int] = field(default_factory=set)  # components that have coded pixels
     in_first_scan: int = 0  # components in the first scan
 
@@ -94,9 +99,12 @@ def read_jpeg(data: bytes) -> Jpeg:
         segment = data[content : content + size]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             _read_frame(jpeg, marker, segment)
+        elif marker == 0xDD:
+            jpeg.interval = int.from_bytes(segment[:2], "big")
         elif marker == 0xDA and segment:
             jpeg.scanned |= {*segment[1 : 1 + 2 * segment[0] : 2]}
             jpeg.in_first_scan = jpeg.in_first_scan or segment[0]
+            _check_restarts(jpeg, segment, data, content + size)
             jpeg.scans.append((content + size, len(data)))
         elif marker == 0xE1 and segment.startswith(b"Exif"):
             jpeg.exif.append(segment)
@@ -110,7 +118,7 @@ def read_jpeg(data: bytes) -> Jpeg:
         return jpeg
     if not jpeg.has_one_scan:
         raise BadImage("truncated")
-    jpeg.data = data.rstrip(b"\xff")
+    jpeg.data = data[: jpeg.scans[-1][1]].rstrip(b"\xff")
     jpeg.scans[-1] = jpeg.scans[-1][0], len(jpeg.data)
     jpeg.data += END
     jpeg.changes.append(ENDED)
@@ -123,14 +131,38 @@ def _read_frame(jpeg: Jpeg, marker: int, segment: bytes) -> None:
         raise BadImage("truncated")
     bits, height, jpeg.components = segment[0], int.from_bytes(segment[1:3], "big"), segment[5]
     if bits != 8:
-        raise BadImage(f"JPEG with {bits} bits per sample, which is not supported")
+        raise BadImage("JPEG without 8 bits per sample, which is not supported")
     if not height:
         raise BadImage("JPEG without its height in the header, which is not supported")
     if jpeg.components not in (1, 3, 4):
-        raise BadImage(f"JPEG with {jpeg.components} color components, which is not supported")
-    jpeg.coding = marker
+        raise BadImage("JPEG without 1, 3 or 4 color components, which is not supported")
+    jpeg.coding, jpeg.size = marker, (int.from_bytes(segment[3:5], "big"), height)
+    jpeg.names = [*segment[6::3]]
+    jpeg.sampling = [(both >> 4, both & 15) for both in segment[7::3]]
     if jpeg.unusual:
         jpeg.changes.append("unusual JPEG coding made baseline")
+
+
+def _check_restarts(jpeg: Jpeg, header: bytes, data: bytes, start: int) -> None:
+    """Raise `BadImage` if the scan that starts here lacks restart markers, or has them in another order.
+
+    libjpeg then continues behind the next marker that fits, with gray or misplaced pixels.
+    """
+    if jpeg.unusual or not all(jpeg.size) or not all(h and v for h, v in jpeg.sampling):
+        return
+    wide, high = (max(sides, default=1) for sides in zip(*jpeg.sampling, strict=True))
+    across, down = 8 * wide, 8 * high  # pixels of the image in one unit of coded pixels
+    if header[0] == 1 and header[1] in jpeg.names:  # a unit is one block of this component
+        h, v = jpeg.sampling[jpeg.names.index(header[1])]
+        across, down = across / h, down / v
+    units = ceil(jpeg.size[0] / across) * ceil(jpeg.size[1] / down)
+    wanted = max(0, ceil(units / jpeg.interval) - 1) if jpeg.interval else 0
+    end = _NEXT_MARKER.search(data, start)
+    found = [mark[1] & 7 for mark in RESTART.findall(data, start, end.start() if end else len(data))]
+    if found[:wanted] != [n % 8 for n in range(wanted)]:
+        raise BadImage("truncated" if len(found) < wanted else "damaged: restart markers out of order")
+    if len(found) > wanted + 1:  # some encoders write one after the last pixel
+        raise BadImage("damaged: coded data is left after the last pixel")
 
 
 _NEXT_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")

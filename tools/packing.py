@@ -32,6 +32,7 @@ from tools.shards import PLAN_FILE, Job, Load, PackPlan, Result, finish, is_done
 
 UNFINISHED = (".*.tmp-*",)  # the temporary files of writers that were killed
 LEFT_OUT = 12  # most kinds of other files in the closing table
+REASONS = 20  # most reasons of rejection of a split in it
 UNLOCKED = "another process that packs into this folder would not be noticed, so make sure there is none"
 NOTES = ("[0-9]*.parquet", PLAN_FILE)  # an unfinished dataset's rows per shard and its plan
 
@@ -293,9 +294,17 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
 
 
 def _outcomes(catalogue: Path) -> list[dict]:
-    """Row counts by (status, change, reason), with one source each: packed first, then the most frequent."""
+    """Row counts by (status, change, reason), with one source each: packed first, then the most frequent.
+
+    The reasons after the first REASONS become one row.
+    """
     columns = ["status", "change", "reason"]
     rows = pa.Table.from_batches([read_batch(catalogue, [*columns, "source"])])
     kinds = rows.group_by(columns).aggregate([("source", "count"), ("source", "min")])
     order = [("status", "ascending"), ("source_count", "descending"), ("change", "ascending")]
-    return kinds.sort_by([*order, ("reason", "ascending")]).to_pylist()
+    found = kinds.sort_by([*order, ("reason", "ascending")]).to_pylist()
+    last = sum(row["status"] == "ok" for row in found) + REASONS
+    if rest := found[last:]:
+        count = sum(row["source_count"] for row in rest)
+        found[last:] = [rest[0] | {"reason": "other reasons", "source_count": count}]
+    return found

@@ -15,6 +15,8 @@ from av.video.stream import VideoStream
 from tools.images import BadImage
 from tools.shards import VideoPacking
 
+# Without times and duration. FFmpeg guesses the duration from the size, and some of the times wrongly.
+RAW = ("mpegvideo", "h264", "hevc")
 AHEAD = 4  # frames whose times may be permuted: packed AVI files store them out of order
 
 Shot = tuple[Fraction, Fraction, VideoFrame]  # start and length in seconds, frame
@@ -53,6 +55,8 @@ def picture_stream(container: InputContainer) -> VideoStream:
 
 def declared_seconds(container: InputContainer, stream: VideoStream) -> Fraction:
     """Duration of the stream in seconds, as the file declares it; 0 if it does not."""
+    if container.format.name in RAW:
+        return Fraction(0)
     if stream.duration and stream.time_base:
         return stream.duration * stream.time_base
     tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)\0*", stream.metadata.get("DURATION", ""), re.ASCII)
@@ -67,7 +71,9 @@ def timed_frames(
     container: InputContainer, stream: VideoStream, packing: VideoPacking
 ) -> Iterator[Shot | None]:
     """All frames in order, with start and length in seconds, the first at 0; None for damage."""
-    step = 1 / (stream.average_rate or Fraction(30))
+    raw = container.format.name in RAW
+    rate = stream.codec_context.framerate if raw else stream.average_rate
+    step = 1 / (rate or Fraction(30))
     base, longest = stream.time_base or Fraction(1), Fraction(packing.max_seconds)
     origin, start = Fraction(0), None
     for pts, frame in _in_sequence(_decode(container, stream)):
@@ -76,7 +82,7 @@ def timed_frames(
             continue
         if frame.width * frame.height > packing.max_pixels:
             raise BadImage(f"more than --max-pixels {packing.max_pixels}")
-        time = None if pts is None else pts * base
+        time = None if pts is None or raw else pts * base
         if start is None:
             origin, start = time or Fraction(0), Fraction(0)
         else:  # if a time is missing or runs backwards, the frame starts one frame later

@@ -28,11 +28,11 @@ from tools.sources import Part, walk
 from tools.streams import Run, Shot, declared_seconds, good_run, picture_stream, timed_frames
 
 # Without playlists, scripts and streams, which open other files or the network.
-FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,rm,mxf,dv,nut"
+FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,rm,mxf,dv,nut,mpegvideo,h264,hevc"
 SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".ts", ".mts"}
     | {".m2ts", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".flv", ".wmv", ".asf", ".ogv", ".ogg"}
-    | {".gif", ".rm", ".rmvb", ".mxf", ".dv", ".nut"}
+    | {".gif", ".rm", ".rmvb", ".mxf", ".dv", ".nut", ".h264", ".264", ".h265", ".265", ".hevc"}
 )
 LOST = "damaged: no frame can be decoded"
 COMPLETE = Fraction(95, 100)  # share of the declared duration from which a clip counts as complete

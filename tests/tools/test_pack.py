@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from pipelines.errors import UserError, run_cli
 from tests.pipelines_fixtures import read_rows
-from tools import pack
+from tools import pack, packing
 from tools.frames import longest_run
 from tools.imagenet import ImageOptions
 from tools.kinetics import ClipOptions
@@ -511,6 +511,19 @@ def test_too_many_rejected_ends_with_exit_code_1_and_a_table(tmp_path, capsys):
     assert "1 of 10 samples were rejected, more than --max-reject 5.00% allows" in out
     assert "rejected: empty file" in out and "bad.jpg" in out
     assert pack_images(tmp_path / "source", tmp_path / "out", max_reject=0.1) == 0
+
+
+def test_the_table_names_the_most_frequent_reasons_and_counts_the_others(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(packing, "REASONS", 2)
+    contents = {"empty": (b"", 4), "words": (b"text", 3), "gzip": (b"\x1f\x8b\x08" + bytes(50), 2)}
+    contents |= {"PDF": (b"%PDF" + bytes(50), 1), "good": (encoded(pixels(1)), 1)}
+    for name, (content, count) in contents.items():
+        for number in range(count):
+            write(tmp_path / "source" / f"{name} {number}.jpg", content)
+    assert pack_images(tmp_path / "source", tmp_path / "out", max_reject=1.0, val_fraction=0.0) == 0
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "rejected: empty file 4 empty 0.jpg" in out and "rejected: not an image 3 words 0.jpg" in out
+    assert "rejected: other reasons 3 gzip 0.jpg" in out and out.count("rejected: ") == 3
 
 
 def test_each_wrong_use_ends_with_one_line(tmp_path):

@@ -145,6 +145,25 @@ def test_varying_frame_rates_keep_their_speed(tmp_path, name):
     assert found[:61] == shown(times, 61) and set(found[61:]) <= {7}
 
 
+@pytest.mark.parametrize("rate", [25, 30])
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("1.m2v", "mpeg2video", {}),
+        ("1.m1v", "mpeg1video", {"bf": "2"}),
+        ("1.mpg", "mpeg1video", {"bf": "2"}),
+        ("1.h264", "libx264", {}),
+        ("1.hevc", "libx265", {"x265-params": "log-level=none"}),
+    ],
+)
+def test_streams_without_a_container_have_a_constant_rate(tmp_path, name, codec, rate, options):
+    path = make(tmp_path / name, [numbered(n) for n in range(30)], codec, rate, **options)
+    clip = load(path)
+    expected = shown([Fraction(n, rate) for n in range(30)], 30 * 30 // rate)
+    assert [number_of(jpeg) for jpeg in clip.frames] == expected
+    assert clip.change == f"{codec.removeprefix('lib').replace('x26', 'h26').replace('h265', 'hevc')} to JPEG"
+
+
 def test_on_grid():
     def taken(starts: list[float], fps: int, last: float) -> list[int]:
         ends = [*starts[1:], starts[-1] + last]

@@ -225,6 +225,33 @@ def test_pixels_missing_in_the_middle_are_damage(way: str):
     assert rejected(data[: place - 6].rstrip(b"\xff") + data[place:]) == "truncated"
 
 
+@pytest.mark.parametrize("end", [b"", END])
+@pytest.mark.parametrize("way", ["baseline", "restarts per row", "progressive with restarts"])
+def test_a_marker_between_coded_pixels_is_damage(way: str, end: bytes):
+    """libjpeg continues at a later restart marker, and the last rows become gray."""
+    data = made(way)
+    place = (scan(data) + len(data)) // 2
+    place = place + (data[place - 1] == 0xFF)
+    for marker in (b"\xff\x9f\x01\x00", b"\xff\xae\xff\xff"):
+        assert rejected(data[:place] + marker + data[place + 4 : -2] + end) == "truncated"
+
+
+def test_restart_markers_must_be_complete_and_in_order():
+    data = made("restarts")
+    places = [match.start() for match in re.finditer(rb"\xff[\xd0-\xd7]", data)]
+    middle, after = places[20], places[21]
+    assert rejected(data[:middle] + data[after:]) == "truncated"
+    assert rejected(data[:middle] + data[places[28] :]) == "truncated"
+    assert rejected(data[: places[-1]] + END) == "truncated"
+    more = data[:-2] + b"\xff\xd7" + END
+    assert packed(more)[1:] == (COPIED, more)
+    assert rejected(data[: middle + 1] + b"\xd0" + data[middle + 2 :]) == (
+        "damaged: restart markers out of order"
+    )
+    again = data[:-2] + data[places[-8] : -2] + END
+    assert rejected(again) == "damaged: coded data is left after the last pixel"
+
+
 @pytest.mark.parametrize("way", [way for way in WAYS if "progressive" not in way])
 def test_a_missing_end_marker_is_added(way: str):
     data = made(way)
@@ -398,6 +425,48 @@ def test_sixteen_bits_become_eight():
         assert np.abs(found[..., 0].astype(int) - GRAY).mean() < 6, name
 
 
+def chunk(name: bytes, content: bytes, crc: int | None = None) -> bytes:
+    crc = zlib.crc32(name + content) if crc is None else crc
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
+
+
+DAMAGED_METADATA = {
+    "a large text": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2_000_000))),
+    "a wrong checksum": chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(9)), crc=5),
+    "a short chunk": chunk(b"pHYs", b"\0"),
+    "a wrong animation": chunk(b"acTL", struct.pack(">II", 2, 0)) + chunk(b"fdAT", bytes(9)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_METADATA)
+def test_damaged_metadata_of_a_png_is_left_out(name: str):
+    upright = pixels(2, (80, 60))
+    data = encoded(upright, "PNG", exif=exif(6))
+    found, change, _ = packed(data[:33] + DAMAGED_METADATA[name] + data[33:])
+    assert change.endswith("damaged metadata left out")
+    assert distance(found, upright.transpose(TURNS[6])) < 6
+    pixel_data = bytearray(data)
+    pixel_data[data.index(b"IDAT") + 30] ^= 1
+    assert rejected(bytes(pixel_data[:33] + DAMAGED_METADATA[name] + pixel_data[33:]))
+    place = data.index(b"IDAT") - 4
+    half, rest = data[place + 8 : place + 20], data[place + 20 : -16]
+    between = chunk(b"IDAT", half) + DAMAGED_METADATA[name] + chunk(b"IDAT", rest)
+    assert rejected(data[:place] + between + data[-12:])
+
+
+def test_an_empty_jfif_segment_is_left_out():
+    plain = without_jfif(made("baseline"))
+    data = with_segments(plain, segment(0xE0, b"JFIF\0"))
+    assert packed(data)[1:] == ("damaged metadata left out", plain)
+
+
+def test_large_pictures_of_sixteen_bits_are_scaled():
+    """Their 8-bit pixels belong to NumPy; pyarrow crashes the process if it reads them from Pillow."""
+    wide = np.asarray(pixels(5, (600, 400)).convert("L")).astype(np.uint16) * 257
+    made = prepare(encoded(Image.fromarray(wide), "PNG"), 256, 1_000_000)
+    assert made.size == (384, 256) and made.change == "PNG to JPEG, 16 bit to 8 bit, resized"
+
+
 def bmp(bits: int, compression: int, content: bytes) -> bytes:
     colors = struct.pack("<I", 0) + struct.pack("<I", 0xFFFFFF)
     head = struct.pack("<IiiHHIIiiII", 40, 8, 4, 1, bits, compression, len(content), 0, 0, 2, 0)
@@ -414,6 +483,46 @@ def test_files_that_pillow_misreads_are_rejected():
     assert np.abs(found[..., 0].astype(int) - GRAY).mean() < 6
     rows = b"\x08\x01\x00\x00" * 4 + b"\x00\x01"
     assert rejected(bmp(4, 2, rows)) == "BMP with RLE4 coding, which Pillow misreads"
+    luma = np.stack([GRAY, GRAY // 2, GRAY // 3])
+    assert rejected(tiff(luma, 8, 6, planar=2)) == "TIFF with separate planes of YCbCr, which Pillow misreads"
+
+
+def test_signed_samples_are_rejected():
+    for size, bits in ((GRAY, 8), (WIDE, 16)):
+        assert rejected(with_tag(tiff(size, bits, 1), (339, 3, 1, 2))) == (
+            "signed, floating-point or 32-bit samples, which are not supported"
+        )
+        assert packed(with_tag(tiff(size, bits, 1), (339, 3, 1, 1)))[1]
+
+
+def with_tag(data: bytes, entry: tuple[int, int, int, int]) -> bytes:
+    """A TIFF of `tiff` with its planes' tag (284, the last and always 1) replaced."""
+    start = data.rindex(struct.pack("<HHIH", 284, 3, 1, 1))
+    return data[:start] + directory(entry)[2:14] + data[start + 12 :]
+
+
+@pytest.mark.parametrize("scale", [1, 257])
+def test_palettes_of_tiffs_have_8_or_16_bit(scale: int):
+    colors = np.stack([np.arange(256), np.arange(256) // 2, np.arange(256) // 3])
+    data = tiff(GRAY, 8, 3)
+    place = len(data) + len(data) % 2
+    data = with_tag(data, (320, 3, 768, 0)).ljust(place, b"\0")
+    at = data.rindex(struct.pack("<HHII", 320, 3, 768, 0)) + 8
+    data = data[:at] + struct.pack("<I", place) + data[at + 4 :]
+    found, _, _ = packed(data + (colors * scale).astype("<u2").tobytes())
+    assert distance(found, colors.T[GRAY]) < 6
+
+
+@pytest.mark.parametrize("transparency", [0, 0x8000])
+def test_bmps_of_16_bits_have_no_transparency(transparency: int):
+    masks = 0x7C00, 0x3E0, 0x1F, transparency
+    head = struct.pack("<IiiHHIIiiII4I", 56, 8, 4, 1, 16, 3, 64, 0, 0, 0, 0, *masks)
+    start = 14 + len(head)
+    data = b"BM" + struct.pack("<IHHI", start + 64, 0, 0, start) + head + b"\xff\x7f" * 32
+    if transparency:
+        assert rejected(data) == "BMP with 16 bits and transparency, which Pillow misreads"
+    else:
+        assert packed(data)[0].min() > 250
 
 
 def ftyp(brand: bytes) -> bytes:
@@ -453,16 +562,21 @@ def test_a_header_is_damaged_only_if_it_is():
     png, gray = encoded(pixels(1), "PNG"), made("gray")
     assert rejected(png[:20]) == "truncated"
     assert rejected(tiff(GRAY, 8, 1)[:20]) in ("truncated", "TIFF whose header is damaged")
-    assert rejected(patched(gray, (0, 12))) == "JPEG with 12 bits per sample, which is not supported"
-    assert rejected(patched(made("4:4:4"), (5, 2))) == "JPEG with 2 color components, which is not supported"
+    assert rejected(patched(gray, (0, 12))) == "JPEG without 8 bits per sample, which is not supported"
+    assert rejected(patched(made("4:4:4"), (5, 2))) == (
+        "JPEG without 1, 3 or 4 color components, which is not supported"
+    )
     assert rejected(patched(gray, (1, 0), (2, 0))) == (
         "JPEG without its height in the header, which is not supported"
     )
     unknown = tiff(GRAY, 8, 1).replace(
         struct.pack("<HHIH", 259, 3, 1, 1), struct.pack("<HHIH", 259, 3, 1, 999)
     )
-    assert rejected(unknown) == "TIFF that Pillow cannot read (unknown value 999)"
-    assert "damaged" not in rejected(bmp(8, 4, bytes(32)))
+    assert rejected(unknown) == "TIFF with a coding that Pillow cannot read"
+    ten = tiff(GRAY, 8, 1).replace(struct.pack("<HHIH", 258, 3, 1, 8), struct.pack("<HHIH", 258, 3, 1, 10))
+    assert rejected(ten) == "TIFF with samples that Pillow cannot read"
+    assert rejected(bmp(8, 4, bytes(32))) == "BMP of a kind that Pillow cannot read"
+    assert rejected(png[:16] + bytes(8) + png[24:]) == "PNG whose header is damaged"
     floats = encoded(Image.new("F", (8, 8)), "TIFF")
     assert rejected(floats) == "signed, floating-point or 32-bit samples, which are not supported"
 
