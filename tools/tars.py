@@ -1,6 +1,6 @@
 """Index WebDataset tars that other programs wrote, in place: python -m tools.pack tars --train 'a-{0..9}.tar'
 
-Every sample is decoded once. If training can read its bytes as they are, the catalogue points into the tar.
+Every sample is decoded once. If training can read its bytes unchanged, the catalogue points into the tar.
 The others are listed with the reason, or with --repack written into further tars.
 """
 

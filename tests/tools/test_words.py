@@ -1,4 +1,4 @@
-"""ImageNet's synsets are shown with their words; other names and the stored classes stay as they are."""
+"""ImageNet's synsets are shown with their words; other names and the stored classes do not change."""
 
 from pathlib import Path
 
