@@ -91,7 +91,7 @@ def pack(kind: str, source: Path, out: Path, log: Path) -> None:
         pack_clips(source / "annotations", out, options, frames=source / "frames")
 
 
-@pytest.mark.parametrize("kind", ["image", pytest.param("video", marks=long)])
+@pytest.mark.parametrize("kind", ["video", pytest.param("image", marks=long)])
 def test_packing_is_killed_at_any_moment(
     kind: str, images: Path, clips: Path, tmp_path: Path, pytestconfig, happened: Happened
 ):
