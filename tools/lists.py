@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from posixpath import normpath
 from statistics import mode
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ class Index:
 
         The suffix may be absent or differ. A path may begin above the root, or below it.
         """
-        text = text.removeprefix("./")
+        text = normpath(text) if text else text  # a/./b and a//b are a/b
         if text in self.sources:
             return [text]
         stem = _stem(text).strip("/")

@@ -287,7 +287,7 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
     console.print(
         f"{rejected} of {total} samples were rejected, more than --max-reject {max_reject:.2%} allows; the "
         f"rest is packed in {out}. To accept that, add --max-reject {enough} (with make: in ARGS=). To "
-        "include them, repair the files, delete that folder and pack again.",
+        "include them, repair the files and pack into another folder.",
         soft_wrap=True,
     )
     return 1

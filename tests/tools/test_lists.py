@@ -30,6 +30,13 @@ def read(tmp_path: Path, text: str, sources: list[str] = SOURCES, kind: Kind = V
     return {item.source: item.label for item in listed}
 
 
+def test_other_spellings_of_a_path_are_the_same_sample(tmp_path: Path):
+    for spelling in ("plain/./78687.webm", "plain//78687.webm", "./plain/x/../78687.webm"):
+        assert read(tmp_path, f"{spelling} 1\nplain/v_Run_g01_c01.avi 0\n")["plain/78687.webm"] == "1"
+        with pytest.raises(UserError, match=r"line 2"):
+            read(tmp_path, f"plain/78687.webm 0\n{spelling} 1\n")
+
+
 def lines(*cells: tuple[str, ...], by: str) -> str:
     return "".join(f"{by.join(row)}\n" for row in cells)
 
