@@ -122,20 +122,16 @@ def run(plan: PackPlan, root: Path, out: Path, load: Load, options: PackOptions)
     with writing_to(out):
         if not (out / "dataset.json").exists():
             jobs = jobs_of(plan, root, out, load, options.reject_unreadable)
-            i, n = options.part or (1, 1)
-            estimate = partial(announce, jobs, (i, n), out, options.processes, options.ignore_free_space)
+            estimate = partial(
+                announce, jobs, options.part or (1, 1), out, options.processes, options.ignore_free_space
+            )
             if fresh := not (out / PLAN_FILE).exists():  # if it does not fit, no folder is made
                 estimate()
             with begin(plan, out, options.part is None):
                 if not fresh:
                     estimate()
-                if unreadable := pack_missing(jobs[i - 1 :: n], options):
-                    console.print(unreadable, soft_wrap=True)
-                    return 1
-                if options.part:
-                    rest = "when all parts are packed, run this without --shard-range."
-                    console.print(f"part {i} of {n} of {out} is packed; {rest}", soft_wrap=True)
-                    return 0
+                if (code := pack_part(jobs, options, out, console)) is not None:
+                    return code
                 remove(out, plan.splits, *UNFINISHED)  # of machines that died
                 finish(plan, out)
         elif _agree(plan, out / "dataset.json", (out / "dataset.json").read_text(encoding="utf-8")):
@@ -143,6 +139,24 @@ def run(plan: PackPlan, root: Path, out: Path, load: Load, options: PackOptions)
             console.print(f"{out} is already packed with these settings.", soft_wrap=True)
         remove(out, plan.splits, *NOTES)
     return report(console, out, plan, options.max_reject)
+
+
+def pack_part(
+    jobs: Sequence[Job], options: PackOptions, out: Path, console: Console, unit: str = "samples"
+) -> int | None:
+    """Pack the jobs of --shard-range; return the exit code, None if all jobs are done and none has failed.
+
+    unit: what the sources are called.
+    """
+    i, n = options.part or (1, 1)
+    if unreadable := _pack_missing(jobs[i - 1 :: n], options, unit):
+        console.print(unreadable, soft_wrap=True)
+        return 1
+    if options.part:
+        rest = "when all parts are done, run this without --shard-range."
+        console.print(f"part {i} of {n} of {out} is done; {rest}", soft_wrap=True)
+        return 0
+    return None
 
 
 def remove(out: Path, splits: Iterable[str], *patterns: str) -> None:
@@ -235,7 +249,7 @@ def _agree(plan: PackPlan, noted: Path, text: str) -> bool:
     return True
 
 
-def pack_missing(jobs: Sequence[Job], options: PackOptions, unit: str = "samples") -> str:
+def _pack_missing(jobs: Sequence[Job], options: PackOptions, unit: str) -> str:
     """Run every job that is not done, with a progress bar in sources, named `unit`.
 
     Returns a message about samples that could not be read, "" if there are none.

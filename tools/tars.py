@@ -26,7 +26,7 @@ from pipelines.dataset import FORMAT_VERSION, SCHEMA, read_info
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, sha256_of
 from tools.lists import read_text
-from tools.packing import PackOptions, begin, pack_missing, report, writing_to
+from tools.packing import PackOptions, begin, pack_part, report, writing_to
 from tools.shards import PackPlan, Sample, jobs_of, rejected, write_split
 from tools.tarfiles import expand
 from tools.tarsamples import ANY_SIZE, MADE, TarPacking, first_is_clip, load_tar
@@ -117,14 +117,8 @@ def index(plan: PackPlan, root: Path, out: Path, options: TarOptions) -> int:
             work.mkdir(parents=True, exist_ok=True)
             with begin(plan, work, options.part is None):
                 jobs = jobs_of(plan, root, work, load_tar, options.reject_unreadable)
-                i, n = options.part or (1, 1)
-                if unreadable := pack_missing(jobs[i - 1 :: n], options, "tars"):
-                    console.print(unreadable, soft_wrap=True)
-                    return 1
-                if options.part:
-                    rest = "when all parts are indexed, run this without --shard-range."
-                    console.print(f"part {i} of {n} of {out} is indexed; {rest}", soft_wrap=True)
-                    return 0
+                if (code := pack_part(jobs, options, out, console, "tars")) is not None:
+                    return code
                 finish(plan, root, out)
         shutil.rmtree(work, ignore_errors=True)
     done_plan = replace(plan, classes=read_info(out).classes, splits={"train": (), "val": ()})
