@@ -38,10 +38,10 @@ class Replacements:
     def read(self, rows: Rows) -> tuple[Rows, Jpegs]:
         """Read the JPEGs of a batch; units of rows with a damaged frame are replaced first.
 
-        Raises UserError when more samples are damaged than the limit.
+        Raises UserError when more samples are damaged than the limit, or nearly all.
         """
         copies, unit = self.layout.copies, self.layout.unit
-        for attempt in range(8):
+        for attempt in range(64):
             jpegs = self.dataset.read(rows.ids[::copies], rows.frames[::copies])
             damaged = [place for place, jpeg in enumerate(jpegs) if not len(jpeg)]
             if not damaged:
@@ -49,7 +49,7 @@ class Replacements:
             self.note(rows, damaged)
             units = np.unique(np.array(damaged) // rows.frames.shape[1] * copies // unit)
             rows = self.replace(rows, units, attempt)
-        raise UserError(f"{self.dataset.info.root} has too many damaged samples; run `make verify`")
+        raise self.too_many("so many that no undamaged ones were found to replace them")
 
     def replace(self, rows: Rows, units: Ints, attempt: int) -> Rows:
         """The rows with other samples, drawn from (seed, epoch, id, attempt), in these units."""
@@ -69,11 +69,12 @@ class Replacements:
                 self.seen[sample] = f"{where} is not what was packed: its checksum differs"
                 warn_once(f"{self.seen[sample]}; another sample replaces it")
         if len(self.seen) > self.limit:
-            listed = "; ".join(list(self.seen.values())[:20])
-            raise UserError(
-                f"{len(self.seen)} samples are damaged, more than the {self.limit} allowed; {self.advice()}: "
-                f"{listed}"
-            )
+            raise self.too_many(f"more than the {self.limit} allowed")
+
+    def too_many(self, how_many: str) -> UserError:
+        """The error that names the damaged samples; at most 20."""
+        listed = "; ".join(list(self.seen.values())[:20])
+        return UserError(f"{len(self.seen)} samples are damaged, {how_many}; {self.advice()}: {listed}")
 
     def advice(self) -> str:
         """What to do about the damage. A shard whose samples are all wrong is another dataset's file."""
