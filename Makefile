@@ -7,7 +7,7 @@ IMAGES ?= data/imagenet
 FRAMES ?= data/tiny-kinetics-400
 BENCH ?= all
 NODE_RANK ?= 0
-WORKERS ?= 2
+WORKERS ?= 3
 MASTER ?= localhost:29500
 
 # Flags of a training command. If a variable is empty, the value of the preset is used.
@@ -70,7 +70,7 @@ predict: env  ## classify INPUT="FILE [FOLDER ...]" with RUN=NAME (MAE: reconstr
 bench: env  ## compare speed with other implementations: BENCH=all|loader|model|training|packing IMAGES=DIR
 	$(PY) -m benchmarks $(BENCH) $(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)') $(ARGS)
 
-test: check  ## run check, then the tests, WORKERS=2 at a time, without the long ones of make faults
+test: check  ## run check, then the tests, WORKERS=3 at a time, without the long ones of make faults
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 gpu-check: env  ## check and measure this machine's GPU; DEVICE=cpu runs the checks that need none

@@ -143,7 +143,7 @@ def test_batches_on_tars_of_webdataset_are_the_same_after_a_resume_within_an_epo
             assert np.array_equal(a.pixels.numpy(), b.pixels.numpy())
 
 
-@pytest.mark.parametrize("processes", [1, *(pytest.param(n, marks=LONG) for n in (2, 4))])
+@pytest.mark.parametrize("processes", [pytest.param(n, marks=LONG) for n in (1, 2, 4)])
 def test_training_on_tars_of_webdataset_resumes_bit_exactly(processes, tmp_path, capsys):
     """After SIGKILL within an epoch, the weights are those of a run without interruption."""
     train_tars, val_tars = shard_writer(tmp_path / "train", 40), shard_writer(tmp_path / "val", 14, first=500)

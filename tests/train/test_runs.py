@@ -27,6 +27,8 @@ from train.config import FinetuneConfig
 from train.metrics import TIMING_COLUMNS, read_csv
 from train.presets import FINETUNE_PRESETS
 
+LONG = (pytest.mark.fault, pytest.mark.long)  # a row of `make faults`, not in `make test`
+
 
 def fit(config, task) -> Path:
     build.check(config)
@@ -110,7 +112,9 @@ def test_accumulation_and_processes_do_not_change_the_result(images: Path, tmp_p
                 assert a["loss_val"] == pytest.approx(b["loss_val"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("preset", "processes"), [("video-mae-pico", 1), ("image-ft-pico", 2)])
+@pytest.mark.parametrize(
+    ("preset", "processes"), [("video-mae-pico", 1), pytest.param("image-ft-pico", 2, marks=LONG)]
+)
 def test_sigkill_at_a_random_step_then_resume_is_bit_identical(
     images: Path, clips: Path, tmp_path: Path, preset: str, processes: int
 ):
