@@ -46,12 +46,12 @@ def test_ctrl_c_while_workers_start_prints_one_line(tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, process_group=0)
     signal.signal(signal.SIGINT, before)
 
-    def server_runs() -> bool:
+    def server_imports() -> bool:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        return any(b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+        servers = [n for n in children if b"forkserver" in Path(f"/proc/{n}/cmdline").read_bytes()]
+        return any("libavcodec" in Path(f"/proc/{n}/maps").read_text() for n in servers)
 
-    wait_for(server_runs)
-    time.sleep(0.1)
+    wait_for(server_imports)
     os.killpg(process.pid, signal.SIGINT)
     printed = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in printed
