@@ -3,8 +3,6 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 
-IMAGES ?= data/imagenet
-FRAMES ?= data/tiny-kinetics-400
 BENCH ?= all
 NODE_RANK ?= 0
 WORKERS ?= 3
@@ -16,8 +14,8 @@ SETTINGS = $(if $(RUN),--run.name '$(RUN)') $(if $(DATA),--data.path '$(DATA)') 
 	$(if $(TUNED),$(shell cat '$(TUNED)'))
 NAMED = $(or $(RUN),$(error name a folder in runs/ with RUN=))
 OTHER = $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DEVICE),--device $(DEVICE))
-PACKED = $(if $(TARS),tars --train '$(TARS)' $(if $(VAL_TARS),--val '$(VAL_TARS)'),all --images '$(IMAGES)' \
-	--frames '$(FRAMES)' $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(TRAIN_LIST),--train-list '$(TRAIN_LIST)') \
+PACKED = $(if $(TARS),tars --train '$(TARS)' $(if $(VAL_TARS),--val '$(VAL_TARS)'),all \
+	$(if $(IMAGES),--images '$(IMAGES)') $(if $(FRAMES),--frames '$(FRAMES)') $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(TRAIN_LIST),--train-list '$(TRAIN_LIST)') \
 	$(if $(VAL_LIST),--val-list '$(VAL_LIST)'))
 PACKING = $(if $(OUT),--out '$(OUT)') \
 	$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray '$(RAY)')
@@ -68,7 +66,7 @@ predict: env  ## classify INPUT="FILE [FOLDER ...]" with RUN=NAME (MAE: reconstr
 	$(PY) -m tools.predict 'runs/$(NAMED)' $(or $(INPUT),$(error name files or folders with INPUT=)) $(OTHER) $(ARGS)
 
 bench: env  ## compare speed with other implementations: BENCH=all|loader|model|training|packing IMAGES=DIR
-	$(PY) -m benchmarks $(BENCH) $(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)') $(ARGS)
+	$(PY) -m benchmarks $(BENCH) $(if $(IMAGES),$(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)')) $(ARGS)
 
 test: check  ## run check, then the tests, WORKERS=3 at a time, without the long ones of make faults
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

@@ -13,8 +13,9 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import tyro
 
@@ -28,6 +29,21 @@ COMPARED: tuple[Part, ...] = get_args(Part)
 OTHERS = ("memory", "catalogue", "scale", "learning", "video_packing")
 PEERS = ("hiera-transformer", "transformers", "opencv-python-headless", "pillow")
 BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where results are written."""
+
+    speed: Path = Path("docs/speed.md")
+    """page whose tables are replaced"""
+    readme: Path = Path("README.md")
+    """page whose table of ratios is replaced"""
+    results: Path = Path("benchmarks/results")
+    """folder for the numbers of every round"""
+
+
+PAGES = Pages()
 
 
 def main() -> None:
@@ -50,9 +66,7 @@ def compare_all(
     rounds: int = 5,
     parts: tuple[Part, ...] = COMPARED,
     quick: bool = False,
-    speed: Path = Path("docs/speed.md"),
-    readme: Path = Path("README.md"),
-    results: Path = Path("benchmarks/results"),
+    pages: Annotated[Pages, tyro.conf.arg(name="")] = PAGES,
 ) -> None:
     """Run all comparisons and write their results.
 
@@ -62,9 +76,7 @@ def compare_all(
         rounds: rounds per contender; they take turns.
         parts: run only these; others keep the last results of this hardware.
         quick: one round of the smallest models, under five minutes; the results are only printed.
-        speed: page whose tables are replaced.
-        readme: page whose table of ratios is replaced.
-        results: folder for the numbers of every round.
+        pages: see `Pages`.
     """
     data = {"images": images, "work": work}
     small = ("mae_hiera_pico_96", "hiera_pico_96", "mae_hiera_pico_16x64", "hiera_pico_16x64")
@@ -85,31 +97,31 @@ def compare_all(
         show(part_found)
         found |= part_found
     if not quick:
-        write(found, environment() | {"peers": versions(PEERS)}, speed, readme, results)
+        write(found, environment() | {"peers": versions(PEERS)}, pages)
 
 
-def write(found: Results, where: dict, speed: Path, readme: Path, results: Path) -> None:
+def write(found: Results, where: dict, pages: Pages) -> None:
     """Write the results, keep those of other parts, and put the tables into the pages."""
     new = list(found)
     gpus: list[str] = where["gpus"]
     hardware = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()) if gpus else f"{where['cpus']}-cores"
     today = datetime.date.today()
-    path = results / f"{today}-{hardware}.json"
+    path = pages.results / f"{today}-{hardware}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    earlier = max(results.glob(f"*-{hardware}.json"), default=None)  # names begin with the date
+    earlier = max(pages.results.glob(f"*-{hardware}.json"), default=None)  # names begin with the date
     known = json.loads(earlier.read_text()) if earlier else {"results": {}, "measured": {}}
     found = known["results"] | found
     measured = known["measured"] | dict.fromkeys(new, f"{today}, commit {where['commit']}")
     atomic_text(path, json.dumps({"environment": where, "measured": measured, "results": found}, indent=1))
     when = re.sub(r"([0-9a-f]{10})[0-9a-f]{30}", r"\1", "; ".join(sorted(set(measured.values()))))
     origin = f"*Measured on {hardware}: {when}. Every round is in [{path.name}](%s).*\n\n"
-    for page, tables in ((speed, markdown(found)), (readme, summary(found))):
+    for page, tables in ((pages.speed, markdown(found)), (pages.readme, summary(found))):
         link = os.path.relpath(path, page.parent)
         tables = origin % link + tables
         text = page.read_text()
         before, after = text.partition(BEGIN)[0], text.partition(END)[2]
         atomic_text(page, before + BEGIN + tables + END + after)
-    print(f"{path}, {speed} and {readme} are written")
+    print(f"{path}, {pages.speed} and {pages.readme} are written")
 
 
 if __name__ == "__main__":

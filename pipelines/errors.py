@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -124,8 +125,9 @@ def _exit_at_once(_number: int, _frame: object) -> None:
 def run_cli(main: Callable[[], object], remote: bool = False) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C 130.
 
-    So does an OSError of a place that is full, closed or not there. Unless the command takes `remote` paths,
-    a word of the command line that is one raises `UserError`.
+    So does an OSError of a place that is full, closed or not there. If the reader of the output ended, such
+    as `head`, the exit code is 141, as in a shell. Unless the command takes `remote` paths, a word of the
+    command line that is one raises `UserError`.
     """
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -135,12 +137,25 @@ def run_cli(main: Callable[[], object], remote: bool = False) -> None:
         if not remote:
             with once_per_machine():
                 check_words(sys.argv[1:])
-        main()
+        try:
+            main()
+        finally:
+            print(end="", flush=True)
     except (UserError, OSError, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _unread(1):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest when it ends
+            sys.exit(141)
         code = answer(error)
         if code is None:
             raise
         sys.exit(code)
+
+
+def _unread(descriptor: int) -> bool:
+    """True if a descriptor is a pipe whose reader ended."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def answer(error: BaseException) -> int | None:

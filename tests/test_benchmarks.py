@@ -33,7 +33,7 @@ def test_pages_keep_their_text_and_get_new_tables(tmp_path: Path):
         page.write_text(f"before\n{bench.BEGIN}old\n{bench.END}after\n")
     where = {"gpus": [], "cpus": 2, "commit": "abc"}
     for title in ("a race", "another", "a race"):
-        bench.write({title: RACE}, where, *pages, tmp_path / "results")
+        bench.write({title: RACE}, where, bench.Pages(*pages, tmp_path / "results"))
     for page in pages:
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text

@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
 from importlib.metadata import version
 from itertools import islice
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipelines.errors import UserError, first_line
 from tools.shards import PLAN_FILE, Job, Result, is_done, pack_shard
 
 # What workers need. One process imports it, and the workers are its copies.
-PRELOADED = ["av", "PIL.Image", "pyarrow.parquet", "rich.progress", "tyro"]
+PRELOADED = ["tools.interrupt", "av", "PIL.Image", "pyarrow.parquet", "rich.progress", "tyro"]
 RETRIES = 5  # for a shard whose Ray worker or node died
 CONNECT = 10.0  # seconds for a cluster to answer
 UNTIL_SEEN = 120.0  # seconds until a file of another node is seen here; NFS caches absence for 60
@@ -36,6 +37,10 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
     context = multiprocessing.get_context("forkserver")
     # torch takes seconds to import; clips seldom need it, pictures nearly always.
     context.set_forkserver_preload([*PRELOADED, "torch"] if jobs[0].kind == "image" else PRELOADED)
+    resource_tracker.ensure_running()  # otherwise the fork server starts it, which unblocks the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the fork server imports tools.interrupt
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _follow_parent)
     try:
         for future in as_completed([pool.submit(pack_shard, job) for job in jobs]):
@@ -54,6 +59,7 @@ def _follow_parent() -> None:
 
         torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

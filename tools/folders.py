@@ -16,7 +16,7 @@ from tools import videos
 from tools.images import SUFFIXES
 from tools.listing import Listed, Listing, has_classes
 from tools.shards import readable
-from tools.sources import walk_folders
+from tools.sources import SYSTEM_FILES, is_hidden, walk_folders
 
 SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id|idation)?|(test)(?:ing)?)(?:\.x\d*)?", re.IGNORECASE)
 PART = re.compile(r".*\.x\d*", re.IGNORECASE)  # train.X1, train.X2, ... together are one split
@@ -27,6 +27,7 @@ SOURCE_VIDEO = re.compile(  # names of clips that begin with the name of the vid
     re.ASCII,
 )
 NO_SAMPLES = "folders without samples"
+TWINS = "other files of the same video"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Kind:
 PICTURES = Kind("pictures", SUFFIXES)
 FRAMES = Kind("folders of pictures", SUFFIXES, folders=True)
 VIDEOS = Kind("videos", videos.SUFFIXES)
+MEDIA = PICTURES.suffixes | VIDEOS.suffixes
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,12 @@ def find_sources(root: Path, kind: Kind) -> Found:
     for folder, files in walk_folders(root):
         below = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
         folders.append(below[:-1])
-        good = [name for name in files if _suffix(name) in kind.suffixes]
+        good = [name for name in files if _suffix(name) in kind.suffixes and not is_hidden(name)]
         sources += [below + name for name in good] if not kind.folders else [below[:-1]] * bool(good)
         for name in files if len(good) < len(files) else ():
-            if (suffix := _suffix(name)) not in kind.suffixes:
+            if is_hidden(name):
+                _count(others, f"{name if name in SYSTEM_FILES else 'hidden'} files", below + name)
+            elif (suffix := _suffix(name)) not in kind.suffixes:
                 _count(others, f"{suffix or 'other'} files", below + name)
     used: set[str] = set()
     for path in sources:
@@ -108,19 +112,19 @@ def by_folder(found: Found) -> Listing:
     if not folders:
         if found.kind.folders and len(sources) > 1 and not sources[0]:
             raise _mixed(root)
-        return Listing(_labelled(found, sources, below), None, left_out)
+        return Listing(_labelled(found, sources, below, left_out), None, left_out)
     listed: dict[str, list[Listed]] = {"train": [], "val": [], "test": []}
     for split, names in folders.items():
         for name in names:
             inside = [source for source in sources if source.startswith(f"{below}{name}/")]
-            listed[split] += _labelled(found, inside, f"{below}{name}/")
+            listed[split] += _labelled(found, inside, f"{below}{name}/", left_out)
     if not listed["val"] and listed["test"]:
         if has_classes(listed["test"]) == has_classes(listed["train"]):
             print(f"{where} has no val folder: {folders['test'][0]} becomes the validation split")
             listed["val"] = listed.pop("test")
         else:
             print(f"{where} has no val folder, and {folders['test'][0]} has no classes: it is not used")
-    kept = {item.source for split in ("train", "val") for item in listed[split]}
+    kept = {path for split in ("train", "val") for item in listed[split] for path in item.paths}
     for source in sources if len(kept) < len(sources) else ():
         if source not in kept:
             head = _head(source, below)
@@ -202,9 +206,22 @@ def _folders_of_splits(where: Path, heads: Iterable[str], empty: Sequence[str]) 
     return folders
 
 
-def _labelled(found: Found, sources: Sequence[str], below: str) -> list[Listed]:
-    """Sources below a split's folder with their classes: the first folder below it."""
-    listed = [listed_as(found.kind, source, _head(source, below)) for source in sources]
+def _labelled(
+    found: Found, sources: Sequence[str], below: str, left_out: dict[str, tuple[int, str]]
+) -> list[Listed]:
+    """Sources below a split's folder with their classes: the first folder below it.
+
+    Videos of one folder that differ only in their suffix are one sample; the others are added to `left_out`.
+    """
+    twins: dict[str, list[str]] = {}
+    for source in sources:
+        twins.setdefault(stem_of(source) if found.kind is VIDEOS else source, []).append(source)
+    listed: list[Listed] = []
+    for paths in twins.values():
+        source, *others = videos.ranked_files(paths, ())
+        listed.append(listed_as(found.kind, source, _head(source, below), others))
+        for other in others:
+            _count(left_out, TWINS, other)
     if len({not item.label for item in listed}) == 2:
         loose = min(item.source for item in listed if not item.label)
         raise UserError(
@@ -214,12 +231,18 @@ def _labelled(found: Found, sources: Sequence[str], below: str) -> list[Listed]:
     return listed
 
 
-def listed_as(kind: Kind, source: str, label: str) -> Listed:
-    """A source with its readable name and its group."""
+def listed_as(kind: Kind, source: str, label: str, others: Sequence[str] = ()) -> Listed:
+    """A source with its readable name and its group. others: other files of the same video."""
     name = source.rpartition("/")[2]
     dot = 0 if kind.folders else name.rfind(".")
     name = name[:dot] if 0 < dot < len(name) - 1 else name
-    return Listed(source, label, name, "" if kind is PICTURES else group_of(name, label))
+    return Listed(source, label, name, "" if kind is PICTURES else group_of(name, label), tuple(others))
+
+
+def stem_of(path: str) -> str:
+    """A path without the suffix of a picture or video."""
+    dot = path.rfind(".")
+    return path[:dot] if path[dot:].lower() in MEDIA else path
 
 
 def group_of(name: str, label: str) -> str:

@@ -100,7 +100,10 @@ def in_order(names: Sequence[str]) -> tuple[list[str], bool]:
         pairs = ((a, b) for (one, a), (two, b) in pairwise(column) if one == two)
         raise _conflict("the same number", *next(pairs, names[:2]))
     best = min(map(_unevenness, counting))
-    first, *others = ([name for _, name in column] for column in counting if _unevenness(column) == best)
+    unclear = any(_versions(column) for column in counting if _unevenness(column) == best)
+    first, *others = (
+        [name for _, name in column] for column in counting if unclear or _unevenness(column) == best
+    )
     for other in others:
         if other != first:
             pair = next(pair for pair in zip(first, other, strict=True) if pair[0] != pair[1])
@@ -131,6 +134,12 @@ def _check_rising(column: Sequence[tuple[Decimal, str]], order: Sequence[str]) -
     for one, other in pairwise(order):
         if numbers[one] > numbers[other]:
             raise _conflict(DIFFERENT, one, other)
+
+
+def _versions(column: Sequence[tuple[Decimal, str]]) -> bool:
+    """True if the numbers are perhaps no decimal numbers, as in v1.9 and v1.10."""
+    decimals = [str(number).partition(".")[2] for number, _ in column]
+    return len({*map(len, decimals)}) > 1 and any(len(text) > 1 and text[-1] == "0" for text in decimals)
 
 
 def _steps(column: Sequence[tuple[Decimal, str]]) -> list[Decimal]:

@@ -4,6 +4,7 @@ Kinetics' annotations name a clip by its video and its seconds, from which its f
 """
 
 import csv
+import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from tools.folders import FRAMES, VIDEOS
 from tools.images import mode_of
 from tools.listing import Listed, Listing, plan_of
 from tools.lists import read_text
-from tools.samples import ListOptions, list_samples
+from tools.samples import ListOptions, list_samples, names_of
 from tools.shards import ClipPacking, PackPlan, VideoPacking
 from tools.videos import find_videos, ranked_files
 
@@ -110,7 +111,7 @@ def _listing(root: Path, train: Path, val: Path | None, files_of: FilesOf) -> Li
     if not any((root / item.source).exists() for item in every):
         example = root / min(item.source for item in every)
         raise UserError(f"{root} has none of the annotated clips, such as {example}; check the folder.")
-    return Listing(listed["train"], listed.get("val"))
+    return Listing(listed["train"], listed.get("val"), where=names_of(train, val))
 
 
 def find_list(folder: Path, split: str) -> Path | None:
@@ -142,14 +143,13 @@ def is_kinetics(path: Path) -> bool:
 
 def read_annotations(path: Path) -> list[Clip]:
     """The clips of an annotation file. Raises `UserError`."""
+    reader = csv.DictReader(io.StringIO(read_text(path, "the list"), newline=""))
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-                raise UserError(f"{path} has no column {missing[0]!r}; its first line must name {COLUMNS}.")
-            clips = [_clip(row, f"{path} line {reader.line_num}") for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV text file in UTF-8: {error}.") from error
+        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+            raise UserError(f"{path} has no column {missing[0]!r}; its first line must name {COLUMNS}.")
+        clips = [_clip(row, f"{path} line {reader.line_num}") for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{path} is not a CSV file: {error}; correct it.") from error
     if not clips:
         raise UserError(f"{path} names no clips.")
     return clips

@@ -7,7 +7,6 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from pipelines.errors import UserError
-from tools.packing import label_of
 from tools.shards import Packing, PackPlan, readable, samples_of, shuffled
 
 # Of names that are not UTF-8. Each takes only some byte sequences, so that often one alone takes all names.
@@ -25,6 +24,11 @@ class Listed(NamedTuple):
     group: str = ""  # samples of one group stay in one split; "": a group of its own
     others: tuple[str, ...] = ()  # other files of the same video, read if `source` cannot be packed
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All its files below the root."""
+        return self.source, *self.others
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -34,11 +38,12 @@ class Listing:
     val: Sequence[Listed] | None = None
     left_out: LeftOut = field(default_factory=dict)
     numbered: bool = False  # classes are numbers and are sorted as such
+    where: str = ""  # the lists, if there are any, for messages
 
 
 def plan_of(kind: str, listing: Listing, val_fraction: float, packing: Packing, where: str) -> PackPlan:
     """Decide splits, labels, keys and order. where: names the listing in messages. Raises `UserError`."""
-    train, val = listing.train, listing.val
+    train, val, where = listing.train, listing.val, listing.where or where
     if val is None:
         train, val = split_off(train, val_fraction)
         print(f"no validation split in {where}: {len(val)} of {len(train) + len(val)} samples become it")
@@ -52,7 +57,13 @@ def plan_of(kind: str, listing: Listing, val_fraction: float, packing: Packing, 
         train, val = ([item._replace(label=united[item.label]) for item in items] for items in (train, val))
     order = (lambda text: (int(text), text)) if listing.numbered else None
     classes = sorted({item.label for item in train} - {""}, key=order)
-    label_of(classes, [item.label for item in val if item.label], where)
+    if unknown := {item.label for item in val} - {*classes, ""}:
+        raise UserError(f"{where}: validation has class {min(unknown)!r}, training has not; remove it.")
+    in_train = {path for item in train for path in item.paths}
+    if both := in_train.intersection(path for item in val for path in item.paths):
+        raise UserError(f"{where}: {min(both)!r} is in train and in val; remove it from one of them.")
+    if listing.numbered:
+        note_gaps([int(label) for label in classes])
     names = display_names(classes)
     numbers = {names[label]: number for number, label in enumerate(classes)}
     splits = {}
@@ -71,7 +82,7 @@ def split_off(listed: Sequence[Listed], fraction: float) -> tuple[list[Listed], 
     """
     classes: dict[str, dict[str, list[Listed]]] = {}
     for item in listed:
-        classes.setdefault(item.label, {}).setdefault(item.group or item.source, []).append(item)
+        classes.setdefault(item.label, {}).setdefault(item.group or min(item.paths), []).append(item)
     in_val: dict[str, bool] = {}
     for groups in classes.values():
         goal = round(fraction * sum(map(len, groups.values())))
@@ -82,9 +93,19 @@ def split_off(listed: Sequence[Listed], fraction: float) -> tuple[list[Listed], 
             if name not in in_val:
                 in_val[name] = count < goal and left > 1
                 count, left = (count + len(groups[name]), left - 1) if in_val[name] else (count, left)
-    chosen = [in_val[item.group or item.source] for item in listed]
+    chosen = [in_val[item.group or min(item.paths)] for item in listed]
     train = [item for item, taken in zip(listed, chosen, strict=True) if not taken]
     return train, [item for item, taken in zip(listed, chosen, strict=True) if taken]
+
+
+def note_gaps(numbers: Sequence[int]) -> None:
+    """Print a line if some class numbers, in ascending order, are missing: labels have no gaps."""
+    first = next((n for n, number in enumerate(numbers) if number != n), None)
+    if first is not None:
+        print(
+            f"class number {first} is missing: the {len(numbers)} numbers that occur, in their order, become "
+            f"the labels 0 to {len(numbers) - 1}"
+        )
 
 
 def unite(labels: Iterable[str]) -> dict[str, str]:

@@ -10,24 +10,27 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from posixpath import normpath
 from statistics import mode
 from typing import NamedTuple
 
 from pipelines.errors import UserError
-from tools.folders import PICTURES, VIDEOS, Kind
+from tools.folders import VIDEOS, Kind, stem_of
 from tools.videos import ranked_files
 
-MEDIA = PICTURES.suffixes | VIDEOS.suffixes
 SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 SEPARATOR = re.compile(r"\s*[,;\t]\s*|\s+")
 LABELS = ("template", "label", "class", "class_name", "classname", "category", "label_name", "tag")
 NUMBER = re.compile(r"[0-9]{1,9}")
-FRAMES_LABEL = re.compile(r"[0-9]{1,9}\s+([0-9]{1,9})")  # mmaction2's rawframes
+ANY_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"  # as tables write it: -1, 01, 1.0
+NUMERIC = re.compile(ANY_NUMBER)
+FRAMES_LABEL = re.compile(rf"[0-9]{{1,9}}\s+({ANY_NUMBER})")  # mmaction2's rawframes
 BOXES = re.compile(r"(\S+)(?:\s+[0-9]+){4}(?:\s+\S+(?:\s+[0-9]+){4})*")  # Kaggle: classes with their boxes
 AFTER_FRAMES = "class numbers after numbers of frames"
 PLAIN = ("class numbers", "class names", "no classes")
+LARGEST = 10**9  # class numbers are smaller
 LONGEST = 4096  # characters of a path
 SAMPLED = 1000  # lines that decide the format
 
@@ -51,7 +54,7 @@ class Index:
         self.sources, self.kind = {*sources}, kind
         self.by_name: dict[str, list[str]] = {}
         for source in sources:
-            self.by_name.setdefault(_stem(source).rpartition("/")[2], []).append(source)
+            self.by_name.setdefault(stem_of(source).rpartition("/")[2], []).append(source)
 
     def find(self, text: str) -> list[str]:
         """Sources that a path relative to the root, an absolute path, or a name can mean.
@@ -61,24 +64,24 @@ class Index:
         text = normpath(text) if text else text  # a/./b and a//b are a/b
         if text in self.sources:
             return [text]
-        stem = _stem(text).strip("/")
+        stem = stem_of(text).strip("/")
         found = []
         for source in self.by_name.get(stem.rpartition("/")[2], ()):
-            other = _stem(source)
+            other = stem_of(source)
             above = f"/{stem}".endswith(f"/{other}") and ("/" in other or text.startswith("/"))
             if stem == other or above or other.endswith(f"/{stem}"):
                 found.append(source)
-        exact = [source for source in found if _stem(source) == stem] or found
+        exact = [source for source in found if stem_of(source) == stem] or found
         same = [source for source in exact if source.endswith(text.rpartition("/")[2])] or exact
-        if len({*map(_stem, same)}) == 1 and self.kind is VIDEOS:
+        if len({*map(stem_of, same)}) == 1 and self.kind is VIDEOS:
             return ranked_files(same, ())[:1]
         return same
 
-
-def _stem(path: str) -> str:
-    """A path without the suffix of a picture or video."""
-    dot = path.rfind(".")
-    return path[:dot] if path[dot:].lower() in MEDIA else path
+    def twins(self, source: str) -> list[str]:
+        """The other files of a video: in its folder, with another suffix."""
+        stem = stem_of(source)
+        files = self.by_name.get(stem.rpartition("/")[2], ()) if self.kind is VIDEOS else ()
+        return [file for file in files if file != source and stem_of(file) == stem]
 
 
 def source_of(where: str, text: str, index: Index) -> str:
@@ -98,7 +101,10 @@ def read_text(path: Path, flag: str) -> str:
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be read: {error.strerror}; check the path.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path} is not a text file in UTF-8: {error}.") from error
+        raise UserError(
+            f"{flag} {path} is not a text file in UTF-8; convert it, for example with "
+            f"iconv -f GB18030 -t UTF-8 {path.name} (for Chinese; for other languages, with their encoding)."
+        ) from error
     if "\0" in text:
         raise UserError(f"{flag} {path} is not a text file: it holds zero bytes.")
     if not text.strip():
@@ -201,7 +207,7 @@ def _table(path: Path, rows: Rows, column: int, separator: str, find: Find) -> t
     for number, cells in rows[heading:]:
         where = f"{path} {'line' if separator else 'entry'} {number}"
         lines.append(Line(where, cells[column], " ".join(cells[n] for n in others)))
-    if not heading and len(others) > 1 and plain_labels([line.label for line in lines])[0] in PLAIN:
+    if not heading and len(others) > 1 and plain_labels(lines)[0] in PLAIN:
         raise UserError(f"{path} has {width} columns and no heading; keep two, the path and the class.")
     if others and first[others[0]] == "template":  # SSv2: [something] is something in its list of classes
         lines = [line._replace(label=re.sub(r"[\[\]]", "", line.label)) for line in lines]
@@ -211,7 +217,7 @@ def _table(path: Path, rows: Rows, column: int, separator: str, find: Find) -> t
 
 def _are_words(cells: Sequence[str]) -> bool:
     """True if no cell is a number or a path, as in a heading."""
-    return not any(NUMBER.fullmatch(cell) or "/" in cell or _stem(cell) != cell for cell in cells)
+    return not any(NUMERIC.fullmatch(cell) or "/" in cell or stem_of(cell) != cell for cell in cells)
 
 
 def _ends(line: str, find: Find) -> list[tuple[str, str]]:
@@ -231,7 +237,7 @@ def _lines(path: Path, lines: Sequence[tuple[int, str]], find: Find) -> tuple[st
     absent: list[int] = []
     for number, text in lines:
         where, ends = f"{path} line {number}", _ends(text, find)
-        ends = [end for end in ends if _stem(end[0]) != end[0]] or ends  # a path with a suffix ends there
+        ends = [end for end in ends if stem_of(end[0]) != end[0]] or ends  # a path with a suffix ends there
         if len(ends) > 1:
             both = f"{ends[0][0]!r} and {ends[1][0]!r}"
             raise UserError(f"{where} is ambiguous: {both} exist; write it in quotes, with a comma.")
@@ -253,7 +259,7 @@ def _absent(line: Line, known: set[str]) -> Line:
     if known == {""}:
         return line
     ends = [*_splits(text)]
-    suffixed = [end for end in ends if _stem(end[0]) != end[0]]
+    suffixed = [end for end in ends if stem_of(end[0]) != end[0]]
     frames = ends[-2:-1] if all(map(FRAMES_LABEL.fullmatch, known)) else []
     best = [*suffixed, *frames, *(end for end in ends if end[1] in known), *ends[-1:]]
     if not best:
@@ -261,12 +267,33 @@ def _absent(line: Line, known: set[str]) -> Line:
     return Line(where, *best[0])
 
 
-def plain_labels(labels: Sequence[str]) -> tuple[str, list[str]]:
-    """What the classes of a list are, and the classes without numbers of frames and boxes."""
-    for form, what in ((FRAMES_LABEL, AFTER_FRAMES), (BOXES, "classes before boxes")):
+def plain_labels(lines: Sequence[Line]) -> tuple[str, list[str]]:
+    """What the classes of a list are, and the classes without numbers of frames and boxes.
+
+    Numbers are whole numbers, in whatever form. Raises `UserError` for another number, such as -1.
+    """
+    labels, what = [line.label for line in lines], ""
+    for form, kind in ((FRAMES_LABEL, AFTER_FRAMES), (BOXES, "classes before boxes")):
         found = [one[1] for one in map(form.fullmatch, labels) if one]
         if len(found) == len(labels):
-            return what, found
-    if all(map(NUMBER.fullmatch, labels)):
-        return PLAIN[0], [str(int(label)) for label in labels]
-    return PLAIN[1] if any(labels) else PLAIN[2], [*labels]
+            labels, what = found, kind
+            break
+    numbers = all(map(NUMERIC.fullmatch, labels))
+    for n, label in enumerate(labels):
+        if NUMERIC.fullmatch(label) and (numbers or not NUMBER.fullmatch(label)):
+            labels[n] = _class_number(lines[n].where, label, numbers)
+    return what or (PLAIN[0] if numbers else PLAIN[1] if any(labels) else PLAIN[2]), labels
+
+
+def _class_number(where: str, label: str, numbers: bool) -> str:
+    """A class number as a whole number. Raises `UserError`.
+
+    numbers: all classes of the list are numbers.
+    """
+    value = Decimal(label)
+    if numbers and 0 <= value < LARGEST and value == int(value):
+        return str(int(value))
+    raise UserError(
+        f"{where}: {label!r} is no class; write classes as 0, 1, 2 ... or as names, and remove the lines of "
+        "samples without a class."
+    )

@@ -87,12 +87,12 @@ def pack_clips(
 
 def pack_all(
     options: Annotated[ListOptions, Flat],
-    images: Path = IMAGES,
-    frames: Path = FRAMES,
+    images: Path | None = None,
+    frames: Path | None = None,
     videos: Path | None = None,
     out: Path = Path("shards"),
 ) -> int:
-    """Pack images and clips, whichever exist.
+    """Pack the given folders; if none is given, data/imagenet and data/tiny-kinetics-400, whichever exist.
 
     Args:
         options: see `ListOptions` and `PackOptions`.
@@ -101,30 +101,29 @@ def pack_all(
         videos: instead of frames, folder as for `tools.pack clips`; lists may be in its folder annotations/.
         out: folder for both results, imagenet and kinetics.
     """
-    if videos is not None and frames != FRAMES:
+    if videos and frames:
         raise UserError("clips come from one of FRAMES= and VIDEOS=; give one of them.")
-    clips = videos or frames
-    for path, default in ((images, IMAGES), (clips, FRAMES)):
-        if path != default and not path.is_dir():
+    for path in (images, frames, videos):
+        if path and not path.is_dir():
             raise UserError(f"{path} does not exist; check IMAGES=, FRAMES= and VIDEOS=")
     listed = options.train_list is not None or options.val_list is not None
-    if listed and (images == IMAGES) == (clips == FRAMES):
+    if listed and bool(images) == bool(frames or videos):
         raise UserError("a list is for one folder; name it, either with IMAGES= or with FRAMES= or VIDEOS=.")
-    if not images.is_dir() and not clips.is_dir():
-        raise UserError(HOW_TO_GET_DATA)
-    codes, by_default = [], (images, clips) == (IMAGES, FRAMES)
-    if images.is_dir() and not (listed and images == IMAGES):
+    if not (images or frames or videos):
+        if not IMAGES.is_dir() and not FRAMES.is_dir():
+            raise UserError(HOW_TO_GET_DATA)
+        for path in (IMAGES, FRAMES):
+            if not path.is_dir():
+                print(f"{path} does not exist: it is not packed")
+        images, frames = (path if path.is_dir() else None for path in (IMAGES, FRAMES))
+    codes = []
+    if images:
         codes.append(pack_images(images, out / "imagenet", ImageOptions(**asdict(options))))
-    elif by_default:
-        print(f"{images} does not exist: no images packed")
-    if clips.is_dir() and not (listed and clips == FRAMES):
-        published = frames / "data_30fps_frames"
-        source = {"videos": videos} if videos else {"frames": published if published.is_dir() else frames}
-        folder = clips / "annotations"
-        annotations = folder if folder.is_dir() and not listed else None
-        codes.append(pack_clips(annotations, out / "kinetics", ClipOptions(**asdict(options)), **source))
-    elif by_default:
-        print(f"{frames} does not exist: no clips packed")
+    if clips := videos or frames:
+        published, annotations = clips / "data_30fps_frames", clips / "annotations"
+        source = {"videos": clips} if videos else {"frames": published if published.is_dir() else clips}
+        lists = annotations if annotations.is_dir() and not listed else None
+        codes.append(pack_clips(lists, out / "kinetics", ClipOptions(**asdict(options)), **source))
     return max(codes)
 
 

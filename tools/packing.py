@@ -1,20 +1,17 @@
 """Pack the shards of a plan: options, resume, parts for several machines, progress, the closing table."""
 
 import errno
-import json
 import math
 import os
 import re
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal
 
 import pyarrow as pa
 from rich.console import Console
@@ -23,17 +20,15 @@ from rich.table import Table
 
 from pipelines.dataset import read_batch, read_info
 from pipelines.errors import UserError, check_local
-from pipelines.files import lock, sync
 from pipelines.machine import usable_cores
 from tools.estimate import announce
 from tools.executors import local, on_ray
 from tools.images import COPIED
+from tools.planfile import UNFINISHED, begin, check_same, remove
 from tools.shards import PLAN_FILE, Job, Load, PackPlan, Result, finish, is_done, jobs_of, readable
 
-UNFINISHED = (".*.tmp-*",)  # the temporary files of writers that were killed
 LEFT_OUT = 12  # most kinds of other files in the closing table
 REASONS = 20  # most reasons of rejection of a split in it
-UNLOCKED = "another process that packs into this folder would not be noticed, so make sure there is none"
 NOTES = ("[0-9]*.parquet", PLAN_FILE)  # an unfinished dataset's rows per shard and its plan
 
 
@@ -105,13 +100,6 @@ def source_folder(path: Path, flag: str, what: str) -> Path:
     return path
 
 
-def label_of(classes: Sequence[str], val_classes: Sequence[str], where: str) -> dict[str, int]:
-    """The label of each training class. Raises `UserError` if validation has a class that training lacks."""
-    if unknown := sorted(set(val_classes) - set(classes)):
-        raise UserError(f"{where}: validation has class {unknown[0]!r}, training has not; remove it.")
-    return {name: label for label, name in enumerate(classes)}
-
-
 def run(plan: PackPlan, root: Path, out: Path, load: Load, options: PackOptions) -> int:
     """Pack what is not packed yet and print the closing table; return the exit code.
 
@@ -134,9 +122,15 @@ def run(plan: PackPlan, root: Path, out: Path, load: Load, options: PackOptions)
                     return code
                 remove(out, plan.splits, *UNFINISHED)  # of machines that died
                 finish(plan, out)
-        elif _agree(plan, out / "dataset.json", (out / "dataset.json").read_text(encoding="utf-8")):
+        else:
+            check_same(plan, out / "dataset.json", out)
             read_info(out)  # raises UserError for a dataset of an earlier format
-            console.print(f"{out} is already packed with these settings.", soft_wrap=True)
+            console.print(
+                f"{out} is already packed with these settings. The contents of the source files are not "
+                "compared: if they have changed, give another --out (with make shards: OUT=FOLDER), or "
+                "delete that folder.",
+                soft_wrap=True,
+            )
         remove(out, plan.splits, *NOTES)
     return report(console, out, plan, options.max_reject)
 
@@ -159,13 +153,6 @@ def pack_part(
     return None
 
 
-def remove(out: Path, splits: Iterable[str], *patterns: str) -> None:
-    """Remove files that match a pattern from a dataset's folder and the folders of its splits."""
-    for folder in (out, *(out / split for split in splits)):
-        for leftover in chain(*map(folder.glob, patterns)):
-            leftover.unlink(missing_ok=True)
-
-
 @contextmanager
 def writing_to(out: Path) -> Iterator[None]:
     """Raise `UserError` if writing below `out` fails or a worker process dies."""
@@ -183,70 +170,6 @@ def writing_to(out: Path) -> Iterator[None]:
                 "finished shards are kept."
             ) from error
         raise UserError(f"cannot write {error.filename or out}: {error.strerror}; check --out.") from error
-
-
-@contextmanager
-def begin(plan: PackPlan, out: Path, alone: bool) -> Iterator[None]:
-    """Write the plan into a new folder, or check that the folder has the same plan; lock the folder.
-
-    A process that packs all shards locks it `alone`; processes that pack parts share the lock.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    note = out / PLAN_FILE
-    if any(out.iterdir()) and not note.exists():  # checked last: another part may be creating it
-        raise UserError(f"--out {out} holds other files; give a new or an empty folder.")
-    with note.open("a+") as file:  # NFS locks only files that are open for writing
-        _lock(file, alone)
-        if os.fstat(file.fileno()).st_size == 0:
-            file.write(json.dumps({"packing": plan.settings()}))
-            file.flush()
-            sync(note)
-            _lock(file, alone)  # a part now shares the lock
-        file.seek(0)  # on some file systems only this open file may read what it has locked
-        _agree(plan, note, file.read())
-        if alone:
-            remove(out, plan.splits, *UNFINISHED)
-        yield
-
-
-def _lock(file: TextIO, alone: bool) -> None:
-    """Lock the plan's file: exclusively if `alone` or if it is empty, else shared. Raises `UserError`."""
-    for _ in range(1 if alone else 50):  # another part locks it exclusively only while it writes
-        shared = not alone and os.fstat(file.fileno()).st_size > 0
-        try:
-            return lock(file, Path(file.name).parent, UNLOCKED, shared=shared)
-        except BlockingIOError:
-            time.sleep(0.1)
-    raise UserError(f"another process is packing into {Path(file.name).parent}; wait for it or stop it.")
-
-
-def _agree(plan: PackPlan, noted: Path, text: str) -> bool:
-    """True if `text`, read from `noted`, describes this plan. Raises `UserError` for a difference."""
-    try:
-        # Without locks two parts may both have written the file: the first plan counts.
-        then = {**json.JSONDecoder().raw_decode(text)[0]["packing"]}
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{noted} is damaged; delete {noted.parent} and pack again.") from error
-    settings = plan.settings()
-    if "source_fps" in settings:  # earlier versions recorded less
-        rate = settings["source_fps"] if "av" in settings else then.get("fps", 30.0)
-        known = {"max_seconds": settings["max_seconds"], "clip_seconds": settings["clip_seconds"]}
-        then = {"fps": 30.0, "source_fps": rate} | known | then
-    for name, now in settings.items():
-        if now == then.get(name) or (name in ("pillow", "torch", "av") and noted.name == "dataset.json"):
-            continue  # a finished dataset is valid with any version
-        what = f"{name.replace('_', '-')} {then.get(name)}, not {now}"
-        if name == "source_sha256":
-            what = "another list of source files"
-        elif "av" in settings and "av" not in then:
-            what = "clips from frames, not from videos"
-        elif name not in then:
-            what = f"an earlier version, which did not record {name.replace('_', '-')}"
-        raise UserError(
-            f"{noted.parent} was packed with {what}; give another --out (with make shards: OUT=FOLDER), "
-            "or delete that folder."
-        )
-    return True
 
 
 def _pack_missing(jobs: Sequence[Job], options: PackOptions, unit: str) -> str:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image
-from tools.images import SUFFIXES, BadImage, Packed
+from tools.images import SUFFIXES, BadImage, Packed, mode_of
 from tools.kinetics import ClipOptions
 from tools.shards import (
     Packing,
@@ -73,6 +74,8 @@ def predict(
         raise UserError("torchrun started several processes; start tools.predict without torchrun")
     if top < 1:
         raise UserError(f"--top is {top}; it must be at least 1")
+    if packed := next((path for path in inputs if S_ISREG(mode_of(path / "dataset.json"))), None):
+        raise UserError(f"{packed} is a packed dataset; use make eval RUN={run.name} DATA={packed}.")
     config, classes, packing = read_run(run)
     labels = shown(classes)
     if config.data.frames == 1:
@@ -156,6 +159,8 @@ def load(root: Path, source: str, packing: Packing) -> Iterator[Packed | BadImag
         yield from load_clip(root, source, packing)
         return
     try:
+        if (root / source).is_dir():
+            raise BadImage("a folder without pictures")
         yield from (load_video if clips else load_image)(root, source, packing)
     except BadImage as error:
         raise BadImage(f"{error} (this run takes {'clips' if clips else 'pictures'})") from error

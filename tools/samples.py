@@ -10,7 +10,17 @@ import tyro
 from pipelines.errors import UserError
 from tools.folders import PICTURES, Kind, by_folder, find_sources, listed_as
 from tools.listing import Listed, Listing, has_classes
-from tools.lists import AFTER_FRAMES, NUMBER, Index, Line, parse, plain_labels, read_text, source_of
+from tools.lists import (
+    AFTER_FRAMES,
+    NUMBER,
+    NUMERIC,
+    Index,
+    Line,
+    parse,
+    plain_labels,
+    read_text,
+    source_of,
+)
 from tools.packing import PackOptions
 
 Alias = tyro.conf.arg(aliases=["--val-labels"])
@@ -60,13 +70,16 @@ def list_samples(
             held_out = [
                 item._replace(label=min(names)) for item, names in zip(held_out, classes, strict=True)
             ]
-    if both := {item.source for item in listed} & {item.source for item in held_out or ()}:
-        raise UserError(f"{val}: {min(both)!r} is also in {train}; remove it from one of the two lists.")
-    used = {item.source for item in (*listed, *(held_out or ()))}
+    used = {path for item in (*listed, *(held_out or ())) for path in item.paths}
     rest = [source for source in found.sources if source not in used]
     left_out = {**found.left_out, **({f"{kind.what} in no list": (len(rest), rest[0])} if rest else {})}
     numbers = all(NUMBER.fullmatch(item.label) for item in listed)
-    return Listing(listed, held_out, left_out, numbers)
+    return Listing(listed, held_out, left_out, numbers, names_of(train, val))
+
+
+def names_of(*lists: Path | None) -> str:
+    """The lists of a listing, for messages."""
+    return " and ".join(str(path) for path in lists if path is not None)
 
 
 def read_list(path: Path, flag: str, index: Index, root: Path) -> list[Listed]:
@@ -77,7 +90,7 @@ def read_list(path: Path, flag: str, index: Index, root: Path) -> list[Listed]:
             f"{flag} {path}: none of its lines names one of the {index.kind.what} below {root}, such as "
             f"{what[:200]!r}; give the folder to which its paths are relative."
         )
-    kind, labels = plain_labels([line.label for line in lines])
+    kind, labels = plain_labels(lines)
     if kind == AFTER_FRAMES and index.kind is PICTURES:
         raise UserError(f"{path} has two numbers after each path; keep one, the class.")
     listed: list[Listed] = []
@@ -92,7 +105,7 @@ def read_list(path: Path, flag: str, index: Index, root: Path) -> list[Listed]:
             raise UserError(
                 f"{where}: {text!r} has a second class, {label!r}; its first is {seen[source]!r}."
             )
-        listed.append(listed_as(index.kind, source, label))
+        listed.append(listed_as(index.kind, source, label, index.twins(source)))
     absent = sum(item.source not in index.sources for item in listed)
     print(f"{path}: {len(listed)} samples; {what}; {kind}" + (f"; {absent} absent" if absent else ""))
     return listed
@@ -126,7 +139,7 @@ def flat_classes(
     lines = [(f"{path} line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     what, named = parse(path, text, index.find)
     named = named if any(line.label for line in named) else []
-    numbered = not named and bool(NUMBER.fullmatch(lines[0][1])) and lines[0][1] not in (classes or ())
+    numbered = not named and bool(NUMERIC.fullmatch(lines[0][1])) and lines[0][1] not in (classes or ())
     if synsets is not None and not numbered:
         raise UserError(f"{path} has no class numbers, and --synsets is for those; leave it out.")
     if named:
@@ -147,7 +160,7 @@ def _by_name(
     path: Path, lines: Sequence[Line], index: Index, pictures: Sequence[str], classes: set[str] | None
 ) -> list[str]:
     """The class of each picture, from lines that name the pictures."""
-    plain = plain_labels([line.label for line in lines])[1]
+    plain = plain_labels(lines)[1] if classes is None else [""] * len(lines)
     found: dict[str, str] = {}
     for (where, text, rest), label in zip(lines, plain, strict=True):
         if classes is not None:  # in Kaggle's file, boxes follow the class

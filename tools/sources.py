@@ -10,21 +10,27 @@ from pipelines.errors import UserError
 from tools.images import TRANSIENT, BadImage, Packed
 
 PAUSES = (0.2, 1.0, 5.0)  # seconds before a failed read is repeated
-IGNORED = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found", "Thumbs.db", "desktop.ini"})
+IGNORED = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found"})  # folders that systems add
+SYSTEM_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
 Part = Packed | BadImage  # a sample, or the reason why a part of a source is rejected
 Read = Callable[[str], Iterator[Part]]  # the samples of a path below the source folder
 
 
 def walk(top: Path) -> Iterator[Path]:
-    """Every file of `walk_folders`."""
-    return (folder / name for folder, files in walk_folders(top) for name in files)
+    """Every file of `walk_folders` that is not hidden."""
+    return (folder / name for folder, files in walk_folders(top) for name in files if not is_hidden(name))
+
+
+def is_hidden(name: str) -> bool:
+    """True for the name of a file that is hidden, or that a system adds."""
+    return name.startswith(".") or name in SYSTEM_FILES
 
 
 def walk_folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
     """Every folder from `top` on with the names of its files; links are followed. Raises `UserError`.
 
-    Hidden files and folders are left out, and those that systems add.
+    Hidden folders are left out, and those that systems add.
     """
 
     def refuse(error: OSError) -> None:
@@ -38,7 +44,7 @@ def walk_folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
             folders.clear()  # a link back to a folder above would never end
             continue
         folders[:] = [name for name in folders if not name.startswith(".") and name not in IGNORED]
-        yield here, [name for name in files if not name.startswith(".") and name not in IGNORED]
+        yield here, files
 
 
 def read_source(read: Read, paths: Sequence[str], pauses: Sequence[float]) -> Iterator[tuple[str, Part]]:

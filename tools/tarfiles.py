@@ -23,6 +23,8 @@ from tools.images import TRANSIENT, BadImage
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_HEADER = 1 << 20  # bytes of a member's extended header; real ones have less than 100 kB
 META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
+REPACKED = "repacked"  # folder next to a catalogue with the tars that indexing wrote
+FROM_HERE = "from here on the tar is "
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -156,7 +158,7 @@ def _members(tar: ForeignTar, ended: list[Found]) -> Iterator[dict[str, Any]]:
             raise
         fault = "damaged" if at < tar.length else "cut off"
     if fault:
-        reason = f"from here on the tar is {fault}" if at else "not a tar, or damaged at its start"
+        reason = f"{FROM_HERE}{fault}" if at else "not a tar, or damaged at its start"
         ended.append(Found(f"byte {at}", {}, reason))
 
 
@@ -186,7 +188,10 @@ def expand(spec: str, flag: str) -> list[Path]:
         if not {*"*?["} & {*name}:
             paths.append(path)
         elif found := sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))):
-            paths += found
+            tars = [path for path in found if path.suffix == ".tar" and REPACKED not in path.parts] or found
+            if others := [path for path in found if path not in tars]:
+                print(f"{name}: {len(others)} other files are left out, such as {others[0]}")
+            paths += tars
         else:
             raise UserError(f"{flag} {name} names no file; check the path.")
     for path in paths:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,16 +25,17 @@ from rich.console import Console
 from pipelines.dataset import FORMAT_VERSION, SCHEMA, read_info
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, sha256_of
+from tools.listing import note_gaps
 from tools.lists import read_text
-from tools.packing import PackOptions, begin, pack_part, report, writing_to
+from tools.packing import PackOptions, pack_part, report, writing_to
+from tools.planfile import begin, check_same
 from tools.shards import PackPlan, Sample, jobs_of, rejected, write_split
-from tools.tarfiles import expand
+from tools.tarfiles import FROM_HERE, REPACKED, expand
 from tools.tarsamples import ANY_SIZE, MADE, TarPacking, first_is_clip, load_tar
 
 Indexed = tuple[tuple[Path, Path], pa.Table]  # a tar, the tar of its repacked samples, and their rows
 Classes = dict[tuple[int, str], str]  # (number or -1, name or "") of a class: a source that has it
 WORK = ".packing"  # folder in --out with what is done, until all tars are done
-REPACKED = "repacked"  # folder in --out with further tars
 NO_CLASS = "it has no class, but other samples have one"
 
 
@@ -111,7 +112,7 @@ def index(plan: PackPlan, root: Path, out: Path, options: TarOptions) -> int:
     work, done = out / WORK, out / "dataset.json"
     with writing_to(out):
         if done.exists():
-            check_same(plan, done)
+            check_same(plan, done, done)
             console.print(f"{done} already describes these tars with these settings.", soft_wrap=True)
         else:
             work.mkdir(parents=True, exist_ok=True)
@@ -125,24 +126,6 @@ def index(plan: PackPlan, root: Path, out: Path, options: TarOptions) -> int:
     return report(console, out, done_plan, options.max_reject)
 
 
-def check_same(plan: PackPlan, done: Path) -> None:
-    """Raise `UserError` unless a finished dataset.json is of this plan; versions of libraries may differ."""
-    try:
-        then = json.loads(done.read_bytes())["packing"]
-        settings = plan.settings().items()
-        differs = [
-            name for name, now in settings if name not in ("pillow", "torch") and then.get(name) != now
-        ]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{done} is not of a packed dataset; give another --out.") from error
-    if differs:
-        what = "other tars" if differs == ["source_sha256"] else f"another {differs[0].replace('_', '-')}"
-        raise UserError(
-            f"{done} was written for {what}; give another --out (with make shards: OUT=FOLDER), or delete "
-            "that file."
-        )
-
-
 # ---- all tars --------------------------------------------------------------------------------------------
 
 
@@ -151,14 +134,18 @@ def finish(plan: PackPlan, root: Path, out: Path) -> None:
     packing = plan.packing
     assert isinstance(packing, TarPacking)
     found = {split: read_parts(split, samples, root, out) for split, samples in plan.splits.items()}
+    for (tar, _), rows in (part for parts in found.values() for part in parts):
+        if (end := "".join(rows["reason"].to_pylist()[-1:])).startswith(FROM_HERE):
+            fault = end.removeprefix(FROM_HERE)
+            print(f"{tar} is {fault} after {len(rows) - 1} samples: the rest of the tar is missing")
     known = [classes_in(parts) for parts in found.values()]
-    classes = classes_of(known[0], known[-1], packing.class_names.splitlines())
+    classes, labels = classes_of(known[0], known[-1], packing.class_names.splitlines())
     if "val" not in found:
         found = divided(found["train"], packing.val_fraction)
     info: dict[str, Any] = {"format": FORMAT_VERSION, "kind": plan.kind, "classes": classes, "splits": {}}
     info |= {"packing": plan.settings(), "tars": {}, "tar_bytes": {}, "catalogue_sha256": {}}
     for split, parts in found.items():
-        rows, tars = joined([(tars, labelled(rows, classes)) for tars, rows in parts])
+        rows, tars = joined([(tars, labelled(rows, classes, labels)) for tars, rows in parts])
         info["splits"][split] = write_split(out / f"{split}.arrow", rows, len(tars))
         info["tars"][split] = [str(tar.relative_to(out) if tar.is_relative_to(out) else tar) for tar in tars]
         info["tar_bytes"][split] = [tar.stat().st_size for tar in tars]
@@ -220,9 +207,10 @@ def classes_in(parts: Sequence[Indexed]) -> Classes:
     return {(row["label"], row["class_name"]): row["source_min"] for row in groups.to_pylist()}
 
 
-def classes_of(train: Classes, val: Classes, listed: Sequence[str]) -> list[str]:
-    """The classes in label order: those `listed`, else the names or numbers of the training samples.
+def classes_of(train: Classes, val: Classes, listed: Sequence[str]) -> tuple[list[str], dict[int, int]]:
+    """The classes in label order, and the label of each class number.
 
+    Classes are those `listed`, else the names or numbers of the training samples; labels have no gaps.
     Raises `UserError` if numbers and names are mixed, or if validation does not agree with training.
     """
     every = val | train
@@ -234,33 +222,38 @@ def classes_of(train: Classes, val: Classes, listed: Sequence[str]) -> list[str]
             f"{both}; give the name of each number with --class-names, or omit all (--unlabelled)."
         )
     names = sorted({name for number, name in train if number < 0 and name})
-    classes = list(listed) or names or names_of({pair for pair in train if pair[0] >= 0})
+    used = range(len(listed)) if listed else sorted({number for number, _ in train if number >= 0})
+    note_gaps(used)
+    labels = {number: label for label, number in enumerate(used)}
+    classes = list(listed) or names or names_of({pair for pair in train if pair[0] >= 0}, labels)
     for (number, name), source in every.items():
         own = str(number) if number >= 0 else name
-        if number >= len(classes) or (number < 0 and name and name not in classes):
+        if (number >= 0 and number not in labels) or (number < 0 and name and name not in classes):
             where = "--class-names has" if listed else "training has"
             raise UserError(f"{source} has class {own!r}, which {where} not; remove it.")
-        if number >= 0 and not listed and name and classes[number] not in (name, own):
-            other = f"{source} calls class {number} {name!r}, training {classes[number]!r}"
+        if number >= 0 and not listed and name and (known := classes[labels[number]]) not in (name, own):
+            other = f"{source} calls class {number} {name!r}, training {known!r}"
             raise UserError(f"{other}; correct one of them, or give the names with --class-names.")
-    return classes
+    return classes, labels
 
 
-def names_of(pairs: set[tuple[int, str]]) -> list[str]:
-    """The name of each number, if each has one of its own, otherwise the numbers."""
-    numbers = [str(number) for number in range(1 + max((number for number, _ in pairs), default=-1))]
+def names_of(pairs: set[tuple[int, str]], labels: Mapping[int, int]) -> list[str]:
+    """The name of each number, if each has one of its own, otherwise the numbers. labels: of the numbers."""
+    numbers = [*map(str, labels)]
     names = numbers.copy()
     for number, name in pairs:
-        names[number] = name or numbers[number]
-    return names if len(pairs) == len({n for n, _ in pairs}) and len({*names}) == len(names) else numbers
+        names[labels[number]] = name or str(number)
+    return names if len(pairs) == len(numbers) and len({*names}) == len(names) else numbers
 
 
-def labelled(rows: pa.Table, classes: Sequence[str]) -> pa.Table:
-    """Rows with the label and name of their class; if there are classes, samples without one are rejected."""
-    numbers = {name: number for number, name in enumerate(classes)}
+def labelled(rows: pa.Table, classes: Sequence[str], labels: Mapping[int, int]) -> pa.Table:
+    """Rows with the label and name of their class; if there are classes, samples without one are rejected.
+
+    labels: of the class numbers.
+    """
+    named = {name: label for label, name in enumerate(classes)}
     pairs = zip(rows["label"].to_pylist(), rows["class_name"].to_pylist(), strict=True)
-    label = np.array([n if n >= 0 else numbers.get(name, -1) for n, name in pairs], np.int32)
-    label[label >= len(classes)] = -1  # of a rejected sample
+    label = np.array([(labels.get(n, -1) if n >= 0 else named.get(name, -1)) for n, name in pairs], np.int32)
     columns = {"label": label, "class_name": np.array(["", *classes], object)[label + 1]}
     for name, values in columns.items():
         rows = rows.set_column(

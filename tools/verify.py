@@ -204,7 +204,8 @@ def check_foreign(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterato
                 with suppress(BadImage):  # of a sample that was rejected
                     if not info.packing.get("unlabelled"):
                         number, name = label_in(tar, found.files, names)
-                        label = number if number >= 0 else numbers.get(name, -1)
+                        known = numbers.get(name, numbers.get(str(number), -1))
+                        label = number if names and number >= 0 else known
                     listed[readable(found.key), offsets] = label
             good = []
             for row in rows:

@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 
 from pipelines import files
 from pipelines.errors import UserError, run_cli
+from tests.train_helpers import ROOT
 
 
 def test_a_write_is_atomic_and_leaves_no_temporary_files(tmp_path):
@@ -44,6 +47,17 @@ def test_a_full_disk_is_reported_whatever_error_a_library_raises(tmp_path, monke
     assert ended.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"error: {tmp_path}/c.pt: No space left on device; free some space, then")
+
+
+@pytest.mark.parametrize("count", [1, 100_000])
+def test_a_reader_that_ends_early_ends_the_command_without_a_traceback(count):
+    """As `head` does; Python prints the rest of a short output when it ends."""
+    main = f"from pipelines.errors import run_cli; run_cli(lambda: print('words ' * {count}))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run([sys.executable, "-c", main], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENAMETOOLONG])

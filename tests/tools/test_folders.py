@@ -1,6 +1,7 @@
 """Layouts of folders: recognised, rejected with an explanation, and split without dividing a source video."""
 
 import os
+import shutil
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
+from tests.test_project import call_make
 from tests.tools.test_pack import encoded, pixels, rows_of, write
 from tests.tools.test_pack_videos import make, numbered
 from tools.folders import FRAMES, PICTURES, VIDEOS, Kind, by_folder, find_sources
@@ -117,6 +119,8 @@ def test_what_systems_add_is_ignored_and_other_files_are_counted(tmp_path):
     assert listing.left_out == {
         ".txt files": (2, "train/a/notes.txt"),
         "other files": (1, "LICENSE"),
+        ".DS_Store files": (1, "train/.DS_Store"),
+        "Thumbs.db files": (1, "train/a/Thumbs.db"),
         "folders without samples": (2, "train/empty"),
         "pictures in test": (1, "test/5.jpg"),
     }
@@ -206,6 +210,22 @@ def test_a_class_keeps_a_video_in_train():
     assert len(train) == 3 and not val
 
 
+def test_files_of_one_video_are_one_sample(tmp_path):
+    """They were two samples, of which one could fall into each split."""
+    names = [f"{label}/c{n}{suffix}" for label in "ab" for n in range(10) for suffix in (".mp4", ".mkv")]
+    tree(tmp_path, *names, "a/c1.json", "a/d/c1.mp4")
+    listing = by_folder(find_sources(tmp_path, VIDEOS))
+    files = {item.source: item.others for item in listing.train}
+    assert len(files) == 21 and files["a/c2.mkv"] == ("a/c2.mp4",) and files["a/d/c1.mp4"] == ()
+    assert listing.left_out["other files of the same video"] == (20, "a/c0.mp4")
+    tree(tmp_path / "s", "train/a/1.mp4", "train/a/1.avi", "val/a/2.mp4")
+    split = by_folder(find_sources(tmp_path / "s", VIDEOS))
+    assert [item.source for item in split.train] == ["train/a/1.avi"]
+    assert split.left_out == {"other files of the same video": (1, "train/a/1.mp4")}
+    pictures = tree(tmp_path / "p", "a/1.jpg", "a/1.png")
+    assert len(by_folder(find_sources(pictures, PICTURES)).train) == 2
+
+
 # ---- names of classes --------------------------------------------------------------------------------------
 
 
@@ -278,6 +298,31 @@ def test_frame_folders_in_class_folders_are_packed_by_one_command(tmp_path, monk
     options = ClipOptions(workers=1)
     assert pack_clips(None, Path("other"), options, frames=Path("own")) == 0
     assert rows_of(Path("other")) == rows_of(Path("shards/kinetics"))
+
+
+def test_only_the_given_folders_are_packed(tmp_path, monkeypatch, capsys):
+    """VIDEOS=DIR also packed data/imagenet."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("data/imagenet", "mine"):
+        for number in range(4):
+            write(Path(f"{name}/a/{number}.jpg"), encoded(pixels(number)))
+    for clip in ("clip1", "clip2"):
+        write(Path(f"own/a/{clip}/1.jpg"), encoded(pixels(7)))
+    assert pack_all(ListOptions(workers=1), frames=Path("own"), out=Path("one")) == 0
+    assert [path.name for path in Path("one").iterdir()] == ["kinetics"]
+    assert pack_all(ListOptions(workers=1), images=Path("data/imagenet"), out=Path("two")) == 0
+    capsys.readouterr()
+    assert pack_all(ListOptions(workers=1), out=Path("three")) == 0
+    assert "data/tiny-kinetics-400 does not exist: it is not packed" in capsys.readouterr().out
+    assert [path.name for folder in ("two", "three") for path in Path(folder).iterdir()] == ["imagenet"] * 2
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_passes_only_the_folders_that_are_given():
+    for given in ("IMAGES", "FRAMES", "VIDEOS"):
+        command = call_make("-n", "shards", f"{given}=my folder").splitlines()[-1].split("tools.pack ")[1]
+        assert command.split() == ["all", f"--{given.lower()}", "'my", "folder'"]
+    assert call_make("-n", "shards").split()[-2:] == ["tools.pack", "all"]
 
 
 def test_the_table_shows_classes_and_what_is_left_out(tmp_path, capsys):

@@ -35,6 +35,7 @@ IN_ORDER = {
     "counted and timed": named("frame_{0}_at_{2}ms.jpg"),
     "every fifth": named("{2}.jpg"),
     "several suffixes": ["1.png", "2.jpg", "3.JPEG", "10.webp"],
+    "versions": [f"v1.{n}.jpg" for n in range(7, 13)],
     "a score": ["f1_s90.jpg", "f2_s10.jpg", "f3_s55.jpg", "f10_s11.jpg"],
 }
 
@@ -60,6 +61,7 @@ IN_CONFLICT = {
     "01.jpg and 1.jpg": ["1.jpg", "01.jpg", "2.jpg"],
     "left_1_right_3.jpg and left_3_right_1.jpg": [f"left_{n}_right_{4 - n}.jpg" for n in (1, 2, 3)],
     "10.00.01.jpg and 10.01.00.jpg": ["10.00.01.jpg", "10.00.02.jpg", "10.01.00.jpg"],
+    "v1.10.jpg and v1.2.jpg": ["v1.2.jpg", "v1.3.jpg", "v1.10.jpg"],
     "1_1.jpg and 1_2.jpg": ["1_1.jpg", "1_2.jpg", "2_1.jpg", "2_2.jpg"],
 }
 
@@ -147,5 +149,7 @@ def test_an_earlier_dataset_counts_as_packed_at_its_own_rate(tmp_path):
     assert pack_clips(options=ClipOptions(workers=1, **rates), **folders) == 0
     with pytest.raises(UserError, match=r"packed with source-fps 15\.0, not 30\.0"):
         pack_clips(options=ClipOptions(workers=1, fps=15.0), **folders)
+    with pytest.raises(UserError, match=r"packed with max-seconds 60\.0, not 20\.0"):
+        pack_clips(options=ClipOptions(workers=1, **rates, max_seconds=20.0), **folders)
     assert read_info(tmp_path / "out").fps == 15.0
     assert len(frames_of(tmp_path / "out", "train", rows_of(tmp_path / "out")[0])) > 1

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from pipelines.errors import UserError
 from tests.test_project import call_make
 from tests.tools.test_pack import LABELS, VAL, encoded, flat_val, pixels, rows_of, write
-from tests.tools.test_pack_videos import make, numbered
+from tests.tools.test_pack_videos import PACKING, make, numbered
 from tools.folders import FRAMES, PICTURES, VIDEOS, Kind
-from tools.kinetics import ClipOptions, find_list
-from tools.lists import Index, parse
+from tools.kinetics import ClipOptions, find_list, plan_clips, read_annotations
+from tools.listing import plan_of
+from tools.lists import Index, parse, read_text
 from tools.pack import pack_all, pack_clips
 from tools.samples import ListOptions, flat_classes, list_samples, read_list
+from tools.shards import PackPlan
 from tools.verify import verify
 
 SOURCES = ["riding a bike/x.mp4", "jumping, twice/y 1.mp4", "plain/78687.webm", "plain/v_Run_g01_c01.avi"]
@@ -118,6 +120,14 @@ def test_absent_files_are_kept_for_the_catalogue(tmp_path):
         ),
         ("plain/78687.webm 1\nplain/78687.webm 2\n", "line 2: 'plain/78687.webm' has a second class, '2'"),
         ("plain/78687.webm 1\nplain/v_Run_g01_c01.avi\n", "line 2: 'plain/v_Run_g01_c01.avi' has no class"),
+        (
+            "plain/78687.webm 0\nriding a bike/x.mp4 -1\n",
+            "line 2: '-1' is no class; write classes as 0",
+        ),
+        ("plain/78687.webm run\nriding a bike/x.mp4 -1\n", "list.txt line 2: '-1' is no class"),
+        ("plain/78687.webm run\nriding a bike/x.mp4 1.0\n", "list.txt line 2: '1.0' is no class"),
+        ("plain/78687.webm,0.5\nriding a bike/x.mp4,1\n", "list.txt line 1: '0.5' is no class"),
+        ("plain/78687.webm 12 0\nriding a bike/x.mp4 12 -1\n", "list.txt line 2: '-1' is no class"),
         ("plain/78687.webm 1\nnonsense\n", "line 2: 'nonsense' has no path and class"),
         ("x/a.mp4 1\n", "line 1: 'x/a.mp4' can be 1/x/a.mp4 or 2/x/a.mp4; give paths relative"),
         ('{"a": 1}', "is not a list of objects; of SSv2"),
@@ -137,6 +147,47 @@ def test_what_is_not_understood_is_named(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as caught:
         read(tmp_path, text, [*SOURCES, "1/x/a.mp4", "2/x/a.mp4"])
     assert "\n" not in str(caught.value) and "list.txt" in str(caught.value)
+
+
+def test_class_numbers_are_read_in_any_form(tmp_path):
+    """They were class names, in the order of text."""
+    text = f"{SOURCES[0]} 01\n{SOURCES[1]} 1.0\n{SOURCES[2]} 1e1\n{SOURCES[3]} +2\n"
+    assert [*read(tmp_path, text).values()] == ["1", "1", "10", "2"]
+
+
+def test_a_list_that_is_not_in_utf8_is_named_with_the_fix(tmp_path):
+    for text in ("café/1.mp4 0\n", "label,youtube_id,time_start,time_end\ncafé,a,0,10\n"):
+        write(tmp_path / "train.csv", text.encode("latin-1"))
+        for reads in (lambda path: read_text(path, "--train-list"), read_annotations):
+            with pytest.raises(UserError, match=r"train\.csv is not a text file in UTF-8; .* iconv"):
+                reads(tmp_path / "train.csv")
+
+
+def plan(tmp_path: Path, train: str, val: str) -> PackPlan:
+    """The plan of two lists of videos."""
+    lists = tmp_path / "train.csv", tmp_path / "val.csv"
+    for path, text in zip(lists, (train, val), strict=True):
+        write(path, text.encode())
+    return plan_clips(tmp_path, None, ClipOptions(train_list=lists[0], val_list=lists[1]), videos=True)
+
+
+def test_what_train_and_val_disagree_on_names_the_lists(tmp_path, capsys):
+    for name in ("a_000000_000010", "b_000000_000010", "c_000000_000010"):
+        write(tmp_path / f"{name}.mp4", b"")
+    write(tmp_path / "c_000000_000010.mkv", b"")
+    both = r"^\S*train\.csv and \S*val\.csv: "
+    with pytest.raises(UserError, match=both + "validation has class '2', training has not"):
+        plan(tmp_path, "a_000000_000010 0\nb_000000_000010 1\n", "c_000000_000010 2.0\n")
+    heading = "label,youtube_id,time_start,time_end\n"
+    with pytest.raises(UserError, match=both + r"'a_000000_000010\.mp4' is in train and in val; remove it"):
+        plan(tmp_path, f"{heading}run,a,0,10\nrun,b,0,10\n", f"{heading}run,a,0,10\n")
+    with pytest.raises(UserError, match=both + r"'c_000000_000010\.\w+' is in train and in val"):
+        plan(tmp_path, "c_000000_000010.mkv 0\n", "c_000000_000010.mp4 0\n")  # the same video
+    found = plan(tmp_path, "a_000000_000010 7\nb_000000_000010 2\n", "c_000000_000010.mp4 7\n")
+    assert found.classes == ["2", "7"]
+    assert found.splits["val"][0].others == ("c_000000_000010.mkv",)
+    words = "class number 0 is missing: the 2 numbers that occur, in their order, become the labels 0 to 1"
+    assert words in capsys.readouterr().out
 
 
 def test_a_line_with_two_readings_is_rejected(tmp_path):
@@ -170,8 +221,11 @@ def test_a_sample_in_both_lists_is_rejected(tmp_path):
         write(tmp_path / path, b"")
     write(tmp_path / "train.txt", b"a.mp4 0\nb.mp4 1\n")
     write(tmp_path / "val.txt", b"/data/b.mp4 1\n")
-    with pytest.raises(UserError, match=r"'b\.mp4' is also in .*train\.txt; remove it"):
-        list_samples(tmp_path / "videos", VIDEOS, tmp_path / "train.txt", tmp_path / "val.txt", None)
+    listing = list_samples(tmp_path / "videos", VIDEOS, tmp_path / "train.txt", tmp_path / "val.txt", None)
+    with pytest.raises(
+        UserError, match=r"train\.txt and .*val\.txt: 'b\.mp4' is in train and in val; remove"
+    ):
+        plan_of("video", listing, 0.1, PACKING, "videos")
 
 
 def test_the_lists_of_a_folder_are_found_by_name(tmp_path):

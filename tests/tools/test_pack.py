@@ -228,7 +228,9 @@ def test_a_finished_dataset_is_not_changed_and_other_settings_are_refused(tmp_pa
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert pack_images(source, tmp_path / "out") == 0
-    assert "out is already packed with these settings." in " ".join(capsys.readouterr().out.split())
+    assert "out is already packed with these settings. The contents of the source files are not" in " ".join(
+        capsys.readouterr().out.split()
+    )
     with pytest.raises(UserError, match="packed with short-side 256, not 100; give another --out"):
         pack_images(source, tmp_path / "out", short_side=100)
     with pytest.raises(UserError, match="packed with shard-size 8, not 4"):

@@ -1,5 +1,6 @@
 """Packing on several machines: parts and Ray write the bytes of one machine; bad nodes are named."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import UserError
+from pipelines.errors import INTERRUPTED, UserError
 from tests.test_project import requirements
-from tests.tools.test_pack import ROOT, image_tree, pack_images, sums
+from tests.tools.test_pack import ROOT, clip_tree, image_tree, pack_images, sums
 from tools.executors import pack_on_node, wait_until_seen
 from tools.imagenet import ImageOptions, load_image, plan_images
 from tools.packing import begin
@@ -34,6 +35,27 @@ def wait_for(condition, seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.005)
+
+
+def test_ctrl_c_while_workers_start_prints_one_line(tmp_path):
+    """The fork server printed a traceback while it imported what workers need."""
+    clip_tree(tmp_path, {"train": [("a", "v"), ("a", "u")], "val": [("a", "w")]}, frames=2)
+    words = ["--frames", tmp_path / "frames", "--out", tmp_path / "out", "--workers", 2, "--shard-size", 1]
+    command = [sys.executable, "-m", "tools.pack", "clips", *map(str, words)]
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # background processes may ignore SIGINT
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, process_group=0)
+    signal.signal(signal.SIGINT, before)
+
+    def server_imports() -> bool:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        servers = [n for n in children if b"forkserver" in Path(f"/proc/{n}/cmdline").read_bytes()]
+        return any("libavcodec" in Path(f"/proc/{n}/maps").read_text() for n in servers)
+
+    wait_for(server_imports)
+    os.killpg(process.pid, signal.SIGINT)
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in printed
+    assert printed.splitlines()[-1] == INTERRUPTED
 
 
 # ---- parts -----------------------------------------------------------------------------------------------

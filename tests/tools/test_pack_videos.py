@@ -559,5 +559,5 @@ def test_make_shards_takes_videos(tmp_path, monkeypatch, capsys):
     )
     assert pack_all(ListOptions(workers=1), videos=Path("k400")) == 0
     assert rows_of(tmp_path / "shards/kinetics")[0]["frames"] == 4
-    assert "no images packed" not in capsys.readouterr().out, "nobody named any"
+    assert "is not packed" not in capsys.readouterr().out, "nobody named any"
     assert "$(if $(VIDEOS),--videos '$(VIDEOS)')" in (ROOT / "Makefile").read_text()

@@ -4,8 +4,10 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from pipelines.errors import UserError
 from tests.tools.test_predict import answers, untrained
 from tests.train_helpers import picture, small
 from tools.predict import pack, predict
@@ -60,7 +62,14 @@ def test_a_folder_without_pictures_is_an_error(images: Path, tmp_path: Path, cap
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("a")
     assert predict(run, (tmp_path / "texts",), device="cpu") == 1
-    assert "not a regular file (this run takes pictures)" in capsys.readouterr().err
+    assert "a folder without pictures (this run takes pictures)" in capsys.readouterr().err
+
+
+def test_a_packed_dataset_is_for_make_eval(images: Path, tmp_path: Path):
+    run = untrained(small("image-ft-pico", images, tmp_path, "run"), 2)
+    words = rf"^{images} is a packed dataset; use make eval RUN=run DATA={images}\.$"
+    with pytest.raises(UserError, match=words):
+        predict(run, (images,), device="cpu")
 
 
 def test_imagenet_classes_are_shown_with_words(images: Path, tmp_path: Path, capsys):

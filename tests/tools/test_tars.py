@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -348,7 +349,9 @@ def test_names_of_classes(tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("cat\ndog\nowl\n")
     assert classes("named", "dog", "cat", "dog") == ([1, 0, 1], ("cat", "dog"))
-    assert classes("gaps", "0", "3") == ([0, 3], ("0", "1", "2", "3"))
+    assert classes("gaps", "7", "0", "3") == ([2, 0, 1], ("0", "3", "7"))  # as in lists
+    named = [{"label": n, "class_name": name} for n, name in ((9, "owl"), (4, "cat"))]
+    assert classes("named gaps", *named) == ([1, 0], ("cat", "owl"))
     assert classes("listed", "dog", "0", class_names=names) == ([1, 0], ("cat", "dog", "owl"))
     both = [{"label": 1, "class_name": "dog"}, {"label": 0, "class_name": "cat"}]
     assert classes("both", *both) == ([1, 0], ("cat", "dog"))
@@ -424,7 +427,7 @@ def test_parts_and_interruptions_give_the_same_catalogue(tmp_path, capsys):
     capsys.readouterr()
     assert index(pattern, tmp_path / "out", **options) == 0
     assert "already describes these tars" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(UserError, match="was written for another repack; give another --out"):
+    with pytest.raises(UserError, match="was packed with repack on, not off; give another --out"):
         index(pattern, tmp_path / "out", val_fraction=0.2)
 
 
@@ -620,6 +623,38 @@ def test_damaged_headers_never_lose_samples_in_silence(tmp_path):
         assert {*ENDS, *BAD_START.values()} & {*outcomes(tmp_path / "out").values()}
 
 
+def test_the_end_of_a_tar_that_is_missing_is_printed(tmp_path, capsys):
+    """It was one rejected row, so that a lost half of a dataset could end with exit code 0."""
+    shard_writer(tmp_path / "data", 6)
+    data = (tmp_path / "data/t-0000.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2])
+    index(tmp_path / "cut.tar", tmp_path / "out", val_fraction=0.0)
+    count = sum(row["status"] == "ok" for row in read_rows(tmp_path / "out"))
+    out = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"cut\.tar is cut off after (\d) samples: the rest of the tar is missing", out)
+    assert found and 0 < count <= int(found[1]) < 6
+
+
+def test_the_files_that_indexing_wrote_are_no_tars(tmp_path, capsys):
+    """DIR/* named dataset.json as a tar when the command was repeated."""
+    shard_writer(tmp_path, 12)
+    write_tar(tmp_path / "t-0009.tar", [("p.png", encoded(pixels(8), "PNG")), ("p.cls", b"1")])
+    for pattern in ("*", "**/*"):
+        assert index(f"{tmp_path}/{pattern}", repack=True) == 0
+    out = capsys.readouterr().out
+    assert "already describes these tars" in out
+    assert re.search(r"\*: \d other files are left out, such as \S+/dataset\.json\n", out)
+
+
+def test_keys_with_dots_are_explained(tmp_path):
+    """The reason was that the sample has no picture."""
+    dotted = [("a.v1.jpg", jpeg()), ("a.v1.cls", b"0")]
+    with pytest.raises(UserError, match=r"has a\.v1\.cls, a key with a dot, .* ends a key at its first dot"):
+        index(write_tar(tmp_path / "a.tar", dotted), tmp_path / "out")
+    index(write_tar(tmp_path / "b.tar", [*GOOD, *dotted]), tmp_path / "out", unlabelled=True)
+    assert outcomes(tmp_path / "out")["a"].startswith("a key with a dot, as of a.v1.jpg: WebDataset ends")
+
+
 REFUSED: dict[str, tuple[Callable[[Path], str], str]] = {
     "gzip": (lambda root: write_gz(root / "a.tar.gz"), r"a\.tar\.gz is compressed \(gzip\).*; unpack it"),
     "gzip without a suffix": (lambda root: write_gz(root / "a.tar"), r"is compressed \(gzip\)"),
@@ -701,6 +736,8 @@ def test_a_tar_that_is_named_in_two_ways_is_not_in_two_splits(tmp_path):
 def test_another_dataset_in_the_folder_is_kept(tmp_path):
     pattern = shard_writer(tmp_path / "data", 12)
     (tmp_path / "data/dataset.json").write_text('{"name": "mine"}')
-    with pytest.raises(UserError, match=r"dataset\.json is not of a packed dataset; give another --out"):
+    with pytest.raises(
+        UserError, match=r"dataset\.json is not of a packed dataset, or damaged; give another --out"
+    ):
         index(pattern)
     assert (tmp_path / "data/dataset.json").read_text() == '{"name": "mine"}'
