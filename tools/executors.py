@@ -35,8 +35,8 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
         yield from map(pack_shard, jobs)
         return
     context = multiprocessing.get_context("forkserver")
-    # torch takes seconds to import; clips seldom need it, pictures nearly always.
-    context.set_forkserver_preload([*PRELOADED, "torch"] if jobs[0].kind == "image" else PRELOADED)
+    # It loads torch's library; clips seldom need it, pictures nearly always.
+    context.set_forkserver_preload([*PRELOADED, "tools.resize"] if jobs[0].kind == "image" else PRELOADED)
     resource_tracker.ensure_running()  # otherwise the fork server starts it, which unblocks the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the fork server imports tools.interrupt
     forkserver.ensure_running()
@@ -52,12 +52,12 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
 def _follow_parent() -> None:
     """Start of a worker: it ends on Ctrl-C without a traceback, and with its parent, even a killed one.
 
-    torch, if preloaded, has one thread, as there is a worker per core: without AVX2, it resizes with several.
+    As there is a worker per core, each scales in one thread.
     """
-    if "torch" in sys.modules:
-        import torch
+    if "tools.resize" in sys.modules:
+        from tools.resize import use_one_thread
 
-        torch.set_num_threads(1)
+        use_one_thread()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()

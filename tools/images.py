@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,7 +39,6 @@ TRANSIENT = frozenset(
 )
 
 warnings.filterwarnings("ignore", module="PIL")  # each odd EXIF block would print two lines
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # torch only reads it
 Image.core.set_block_size((1 << 31) - 4096)  # the pixels of a picture are one array, which needs no copy
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked before any pixel is decoded
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -91,10 +91,11 @@ def _prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int
     jpeg = read_jpeg(data) if data.startswith(START) else None
     stream = io.BytesIO(jpeg.source() if jpeg else data)
     picture = open_picture(stream, max_pixels)
-    full = picture.size
+    full, pixels = picture.size, None
     try:
         if jpeg:
-            load_jpeg(picture, stream, jpeg, 2 * max(size or fitted(full, short_side)))
+            pixels = load_jpeg(picture, stream, jpeg, 2 * max(size or fitted(full, short_side)))
+            picture = picture if pixels is None else image_of(pixels, picture.info)
         else:
             _forget_xmp(picture)  # here, because Pillow turns a TIFF while it loads it
             picture.load()
@@ -106,7 +107,7 @@ def _prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int
         raise BadImage(why_not_decoded(picture, error)) from error
     goal = size or fitted(full[::-1] if orientation >= 5 else full, short_side)
     if upright.size != goal:
-        upright = resized(upright, goal)
+        upright = resized(upright, goal, pixels if upright is picture else None)
         changes.append("resized")
     if not changes:
         return Packed([data], upright.size, COPIED)
@@ -131,29 +132,32 @@ def encode(picture: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture, in mode L or RGB, scaled to (width, height): bicubic, antialiased.
+def resized(picture: Image.Image, size: tuple[int, int], pixels: np.ndarray | None = None) -> Image.Image:
+    """The picture, in mode L, RGB or RGBX, scaled to (width, height). pixels: its own, if known."""
+    from tools.resize import bicubic  # loads torch's library, and copied pictures can do without
 
-    torch takes a sixth of the time of Pillow and differs by at most 2 levels.
-    """
-    import torch  # takes seconds, and copied pictures can do without
+    return image_of(bicubic(pixels_of(picture) if pixels is None else pixels, size))
 
+
+def pixels_of(picture: Image.Image) -> np.ndarray:
+    """uint8 [height, width, 4 or 1] of a picture in mode RGB, RGBX or L, without a copy if possible."""
     if picture.readonly:  # its pixels belong to NumPy, and pyarrow would crash
         picture = picture.copy()
-    color = picture.mode == "RGB"  # Pillow stores four bytes for each pixel, of which the fourth is unused
-    mode, channels = ("RGBX", 4) if color else ("L", 1)
+    color = picture.mode != "L"  # Pillow stores four bytes for each pixel, of which the fourth is unused
     try:
         stored = pa.array(picture)  # without a copy
     except ValueError as error:
         raise BadImage("more than 2 GiB of pixels") from error
     pixels = (stored.values if color else stored).to_numpy()
-    out = np.empty((size[1], size[0], channels), np.uint8)
-    planes, results = (
-        torch.from_numpy(rows.reshape(1, height, width, channels)).permute(0, 3, 1, 2)
-        for rows, (width, height) in ((pixels, picture.size), (out, size))
-    )
-    torch.ops.aten._upsample_bicubic2d_aa.out(planes, size[::-1], False, None, None, out=results)
-    return Image.frombuffer(mode, size, out, "raw", mode, 0, 1)
+    return pixels.reshape(picture.height, picture.width, -1)
+
+
+def image_of(pixels: np.ndarray, info: dict[str | tuple[int, int], Any] | None = None) -> Image.Image:
+    """A picture in mode RGBX or L of the pixels uint8 [height, width, 4 or 1], without a copy."""
+    mode = "L" if pixels.shape[2] == 1 else "RGBX"
+    picture = Image.frombuffer(mode, pixels.shape[1::-1], pixels, "raw", mode, 0, 1)
+    picture.info = info or {}
+    return picture
 
 
 # ---- changes of pixels -------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _normal(picture: Image.Image, orientation: int, jpeg: Jpeg | None) -> tuple[Image.Image, list[str]]:
-    """The picture upright in mode L or RGB, and a list of the changes."""
+    """The picture upright in mode L, RGB or RGBX, and a list of the changes."""
     changes = [*jpeg.changes] if jpeg else [f"{picture.format} to JPEG"]
     upright: Image.Image = picture
     if jpeg and not has_clear_exif(jpeg.exif):
@@ -192,7 +196,7 @@ def _normal(picture: Image.Image, orientation: int, jpeg: Jpeg | None) -> tuple[
     if orientation > 1:
         upright = ImageOps.exif_transpose(picture)
         changes.append("turned upright as its EXIF says")
-    if upright.mode in ("L", "RGB") and "transparency" not in upright.info:
+    if upright.mode in ("L", "RGB", "RGBX") and "transparency" not in upright.info:
         return upright, changes
     if upright.mode.startswith("I;16") or (picture.format == "PPM" and upright.mode == "I"):
         changes.append("16 bit to 8 bit")

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
+import numpy as np
+import simplejpeg
 from PIL import Image, JpegImagePlugin
 
 START, END = b"\xff\xd8", b"\xff\xd9"
@@ -23,6 +25,8 @@ TAIL = 4  # bytes of coded data; if the last pixel ends before them, the decoder
 FILLER = bytes(0xA5 ^ n for n in range(64))  # libjpeg takes missing bits for zeros: these begin with a one
 RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 ORIENTATION = 0x0112
+# libjpeg's warnings that coded pixels are damaged; with the group, that some are missing.
+DAMAGE = re.compile("(premature end|found marker)|bad Huffman code", re.IGNORECASE)
 
 
 class BadImage(Exception):
@@ -188,13 +192,27 @@ def _markers(data: bytes) -> Iterator[tuple[int, int, bool]]:
 # ---- pixels ------------------------------------------------------------------------------------------------
 
 
-def load(picture: Image.Image, stream: io.BytesIO, jpeg: Jpeg, side: int) -> None:
-    """Decode `picture`, opened from `stream` of `jpeg.source()`. Raises `BadImage` if pixels are missing.
+def load(picture: Image.Image, stream: io.BytesIO, jpeg: Jpeg, side: int) -> np.ndarray | None:
+    """The pixels of `picture`, opened from `stream` of `jpeg.source()`: uint8 [height, width, 4 or 1].
 
-    The decoder may shrink large pictures 2, 4 or 8-fold, but not below `side` x `side` pixels.
+    None: it is a kind that only Pillow can decode, and has done. Raises `BadImage` if pixels are missing. The
+    decoder may shrink large pictures 2, 4 or 8-fold, but not below `side` x `side` pixels.
     """
     assert isinstance(picture, JpegImagePlugin.JpegImageFile)
     picture.draft(None, (side, side))
+    if jpeg.components < 4 and not jpeg.unusual:
+        (width, height), colors = picture.size, "GRAY" if jpeg.components == 1 else "RGBX"
+        try:
+            return simplejpeg.decode_jpeg(jpeg.data, colors, min_height=height, min_width=width)
+        except ValueError as error:  # also for each warning of libjpeg
+            if reason := DAMAGE.search(str(error)):
+                raise BadImage("truncated" if reason[1] else "damaged: it cannot be decoded") from error
+    _load_slowly(picture, stream, jpeg, side)
+    return None
+
+
+def _load_slowly(picture: JpegImagePlugin.JpegImageFile, stream: io.BytesIO, jpeg: Jpeg, side: int) -> None:
+    """Decode `picture` with Pillow, which hides libjpeg's warnings. Raises `BadImage` for missing pixels."""
     if not jpeg.in_one_piece:
         picture.decodermaxblock = len(jpeg.data)  # arithmetic coding must be decoded in one call
         picture.load()
