@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from train import checkpoint, distributed
 from train.config import Config, from_dict, refused_changes, shared_settings, to_dict
 from train.console import log, screen
 from train.distributed import World
+from train.metrics import Row
 from train.optim import total_steps
 
 UNLOCKED = "a second training process in this folder would not be noticed"
@@ -52,6 +54,19 @@ class Run:
         screen.close()
         if self.lock is not None:
             self.lock.close()
+
+    def beat(self, row: Row, state: str = "training") -> None:
+        """On rank 0, replace heartbeat.json: the row's step, the time, and what the run does.
+
+        state: training, evaluating, stopped or finished. The file is not flushed to the disk, so that no row
+        waits for that.
+        """
+        if self.lock is not None and self.folder is not None:
+            temporary = self.folder / ".heartbeat.tmp"
+            values = {"step": row["step"], "time": time.time(), "state": state}
+            with suppress(OSError):  # the run can do without it
+                temporary.write_text(json.dumps(values) + "\n")
+                temporary.replace(self.folder / "heartbeat.json")
 
     @contextmanager
     def starting(self) -> Iterator[None]:
