@@ -70,13 +70,13 @@ class Run:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Remove the run folder after a `UserError`, if it holds only the log of starts that failed."""
+        """Remove the run folder after a `UserError`, if it holds only logs of starts that failed."""
         try:
             yield
         except UserError:
             if self.lock is not None and self.folder is not None:
                 self.close()
-                if {path.name for path in self.folder.iterdir()} <= {".lock", "log.txt"}:
+                if {path.name for path in self.folder.iterdir()} <= {".lock", "log.txt", "logs"}:
                     shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
@@ -94,8 +94,22 @@ def start_run(config: Config) -> Run:
     entered = distributed.on_rank_0(world, lambda: enter(config, data))
     finished, newest = distributed.broadcast(entered[1:] if entered else (False, None))
     if not finished:
+        if not world.is_main:
+            screen.open(folder / "logs" / f"rank-{world.rank}.txt")
         log(f"run {folder}: {world.size} process(es) on {distributed.device_text(world)}")
+        log_cores()
     return Run(world, folder, data, newest, finished, entered[0] if entered else None)
+
+
+def log_cores() -> None:
+    """Log the CPU cores per process, with a warning where that is one; all processes call it together."""
+    cores = distributed.gather_objects(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    least, most = max(1, min(cores)), max(1, *cores)
+    log(f"CPU cores per process: {least if least == most else f'{least} to {most}'}")
+    if least == 1:
+        few = f"WARNING: {sum(count <= 1 for count in cores)} of {len(cores)} processes have 1 core"
+        fix = "give each process more, under Slurm with --cpus-per-task for sbatch and srun"
+        log(f"{few}: decoding may be slower than training; {fix}")
 
 
 def enter(config: Config, data: Mapping[str, object]) -> tuple[IO[str], bool, Path | None]:

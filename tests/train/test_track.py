@@ -17,10 +17,12 @@ from pipelines.errors import UserError
 from pipelines.machine import World
 from tests.train.test_resume import changed, quick
 from train import loop, mae, track
-from train.config import Config, RunConfig
+from train.checkpoint import checkpoint_bytes
+from train.config import Config, RunConfig, from_dict
 from train.console import parse
 from train.metrics import read_csv
 from train.presets import MAE_PRESETS
+from train.task import create_model
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 Read = tuple[dict[tuple[int, str], float], list[int]]
@@ -162,6 +164,13 @@ def test_a_tracker_has_every_row_once_after_a_resume(tracked: Path, name: str):
     }
     assert {at: values[at] for at in exact} == pytest.approx(exact, rel=1e-6)
     assert pictures == [5, 10]
+
+
+def test_the_formula_gives_the_size_of_a_checkpoint(tracked: Path):
+    config = from_dict(json.loads((tracked / "config.json").read_text()))
+    model = create_model(config.data, config.model)
+    for path in (tracked / "checkpoints").glob("*.pt"):
+        assert checkpoint_bytes(model, config.optim) == pytest.approx(path.stat().st_size, rel=0.01)
 
 
 def test_the_heartbeat_of_a_finished_run_says_so(tracked: Path):
