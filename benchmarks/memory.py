@@ -20,6 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from models.mae import MaskedAutoencoder
 from models.zoo import create
 from pipelines.errors import run_cli
+from train.checkpoint import checkpoint_bytes
+from train.config import OptimConfig
 
 SIZES = ("tiny", "small", "base", "base_plus", "large", "huge")
 BYTES_A_PARAMETER = 18
@@ -33,6 +35,7 @@ class Need:
     model: str
     fixed: float
     a_sample: float
+    checkpoint: float  # on disk, with AdamW and without a moving average
 
     def micro_batch(self, gigabytes: float) -> int:
         """Most samples per forward that fit, rounded down to a power of two; 0 if one does not fit."""
@@ -52,7 +55,8 @@ def need_of(name: str, **overrides: object) -> Need:
                 module._buffers[key] = torch.empty(t.shape, dtype=t.dtype)
         one, two = (saved_bytes(model, batch) for batch in (1, 2))
     parameters = sum(p.numel() for p in model.parameters())
-    return Need(name, parameters * BYTES_A_PARAMETER, two - one)
+    saved = checkpoint_bytes(model, OptimConfig())
+    return Need(name, parameters * BYTES_A_PARAMETER, two - one, saved)
 
 
 def saved_bytes(model: nn.Module, batch: int) -> int:
@@ -85,13 +89,16 @@ def run(gigabytes: tuple[int, ...] = (16, 24, 40, 80, 141)) -> list[Need]:
     """Compute the memory of every published model; print a table for GPUs of these sizes."""
     shapes = {"224": SIZES, "16x224": SIZES[2:]}
     needs = []
-    table = Table("model", "state (GB)", "a sample (MB)", *(f"{size} GB" for size in gigabytes))
+    columns = ("model", "state (GB)", "a sample (MB)", "checkpoint (GB on disk)")
+    table = Table(*columns, *(f"{size} GB" for size in gigabytes))
     for shape, sizes in shapes.items():
         for task in ("mae_", ""):
             for size in sizes:
                 need = need_of(f"{task}hiera_{size}_{shape}")
                 fits = (str(need.micro_batch(size) or "-") for size in gigabytes)
-                table.add_row(need.model, f"{need.fixed / 2**30:.1f}", f"{need.a_sample / 2**20:.0f}", *fits)
+                sizes_of_one = (need.fixed / 2**30, need.a_sample / 2**20, need.checkpoint / 1e9)
+                numbers = map(str.format, ("{:.1f}", "{:.0f}", "{:.2f}"), sizes_of_one)
+                table.add_row(need.model, *numbers, *fits)
                 needs.append(need)
     Console(width=130).print(table)
     return needs

@@ -4,6 +4,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
+#SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
@@ -20,6 +21,9 @@ save_and_requeue() {
     scancel --signal=TERM "$SLURM_JOB_ID"
 }
 trap save_and_requeue USR1
+
+export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 NCCL_DEBUG=INFO
 
 if [ -n "${STAGE:-}" ]; then
     srun .venv/bin/python -m tools.stage "$STAGE" "$TO" || exit

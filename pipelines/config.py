@@ -14,15 +14,17 @@ Range = tuple[float, float]  # from, to
 
 
 def check_settings(settings: object, prefix: str, **ranges: Range) -> None:
-    """Raise UserError for a setting outside its range, or one that is no choice of its Literal type.
+    """Raise UserError for a setting outside its range, or a word that is no choice of its Literal type.
 
     prefix: what comes before the field's name on the command line, such as "data.".
     """
     for name, limits in ranges.items():
         check_range(prefix + name, getattr(settings, name), limits)
     for name, words in choices(type(settings)).items():
-        if (value := getattr(settings, name)) not in words:
-            raise UserError(f"{prefix}{name} is '{value}'; it can be {', '.join(words)}")
+        value = getattr(settings, name)
+        for word in value if isinstance(value, tuple) else (value,):
+            if word not in words:
+                raise UserError(f"{prefix}{name} is '{word}'; it can be {', '.join(words)}")
 
 
 def check_range(name: str, value: float, limits: Range) -> None:
@@ -36,9 +38,10 @@ def check_range(name: str, value: float, limits: Range) -> None:
 
 @cache
 def choices(kind: type) -> dict[str, tuple[str, ...]]:
-    """The words that each Literal field of a dataclass can be."""
+    """The words that each field of a dataclass can be whose type is a Literal, or a tuple of them."""
     hints = typing.get_type_hints(kind)
-    return {name: typing.get_args(hint) for name, hint in hints.items() if typing.get_origin(hint) is Literal}
+    single = {n: typing.get_args(h)[0] if typing.get_origin(h) is tuple else h for n, h in hints.items()}
+    return {name: typing.get_args(h) for name, h in single.items() if typing.get_origin(h) is Literal}
 
 
 @dataclass(frozen=True, kw_only=True)

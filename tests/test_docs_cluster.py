@@ -8,18 +8,33 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.zoo import create
+from pipelines import machine
 from tests.tools.test_pack import image_tree, pack_images, sums
 from tests.train_helpers import ROOT, arguments, small
+from train.checkpoint import checkpoint_bytes
+from train.config import OptimConfig
+from train.rundir import log_cores
 
 SCRIPTS = ("slurm-train.sh", "slurm-pack.sh")
 STANDINS = {
-    "srun": 'while [[ $1 == --* ]]; do shift; done; echo $$ > "$NOTES/task"; exec "$@"',
+    "srun": 'while [[ $1 == --* ]]; do shift; done; echo $$ > "$NOTES/task"; '
+    'echo "${SRUN_CPUS_PER_TASK:-1}" >> "$NOTES/cores"; exec "$@"',
     "scontrol": '[ "$1" = show ] && echo localhost || echo "$@" >> "$NOTES/requeued"',
     "scancel": 'kill -TERM "$(cat "$NOTES/task")"',
+}
+
+JOB = {
+    "SLURM_JOB_ID": os.getpid(),
+    "SLURM_JOB_NODELIST": "n1",
+    "SLURM_JOB_NUM_NODES": 1,
+    "SLURM_CPUS_PER_TASK": 64,
 }
 
 
@@ -49,8 +64,7 @@ def test_training_that_is_warned_saves_and_goes_on_when_queued_again(images, tmp
     """The time limit comes near in mid-run; queued again, the same job finishes the run."""
     config = small("image-mae-pico", images, tmp_path / "runs", "long", epochs=6.0)
     command = ["bash", ROOT / "docs/slurm-train.sh", "train.mae", "image-mae-pico", *arguments(config)]
-    job = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": 1}
-    env = slurm(tmp_path, **job, SLURM_GPUS_ON_NODE=1)
+    env = slurm(tmp_path, **JOB, SLURM_GPUS_ON_NODE=1)
     rows = tmp_path / "runs/long/metrics.csv"
     with subprocess.Popen(command, env=env, stdout=-1, stderr=-2, text=True) as first:
         end = time.monotonic() + 120
@@ -69,11 +83,37 @@ def test_training_that_is_warned_saves_and_goes_on_when_queued_again(images, tmp
 
 
 def test_training_that_fails_is_not_queued_again(tmp_path):
+    """It had all cores of its node: srun without SRUN_CPUS_PER_TASK would give it one."""
     command = ["bash", ROOT / "docs/slurm-train.sh", "train.mae", "image-mae-pico", "--data.path", "/nowhere"]
-    job = {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": 1, "GPUS": 1}
-    failed = subprocess.run(command, env=slurm(tmp_path, **job), capture_output=True, text=True, check=False)
+    env = slurm(tmp_path, **JOB, GPUS=1)
+    failed = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (tmp_path / "cores").read_text() == "64\n"
     assert failed.returncode not in (0, 138) and "/nowhere" in failed.stderr
     assert not (tmp_path / "requeued").exists()
+
+
+def test_a_run_prints_its_cores_and_warns_if_a_process_has_one(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(machine, "cpu_quotas", lambda _: iter((9.0,)))
+    log_cores()
+    assert capsys.readouterr().out == "CPU cores per process: 4\n"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    log_cores()
+    printed = capsys.readouterr().out
+    assert printed.startswith("CPU cores per process: 1\nWARNING: 1 of 1 processes have 1 core: ")
+
+
+def test_the_page_has_the_size_of_the_checkpoints_of_a_model():
+    page = (ROOT / "docs/cluster.md").read_text()
+    adamw = OptimConfig()
+    for size in ("tiny", "base", "huge"):
+        models = []
+        for name in (f"mae_hiera_{size}_224", f"hiera_{size}_224"):
+            with torch.device("meta"):
+                models.append(create(name))
+        sizes = [checkpoint_bytes(model, replace(adamw, ema=ema)) for model in models for ema in (0.0, 0.9)]
+        assert f"| `{size}` | {' | '.join(f'{one / 1e9:.2f}' for one in sizes)} |" in page
 
 
 def test_an_array_packs_the_bytes_of_one_run(tmp_path):

@@ -18,7 +18,7 @@ from pipelines.loader import Batch, TrainLoader
 from pipelines.machine import usable_cores
 from pipelines.views import check_info
 from train import distributed
-from train.checkpoint import State
+from train.checkpoint import State, checkpoint_bytes
 from train.config import Config, ModelConfig, SpeedConfig
 from train.console import log
 from train.distributed import World
@@ -55,7 +55,8 @@ def build(config: Config, task: Task, run: Run) -> State:
     set_precision(config.speed, device)
     log_plan(config, task, run.world)
     parameters = sum(p.numel() for p in task.model.parameters())
-    log(f"model {config.model.name}: {parameters / 1e6:.1f} M parameters")
+    size = checkpoint_bytes(task.model, config.optim) / 1e6
+    log(f"model {config.model.name}: {parameters / 1e6:.1f} M parameters, {size:,.0f} MB per checkpoint")
     if config.model.init and run.newest is None:
         warm_start(task.model, config.model, task.training.info.classes)
     model = task.model.to(device)

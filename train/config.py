@@ -99,6 +99,8 @@ class RunConfig:
     """Settings that may differ from the run's on resume, such as optim.epochs; `data` for other shards."""
     detail: bool = False
     """Also write every step of every process to detail/rank-N.csv."""
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Live trackers: any of tensorboard, wandb, mlflow, trackio."""
     max_skipped: int = 10
     """Stop after so many non-finite steps in a row, at least 1."""
 
@@ -252,7 +254,8 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
 # Settings that may change on resume, because they do not change the result.
 FREE = (
     "speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "run.log_every",
-    "run.eval_every", "run.patience", "run.checkpoint_every", "run.max_skipped", "data.max_bad", "data.path",
+    "run.eval_every", "run.patience", "run.checkpoint_every", "run.max_skipped", "run.track", "data.max_bad",
+    "data.path",
 )  # fmt: skip
 # Settings that never change within a run, not even with run.allow: its checkpoints would not fit.
 FIXED = (

@@ -1,6 +1,6 @@
-"""The command line, and the console and log file of rank 0.
+"""The command line, the console of rank 0, and a log file per rank.
 
-`log` prints a line, and appends it to log.txt while a run is open.
+`log` prints a line on rank 0. While a run is open, every rank appends its lines and stderr to its log file.
 """
 
 import atexit
@@ -8,7 +8,7 @@ import dataclasses
 import os
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -23,18 +23,30 @@ BARS, CURVE = "▁▂▃▄▅▆▇█", 30
 
 
 class Output:
-    """stdout or stderr that keeps accepting text after its reader or terminal is closed."""
+    """stdout or stderr that keeps accepting text after its reader or terminal is closed.
 
-    def __init__(self, stream: Any) -> None:
+    label: put before every line, such as the rank; copy: also called with every text that is written.
+    """
+
+    def __init__(self, stream: Any, label: str = "", copy: Callable[[str], object] | None = None) -> None:
         self._stream, self.closed_by_reader = stream, False
+        self._label, self._copy, self._begins = label, copy, True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         with self._tolerant():
-            self._stream.write(text)
+            self._stream.write(self._labelled(text) if self._label else text)
+        if self._copy is not None:
+            self._copy(text)
         return len(text)
+
+    def _labelled(self, text: str) -> str:
+        lines = text.splitlines(keepends=True)
+        labels = [self._label * (number > 0 or self._begins) for number in range(len(lines))]
+        self._begins = text.endswith("\n") if text else self._begins
+        return "".join(map(str.__add__, labels, lines))
 
     def flush(self) -> None:
         with self._tolerant():
@@ -51,12 +63,17 @@ class Output:
 
 
 def survive_closed_output() -> None:
-    """Let training continue when the pipe or terminal that it prints to is closed."""
-    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    """Let training continue when the pipe or terminal that it prints to is closed.
+
+    stderr is copied to the log file of this rank, and its lines begin with the rank unless that is 0.
+    """
+    rank = os.environ.get("RANK", "0")
+    label = "" if rank == "0" else f"[rank {rank}] "
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr, label, screen.copy)
 
 
 class Screen:
-    """Lines on stdout and in log.txt, and on a terminal a progress bar. Only rank 0 prints."""
+    """Lines on stdout and in a log file, and on a terminal a progress bar. Only rank 0 prints."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
@@ -69,6 +86,7 @@ class Screen:
     def open(self, path: Path) -> None:
         """Append the lines from here on to `path`, until `close`."""
         self.close()
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._file, self._losses, self._scores, self._noted = path.open("a", buffering=1), [], [], False
 
     def close(self) -> None:
@@ -78,16 +96,19 @@ class Screen:
             self._file = None
 
     def line(self, text: str) -> None:
-        """Print a line, and append it to the log file if one is open."""
-        if not self._active:
-            return
-        self._console.print(text, markup=False)
-        sys.stdout.flush()
+        """Print a line on rank 0, and append it to the log file if one is open."""
+        if self._active:
+            self._console.print(text, markup=False)
+            sys.stdout.flush()
+        if getattr(sys.stdout, "closed_by_reader", False) and not self._noted:
+            self.copy("the output was closed by its reader; training continues, and logs here\n")
+            self._noted = True
+        self.copy(text + "\n")
+
+    def copy(self, text: str) -> None:
+        """Append text to the log file if one is open."""
         if self._file is not None:
-            if getattr(sys.stdout, "closed_by_reader", False) and not self._noted:
-                self._file.write("the output was closed by its reader; training continues, and logs here\n")
-                self._noted = True
-            self._file.write(text + "\n")
+            self._file.write(text)
 
     @property
     def _active(self) -> bool:

@@ -213,6 +213,14 @@ def gather(values: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every process's value, in the order of ranks."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -251,10 +259,7 @@ def broadcast(value: T) -> T:
 
 def check_agreement(world: World, what: str, value: object, advice: str) -> None:
     """End all processes, with a UserError on rank 0, unless `value` is equal on all ranks."""
-    values: list[object] = [value]
-    if dist.is_initialized():
-        values = [None] * world.size
-        dist.all_gather_object(values, value)
+    values = gather_objects(value)
     others = [str(rank) for rank, other in enumerate(values) if other != values[0]]
     if others:
         fail(world, f"{what} of rank {', '.join(others)} differ from those of rank 0; {advice}")

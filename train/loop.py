@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.inputs import NormalizedInput
 from pipelines.errors import UserError
 from pipelines.loader import Batch, blank_batch
-from train import checkpoint, distributed, ending, rundir
+from train import checkpoint, distributed, ending, rundir, track
 from train.build import (
     Autocast,
     arrange_buckets,
@@ -71,7 +71,7 @@ def fit(config: Config, make_task: MakeTask) -> int:
         task = make_task(config, run)  # datasets, model, loss, evaluation
         state = build(config, task, run)  # precision, starting weights, optimizer, moving average
         resume(config, task, run, state)  # all processes must have the same weights
-    trainer = Trainer(config, task, run, state)  # metrics, compilation, DDP, loader
+        trainer = Trainer(config, task, run, state)  # metrics, compilation, DDP, loader
     with screen.progress(state.step, trainer.steps):
         if state.row is not None:
             log(f"step {state.step} was saved before its evaluation ended; evaluating it again")
@@ -123,6 +123,7 @@ class Trainer:
 
     def __init__(self, config: Config, task: Task, run: Run, state: State) -> None:
         self.config, self.task, self.run, self.state = config, task, run, state
+        self.tracks = track.start(config, run.world, state.step)  # TensorBoard and others, on rank 0
         world, folder = run.world, config.run.folder
         self.steps = total_steps(config.optim, len(task.training))  # of the whole run
         self.eval_every = config.run.eval_every or eval_interval(config.optim, len(task.training))
@@ -133,6 +134,7 @@ class Trainer:
         if world.is_main:
             rundir.record_start(config, run.data, {"step": state.step, "processes": world.size})
             self.metrics = MetricsWriter(folder, task.columns, state.step)
+            self.metrics.followers = [run.beat, *([self.tracks.row] if self.tracks else [])]
             evaluated = [row for row in self.metrics.kept if row["loss_val"] is not None]
             self.best = best_of(evaluated)
             self.since = sum(row["step"] > self.best.get("step", 0) for row in evaluated)
@@ -260,6 +262,7 @@ def evaluate(trainer: Trainer) -> None:
     """Evaluate, complete and write the row of this step; if a signal comes first, save instead."""
     task, state = trainer.task, trainer.state
     assert task.validation is not None and state.row is not None
+    trainer.run.beat(state.row, "evaluating")
     try:
         scores = task.evaluate(trainer.eval_model, task.validation, trainer.stop.check)
     except ending.Stopped as stopped:
@@ -275,15 +278,26 @@ def evaluate(trainer: Trainer) -> None:
 
             export(state.evaluated, trainer.config, "best.safetensors", state.step)
     trainer.recorder.write(row, trainer.best)
+    if trainer.tracks is not None and state.step < trainer.steps:
+        draw(trainer)
     trainer.clock.skip()
 
 
 # ---- the end
 
 
+def draw(trainer: Trainer) -> None:
+    """Draw what the model does with the first samples, and send the picture to the trackers; on rank 0."""
+    task, path = trainer.task, trainer.config.run.folder / "reconstruction.png"
+    if task.picture is not None:
+        task.picture(path, trainer.eval_model, task.validation or task.training, 6)
+        if trainer.tracks is not None:
+            trainer.tracks.picture("val/reconstruction", path, trainer.state.step)
+
+
 def finish(trainer: Trainer) -> None:
     """Complete the rows and checkpoints; if no signal stopped the run, also write the results."""
-    config, task, state, folder = trainer.config, trainer.task, trainer.state, trainer.config.run.folder
+    config, task, state = trainer.config, trainer.task, trainer.state
     trainer.stop.wait()
     trainer.recorder.settle()
     if trainer.stops_early and not trainer.signal:
@@ -299,16 +313,16 @@ def finish(trainer: Trainer) -> None:
     elif trainer.metrics is not None:
         from train.card import export, write_card  # here: it needs the models, and a launcher does not
 
-        if task.picture is not None:
-            task.picture(
-                folder / "reconstruction.png", trainer.eval_model, task.validation or task.training, 6
-            )
+        draw(trainer)
         trainer.metrics.close()
         write_card(config, task.training.info, state.step)
         path = export(state.evaluated, config, "model.safetensors", state.step)  # last: it ends the run
         best = f"; {best_text(trainer.best)}: best.safetensors" if trainer.best else ""
         log(f"done: {path} after {trainer.clock.elapsed():.0f} s of training{best}")
+    trainer.run.beat({"step": state.step}, "stopped" if trainer.signal else "finished")
     trainer.run.close()
     # torchrun sends SIGTERM to the others once a process has ended: none may end before rank 0 has saved.
     distributed.barrier()
+    if trainer.tracks is not None:
+        trainer.tracks.close()
     trainer.stop.restore()

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,11 +25,12 @@ class MetricsWriter:
     """Appends rows to `metrics.csv` at once, and to `metrics/part-*.parquet` at each `commit`.
 
     When a run resumes after `step`, the later rows are first dropped from both, because those steps are done
-    again. `kept` are the rows that remain.
+    again. `kept` are the rows that remain. `followers` are called with every row that is written.
     """
 
     def __init__(self, run: Path, columns: tuple[str, ...], step: int) -> None:
         self.columns = columns
+        self.followers: list[Callable[[Row], None]] = []
         self.folder = run / "metrics"
         self.folder.mkdir(exist_ok=True)
         path = run / "metrics.csv"
@@ -49,6 +50,8 @@ class MetricsWriter:
         self._csv.writerow(_texts(row, self.columns))
         self._file.flush()
         self._uncommitted.append(dict(row))
+        for follower in self.followers:
+            follower(row)
 
     def commit(self) -> None:
         """Write the rows since the last commit as a Parquet part."""

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from train import checkpoint, distributed
 from train.config import Config, from_dict, refused_changes, shared_settings, to_dict
 from train.console import log, screen
 from train.distributed import World
+from train.metrics import Row
 from train.optim import total_steps
 
 UNLOCKED = "a second training process in this folder would not be noticed"
@@ -53,15 +55,28 @@ class Run:
         if self.lock is not None:
             self.lock.close()
 
+    def beat(self, row: Row, state: str = "training") -> None:
+        """On rank 0, replace heartbeat.json: the row's step, the time, and what the run does.
+
+        state: training, evaluating, stopped or finished. The file is not flushed to the disk, so that no row
+        waits for that.
+        """
+        if self.lock is not None and self.folder is not None:
+            temporary = self.folder / ".heartbeat.tmp"
+            values = {"step": row["step"], "time": time.time(), "state": state}
+            with suppress(OSError):  # the run can do without it
+                temporary.write_text(json.dumps(values) + "\n")
+                temporary.replace(self.folder / "heartbeat.json")
+
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Remove the run folder after a `UserError`, if it holds only the log of starts that failed."""
+        """Remove the run folder after a `UserError`, if it holds only logs of starts that failed."""
         try:
             yield
         except UserError:
             if self.lock is not None and self.folder is not None:
                 self.close()
-                if {path.name for path in self.folder.iterdir()} <= {".lock", "log.txt"}:
+                if {path.name for path in self.folder.iterdir()} <= {".lock", "log.txt", "logs"}:
                     shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
@@ -79,8 +94,22 @@ def start_run(config: Config) -> Run:
     entered = distributed.on_rank_0(world, lambda: enter(config, data))
     finished, newest = distributed.broadcast(entered[1:] if entered else (False, None))
     if not finished:
+        if not world.is_main:
+            screen.open(folder / "logs" / f"rank-{world.rank}.txt")
         log(f"run {folder}: {world.size} process(es) on {distributed.device_text(world)}")
+        log_cores()
     return Run(world, folder, data, newest, finished, entered[0] if entered else None)
+
+
+def log_cores() -> None:
+    """Log the CPU cores per process, with a warning where that is one; all processes call it together."""
+    cores = distributed.gather_objects(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    least, most = max(1, min(cores)), max(1, *cores)
+    log(f"CPU cores per process: {least if least == most else f'{least} to {most}'}")
+    if least == 1:
+        few = f"WARNING: {sum(count <= 1 for count in cores)} of {len(cores)} processes have 1 core"
+        fix = "give each process more, under Slurm with --cpus-per-task for sbatch and srun"
+        log(f"{few}: decoding may be slower than training; {fix}")
 
 
 def enter(config: Config, data: Mapping[str, object]) -> tuple[IO[str], bool, Path | None]:

@@ -71,3 +71,7 @@ def test_a_failing_process_prints_its_error_and_ends_the_others(images, tmp_path
     assert codes == [2, code], (seconds, printed)
     assert printed.count(str(ERRORS[kind])) == 1 and printed.count("process 0: another process failed") == 1
     assert ("Traceback" in printed) == (kind == "code")
+    assert f"[rank 1] {'error' if kind == 'user' else 'AssertionError'}: {ERRORS[kind]}\n" in printed
+    logged = (tmp_path / "run/logs/rank-1.txt").read_text()
+    assert "CPU cores per process: " in logged and str(ERRORS[kind]) in logged and "[rank" not in logged
+    assert ("Traceback" in logged) == (kind == "code")
