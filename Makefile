@@ -62,8 +62,8 @@ plot: env  ## plot the curves of RUN="NAME [NAME ...]"
 report: env  ## write a page about RUN=NAME: runs/NAME/report.html
 	$(PY) -m tools.report 'runs/$(NAMED)' $(ARGS)
 
-predict: env  ## classify INPUT="FILE [FOLDER ...]" with RUN=NAME (MAE: reconstruct): pictures, videos, folders of frames
-	$(PY) -m tools.predict 'runs/$(NAMED)' $(or $(INPUT),$(error name files or folders with INPUT=)) $(OTHER) $(ARGS)
+predict: env  ## classify INPUT="FILE [FOLDER ...]" with RUN=NAME (MAE: reconstruct): pictures, videos, folders of frames; OUT=FILE.csv|json|parquet
+	$(PY) -m tools.predict 'runs/$(NAMED)' $(or $(INPUT),$(error name files or folders with INPUT=)) $(OTHER) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 bench: env  ## compare speed with other implementations: BENCH=all|loader|model|training|packing IMAGES=DIR
 	$(PY) -m benchmarks $(BENCH) $(if $(IMAGES),$(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)')) $(ARGS)

@@ -1,13 +1,13 @@
 """Predictions of a run for pictures or clips: python -m tools.predict runs/NAME INPUT [INPUT ...].
 
-For a classifier, the most probable classes are printed. For a masked autoencoder, a picture of
-reconstructions is drawn. An input is a picture or a folder of pictures; for clips, it is a video file or a
-folder of frames. Inputs are packed like training data and read like validation data, so that predictions are
-those of `make eval`. In folders, the files that packing skips are skipped: hidden ones and other suffixes.
+For a classifier, the most probable classes are printed, or written to a table: --out FILE.csv, .json or
+.parquet. For a masked autoencoder, a picture of reconstructions is drawn. An input is a picture or a folder
+of pictures; for clips, it is a video file or a folder of frames. Inputs are packed like training data and
+read like validation data, so that predictions are those of `make eval`. In folders, the files that packing
+skips are skipped: hidden ones and other suffixes.
 """
 
 import json
-import math
 import os
 import sys
 import tempfile
@@ -17,12 +17,16 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import tyro
+from pyarrow import csv
 
 from models.inputs import NormalizedInput
 from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
+from pipelines.files import atomic_write
 from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image
 from tools.images import SUFFIXES, BadImage, Packed, mode_of
@@ -45,6 +49,7 @@ from train.evaluate import load_model, open_task, read_config, weights_of
 from train.task import Task
 
 NOT_FINITE = "the model's probabilities for it are not finite"
+TABLES = (".csv", ".json", ".parquet")
 DRAWN = 24  # most inputs in a picture of reconstructions; they are one batch
 
 
@@ -56,16 +61,17 @@ def predict(
     out: Path | None = None,
     device: str = "auto",
 ) -> int:
-    """Print the classes of every input, or draw reconstructions; return 1 if an input has no result.
+    """Show the classes of every input, or draw reconstructions; return 1 if an input has no result.
 
     An input has none if it cannot be read or if the model's probabilities for it are not finite.
 
     Args:
         run: folder of a finished run, such as runs/image-ft-pico.
         inputs: pictures and folders of them; or video files and folders of frames.
-        top: number of classes to print.
+        top: number of classes to show.
         weights: weights file; default: model.safetensors of the run.
-        out: picture of reconstructions; default: predict.png in the run folder.
+        out: .csv, .json or .parquet file for a classifier's predictions; default: they are printed. For an
+            autoencoder, the .png picture of reconstructions; default: predict.png in the run folder.
         device: auto, cuda or cpu.
     """
     if not inputs:
@@ -77,34 +83,91 @@ def predict(
     if packed := next((path for path in inputs if S_ISREG(mode_of(path / "dataset.json"))), None):
         raise UserError(f"{packed} is a packed dataset; use make eval RUN={run.name} DATA={packed}.")
     config, classes, packing = read_run(run)
-    labels = shown(classes)
+    check_out(out, TABLES if isinstance(config, FinetuneConfig) else (".png",))
     if config.data.frames == 1:
         inputs = tuple(picture for path in inputs for picture in pictures_of(path))
     weights = weights_of(run, weights)
     with tempfile.TemporaryDirectory() as folder:
         names, reasons = pack(config, inputs, packing, Path(folder))
+        best: list[list[tuple[str, float]]] = [[] for _ in names]
         good = [number for number, reason in enumerate(reasons) if not reason]
-        read = [names[number] for number in good]
-        if read:
+        if good:
             catalogue = open_dataset(folder, "val")
             place, task = open_task(config, classes, device)
             model = load_model(task.model, config, weights, classes, place)
             if task.picture is not None:
-                path, rows = out or run / "predict.png", min(DRAWN, len(read))
+                path, rows = out or run / "predict.png", min(DRAWN, len(good))
                 task.picture(path, model, catalogue, rows)
-                print(f"{path}: {', '.join(read[:rows])}")
+                print(f"{path}: {', '.join(names[number] for number in good[:rows])}")
             else:
-                for number, row in zip(good, probabilities(task, model, catalogue).tolist(), strict=True):
-                    if all(map(math.isfinite, row)):
-                        best = sorted(zip(row, labels, strict=True), key=lambda pair: -pair[0])[:top]
-                        lines = [f"{chance:9.2%}  {label}" for chance, label in best]
-                        print("\n".join([names[number], *lines]))
-                    else:
-                        reasons[number] = NOT_FINITE
+                found = most_probable(probabilities(task, model, catalogue), shown(classes), top)
+                for number, pairs in zip(good, found, strict=True):
+                    best[number], reasons[number] = pairs, "" if pairs else NOT_FINITE
+    if out and isinstance(config, FinetuneConfig):
+        write_table(out, names, best, reasons, min(top, len(classes)))
+        print(f"{out}: {len(names)} rows")
+    else:
+        for name, pairs in zip(names, best, strict=True):
+            if pairs:
+                print("\n".join([name, *(f"{chance:9.2%}  {label}" for label, chance in pairs)]))
     for name, reason in zip(names, reasons, strict=True):
         if reason:
             print(f"error: {name}: {reason}", file=sys.stderr)
     return int(any(reasons))
+
+
+def check_out(out: Path | None, suffixes: Sequence[str]) -> None:
+    """Raise UserError unless a file with one of the suffixes can be written there."""
+    if out is None:
+        return
+    if out.suffix.lower() not in suffixes:
+        raise UserError(f"{out} does not end in {', '.join(suffixes)}; name such a file with OUT= (--out)")
+    if not out.parent.is_dir():
+        raise UserError(f"the folder {out.parent} does not exist; create it, or name another OUT= (--out)")
+
+
+def most_probable(chances: torch.Tensor, labels: Sequence[str], top: int) -> list[list[tuple[str, float]]]:
+    """For each input the most probable classes and their probabilities; none if these are not finite.
+
+    chances: float32 [inputs, classes].
+    """
+    values, classes = chances.topk(min(top, len(labels)))
+    rows = zip(chances.isfinite().all(1).tolist(), classes.tolist(), values.tolist(), strict=True)
+    return [
+        [(labels[c], p) for c, p in zip(found, row, strict=True)] if finite else []
+        for finite, found, row in rows
+    ]
+
+
+def write_table(
+    path: Path,
+    names: Sequence[str],
+    best: Sequence[list[tuple[str, float]]],
+    reasons: Sequence[str],
+    top: int,
+) -> None:
+    """Write a row per input: input, class_1, probability_1, ... class_TOP, probability_TOP, error.
+
+    Without a prediction, all columns but the first and the last are empty. JSON is a list of objects.
+    """
+    columns = [("input", pa.string())]
+    for rank in range(1, top + 1):
+        columns += [(f"class_{rank}", pa.string()), (f"probability_{rank}", pa.float32())]
+    schema = pa.schema([*columns, ("error", pa.string())])
+    rows = []
+    for name, pairs, reason in zip(names, best, reasons, strict=True):
+        values = [value for pair in pairs for value in pair] or [None] * 2 * top
+        rows.append(dict(zip(schema.names, [name, *values, reason or None], strict=True)))
+    table = pa.Table.from_pylist(rows, schema)
+    with atomic_write(path) as temporary:
+        match path.suffix.lower():
+            case ".json":
+                text = json.dumps(table.to_pylist(), indent=1, ensure_ascii=False)
+                temporary.write_text(text + "\n", encoding="utf-8")
+            case ".csv":
+                csv.write_csv(table, temporary)
+            case _:
+                pq.write_table(table, temporary)
 
 
 def read_run(run: Path) -> tuple[Config, Sequence[str], Mapping[str, Any]]:

@@ -18,6 +18,7 @@ import tyro
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
 from tools.plot import Panel, Tables, draw, panels_of
+from tools.results import results_html
 from tools.words import shown
 from train.config import flatten, from_dict
 from train.metrics import best_of, read_csv, score
@@ -210,6 +211,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Path], str]], ...] = (
     ("Numbers", "metrics.csv", numbers),
     ("Curves", "metrics.csv", curves),
     ("Reconstructions", "reconstruction.png", reconstructions),
+    ("Results", "predictions.parquet", lambda file: results_html(file.parent)),
     ("Classes", "per_class.parquet", classes),
     ("Settings", "config.json", settings),
     ("Environment", "env.json", environment),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional
 
 from models.inputs import NormalizedInput
 from pipelines.augment import to_device
-from pipelines.dataset import Dataset
+from pipelines.dataset import Dataset, read_batch
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 from pipelines.loader import Batch
@@ -32,6 +33,8 @@ from train.presets import FINETUNE_PRESETS, NOT_GIVEN
 from train.rundir import Run
 from train.task import Check, Predictions, Task, batches_of, check_damage, create_classifier, open_splits
 
+TOP = 5  # classes per sample that an evaluation keeps
+
 
 def make_task(config: FinetuneConfig, run: Run) -> Task:
     """Finetuning on the configured data; raises UserError unless every training sample has a class."""
@@ -40,8 +43,8 @@ def make_task(config: FinetuneConfig, run: Run) -> Task:
     train, validation = open_splits(config, run)
     if len(train.info.classes) == 1:
         raise UserError(f"{config.data.path} has one class only; there is nothing to tell apart")
-    if (train.label < 0).any():
-        raise UserError(f"{config.data.path} has samples without a class; finetuning needs labelled shards")
+    for split in (train, validation or train):
+        check_labels(split)
     warn_of_length(config)
     task = task_of(config, run, train.info.classes)
     if config.freeze == "trunk":
@@ -50,6 +53,12 @@ def make_task(config: FinetuneConfig, run: Run) -> Task:
     # Forward, and twice that backward unless the trunk is frozen.
     operations = (2.0 if config.freeze == "trunk" else 6.0) * macs * config.optim.batch
     return replace(task, train=train, validation=validation, operations=operations)
+
+
+def check_labels(dataset: Dataset) -> None:
+    """Raise UserError unless every sample has a class."""
+    if (dataset.label < 0).any():
+        raise UserError(f"{dataset.catalogue} has samples without a class; finetuning needs labelled shards")
 
 
 def task_of(config: FinetuneConfig, run: Run, classes: Sequence[str]) -> Task:
@@ -122,9 +131,9 @@ def probabilities(
         check()
         with autocast():
             logits = model(batch.pixels)
-        labels = to_device(batch.labels[::views], run.world.device)
+        ids = to_device(batch.ids[::views].copy(), run.world.device)
         valid = to_device(batch.valid[::views].copy(), run.world.device)
-        yield labels, valid, logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
+        yield ids, valid, logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1)
 
 
 @torch.no_grad()
@@ -134,34 +143,69 @@ def evaluate(
     """Top-1, top-5 and cross-entropy of the probabilities averaged over a sample's views.
 
     Top-5 is left out for five classes or fewer, because it is always 1. A sample whose probabilities are not
-    all finite counts as wrong, and then `loss_val` is NaN. The counts of every class are written to
-    per_class.parquet in the run folder if there is one. Raises UserError when too many samples are damaged.
+    all finite counts as wrong, and then `loss_val` is NaN. Rank 0 writes predictions.parquet and
+    per_class.parquet to the run folder if there is one. Raises UserError when samples have no class or too
+    many are damaged.
     """
-    sums = torch.zeros(len(dataset.info.classes), 4, device=run.world.device, dtype=torch.float64)
-    for labels, valid, found in probabilities(config, run, model, dataset, check):
-        best = found.topk(min(5, found.shape[1])).indices == labels[:, None]
-        best &= found.isfinite().all(1, keepdim=True)  # topk takes NaN for the largest
-        losses = functional.nll_loss(found.clamp_min(1e-12).log(), labels, reduction="none")
-        counts = torch.stack([best[:, 0], best.any(1), losses, valid], dim=1)
-        counts = torch.where(valid[:, None], counts, 0.0)  # a product would keep the NaN of rows that pad
-        sums.index_add_(0, labels, counts.double())
-    top1, top5, loss, count = distributed.total(sums).cpu().T
-    check_damage(config.data, dataset, int(count.sum()))
+    check_labels(dataset)
+    top, device = min(TOP, len(dataset.info.classes)), run.world.device
+    labels = to_device(dataset.label.astype(np.int64), device)
+    # A row per sample: its top classes, their probabilities, its loss, 1. Padding goes into the last row.
+    table = torch.zeros(len(dataset) + 1, 2 * top + 2, device=device)
+    for ids, valid, found in probabilities(config, run, model, dataset, check):
+        chances, best = found.topk(top)
+        finite = found.isfinite().all(1, keepdim=True)  # topk takes NaN for the largest
+        losses = functional.nll_loss(found.clamp_min(1e-12).log(), labels[ids], reduction="none")
+        rows = (best.where(finite, -1), chances, torch.stack([losses, torch.ones_like(losses)], 1))
+        table[ids.where(valid, len(dataset))] = torch.cat(rows, 1)
+    table = distributed.total(table[:-1]).cpu()  # each row is zero in all processes but one
+    ids = table[:, -1].nonzero()[:, 0]  # not those of damaged samples
+    check_damage(config.data, dataset, len(ids))
+    best, chances, losses = table[ids, :top].int(), table[ids, top:-2], table[ids, -2]
+    hits = (best == labels.cpu()[ids, None]).numpy()
     if run.world.is_main and run.folder is not None:
-        table = {
-            "class_name": dataset.info.classes,
-            "samples": count.long().numpy(),
-            "correct": top1.long().numpy(),
-            "correct5": top5.long().numpy(),
-            "accuracy": (top1 / count).numpy(),
-        }
-        with atomic_write(run.folder / "per_class.parquet") as temporary:
-            pq.write_table(pa.table(table), temporary)
-    named = {"acc": top1, "acc5": top5, "loss_val": loss}
-    if len(dataset.info.classes) <= 5:
-        del named["acc5"]
-    scores = {name: part.sum().item() / max(1.0, count.sum().item()) for name, part in named.items()}
+        write_predictions(run.folder, dataset, ids.numpy(), best.numpy(), chances.numpy())
+        write_classes(run.folder, dataset, ids.numpy(), hits)
+    sums = {"acc": hits[:, 0].sum(), "acc5": hits.sum(), "loss_val": losses.double().sum()}
+    if len(dataset.info.classes) <= TOP:
+        del sums["acc5"]
+    scores = {name: float(value) / max(1, len(ids)) for name, value in sums.items()}
     return scores | {"held_out": int(config.data.eval_split != "train")}
+
+
+def write_predictions(
+    folder: Path, dataset: Dataset, ids: np.ndarray, best: np.ndarray, chances: np.ndarray
+) -> None:
+    """Write predictions.parquet: id, source, class and most probable classes of samples ids [n].
+
+    best: int32 [n, top], the most probable first, -1 without a prediction; chances: [n, top].
+    """
+    names = pa.array(dataset.info.classes, pa.string())
+
+    def named(classes: np.ndarray) -> pa.DictionaryArray:
+        return pa.DictionaryArray.from_arrays(pa.array(classes, pa.int32(), mask=classes < 0), names)
+
+    labels = dataset.label[ids]
+    source = read_batch(dataset.catalogue, ["source"])["source"].take(pa.array(ids))
+    table = {"id": ids, "source": source, "label": labels, "class_name": named(labels)}
+    for rank, (classes, chance) in enumerate(zip(best.T, chances.T, strict=True), start=1):
+        table[f"class_{rank}"] = named(classes)
+        table[f"probability_{rank}"] = pa.array(chance, pa.float32(), mask=classes < 0)
+    with atomic_write(folder / "predictions.parquet") as temporary:
+        pq.write_table(pa.table(table), temporary)
+
+
+def write_classes(folder: Path, dataset: Dataset, ids: np.ndarray, hits: np.ndarray) -> None:
+    """Write per_class.parquet: the counts of every class. hits: bool [n, top], of samples ids [n]."""
+    labels, classes = dataset.label[ids], dataset.info.classes
+    samples, top1, top5 = (
+        np.bincount(labels[rows], minlength=len(classes)) for rows in (slice(None), hits[:, 0], hits.any(1))
+    )
+    with np.errstate(invalid="ignore"):  # NaN without samples
+        accuracy = top1 / samples
+    table = {"class_name": classes, "samples": samples, "correct": top1, "correct5": top5}
+    with atomic_write(folder / "per_class.parquet") as temporary:
+        pq.write_table(pa.table(table | {"accuracy": accuracy}), temporary)
 
 
 def main() -> None:

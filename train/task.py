@@ -22,7 +22,7 @@ from train.rundir import Run
 
 Check = Callable[[], None]
 Predictions = tuple[Tensor, Tensor, Tensor]
-"""For n samples, on the device: labels int64 [n], valid bool [n], probabilities float32 [n, classes]."""
+"""For n samples, on the device: ids int64 [n], valid bool [n], probabilities float32 [n, classes]."""
 
 
 @dataclass(frozen=True, kw_only=True)

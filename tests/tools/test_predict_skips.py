@@ -1,9 +1,14 @@
-"""Prediction of folders: what packing skips is skipped, and no bad file prevents the other predictions."""
+"""Prediction of folders: what packing skips is skipped, and no bad file prevents the other predictions.
 
+Predictions as tables have a row per input, with the numbers that are printed.
+"""
+
+import csv
 import io
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -90,3 +95,55 @@ def test_inputs_of_a_run_on_indexed_tars_share_a_shard(images: Path, tmp_path: P
     names, reasons = pack(config, inputs, {"shard_size": 1, "short_side": 65_535}, tmp_path / "out")
     assert (names, reasons) == ([str(path) for path in inputs], [""] * 3)
     assert len([*(tmp_path / "out/val").glob("*.tar")]) == 1
+
+
+def test_a_table_has_a_row_per_input_in_every_format(images: Path, tmp_path: Path, capsys):
+    run = untrained(small("image-ft-pico", images, tmp_path, "run"), 3)
+    (run / "data.json").write_text(json.dumps({"classes": ["n01440764", 'a "b", c', "dark"]}))
+    inputs = [tmp_path / "a, b.jpg", tmp_path / "cut.jpg", tmp_path / "ü.jpg"]
+    for number, path in enumerate(inputs):
+        path.write_bytes(picture(number % 2, number)[: 300 if path.stem == "cut" else None])
+    assert predict(run, tuple(inputs), device="cpu") == 1
+    printed = capsys.readouterr()
+    wanted = answers(printed.out)
+    assert set(wanted[str(inputs[0])]) == {"tench (n01440764)", 'a "b", c', "dark"}
+    found = {}
+    for suffix in ("csv", "json", "Parquet"):
+        assert predict(run, tuple(inputs), top=2, out=tmp_path / f"out.{suffix}", device="cpu") == 1
+        found[suffix] = capsys.readouterr()
+        assert found[suffix].out.endswith(f"{tmp_path}/out.{suffix}: 3 rows\n")
+        assert found[suffix].err == printed.err, "inputs that fail are also printed"
+    rows = pq.read_table(tmp_path / "out.Parquet").to_pylist()
+    assert [*rows[0]] == ["input", "class_1", "probability_1", "class_2", "probability_2", "error"]
+    assert [row["input"] for row in rows] == [str(path) for path in inputs]
+    assert rows[1] | {"error": None} == dict.fromkeys(rows[1]) | {"input": str(inputs[1])}
+    assert rows[1]["error"] == "truncated (this run takes pictures)"
+    for row in (rows[0], rows[2]):
+        best = dict(list(wanted[row["input"]].items())[:2])
+        assert row["error"] is None and list(best) == [row["class_1"], row["class_2"]]
+        assert list(best.values()) == pytest.approx([row["probability_1"], row["probability_2"]], abs=1e-4)
+    assert json.loads((tmp_path / "out.json").read_text()) == rows
+    with (tmp_path / "out.csv").open(newline="") as file:
+        text = list(csv.DictReader(file))
+    for wide, row in zip(text, rows, strict=True):
+        chances = [float(wide.pop(name) or "nan") for name in ("probability_1", "probability_2")]
+        assert chances == pytest.approx(
+            [row[f"probability_{rank}"] or float("nan") for rank in (1, 2)], nan_ok=True
+        )
+        assert {name: value or None for name, value in wide.items()} == {name: row[name] for name in wide}
+    assert not list(tmp_path.glob(".out*")), "no temporary file is left"
+
+
+def test_a_wrong_output_is_an_error_before_any_work(images: Path, tmp_path: Path, capsys):
+    run = untrained(small("image-ft-pico", images, tmp_path, "run"), 2)
+    mae = untrained(small("image-mae-pico", images, tmp_path, "mae"), 0)
+    missing = (tmp_path / "no.jpg",)
+    for folder, name, message in (
+        (run, "a.txt", r"a\.txt does not end in \.csv, \.json, \.parquet; name such a file with OUT="),
+        (run, "a.png", r"a\.png does not end in \.csv"),
+        (mae, "a.csv", r"a\.csv does not end in \.png; name such a file"),
+        (run, "gone/a.csv", r"the folder .*gone does not exist; create it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predict(folder, missing, out=tmp_path / name, device="cpu")
+    assert "No such file" not in capsys.readouterr().err

@@ -44,7 +44,10 @@ def run(tmp_path: Path) -> Path:
     start = {"command": EVIL, "packages": {"torch": "9.9"}, "gpus": []}
     (folder / "env.json").write_text(json.dumps([start]))
     samples = config.optim.batch * 8 // int(config.optim.epochs)
-    (folder / "data.json").write_text(json.dumps({"splits": {"train": {"samples": samples}}}))
+    data = {"classes": ["a", "b"], "splits": {"train": {"samples": samples}}}
+    (folder / "data.json").write_text(json.dumps(data))
+    found = {"id": [0, 1], "source": ["0.jpg", "1.jpg"], "label": [0, 1], "class_1": ["a", "b"]}
+    pq.write_table(pa.table({**found, "probability_1": [0.9, 0.8]}), folder / "predictions.parquet")
     write_metrics(folder, FINETUNE_COLUMNS, steps=8)
     (folder / "log.txt").write_text("".join(f"line {i} {EVIL}\n" for i in range(100)))
     (folder / "reconstruction.png").write_bytes(PNG)
@@ -87,9 +90,18 @@ def test_the_report_of_a_finished_run_is_complete(run: Path):
     page = path.read_text()
     text = words(page)
     assert "finished after 8 steps" in text and "Not in this report" not in text
-    for title in ("Numbers", "Curves", "Reconstructions", "Classes", "Settings", "Environment", "Log"):
+    for title in (
+        "Numbers",
+        "Curves",
+        "Reconstructions",
+        "Results",
+        "Classes",
+        "Settings",
+        "Environment",
+        "Log",
+    ):
         assert f"<h2>{title}</h2>" in page
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 7
     assert "75.0%" in text and "10.0%" in text and "samples/s 50 " in " ".join(text.split())
     assert base64.b64encode(PNG).decode() in page and "true patch statistics colour the prediction" in text
     shown = re.findall(r"<tr><th>([^<]*)</th><td>20</td><td style", page)
@@ -171,7 +183,7 @@ def test_a_browser_opens_it_without_errors(run: Path, tmp_path: Path):
 
     dom, log = browse(report(run))
     assert "CONSOLE" not in log
-    assert "<title>good &lt;run&gt;</title>" in dom and dom.count("<svg") == 6 and "<script" not in dom
+    assert "<title>good &lt;run&gt;</title>" in dom and dom.count("<svg") == 7 and "<script" not in dom
     broken = tmp_path / "broken.html"
     broken.write_text("<script>missing()</script>")
     assert "CONSOLE" in browse(broken)[1]  # so the check above can fail

@@ -21,6 +21,7 @@ from models.zoo import bf16_peak
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN
+from tests.pipelines_fixtures import read_rows
 from tests.train.rank_helpers import evaluate_and_probe
 from tests.train_helpers import ROOT, module, small
 from train import build, distributed, evaluate, finetune, loop, mae, probe, task
@@ -148,6 +149,11 @@ def test_a_sample_with_nan_outputs_is_wrong_and_the_loss_is_nan(images: Path, tm
     assert broken["acc"] == 5 / 14 and broken["loss_val"] != broken["loss_val"]
     table = pq.read_table(tmp_path / "per_class.parquet").to_pydict()
     assert table["samples"] == [7, 7] and table["correct"] == [5, 0] and table["correct5"] == [5, 6]
+    rows = pq.read_table(tmp_path / "predictions.parquet").to_pylist()
+    wrong = {*of_class[0][:2], of_class[1][0]}
+    assert {row["id"] for row in rows if row["class_1"] is row["probability_2"] is None} == wrong
+    sure = {(row["class_1"], round(row["probability_1"], 4)) for row in rows if row["class_1"]}
+    assert sure == {("dark things", 0.7311)}
 
 
 def test_top_5_is_empty_with_five_classes_or_fewer(images: Path, tmp_path: Path):
@@ -224,6 +230,7 @@ def test_evaluation_stops_at_the_configured_damage(tmp_path: Path):
     assert scores_of(allowing, (), tmp_path)["acc"] == 7 / 12 or True
     scores_of(allowing, (), tmp_path)
     assert sum(pq.read_table(tmp_path / "per_class.parquet")["samples"].to_pylist()) == 12
+    assert {*range(14)} - {*pq.read_table(tmp_path / "predictions.parquet")["id"].to_pylist()} == {3, 4}
     with pytest.raises(UserError, match="2 samples are damaged, more than the 1 allowed"):
         scores_of(config, (), tmp_path)
     # Each of two processes reads one of them, so only their sum exceeds the limit.
@@ -255,7 +262,9 @@ def test_two_processes_probe_and_evaluate_like_one_and_print_once(images: Path, 
     config = small("image-ft-pico", images, tmp_path, "run", epochs=2.0)
     assert loop.fit(config, finetune.make_task) == 0
     run = tmp_path / "run"
+    trained = pq.read_table(run / "predictions.parquet")
     alone = evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
+    (run / "predictions.parquet").unlink()
     probed = probe.probe(probe.Arguments(run, device="cpu", k=5))
     with socket.socket() as one, socket.socket() as other:
         for free in (one, other):
@@ -274,6 +283,16 @@ def test_two_processes_probe_and_evaluate_like_one_and_print_once(images: Path, 
     printed = dict(re.findall(r"^(\w+) ([\d.]+)$", logs[0].read_text(), re.M))
     assert float(printed["acc"]) == pytest.approx(alone["acc"], rel=1e-5)
     assert float(printed["loss_val"]) == pytest.approx(alone["loss_val"], rel=1e-5)
+    found = pq.read_table(run / "predictions.parquet")
+    assert found["id"].to_pylist() == [*range(14)] and found.schema == trained.schema
+    assert found["source"].to_pylist() == [row["source"] for row in read_rows(images, "val")]
+    assert found["label"].to_pylist() == open_dataset(images, "val").label.tolist()
+    for table in (trained, found):
+        right = sum(row["class_1"] == row["class_name"] for row in table.to_pylist())
+        assert right / 14 == alone["acc"] == read_csv(run / "metrics.csv")[-1]["acc"]
+        assert table["class_2"].to_pylist() == trained["class_2"].to_pylist()
+        chances = [(row["probability_1"], row["probability_2"]) for row in table.to_pylist()]
+        assert all(first >= second and first + second == pytest.approx(1) for first, second in chances)
     assert float(printed["knn"]) == pytest.approx(probed["knn"], abs=1e-4)
     assert float(printed["linear"]) == pytest.approx(probed["linear"], abs=1e-4)
 
