@@ -249,12 +249,17 @@ def broadcast(value: T) -> T:
     return values[0]
 
 
+def collect(value: T) -> list[T]:
+    """Every process's value, on all ranks."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def check_agreement(world: World, what: str, value: object, advice: str) -> None:
     """End all processes, with a UserError on rank 0, unless `value` is equal on all ranks."""
-    values: list[object] = [value]
-    if dist.is_initialized():
-        values = [None] * world.size
-        dist.all_gather_object(values, value)
+    values = collect(value)
     others = [str(rank) for rank, other in enumerate(values) if other != values[0]]
     if others:
         fail(world, f"{what} of rank {', '.join(others)} differ from those of rank 0; {advice}")
