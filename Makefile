@@ -26,7 +26,7 @@ START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 $(TORCHRUN) --nnodes 
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 
-.PHONY: help demo shards verify stage train-mae train-ft eval probe plot report predict bench gpu-check test faults check audit lock env env-ray clean
+.PHONY: help demo shards verify stage train-mae train-ft eval probe replay plot report predict bench gpu-check test faults check audit lock env env-ray clean
 
 help:  ## print this list
 	@echo "make TARGET [VARIABLE=value ...]   (ARGS=\"...\" adds flags to the command)"
@@ -55,6 +55,10 @@ eval: env  ## evaluate RUN=NAME; WEIGHTS=FILE evaluates other weights, DATA=DIR 
 
 probe: env  ## evaluate the frozen features of RUN=NAME with kNN and a linear classifier; WEIGHTS=FILE DATA=DIR
 	$(PY) -m train.probe 'runs/$(NAMED)' $(OTHER) $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+replay: env  ## repeat step STEP=K of RUN=NAME exactly, and print its rows, first non-finite layer and gradients; DATA=DIR GPUS=
+	$(PY) -m train.replay 'runs/$(NAMED)' --step $(or $(STEP),$(error name the step with STEP=)) $(if $(DATA),--data '$(DATA)') \
+		$(if $(DEVICE),--device $(DEVICE)) $(if $(GPUS),--processes $(GPUS)) $(ARGS)
 
 plot: env  ## plot the curves of RUN="NAME [NAME ...]"
 	$(PY) -m tools.plot $(addprefix runs/,$(NAMED)) $(ARGS)

@@ -1,6 +1,7 @@
 """The training state and its checkpoints: written atomically, with SHA-256; damaged ones are set aside."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from train.meters import Meters
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
+KEPT = "kept-"  # before the name of a checkpoint that is not deleted
 DAMAGED = ".damaged"  # appended to a damaged checkpoint's name
 
 
@@ -150,7 +152,21 @@ def save(folder: Path, step: int, state: dict, keep: int) -> Path:
     return path
 
 
+def keep_before(folder: Path, step: int) -> None:
+    """Keep the newest checkpoint before `step` under another name, which `save` does not delete."""
+    for path in before(folder, step)[-1:]:
+        for file in (path, _digest_path(path)):
+            with suppress(OSError):  # some file systems have no hard links; it may be deleted right now
+                file.with_name(KEPT + file.name.removeprefix(KEPT)).hardlink_to(file)
+
+
 # ---- reading
+
+
+def before(folder: Path, step: int) -> list[Path]:
+    """The checkpoints of steps before `step`, also those of `keep_before`, the newest last."""
+    found = {int(path.stem.rpartition("-")[2]): path for path in (*folder.glob(f"{KEPT}*.pt"), *_all(folder))}
+    return [path for number, path in sorted(found.items()) if number < step]
 
 
 def choose(folder: Path) -> Path | None:

@@ -148,9 +148,23 @@ class SpeedConfig(DecodeConfig):
     """Attention on CUDA: auto (flash, or efficient where flash cannot), flash, efficient, cudnn or math."""
     deterministic: bool = False
     """Kernels without atomic adds on CUDA, slower: the same inputs then give the same step."""
+    profile: str = ""
+    """First and last step to profile, such as 10:15; empty = none. The files are in the run's profile/."""
+
+    @property
+    def profiled(self) -> range:
+        """The steps that `profile` names; raises UserError if it is malformed."""
+        found = re.fullmatch(r"(\d+):(\d+)", self.profile, re.ASCII)
+        first, last = map(int, found.groups()) if found else (0, 0)
+        if self.profile and not 1 <= first <= last:
+            raise UserError(
+                f"speed.profile is '{self.profile}'; give the first and the last step, such as 10:15"
+            )
+        return range(first, last + 1) if found else range(0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        assert isinstance(self.profiled, range)
         check_settings(
             self, "speed.", micro_batch=(1, ANY), eval_batch=(0, ANY), timeout=(1, ANY), restarts=(0, ANY)
         )
@@ -177,6 +191,8 @@ class MaeConfig(Groups):
     """Share of the masked tokens that training decodes (dual masking, arXiv 2303.16727); 1 = the paper."""
     decoder_heads: int = 0
     """0 = the model's own: 16, as released; the paper says 8 for video."""
+    health: bool = True
+    """Measure the features of every stage at each evaluation, and warn if a stage collapses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +271,7 @@ def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
 FREE = (
     "speed.", "run.name", "run.root", "run.keep", "run.allow", "run.detail", "run.log_every",
     "run.eval_every", "run.patience", "run.checkpoint_every", "run.max_skipped", "run.track", "data.max_bad",
-    "data.path",
+    "data.path", "health",
 )  # fmt: skip
 # Settings that never change within a run, not even with run.allow: its checkpoints would not fit.
 FIXED = (

@@ -66,6 +66,7 @@ def task_of(config: FinetuneConfig, run: Run, classes: Sequence[str]) -> Task:
     return Task(
         model=create_classifier(config.data, config.model, len(classes)),
         loss=partial(classifier_loss, config, len(classes)),
+        row_losses=partial(classifier_loss, config, len(classes), reduction="none"),
         evaluate=partial(evaluate, config, run),
         columns=FINETUNE_COLUMNS,
         loss_column="loss",
@@ -105,15 +106,21 @@ def freeze_trunk(model: nn.Module) -> None:
     log(f"frozen trunk: {learning:,} parameters learn, those of the last norm and the head")
 
 
-def classifier_loss(config: FinetuneConfig, classes: int, model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of a batch, after mixup or cutmix if the configuration has them."""
+def classifier_loss(
+    config: FinetuneConfig, classes: int, model: nn.Module, batch: Batch, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy of a batch, after mixup or cutmix if the configuration has them.
+
+    reduction: "mean", or "none" for the cross-entropy of each row [b].
+    """
     pixels, labels = batch.pixels, to_device(batch.labels, batch.pixels.device)
     keys = to_device(row_keys(config.run.seed, batch.epochs, batch.ids), pixels.device)
     smoothing = config.smoothing
     if config.mixup or config.cutmix:
         pixels, labels = mix(config, classes, pixels, labels, batch.positions)
         smoothing = 0.0  # the mixed labels are smoothed already
-    return functional.cross_entropy(model(pixels, row_keys=keys).float(), labels, label_smoothing=smoothing)
+    logits = model(pixels, row_keys=keys).float()
+    return functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
 
 
 @torch.no_grad()

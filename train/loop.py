@@ -4,6 +4,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.inputs import NormalizedInput
 from pipelines.errors import UserError
 from pipelines.loader import Batch, blank_batch
-from train import checkpoint, distributed, ending, rundir, track
+from train import badstep, checkpoint, distributed, ending, rundir, track
 from train.build import (
     Autocast,
     arrange_buckets,
@@ -32,6 +33,7 @@ from train.console import log, screen, survive_closed_output
 from train.meters import IN_A_ROW, Clock, Detail, Recorder
 from train.metrics import MetricsWriter, Row, best_of, best_text, score
 from train.optim import eval_interval, set_learning_rate, total_steps, update
+from train.profiling import profiled
 from train.rundir import Run, start_run
 from train.task import MakeTask, Task
 
@@ -63,20 +65,15 @@ def _fit_explained(config: Config, make_task: MakeTask) -> int:
 
 def fit(config: Config, make_task: MakeTask) -> int:
     """Train to the end or to a signal; returns the signal's number, 0 when the run is complete."""
-    run = start_run(config)  # processes, folder, lock, log, and the checkpoint to resume from
-    if run.finished:
+    trainer = prepare(config, make_task)
+    if trainer is None:
         return 0
-    seed_weights(config.run.seed)
-    with run.starting():  # an error leaves no folder behind
-        task = make_task(config, run)  # datasets, model, loss, evaluation
-        state = build(config, task, run)  # precision, starting weights, optimizer, moving average
-        resume(config, task, run, state)  # all processes must have the same weights
-        trainer = Trainer(config, task, run, state)  # metrics, compilation, DDP, loader
+    state, task = trainer.state, trainer.task
     with screen.progress(state.step, trainer.steps):
         if state.row is not None:
             log(f"step {state.step} was saved before its evaluation ended; evaluating it again")
             evaluate(trainer)
-        for step in trainer.remaining():
+        for step in profiled(trainer.remaining(), config, trainer.run.world):
             train_step(trainer, step)
             evaluates = trainer.due(step, trainer.eval_every) and task.validation is not None
             if evaluates or trainer.due(step, config.run.log_every):
@@ -92,6 +89,19 @@ def fit(config: Config, make_task: MakeTask) -> int:
 
 
 # ---- from the configuration to the first step
+
+
+def prepare(config: Config, make_task: MakeTask) -> "Trainer | None":
+    """Everything that the first step needs; None if the run is finished."""
+    run = start_run(config)  # processes, folder, lock, log, and the checkpoint to resume from
+    if run.finished:
+        return None
+    seed_weights(config.run.seed)
+    with run.starting():  # an error leaves no folder behind
+        task = make_task(config, run)  # datasets, model, loss, evaluation
+        state = build(config, task, run)  # precision, starting weights, optimizer, moving average
+        resume(config, task, run, state)  # all processes must have the same weights
+        return Trainer(config, task, run, state)  # metrics, compilation, DDP, loader
 
 
 def resume(config: Config, task: Task, run: Run, state: State) -> None:
@@ -157,6 +167,8 @@ class Trainer:
         self.batches = training_batches(config, world, task.training, self.accumulate, state.step)
         self.recorder = Recorder(config.run, world, task.loss_column, self.metrics, self.steps)
         self.recorder.saved = state.step
+        if task.row_losses is not None:
+            self.recorder.inspect = partial(badstep.record, config, task, world, state)
         self.detail = Detail(folder / "detail", world.rank, state.step) if config.run.detail else None
         self.clock = Clock(state.elapsed, world.device)
 
@@ -185,7 +197,7 @@ def train_step(trainer: Trainer, step: int) -> None:
     loss, bad = _accumulate(
         trainer.model,
         trainer.task,
-        _timed(trainer.batches, trainer.accumulate, trainer.clock),
+        trainer.clock.take(trainer.batches, trainer.accumulate),
         trainer.accumulate,
         trainer.autocast,
     )
@@ -199,13 +211,6 @@ def train_step(trainer: Trainer, step: int) -> None:
         trainer.detail.add(step, loss, trainer.clock)
     screen.advance(step)
     trainer.signal = trainer.stop.agreed()
-
-
-def _timed(batches: Iterator[Batch], count: int, clock: Clock) -> Iterator[Batch]:
-    """The next `count` micro batches; the clock measures the wait for each."""
-    for _ in range(count):
-        yield clock.wait(batches)
-    clock.steps += 1
 
 
 def _accumulate(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from pipelines.dataset import Dataset
 from pipelines.errors import UserError, run_cli
 from pipelines.loader import Batch
 from pipelines.order import keep_units, row_keys
-from train import distributed, loop
+from train import distributed, health, loop
 from train.build import autocast_for
 from train.config import MaeConfig
 from train.console import parse
@@ -37,6 +37,9 @@ from train.task import (
     open_splits,
 )
 
+if TYPE_CHECKING:
+    from models.mae import MaeOutput  # importing the models takes seconds, and a launcher does not need them
+
 
 def make_task(config: MaeConfig, run: Run) -> Task:
     """Pretraining on the configured data."""
@@ -46,7 +49,15 @@ def make_task(config: MaeConfig, run: Run) -> Task:
     task = task_of(config, run, train.info.classes)
     macs = forward_macs(task.model.config, True, config.mask_ratio)  # pyrefly: ignore
     operations = 6.0 * macs * config.optim.batch  # forward, and twice that backward
-    return replace(task, train=train, validation=validation, operations=operations)
+    task = replace(task, train=train, validation=validation, operations=operations)
+    if not config.health or validation is None:
+        return task
+    parts = health.fixed_part(train), health.fixed_part(validation)
+
+    def evaluate_with_health(model: NormalizedInput, dataset: Dataset, check: Check) -> dict[str, float]:
+        return task.evaluate(model, dataset, check) | health.measure(config, run.world, parts, model, check)
+
+    return replace(task, evaluate=evaluate_with_health)
 
 
 def task_of(config: MaeConfig, run: Run, classes: Sequence[str]) -> Task:
@@ -63,6 +74,7 @@ def task_of(config: MaeConfig, run: Run, classes: Sequence[str]) -> Task:
     return Task(
         model=model,
         loss=partial(masked_loss, config.run.seed, masking),
+        row_losses=partial(masked_row_losses, config.run.seed, masking),
         evaluate=partial(evaluate, config, run, masking),
         columns=MAE_COLUMNS,
         loss_column="loss_train",
@@ -91,9 +103,22 @@ def masking_of(mask_ratio: float, model: nn.Module) -> Masking:
 
 def masked_loss(seed: int, masking: Masking, model: nn.Module, batch: Batch) -> Tensor:
     """The reconstruction loss of a batch. A sample's mask follows from (seed, epoch, sample) alone."""
+    return _masked(seed, masking, model, batch).loss
+
+
+def masked_row_losses(seed: int, masking: Masking, model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of each row of a batch, [b]; their mean is `masked_loss` up to rounding."""
+    return _row_losses(_masked(seed, masking, model, batch), len(batch.ids))
+
+
+def _masked(seed: int, masking: Masking, model: nn.Module, batch: Batch) -> "MaeOutput":
     keep = to_device(keep_units(seed, batch.epochs, batch.ids, *masking), batch.pixels.device)
     keys = to_device(row_keys(seed, batch.epochs, batch.ids), batch.pixels.device)
-    return model(batch.pixels, keep=keep, row_keys=keys).loss
+    return model(batch.pixels, keep=keep, row_keys=keys)
+
+
+def _row_losses(output: "MaeOutput", rows: int) -> Tensor:
+    return (output.pred.float() - output.label.float()).square().reshape(rows, -1).mean(1)
 
 
 @torch.no_grad()
@@ -114,7 +139,7 @@ def evaluate(
         keep = evaluation_masks(batch, masking)
         with autocast():
             output = model(batch.pixels, keep=keep)
-        losses = (output.pred.float() - output.label.float()).square().reshape(len(keep), -1).mean(1)
+        losses = _row_losses(output, len(keep))
         valid = to_device(batch.valid, world.device)
         sums += torch.stack([torch.where(valid, losses, 0.0).sum(), valid.sum()])
     loss, count = distributed.total(sums).tolist()

@@ -5,7 +5,7 @@ import math
 import resource
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,10 +15,11 @@ from train import distributed
 from train.config import RunConfig
 from train.console import log, screen
 from train.distributed import World, gather
-from train.metrics import TIMING_COLUMNS, MetricsWriter, Row, best_text
+from train.metrics import HEALTH_COLUMNS, TIMING_COLUMNS, MetricsWriter, Row, best_text
 
 LOSS, NORM, BAD, GOOD, SKIPPED, IN_A_ROW = range(6)
-HIDDEN = (*TIMING_COLUMNS, "samples", "step", "skipped", "bad", "held_out")  # columns that are not printed
+# Columns that are not printed.
+HIDDEN = (*TIMING_COLUMNS, "samples", "step", "skipped", "bad", "held_out", *HEALTH_COLUMNS[:-1])
 
 
 class HostCopy:
@@ -45,11 +46,13 @@ class Meters:
 
     def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(6, device=device, dtype=torch.float64)
+        self.steps: list[torch.Tensor] = []  # loss and `skipped` of each step since the last row
         kept = [index not in (LOSS, GOOD) for index in range(6)]
         self._kept = torch.tensor(kept, device=device, dtype=torch.float64)
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor, skipped: torch.Tensor, bad: int) -> None:
         """Count a step; `bad` is the number of its rows that replace damaged samples."""
+        self.steps += (loss, skipped)
         last = self.values
         good = 1.0 - skipped
         values = [
@@ -72,15 +75,22 @@ class Meters:
         self.values = values.to(self.values.device)
         self.values[BAD] *= len(rows) / processes if len(rows) != processes else 1
 
+    def last_step(self) -> list[float]:
+        """Loss and `skipped` of the last step, the mean over all processes; waits for the device."""
+        return gather(torch.stack(self.steps[-2:]).double()).mean(0).tolist()
+
     def flush(self) -> HostCopy:
         """The values over all processes, the loss as the mean of good steps: NaN if there was none.
 
-        Resets the loss and the number of good steps. Never waits for the device.
+        After them, loss and `skipped` of every step since the last row. Resets the loss, the number of good
+        steps and the steps. Never waits for the device.
         """
-        rows = self.gathered()
+        steps = torch.stack(self.steps).double() if self.steps else self.values[:0]
+        rows = gather(torch.cat([self.values, steps]))
         means = rows.mean(0)
         means[LOSS] /= means[GOOD]  # the number of good steps, like the norm, is equal on all ranks
         means[BAD] *= len(rows)
+        self.steps = []
         self.values = self.values * self._kept  # an assignment by a list of indices would wait for the device
         return HostCopy(means)
 
@@ -102,6 +112,12 @@ class Clock:
         self.waited = 0.0  # seconds waited for the loader since this process began
         self.rows = 0  # since this process began
         self.skip()
+
+    def take(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+        """The next `count` micro batches, which are a step; the wait for each is counted."""
+        for _ in range(count):
+            yield self.wait(batches)
+        self.steps += 1
 
     def wait(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; its data wait is counted, on CUDA once the device has passed it."""
@@ -187,6 +203,7 @@ class Recorder:
         self._metrics, self._steps = metrics, steps
         self._pending: tuple[dict, HostCopy] | None = None
         self.saved = 0  # step of the last checkpoint
+        self.inspect: Callable[[int, float], None] | None = None  # (step, loss): for the first bad step
 
     def begin(self, row: dict, meters: Meters) -> None:
         """Begin a row; its values are copied to the host in the background."""
@@ -202,13 +219,22 @@ class Recorder:
             return None
         row, values = self._pending
         self._pending = None
-        loss, norm, bad, _, skipped, in_a_row = values.tolist()
+        loss, norm, bad, _, skipped, in_a_row, *steps = values.tolist()
+        self._look(row["step"], steps)
         if math.isnan(loss):  # every step since the last row was skipped
             loss = norm = None
         row |= {self._loss_column: loss, "grad_norm": norm, "skipped": int(skipped), "bad": round(bad)}
         if in_a_row >= self._settings.max_skipped or skipped >= self._steps:
             self._fail(row["step"], int(in_a_row))
         return row
+
+    def _look(self, step: int, steps: list[float]) -> None:
+        """Call `inspect` for the first bad step of this start; `steps` end with those of `step`."""
+        pairs = list(zip(steps[::2], steps[1::2], strict=True))
+        for number, (loss, skipped) in enumerate(pairs, start=step - len(pairs) + 1):
+            if self.inspect is not None and (skipped or not math.isfinite(loss)):
+                inspect, self.inspect = self.inspect, None
+                inspect(number, loss)
 
     def settle(self) -> None:
         """Write the row that `begin` began, if there is one."""

@@ -14,7 +14,11 @@ from pipelines.files import atomic_write
 INTEGERS = ("step", "samples", "skipped", "bad", "held_out")
 SPEED = ("samples_per_s", "step_ms", "data_wait_ms", "mfu", "max_mem_gb")
 COMMON = ("epoch", "samples", "grad_norm", *SPEED, "skipped", "bad")
-MAE_COLUMNS = ("time", "step", "loss_train", "lr", "loss_val", *COMMON)
+HEALTH_COLUMNS = (
+    *(f"health_{kind}_stage{n}" for kind in ("rank", "std") for n in range(1, 5)),
+    "health_probe",
+)
+MAE_COLUMNS = ("time", "step", "loss_train", "lr", "loss_val", *COMMON, *HEALTH_COLUMNS)
 FINETUNE_COLUMNS = ("time", "step", "loss", "lr", "acc", *COMMON, "acc5", "loss_val", "held_out")
 TIMING_COLUMNS = ("time", *SPEED)
 

@@ -8,24 +8,22 @@ fits one linear layer to the training features.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from models.inputs import NormalizedInput
-from pipelines.augment import to_device
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UserError, once_per_machine, run_cli
 from pipelines.views import clip_notes
-from train import distributed, ending
-from train.build import autocast_for
+from train import distributed, ending, health
 from train.config import Config
 from train.console import log
 from train.distributed import World
 from train.evaluate import load_model, open_task, read_config, weights_of
-from train.task import batches_of, check_damage
+from train.health import accuracy, linear
+from train.task import check_damage
 
 TEMPERATURE = 0.07
 
@@ -80,32 +78,18 @@ def probe(arguments: Arguments) -> dict[str, float]:
     return {"knn": accuracy(voted, answers), "linear": accuracy(fitted, answers)}
 
 
-def accuracy(found: Tensor, answers: Tensor) -> float:
-    """Share of equal entries."""
-    return (found == answers).float().mean().item()
-
-
-@torch.no_grad()
 def features(config: Config, world: World, model: NormalizedInput, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """The features, float32 [n, width], and classes, int64 [n], of all samples but damaged ones, by id.
+    """The input of the head for all samples but damaged ones, float32 [n, width], and classes, int64 [n].
 
-    Each process computes a part, and all processes get all features.
+    Raises UserError when too many samples are damaged.
     """
-    autocast = autocast_for(config.speed, world.device)
-    seen = torch.zeros(len(dataset), device=world.device)
-    table: Tensor | None = None  # one row for each sample of the split, zero until it is computed
-    for batch in batches_of(config, world, dataset, (1, 1)):
-        rows = to_device(batch.valid.nonzero()[0], world.device)
-        ids = to_device(batch.ids[batch.valid], world.device)
-        with autocast():
-            found = model.model.features(model.normalize(batch.pixels)).float()  # pyrefly: ignore
-        table = found.new_zeros(len(dataset), found.shape[1]) if table is None else table
-        table[ids], seen[ids] = found[rows], 1.0
-    assert table is not None  # every process has the same number of batches, and the split is not empty
-    whole = distributed.total(seen) > 0
-    check_damage(config.data, dataset, int(whole.sum()))
-    labels = to_device(dataset.label.astype(np.int64), world.device)
-    return distributed.total(table)[whole], labels[whole]
+
+    def encode(pixels: Tensor) -> Tensor:
+        return model.model.features(model.normalize(pixels))  # pyrefly: ignore
+
+    found, classes = health.features(config, world, dataset, encode, lambda: None)
+    check_damage(config.data, dataset, len(classes))
+    return found, classes
 
 
 def neighbours(known: Tensor, classes: Tensor, queries: Tensor, k: int) -> Tensor:
@@ -117,26 +101,6 @@ def neighbours(known: Tensor, classes: Tensor, queries: Tensor, k: int) -> Tenso
         votes = torch.zeros(len(part), int(classes.max()) + 1, device=part.device)
         found.append(votes.scatter_add_(1, classes[nearest], (similarity / TEMPERATURE).exp()).argmax(dim=1))
     return torch.cat(found)
-
-
-def linear(known: Tensor, classes: Tensor, queries: Tensor, decay: float, steps: int = 100) -> Tensor:
-    """The class that a linear layer, fitted to `known` by L-BFGS, gives to each query: int64 [m]."""
-    mean, deviation = known.mean(dim=0), known.std(dim=0) + 1e-6
-    known, queries = (known - mean) / deviation, (queries - mean) / deviation
-    layer = nn.Linear(known.shape[1], int(classes.max()) + 1, device=known.device)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    solver = torch.optim.LBFGS(layer.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        value = functional.cross_entropy(layer(known), classes) + decay * layer.weight.square().sum()
-        value.backward()
-        return value
-
-    solver.step(loss)  # pyrefly: ignore
-    with torch.no_grad():
-        return layer(queries).argmax(dim=1)
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ class Task:
     model: nn.Module
     loss: Callable[[nn.Module, Batch], Tensor]
     """(model, batch) -> mean loss of the batch, 0-D."""
+    row_losses: Callable[[nn.Module, Batch], Tensor] | None = None
+    """(model, batch) -> loss of each row [b], to inspect a step; None: steps are not inspected."""
     evaluate: Callable[[NormalizedInput, Dataset, Check], dict[str, float]]
     """(model, split, check) -> metric columns. All processes call it together. It calls `check` once per
     batch, which raises when a signal ends the evaluation."""

@@ -25,7 +25,7 @@ from pipelines.errors import UserError
 from pipelines.machine import World
 from pipelines.views import Rows, train_rows
 from tests.pipelines_fixtures import clip_dataset, frame_bytes, image_dataset, jpeg, picture, write_dataset
-from train import ending, loop
+from train import ending
 from train.meters import Clock
 from train.presets import MAE_PRESETS
 
@@ -177,7 +177,7 @@ def test_the_data_wait_is_the_time_in_which_the_device_is_idle(monkeypatch):
 
     endless, clock = batches(), Clock(0.0, GPU)
     for _ in range(20):
-        next(loop._timed(endless, 1, clock))
+        next(clock.take(endless, 1))
         stream.work(0.060)
     stream.now += 1
     clock.skip()

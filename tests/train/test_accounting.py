@@ -50,12 +50,14 @@ def test_a_row_has_the_mean_loss_and_the_last_finite_gradient_norm():
     add(sums, 1.0, 10.0)
     add(sums, 3.0, 0.1)
     add(sums, nan, nan, skipped=True)
-    assert sums.flush().tolist() == [2.0, pytest.approx(0.1, rel=1e-7), 0, 2, 1, 1]
+    values = sums.flush().tolist()
+    assert values[:6] == [2.0, pytest.approx(0.1, rel=1e-7), 0, 2, 1, 1]
+    assert values[6:] == [1.0, 0.0, 3.0, 0.0, pytest.approx(nan, nan_ok=True), 1.0]  # loss, skipped
     add(sums, 5.0, 7.0, bad=3)
-    assert sums.flush().tolist() == [5.0, 7.0, 3, 1, 1, 0]
+    assert sums.flush().tolist() == [5.0, 7.0, 3, 1, 1, 0, 5.0, 0.0]
     add(sums, nan, nan, skipped=True)
     add(sums, 1e30, float("inf"), skipped=True)
-    loss, norm, *counts = sums.flush().tolist()
+    loss, norm, *counts = sums.flush().tolist()[:6]
     assert loss != loss and norm == 7.0 and counts == [3, 0, 3, 2]
 
 

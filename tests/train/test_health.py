@@ -1,0 +1,93 @@
+"""Health of the features: the numbers equal their formulas; a stage that really collapses is reported."""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipelines.dataset import open_dataset
+from tests.train_helpers import small
+from train import health, loop, mae
+from train.config import MaeConfig
+from train.metrics import HEALTH_COLUMNS, read_csv
+
+
+def settings(images: Path, root: Path, name: str) -> MaeConfig:
+    config = small("image-mae-pico", images, root, name, epochs=0.6)
+    assert isinstance(config, MaeConfig)
+    return replace(config, run=replace(config.run, eval_every=1, log_every=1))
+
+
+@pytest.fixture(scope="module")
+def healthy(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 2 steps with an evaluation after each."""
+    config = settings(images, tmp_path_factory.mktemp("runs"), "healthy")
+    assert loop.fit(config, mae.make_task) == 0
+    return config.run.folder
+
+
+def test_the_effective_rank_counts_equal_directions():
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(40, 7)).Q
+    assert health.effective_rank(basis @ torch.eye(7, 30)) == pytest.approx(7)
+    assert health.effective_rank(torch.ones(20, 5) * 3) == pytest.approx(1)
+    shares = torch.tensor([0.5, 0.25, 0.25])
+    entropy = -sum(share * math.log(share) for share in shares.tolist())
+    assert health.effective_rank(torch.diag(shares)) == pytest.approx(math.exp(entropy))
+    assert health.effective_rank(torch.zeros(4, 4)) == 1
+    assert math.isnan(health.effective_rank(torch.tensor([[1.0, float("nan")]])))
+
+
+def test_the_deviation_is_one_without_a_mean_and_zero_for_equal_samples():
+    torch.manual_seed(0)
+    half = torch.randn(50, 8)
+    assert health.deviation(torch.cat([half, -half])) == pytest.approx(1)
+    assert health.deviation(5 * torch.ones(6, 3)) == pytest.approx(0, abs=1e-6)
+    assert health.deviation(torch.zeros(6, 3)) == 0
+
+
+def test_every_evaluation_of_a_healthy_run_has_all_columns_and_no_warning(healthy: Path):
+    rows = read_csv(healthy / "metrics.csv")
+    assert len(rows) == 2
+    for row in rows:
+        assert all(math.isfinite(row[column]) for column in HEALTH_COLUMNS)
+        assert all(2 < row[f"health_rank_stage{n}"] <= 14 for n in range(1, 5))
+        assert all(0.05 < row[f"health_std_stage{n}"] <= 1 for n in range(1, 5))
+        assert row["health_probe"] > 0.8  # the classes are dark and bright
+    assert "has collapsed" not in (healthy / "log.txt").read_text()
+
+
+def test_a_stage_without_weights_is_reported(healthy: Path, images: Path, tmp_path: Path):
+    weights = load_file(healthy / "model.safetensors")
+    for name, values in weights.items():
+        if re.match(r"blocks\.[3-6]\.", name):  # the pico model's stage 3
+            values.zero_()
+    save_file(weights, tmp_path / "zero.safetensors")
+    config = settings(images, tmp_path, "collapsed")
+    config = replace(config, model=replace(config.model, init=str(tmp_path / "zero.safetensors")))
+    assert loop.fit(config, mae.make_task) == 0
+    row = read_csv(config.run.folder / "metrics.csv")[0]
+    log = (config.run.folder / "log.txt").read_text()
+    assert row["health_std_stage3"] < 0.05 < row["health_std_stage2"]
+    assert "warning: stage 3 has collapsed" in log and "warning: stage 2" not in log
+
+
+def test_a_part_has_evenly_spaced_samples_and_their_frames(images: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(health, "SAMPLES", 3)
+    whole = open_dataset(images, "train")
+    counts, ids = np.array([2, 1, 3, 1, 4]), np.array([0, 2, 4])
+    first = np.concatenate([[0], np.cumsum(counts)])
+    columns = {name: getattr(whole, name)[:5] for name in ("shard", "label", "width", "height")}
+    columns |= {name: getattr(whole, name)[:11] for name in ("offset", "size", "crc")}
+    clips = replace(whole, first_frame=first, **columns)
+    part = health.fixed_part(clips)
+    assert part.frame_counts(np.arange(3)).tolist() == [2, 3, 4]
+    assert part.offset.tolist() == clips.offset[[0, 1, 3, 4, 5, 7, 8, 9, 10]].tolist()
+    assert part.label.tolist() == clips.label[ids].tolist()
+    monkeypatch.setattr(health, "CLASSES", 1)
+    assert set(health.fixed_part(whole).label.tolist()) == {0}
