@@ -5,6 +5,7 @@ nearest training samples of each validation sample vote (Wu et al. 2018, arXiv 1
 fits one linear layer to the training features.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from models.inputs import NormalizedInput
 from pipelines.augment import to_device
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UserError, once_per_machine, run_cli
+from pipelines.loader import Batch
 from pipelines.views import clip_notes
 from train import distributed, ending
 from train.build import autocast_for
@@ -25,6 +27,7 @@ from train.config import Config
 from train.console import log
 from train.distributed import World
 from train.evaluate import load_model, open_task, read_config, weights_of
+from train.rundir import Run
 from train.task import batches_of, check_damage
 
 TEMPERATURE = 0.07
@@ -61,13 +64,9 @@ def probe(arguments: Arguments) -> dict[str, float]:
         )
     weights = weights_of(arguments.run, arguments.weights)
     names = splits[0].info.classes
-    run, task = open_task(config, names, arguments.device)
+    run, model = open_encoder(config, weights, names, arguments.device)
     for note in clip_notes(splits[1], config.data):
         log(note)
-    encoder = task.encoder() if task.encoder else task.model
-    if task.encoder:  # the classifier that is probed keeps the autoencoder's last norm
-        config = replace(config, model=replace(config.model, reuse_encoder_norm=True))
-    model = load_model(encoder, config, weights, names, run, whole=False)
     (known, classes), (queries, answers) = (features(config, run.world, model, split) for split in splits)
     if broken := int((~known.isfinite().all(1)).sum()):
         raise UserError(
@@ -85,20 +84,46 @@ def accuracy(found: Tensor, answers: Tensor) -> float:
     return (found == answers).float().mean().item()
 
 
+def open_encoder(
+    config: Config, weights: Path, classes: Sequence[str], device: str
+) -> tuple[Run, NormalizedInput]:
+    """Join the other processes; return this process's run and the classifier whose features are computed.
+
+    The classifier of an autoencoder has its encoder and its last norm.
+    """
+    run, task = open_task(config, classes, device)
+    encoder = task.encoder() if task.encoder else task.model
+    if task.encoder:
+        config = replace(config, model=replace(config.model, reuse_encoder_norm=True))
+    return run, load_model(encoder, config, weights, classes, run, whole=False)
+
+
+@torch.no_grad()
+def encode(
+    config: Config, world: World, model: NormalizedInput, dataset: Dataset, views: tuple[int, int] = (1, 1)
+) -> Iterator[tuple[Batch, Tensor]]:
+    """The batches of this process with the features of their n samples, float32 [n, width].
+
+    views: temporal x spatial views of a sample; its features are their mean.
+    """
+    autocast = autocast_for(config.speed, world.device)
+    for batch in batches_of(config, world, dataset, views):
+        with autocast():
+            found = model.model.features(model.normalize(batch.pixels)).float()  # pyrefly: ignore
+        yield batch, found.unflatten(0, (-1, views[0] * views[1])).mean(1)
+
+
 @torch.no_grad()
 def features(config: Config, world: World, model: NormalizedInput, dataset: Dataset) -> tuple[Tensor, Tensor]:
     """The features, float32 [n, width], and classes, int64 [n], of all samples but damaged ones, by id.
 
     Each process computes a part, and all processes get all features.
     """
-    autocast = autocast_for(config.speed, world.device)
     seen = torch.zeros(len(dataset), device=world.device)
     table: Tensor | None = None  # one row for each sample of the split, zero until it is computed
-    for batch in batches_of(config, world, dataset, (1, 1)):
+    for batch, found in encode(config, world, model, dataset):
         rows = to_device(batch.valid.nonzero()[0], world.device)
         ids = to_device(batch.ids[batch.valid], world.device)
-        with autocast():
-            found = model.model.features(model.normalize(batch.pixels)).float()  # pyrefly: ignore
         table = found.new_zeros(len(dataset), found.shape[1]) if table is None else table
         table[ids], seen[ids] = found[rows], 1.0
     assert table is not None  # every process has the same number of batches, and the split is not empty
