@@ -1,7 +1,11 @@
 # hiera-train. Every target runs one plain command; `make` lists the targets. ARGS="--flag value" adds flags.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-PY := .venv/bin/python
+# The Python of all targets: that of the active conda environment of environment.yml, else .venv's. PY=python
+# takes another one. Only .venv is made and updated here.
+PY ?= $(if $(filter hiera-train,$(notdir $(CONDA_DEFAULT_ENV))),$(CONDA_PREFIX)/bin/python,.venv/bin/python)
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+INSTALL_UV = python3 -m venv .uv && .uv/bin/python -m pip install -q 'uv>=0.9'
 
 BENCH ?= all
 NODE_RANK ?= 0
@@ -20,13 +24,13 @@ PACKED = $(if $(TARS),tars --train '$(TARS)' $(if $(VAL_TARS),--val '$(VAL_TARS)
 PACKING = $(if $(OUT),--out '$(OUT)') \
 	$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray '$(RAY)')
 # Without SIGHUP: torchrun would also handle it under nohup. 240 s to save: torchrun's default of 30 is too short.
-TORCHRUN := .venv/bin/torchrun --signals-to-handle SIGTERM,SIGINT,SIGQUIT --shutdown-timeout 240
+TORCHRUN = $(PY) -m torch.distributed.run --signals-to-handle SIGTERM,SIGINT,SIGQUIT --shutdown-timeout 240
 # On one machine the command itself starts GPUS processes. On several, torchrun's rendezvous connects them.
 START = $(if $(NODES),TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 $(TORCHRUN) --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
 	--rdzv-backend c10d --rdzv-endpoint $(MASTER) --rdzv-id hiera-train -m,$(PY) -m)
 COUNT = $(if $(NODES),,$(if $(GPUS),--speed.processes $(GPUS)))
 
-.PHONY: help demo shards verify stage train-mae train-ft eval probe replay plot report predict bench gpu-check test faults check audit lock env env-ray clean
+.PHONY: help demo shards verify stage train-mae train-ft eval probe replay plot report predict preview embed bench gpu-check test faults check audit lock env env-ray clean
 
 help:  ## print this list
 	@echo "make TARGET [VARIABLE=value ...]   (ARGS=\"...\" adds flags to the command)"
@@ -69,6 +73,13 @@ report: env  ## write a page about RUN=NAME: runs/NAME/report.html
 predict: env  ## classify INPUT="FILE [FOLDER ...]" with RUN=NAME (MAE: reconstruct): pictures, videos, folders of frames; OUT=FILE.csv|json|parquet
 	$(PY) -m tools.predict 'runs/$(NAMED)' $(or $(INPUT),$(error name files or folders with INPUT=)) $(OTHER) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
+preview: env  ## draw training rows and evaluation views of RECIPE=image-ft-base DATA=: runs/preview-RECIPE.png
+	$(PY) -m tools.preview $(or $(RECIPE),image-ft-base) $(SETTINGS) $(ARGS)
+
+embed: env  ## write the features of every sample of DATA= by RUN=NAME to OUT=features.parquet; GPUS= NODES= WEIGHTS=FILE
+	$(START) tools.embed 'runs/$(NAMED)' --out '$(or $(OUT),$(error name a Parquet file with OUT=))' $(OTHER) \
+		$(if $(DATA),--data '$(DATA)') $(if $(NODES),,$(if $(GPUS),--processes $(GPUS))) $(ARGS)
+
 bench: env  ## compare speed with other implementations: BENCH=all|loader|model|training|packing IMAGES=DIR
 	$(PY) -m benchmarks $(BENCH) $(if $(IMAGES),$(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)')) $(ARGS)
 
@@ -82,34 +93,53 @@ faults: env  ## all reliability tests, over an hour: kill, pause, starve and cor
 	$(PY) -m pytest -m fault --kills $(or $(KILLS),50) $(ARGS)
 
 check: env  ## check lint, format and types
-	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyrefly check
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && \
+		$(PY) -m pyrefly check --python-interpreter-path "$$(command -v $(PY))"
 
-audit: env  ## check the pinned packages for known vulnerabilities with pip-audit; needs the internet
+audit: env | $(UV)  ## check the pinned packages for known vulnerabilities with pip-audit; needs the internet
 	$(UV) tool run pip-audit --strict --disable-pip --require-hashes -r requirements.lock -r requirements-ray.lock
 
-lock: env  ## write requirements*.lock from requirements*.in
+lock: env | $(UV)  ## write requirements*.lock from requirements*.in
 	$(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
 		requirements.in -o requirements.lock
 	$(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
 		requirements-ray.in -o requirements-ray.lock
 
 clean:  ## remove the environment, caches and demo results; your shards and runs are kept
-	rm -rf .venv .uv .pytest_cache .ruff_cache data/demo shards/demo-images shards/demo-clips runs/demo-*
+	rm -rf .venv .venv.lock .uv .pytest_cache .ruff_cache data/demo shards/demo-images shards/demo-clips runs/demo-*
 
 # ---- the environment: uv makes .venv from the lock file; uv is downloaded if it is missing
-# Its files are byte-compiled once. Otherwise every process compiles what it imports (15 s for torch and timm)
+# .venv/.ready is a copy of the lock file that was installed. If the lock file differs, its packages are installed,
+# and all other packages stay. Of several machines or terminals, one installs and the others wait: making a folder
+# is atomic on network file systems too, where file locks may not work.
+# The packages are byte-compiled once. Otherwise every process compiles what it imports (15 s for torch and timm)
 # if PYTHONDONTWRITEBYTECODE is set or .venv is read-only, and all ranks do so at the first start.
-UV := $(or $(shell command -v uv),.uv/bin/uv)
 
-env: .venv/.ready  ## make .venv from requirements.lock
+env: $(if $(filter .venv/bin/python,$(PY)),.venv/.ready)  ## make .venv from requirements.lock, or update it
 
-env-ray: env  ## add Ray to .venv, for make shards EXECUTOR=ray
+env-ray: env | $(UV)  ## add Ray to the environment, for make shards EXECUTOR=ray
 	$(UV) pip install -q --compile-bytecode --require-hashes --python $(PY) -r requirements-ray.lock
 
-.venv/.ready: requirements.lock | $(filter .uv/bin/uv,$(UV))
-	$(UV) venv -q --clear --python '>=3.11,<3.14' .venv
-	$(UV) pip sync -q --compile-bytecode --require-hashes --python $(PY) requirements.lock
-	touch $@
+.venv/.ready: requirements.lock
+	@set -e; [ -w . ] || { echo "error: $$PWD cannot be written to; make .venv as its owner" >&2; exit 2; }; \
+	for second in {0..3600}; do \
+		! mkdir .venv.lock 2>/dev/null || break; \
+		case $$second in \
+		0) echo "waiting for $$(cat .venv.lock/owner || echo another make) to install into .venv;" \
+			"if it no longer runs, remove the folder .venv.lock";; \
+		3600) echo "error: .venv.lock exists for an hour; remove it if no make runs" >&2; exit 2;; \
+		esac; \
+		sleep 1; \
+	done; \
+	trap 'rm -rf .venv.lock' EXIT; trap 'exit 130' INT TERM HUP; \
+	echo "process $$$$ on $$(hostname)" > .venv.lock/owner; \
+	if cmp -s requirements.lock $@; then touch $@; exit; fi; \
+	[ -x "$(UV)" ] || { $(INSTALL_UV); }; \
+	if [ -e $@ ]; then echo "requirements.lock has changed: updating .venv; packages that you added stay"; \
+	else echo "installing the packages of requirements.lock into .venv (about 6 GB)"; fi; \
+	[ -x $(PY) ] || $(UV) venv -q --allow-existing --python '>=3.11,<3.14' .venv; \
+	$(UV) pip install --compile-bytecode --require-hashes --python $(PY) -r requirements.lock; \
+	cp requirements.lock $@
 
 .uv/bin/uv:
-	python3 -m venv .uv && .uv/bin/python -m pip install -q 'uv>=0.9'
+	$(INSTALL_UV)

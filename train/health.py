@@ -10,7 +10,7 @@ training samples, on the evaluation samples.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch.nn import functional
 from models.inputs import NormalizedInput
 from pipelines.augment import to_device
 from pipelines.dataset import Dataset
+from pipelines.loader import Batch
 from train import distributed
 from train.build import autocast_for
 from train.config import Config
@@ -32,6 +33,8 @@ from train.task import Check, batches_of
 SAMPLES, CLASSES = 512, 32  # of each split: 16 samples of each class fit a linear layer
 LEAST_RANK, LEAST_STD = 2.0, 0.05  # docs/training.md gives the reason
 DECAY = 1e-3  # of the linear layer
+
+Encode = Callable[[Tensor], Tensor]  # pixels of a batch [b, ...] -> features [b, width]
 
 
 def measure(
@@ -77,28 +80,39 @@ def measure(
 
 @torch.no_grad()
 def features(
-    config: Config, world: World, dataset: Dataset, encode: Callable[[Tensor], Tensor], check: Check
+    config: Config, world: World, dataset: Dataset, encode: Encode, check: Check
 ) -> tuple[Tensor, Tensor]:
     """The features, float32 [n, width], and classes, int64 [n], of all samples but damaged ones, by id.
 
-    encode: pixels of a batch [b, ...], one centre view of each sample -> [b, width]. check: called once per
-    batch. Each process computes a part, and all processes get all features.
+    check: called once per batch. Each process computes a part, and all processes get all features.
     """
-    autocast = autocast_for(config.speed, world.device)
     seen = torch.zeros(len(dataset), device=world.device)
     table: Tensor | None = None  # one row for each sample of the split, zero until it is computed
-    for batch in batches_of(config, world, dataset, (1, 1)):
+    for batch, found in encoded(config, world, dataset, encode):
         check()
         rows = to_device(batch.valid.nonzero()[0], world.device)
         ids = to_device(batch.ids[batch.valid], world.device)
-        with autocast():
-            found = encode(batch.pixels).float()
         table = found.new_zeros(len(dataset), found.shape[1]) if table is None else table
         table[ids], seen[ids] = found[rows], 1.0
     assert table is not None  # every process has the same number of batches, and the split is not empty
     whole = distributed.total(seen) > 0
     labels = to_device(dataset.label.astype(np.int64), world.device)
     return distributed.total(table)[whole], labels[whole]
+
+
+@torch.no_grad()
+def encoded(
+    config: Config, world: World, dataset: Dataset, encode: Encode, views: tuple[int, int] = (1, 1)
+) -> Iterator[tuple[Batch, Tensor]]:
+    """The batches of this process with the features of their n samples, float32 [n, width].
+
+    views: temporal x spatial views of a sample; its features are their mean.
+    """
+    autocast = autocast_for(config.speed, world.device)
+    for batch in batches_of(config, world, dataset, views):
+        with autocast():
+            found = encode(batch.pixels).float()
+        yield batch, found.unflatten(0, (-1, views[0] * views[1])).mean(1)
 
 
 def fixed_part(dataset: Dataset) -> Dataset:

@@ -30,13 +30,13 @@ def save_reconstructions(path: Path, model: NormalizedInput, batch: Batch, keep:
     filled = reconstruct(model.model, inputs, keep)  # pyrefly: ignore
     if inputs.ndim == 5:
         inputs = inputs[:, :, :: inputs.shape[2] // filled.shape[2]]
-    visible = _visible(model.model, keep, inputs)
-    columns = [_pixels(model.restore(x)) for x in (inputs, torch.where(visible, inputs, 0.0), filled)]
+    seen = visible(model.model, keep, inputs)
+    columns = [_pixels(model.restore(x)) for x in (inputs, torch.where(seen, inputs, 0.0), filled)]
     with atomic_write(path) as temporary:
         _grid(columns).save(temporary, format="png")
 
 
-def _visible(model: nn.Module, keep: Tensor, inputs: Tensor) -> Tensor:
+def visible(model: nn.Module, keep: Tensor, inputs: Tensor) -> Tensor:
     """Bool [b, 1, (t), h, w]: which pixels belong to kept mask units."""
     grid: tuple[int, ...] = model.mask_units  # pyrefly: ignore
     mask = torch.zeros(len(keep), model.num_mask_units, device=keep.device)  # pyrefly: ignore

@@ -5,6 +5,7 @@ nearest training samples of each validation sample vote (Wu et al. 2018, arXiv 1
 fits one linear layer to the training features.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from train.console import log
 from train.distributed import World
 from train.evaluate import load_model, open_task, read_config, weights_of
 from train.health import accuracy, linear
+from train.rundir import Run
 from train.task import check_damage
 
 TEMPERATURE = 0.07
@@ -59,13 +61,9 @@ def probe(arguments: Arguments) -> dict[str, float]:
         )
     weights = weights_of(arguments.run, arguments.weights)
     names = splits[0].info.classes
-    run, task = open_task(config, names, arguments.device)
+    run, model = open_encoder(config, weights, names, arguments.device)
     for note in clip_notes(splits[1], config.data):
         log(note)
-    encoder = task.encoder() if task.encoder else task.model
-    if task.encoder:  # the classifier that is probed keeps the autoencoder's last norm
-        config = replace(config, model=replace(config.model, reuse_encoder_norm=True))
-    model = load_model(encoder, config, weights, names, run, whole=False)
     (known, classes), (queries, answers) = (features(config, run.world, model, split) for split in splits)
     if broken := int((~known.isfinite().all(1)).sum()):
         raise UserError(
@@ -78,18 +76,33 @@ def probe(arguments: Arguments) -> dict[str, float]:
     return {"knn": accuracy(voted, answers), "linear": accuracy(fitted, answers)}
 
 
+def open_encoder(
+    config: Config, weights: Path, classes: Sequence[str], device: str
+) -> tuple[Run, NormalizedInput]:
+    """Join the other processes; return this process's run and the classifier whose features are computed.
+
+    The classifier of an autoencoder has its encoder and its last norm.
+    """
+    run, task = open_task(config, classes, device)
+    encoder = task.encoder() if task.encoder else task.model
+    if task.encoder:
+        config = replace(config, model=replace(config.model, reuse_encoder_norm=True))
+    return run, load_model(encoder, config, weights, classes, run, whole=False)
+
+
 def features(config: Config, world: World, model: NormalizedInput, dataset: Dataset) -> tuple[Tensor, Tensor]:
     """The input of the head for all samples but damaged ones, float32 [n, width], and classes, int64 [n].
 
     Raises UserError when too many samples are damaged.
     """
-
-    def encode(pixels: Tensor) -> Tensor:
-        return model.model.features(model.normalize(pixels))  # pyrefly: ignore
-
-    found, classes = health.features(config, world, dataset, encode, lambda: None)
+    found, classes = health.features(config, world, dataset, head_input(model), lambda: None)
     check_damage(config.data, dataset, len(classes))
     return found, classes
+
+
+def head_input(model: NormalizedInput) -> Callable[[Tensor], Tensor]:
+    """Of a classifier: pixels [b, ...] -> the input of its head [b, width]."""
+    return lambda pixels: model.model.features(model.normalize(pixels))  # pyrefly: ignore
 
 
 def neighbours(known: Tensor, classes: Tensor, queries: Tensor, k: int) -> Tensor:

@@ -22,8 +22,9 @@ from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN
 from tests.pipelines_fixtures import read_rows
-from tests.train.rank_helpers import evaluate_and_probe
+from tests.train.rank_helpers import evaluate_probe_and_embed
 from tests.train_helpers import ROOT, module, small
+from tools import embed
 from train import build, distributed, evaluate, finetune, loop, mae, probe, task
 from train.config import FinetuneConfig, MaeConfig
 from train.distributed import World
@@ -260,7 +261,7 @@ def test_samples_with_nan_features_count_as_wrong(images: Path, tmp_path: Path, 
         probe.probe(wanted)
 
 
-def test_two_processes_probe_and_evaluate_like_one_and_print_once(images: Path, tmp_path: Path):
+def test_two_processes_evaluate_probe_and_embed_like_one_and_print_once(images: Path, tmp_path: Path):
     config = small("image-ft-pico", images, tmp_path, "run", epochs=2.0)
     assert loop.fit(config, finetune.make_task) == 0
     run = tmp_path / "run"
@@ -268,13 +269,15 @@ def test_two_processes_probe_and_evaluate_like_one_and_print_once(images: Path, 
     alone = evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
     (run / "predictions.parquet").unlink()
     probed = probe.probe(probe.Arguments(run, device="cpu", k=5))
-    with socket.socket() as one, socket.socket() as other:
-        for free in (one, other):
+    embed.embed(embed.Arguments(run, tmp_path / "alone.parquet", device="cpu"))
+    with socket.socket() as one, socket.socket() as two, socket.socket() as three:
+        for free in (one, two, three):
             free.bind(("127.0.0.1", 0))
-        ports = (one.getsockname()[1], other.getsockname()[1])
+        ports = tuple(free.getsockname()[1] for free in (one, two, three))
     logs = [tmp_path / f"rank-{rank}.txt" for rank in range(2)]
     both = [
-        CLEAN.Process(target=evaluate_and_probe, args=(rank, ports, run, logs[rank])) for rank in range(2)
+        CLEAN.Process(target=evaluate_probe_and_embed, args=(rank, ports, run, logs[rank]))
+        for rank in range(2)
     ]
     for process in both:
         process.start()
@@ -297,6 +300,10 @@ def test_two_processes_probe_and_evaluate_like_one_and_print_once(images: Path, 
         assert all(first >= second and first + second == pytest.approx(1) for first, second in chances)
     assert float(printed["knn"]) == pytest.approx(probed["knn"], abs=1e-4)
     assert float(printed["linear"]) == pytest.approx(probed["linear"], abs=1e-4)
+    one, two = (pq.read_table(tmp_path / name) for name in ("alone.parquet", "features.parquet"))
+    found, wanted = (np.stack(table["features"].to_numpy()) for table in (two, one))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert two.drop_columns("features") == one.drop_columns("features") and len(one) == 54
 
 
 def test_features_are_in_the_order_of_the_samples_without_duplicates(images: Path, tmp_path: Path):
