@@ -17,7 +17,7 @@ from pipelines.errors import UserError, first_line
 from pipelines.loader import Batch, TrainLoader
 from pipelines.machine import usable_cores
 from pipelines.views import check_info
-from train import distributed
+from train import checkpoint, distributed
 from train.checkpoint import State, checkpoint_bytes
 from train.config import Config, ModelConfig, SpeedConfig
 from train.console import log
@@ -65,6 +65,27 @@ def build(config: Config, task: Task, run: Run) -> State:
 
 
 # ---- batches
+
+
+def resume(config: Config, task: Task, run: Run, state: State) -> None:
+    """Restore the checkpoint that rank 0 chose; ends the run unless all processes have the same state."""
+    steps = total_steps(config.optim, len(task.training))
+    if run.newest is not None:
+        state.restore(checkpoint.load(run.newest, run.world.device), run.world)
+        log(f"resumed from step {state.step} of {steps}")
+    checksums = state.checksums().tolist()
+    if state.step > steps:
+        distributed.fail(
+            run.world,
+            f"{run.folder} is already at step {state.step} and optim.epochs {config.optim.epochs:g} ends at "
+            f"step {steps}; take more epochs, or choose another RUN",
+        )
+    distributed.check_agreement(
+        run.world,
+        "weights or optimizer state",
+        checksums,
+        f"are {run.folder} and the starting weights the same files on every machine?",
+    )
 
 
 def micro_batches(config: Config, processes: int, mixed: int = 1) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from train.build import (
     join,
     log_memory,
     micro_batches,
+    resume,
     seed_weights,
     training_batches,
 )
@@ -102,27 +103,6 @@ def prepare(config: Config, make_task: MakeTask) -> "Trainer | None":
         state = build(config, task, run)  # precision, starting weights, optimizer, moving average
         resume(config, task, run, state)  # all processes must have the same weights
         return Trainer(config, task, run, state)  # metrics, compilation, DDP, loader
-
-
-def resume(config: Config, task: Task, run: Run, state: State) -> None:
-    """Restore the checkpoint that rank 0 chose; ends the run unless all processes have the same state."""
-    steps = total_steps(config.optim, len(task.training))
-    if run.newest is not None:
-        state.restore(checkpoint.load(run.newest, run.world.device), run.world)
-        log(f"resumed from step {state.step} of {steps}")
-    checksums = state.checksums().tolist()
-    if state.step > steps:
-        distributed.fail(
-            run.world,
-            f"{run.folder} is already at step {state.step} and optim.epochs {config.optim.epochs:g} ends at "
-            f"step {steps}; take more epochs, or choose another RUN",
-        )
-    distributed.check_agreement(
-        run.world,
-        "weights or optimizer state",
-        checksums,
-        f"are {run.folder} and the starting weights the same files on every machine?",
-    )
 
 
 class Trainer:
