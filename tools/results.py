@@ -150,7 +150,7 @@ def _matrix(counts: np.ndarray, classes: Sequence[str]) -> str:
         title = f"{classes[row]}: {count} of {samples} predicted as {classes[column]}"
         parts.append(
             f'<rect x="{x}" y="{y}" width="{side}" height="{side}" fill="var(--{kind})" '
-            f'fill-opacity="{0.15 + 0.85 * count / samples:.2f}"><title>{escape(title)}</title></rect>'
+            f'fill-opacity="{0.25 + 0.75 * count / samples:.2f}"><title>{escape(title)}</title></rect>'
         )
         if number <= WITH_COUNTS:
             at = f'x="{x + side / 2}" y="{y + middle}"'
