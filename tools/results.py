@@ -33,6 +33,7 @@ STYLE = """<style>
 .results .scroll { overflow-x: auto; }
 .results svg { max-width: none; font: 12px system-ui, sans-serif; fill: currentColor; }
 .results td { width: 1%; white-space: nowrap; text-align: right; font-variant-numeric: tabular-nums; }
+@media (max-width: 30rem) { .results td { padding: .2rem; } }
 .results td.name { width: auto; white-space: normal; text-align: left; }
 .results .samples { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
 </style>"""
@@ -133,10 +134,11 @@ def _matrix(counts: np.ndarray, classes: Sequence[str]) -> str:
     """The confusion matrix as a drawing; the depth of a colour is the share of the row."""
     number, side = len(classes), min(48, max(14, 640 // len(classes)))
     names = [name if len(name) <= LABEL else name[: LABEL - 1] + "…" for name in classes]
-    margin = 24 + 7 * max(map(len, names))
-    end, middle = margin + number * side, side / 2 + 4
-    parts = [f'<text x="{margin}" y="14" font-weight="600">predicted class</text>']
-    parts.append(f'<text transform="translate(14 {end}) rotate(-90)" font-weight="600">class</text>')
+    margin = 26 + 7 * max(map(len, names))
+    end, center, middle = margin + number * side, margin + number * side / 2, side / 2 + 4
+    heading = 'font-weight="600" text-anchor="middle"'
+    parts = [f'<text x="{center}" y="14" {heading}>predicted class</text>']
+    parts.append(f'<text transform="translate(14 {center}) rotate(-90)" {heading}>class</text>')
     for at, name in enumerate(names):
         place = margin + at * side + middle
         parts.append(f'<text x="{margin - 6}" y="{place}" text-anchor="end">{escape(name)}</text>')
@@ -148,7 +150,7 @@ def _matrix(counts: np.ndarray, classes: Sequence[str]) -> str:
         title = f"{classes[row]}: {count} of {samples} predicted as {classes[column]}"
         parts.append(
             f'<rect x="{x}" y="{y}" width="{side}" height="{side}" fill="var(--{kind})" '
-            f'fill-opacity="{0.15 + 0.85 * count / samples:.2f}"><title>{escape(title)}</title></rect>'
+            f'fill-opacity="{0.25 + 0.75 * count / samples:.2f}"><title>{escape(title)}</title></rect>'
         )
         if number <= WITH_COUNTS:
             at = f'x="{x + side / 2}" y="{y + middle}"'

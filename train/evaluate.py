@@ -62,7 +62,7 @@ def open_task(
 ) -> tuple[Run, Task]:
     """Join the other processes, set the precision, and make the task that a run was trained for.
 
-    folder: where its evaluation writes per_class.parquet; None: nowhere.
+    folder: where its evaluation writes predictions.parquet and per_class.parquet; None: nowhere.
     """
     run = Run(distributed.start(device, config.speed.timeout), folder)
     set_precision(config.speed, run.world.device)
@@ -90,7 +90,7 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     if dataset is None:
         raise UserError(f"{config.data.path} has no validation samples")
     rundir.check_classes(arguments.run, dataset.info)
-    # The run's own per_class.parquet stays as it is when something else is evaluated.
+    # The run's own predictions.parquet and per_class.parquet are kept when something else is evaluated.
     folder = None if arguments.weights or arguments.data or arguments.views else arguments.run
     classes = dataset.info.classes
     run, task = open_task(config, classes, arguments.device, folder)
@@ -98,6 +98,8 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
         log(note)
     model = load_model(task.model, config, weights, classes, run)
     scores = task.evaluate(model, dataset, lambda: None)
+    if folder and isinstance(config, FinetuneConfig):
+        log(f"{folder / 'predictions.parquet'}: the prediction of every sample; make report shows the errors")
     if not rundir.is_data_of(arguments.run, dataset.info):
         scores.pop("held_out", None)  # whether the run has trained on these samples is unknown
     return scores

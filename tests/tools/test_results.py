@@ -78,10 +78,10 @@ def test_the_report_shows_the_matrix_the_classes_and_the_worst_samples(wrong: Pa
     first = int(results.label[0])
     names = results.classes[first], results.classes[1 - first]
     assert {unescape(title): float(depth) for depth, title in titles} == {
-        f"{names[0]}: 5 of 6 predicted as {names[0]}": 0.86,
-        f"{names[0]}: 1 of 6 predicted as {names[1]}": 0.29,
-        f"{names[1]}: 1 of 7 predicted as {names[0]}": 0.27,
-        f"{names[1]}: 6 of 7 predicted as {names[1]}": 0.88,
+        f"{names[0]}: 5 of 6 predicted as {names[0]}": 0.88,
+        f"{names[0]}: 1 of 6 predicted as {names[1]}": 0.38,
+        f"{names[1]}: 1 of 7 predicted as {names[0]}": 0.36,
+        f"{names[1]}: 6 of 7 predicted as {names[1]}": 0.89,
     }
     text = text_of(page)
     # The class of sample 0: 5 of 6 found, 5 of 7 samples. The other: 6 of 7 and 6 of 7.

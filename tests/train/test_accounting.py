@@ -159,6 +159,20 @@ def test_a_sample_with_nan_outputs_is_wrong_and_the_loss_is_nan(images: Path, tm
     assert sure == {("dark things", 0.7311)}
 
 
+def test_an_evaluation_without_classes_is_refused(images: Path, tmp_path: Path, monkeypatch):
+    config = small("image-ft-pico", images, tmp_path, "run")
+    catalogue = open_dataset(images, "val")
+    unknown = replace(catalogue, label=np.where(np.arange(14) == 9, -1, catalogue.label))
+    assert isinstance(config, FinetuneConfig)
+    model = NormalizedInput(Constant([1.0, 0.0], (), 14), 1)
+    with pytest.raises(UserError, match=r"val\.arrow has samples without a class; finetuning needs"):
+        finetune.evaluate(config, Run(ALONE, tmp_path), model, unknown, lambda: None)
+    assert not [*tmp_path.glob("*.parquet")]
+    monkeypatch.setattr(finetune, "open_splits", lambda *_: (open_dataset(images, "train"), unknown))
+    with pytest.raises(UserError, match=r"val\.arrow has samples without a class"):
+        finetune.make_task(config, Run(ALONE))
+
+
 def test_top_5_is_empty_with_five_classes_or_fewer(images: Path, tmp_path: Path):
     config = small("image-ft-pico", images, tmp_path, "run", epochs=1.0)
     assert isinstance(config, FinetuneConfig)
@@ -288,6 +302,7 @@ def test_two_processes_evaluate_probe_and_embed_like_one_and_print_once(images: 
     printed = dict(re.findall(r"^(\w+) ([\d.]+)$", logs[0].read_text(), re.M))
     assert float(printed["acc"]) == pytest.approx(alone["acc"], rel=1e-5)
     assert float(printed["loss_val"]) == pytest.approx(alone["loss_val"], rel=1e-5)
+    assert f"{run}/predictions.parquet: the prediction of every sample" in logs[0].read_text()
     found = pq.read_table(run / "predictions.parquet")
     assert found["id"].to_pylist() == [*range(14)] and found.schema == trained.schema
     assert found["source"].to_pylist() == [row["source"] for row in read_rows(images, "val")]
