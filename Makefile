@@ -61,8 +61,8 @@ probe: env  ## evaluate the frozen features of RUN=NAME with kNN and a linear cl
 plot: env  ## plot the curves of RUN="NAME [NAME ...]"
 	$(PY) -m tools.plot $(addprefix runs/,$(NAMED)) $(ARGS)
 
-report: env  ## write a page about RUN=NAME: runs/NAME/report.html
-	$(PY) -m tools.report 'runs/$(NAMED)' $(ARGS)
+report: env  ## write a page about RUN=NAME: runs/NAME/report.html; RUN="A B" compares runs: runs/report.html
+	$(PY) -m tools.report $(addprefix runs/,$(NAMED)) $(ARGS)
 
 predict: env  ## classify INPUT="FILE [FOLDER ...]" with RUN=NAME (MAE: reconstruct): pictures, videos, folders of frames
 	$(PY) -m tools.predict 'runs/$(NAMED)' $(or $(INPUT),$(error name files or folders with INPUT=)) $(OTHER) $(ARGS)
