@@ -67,8 +67,8 @@ replay: env  ## repeat step STEP=K of RUN=NAME exactly, and print its rows, firs
 plot: env  ## plot the curves of RUN="NAME [NAME ...]"
 	$(PY) -m tools.plot $(addprefix runs/,$(NAMED)) $(ARGS)
 
-report: env  ## write a page about RUN=NAME: runs/NAME/report.html
-	$(PY) -m tools.report 'runs/$(NAMED)' $(ARGS)
+report: env  ## write a page about RUN=NAME: runs/NAME/report.html; RUN="A B" compares runs: runs/report.html
+	$(PY) -m tools.report $(addprefix runs/,$(NAMED)) $(ARGS)
 
 predict: env  ## classify INPUT="FILE [FOLDER ...]" with RUN=NAME (MAE: reconstruct): pictures, videos, folders of frames; OUT=FILE.csv|json|parquet
 	$(PY) -m tools.predict 'runs/$(NAMED)' $(or $(INPUT),$(error name files or folders with INPUT=)) $(OTHER) $(if $(OUT),--out '$(OUT)') $(ARGS)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.errors import UserError, run_cli
-from tools.report import speed_of
+from tools.compare import speed_of
 from train.metrics import read_csv
 
 

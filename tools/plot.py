@@ -1,8 +1,16 @@
-"""Plot the curves of one or several runs: python -m tools.plot runs/A [runs/B ...]."""
+"""Plot the curves of one or several runs: python -m tools.plot runs/A [runs/B ...].
+
+The colour of a line shows its run, its style shows its column.
+"""
 
 import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from itertools import cycle
+from operator import mul
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 
@@ -13,17 +21,31 @@ from train.metrics import read_csv
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # importing it takes a second
 
-Panel = tuple[str, tuple[str, ...], bool]
+
+class Panel(NamedTuple):
+    """A drawing: its columns share an axis. The unit "%" shows shares as percent."""
+
+    title: str
+    columns: tuple[str, ...]
+    unit: str = ""
+    logarithmic: bool = False
+
+
 Tables = dict[str, list[dict]]  # run name -> metric rows
-# (title, columns, logarithmic); a panel without numbers is left out.
-PANELS: tuple[Panel, ...] = (
-    ("loss", ("loss_train", "loss", "loss_val"), False),
-    ("accuracy", ("acc", "acc5"), False),
-    ("learning rate", ("lr",), False),
-    ("gradient norm", ("grad_norm",), True),
-    ("samples per second", ("samples_per_s",), False),
-    ("step and data wait, ms", ("step_ms", "data_wait_ms"), False),
+PANELS = (
+    Panel("loss", ("loss_train", "loss", "loss_val")),
+    Panel("accuracy", ("acc", "acc5"), "%"),
+    Panel("learning rate", ("lr",)),
+    Panel("gradient norm", ("grad_norm",), logarithmic=True),
+    Panel("speed", ("samples_per_s",), "samples/s"),
+    Panel("duration", ("step_ms", "data_wait_ms"), "ms"),
 )
+NOT_DRAWN = {"time", "step", "epoch", "samples", "mfu", "max_mem_gb", "skipped", "bad", "held_out"}
+# Of the runs, on white and on a dark page: each has a contrast of at least 4.5 to 1 there.
+COLOURS = ("#0b62c4", "#b04a00", "#1a7a2e", "#8034b8", "#c4203a", "#007a85", "#6b6b00", "#b0268a")
+DARK_COLOURS = ("#6db3ff", "#ffa657", "#5fd07a", "#c9a0ff", "#ff8a94", "#4fd0d8", "#d0d060", "#ff8ad0")
+STYLES: tuple[Literal["solid", "dashed", "dotted", "dashdot"], ...] = ("solid", "dashed", "dotted", "dashdot")
+FEW = 30  # with fewer points than this, a line also shows them
 
 
 def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) -> Path:
@@ -34,42 +56,105 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
         out: picture to write; default: curves.png in the run folder, for several runs in their parent folder.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     if not runs:
         raise UserError("there are no runs; name at least one run folder, such as runs/image-mae-pico")
-    tables = {run.name: _read(run) for run in runs}
+    tables = {name: _read(run) for name, run in zip(names_of(runs), runs, strict=True)}
     panels = panels_of(tables)
     lines = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(11, 3.2 * lines))
+    figure = Figure(figsize=(11, 3.2 * lines + 0.4), layout="constrained")
     for number, panel in enumerate(panels, start=1):
         draw(figure.add_subplot(lines, 2, number), panel, tables)
-    figure.suptitle(", ".join(tables))
-    figure.tight_layout()
+    legend = [Line2D([], [], color=colour, lw=3) for _, colour in zip(tables, cycle(COLOURS), strict=False)]
+    figure.legend(legend, list(tables), loc="outside upper left", ncols=4, frameon=False)
     path = out or (runs[0] if len(runs) == 1 else runs[0].parent) / "curves.png"
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return path
 
 
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """A name for each run: its folder's, or its path if two folders have the same name."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(runs) else list(map(str, runs))
+
+
 def panels_of(tables: Tables) -> list[Panel]:
-    """The panels for which any run has numbers."""
-    filled = {name for rows in tables.values() for row in rows for name in row if row[name] is not None}
-    return [panel for panel in PANELS if filled & {*panel[1]}]
+    """The panels for which any run has numbers; columns that PANELS lacks share one by their first word."""
+    rows = [row for rows in tables.values() for row in rows]
+    filled = dict.fromkeys(name for row in rows for name in row if row[name] is not None)
+    groups: dict[str, list[str]] = {}
+    for name in filled:
+        if name not in NOT_DRAWN and not any(name in panel.columns for panel in PANELS):
+            groups.setdefault(re.split(r"_|\d", name)[0], []).append(name)
+    others = [
+        Panel(word, tuple(names), "%" if all("acc" in name for name in names) else "")
+        for word, names in groups.items()
+    ]
+    return [panel for panel in (*PANELS, *others) if filled.keys() & {*panel.columns}]
 
 
 def draw(axis: "Axes", panel: Panel, tables: Tables) -> None:
-    """Draw the columns of one panel over steps, for every run."""
-    title, columns, logarithmic = panel
-    for name, rows in tables.items():
-        for column in columns:
-            points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
-            if points:
-                label = column if len(tables) == 1 else f"{name} {column}"
-                marker = "." if len(points) < 30 else None
-                axis.plot(*zip(*points, strict=True), label=label, marker=marker)
-    axis.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
+    """Draw the columns of one panel for every run, over all steps of the longest run."""
+    from matplotlib.lines import Line2D
+
+    per_step, over = _epochs_per_step(tables)
+    filled = {name for rows in tables.values() for row in rows for name in row if row[name] is not None}
+    styles = dict(zip((column for column in panel.columns if column in filled), cycle(STYLES), strict=False))
+    for rows, colour in zip(tables.values(), cycle(COLOURS), strict=False):
+        for column, style in styles.items():
+            points = [(row[over], row[column]) for row in rows if row.get(column) is not None]
+            marker = "." if len(points) < FEW else None
+            axis.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker=marker)
+    last = max((row[over] for rows in tables.values() for row in rows), default=1)
+    unit = f" ({panel.unit})" if panel.unit else ""
+    axis.set(ylabel=panel.title + unit, xlabel=over, xlim=(0, last * 1.02))
+    _set_ticks(axis, panel)
+    if per_step:
+        epochs = axis.secondary_xaxis("top", functions=(partial(mul, per_step), partial(mul, 1 / per_step)))
+        epochs.set_xlabel("epoch")
+        epochs.xaxis.set_major_formatter(plain)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if len(styles) > 1:
+        ink = axis.yaxis.label.get_color()
+        lines = [Line2D([], [], color=ink, linestyle=style) for style in styles.values()]
+        axis.legend(lines, list(styles), fontsize="small", handlelength=3)
+
+
+def _epochs_per_step(tables: Tables) -> tuple[float, str]:
+    """Epochs per step if the runs agree, else 0, and the column to draw over.
+
+    Runs with other batches or data are drawn over epochs.
+    """
+    lasts = [rows[-1] for rows in tables.values() if rows]
+    if any(row.get("epoch") is None for row in lasts):
+        return 0.0, "step"
+    ratios = [row["epoch"] / row["step"] for row in lasts]
+    agree = max(ratios, default=0.0) <= 1.0001 * min(ratios, default=0.0)
+    return (ratios[0], "step") if ratios and agree else (0.0, "epoch")
+
+
+def _set_ticks(axis: "Axes", panel: Panel) -> None:
+    from matplotlib import ticker
+
+    round_numbers = [1, 2, 5, 10]
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=round_numbers))
+    axis.xaxis.set_major_formatter(plain)
+    if panel.logarithmic:
+        axis.set_yscale("log")
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+    low, high = axis.get_ylim()
+    if panel.logarithmic and high > 20 * low:
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    else:
+        axis.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=round_numbers))
+    axis.yaxis.set_major_formatter(ticker.PercentFormatter(1, symbol="") if panel.unit == "%" else plain)
+
+
+def plain(value: float, _: float = 0) -> str:
+    """A tick's label without powers of ten: 0.0005, 20,000."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
 def _read(run: Path) -> list[dict]:

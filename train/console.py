@@ -13,13 +13,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from pipelines.errors import UserError, once_per_machine
 from train.config import Config, flatten, hint, to_dict
 
-BARS, CURVE = "▁▂▃▄▅▆▇█", 30
+BARS, CURVE = "▁▂▃▄▅▆▇█", 16
 
 
 class Output:
@@ -73,21 +76,21 @@ def survive_closed_output() -> None:
 
 
 class Screen:
-    """Lines on stdout and in a log file, and on a terminal a progress bar. Only rank 0 prints."""
+    """Lines on stdout and in a log file, and on a terminal a panel below them. Only rank 0 prints."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
         self._file: IO[str] | None = None
         self._progress: Progress | None = None
         self._losses: list[float] = []
-        self._scores: list[str] = []
+        self._values: dict[str, str] = {}
         self._noted = False
 
     def open(self, path: Path) -> None:
         """Append the lines from here on to `path`, until `close`."""
         self.close()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file, self._losses, self._scores, self._noted = path.open("a", buffering=1), [], [], False
+        self._file, self._losses, self._values, self._noted = path.open("a", buffering=1), [], {}, False
 
     def close(self) -> None:
         """Close the log file."""
@@ -116,17 +119,28 @@ class Screen:
 
     @contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
-        """Show a bar from step `done` to `total` while the block runs, if this is a terminal."""
+        """Show the panel from step `done` to `total` while the block runs, if this is a terminal."""
         if not (self._active and self._console.is_terminal):
             yield
             return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        left = TextColumn("time left")
+        columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("steps,"), left, TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self._console, expand=True, speed_estimate_period=600)
+        self._task = self._progress.add_task("", total=total, completed=done)
         try:
-            with Progress(*columns, console=self._console) as self._progress:
-                self._task = self._progress.add_task("", total=total, completed=done)
+            with Live(console=self._console, get_renderable=self.panel, refresh_per_second=2):
                 yield
         finally:
             self._progress = None
+
+    def panel(self) -> Panel:
+        """The bar and the values of the last metric row, at most 80 columns wide."""
+        table = Table.grid(padding=(0, 2), expand=True)
+        pairs = list(self._values.items())
+        for left, right in zip(pairs[::2], pairs[1::2], strict=True):
+            table.add_row(*left, *right)
+        parts = [table] if self._progress is None else [self._progress, table]
+        return Panel(Group(*parts), width=min(80, self._console.width))
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -134,16 +148,22 @@ class Screen:
             self._progress.update(self._task, completed=step)
 
     def show(self, row: Mapping[str, float | None], loss: str, best: str) -> None:
-        """Show a metric row next to the bar: curve of the column `loss`, samples/s, last and best evaluation.
+        """Show a metric row in the panel, with the curve of the column `loss`.
 
         best: the best evaluation as text, empty if the row has no evaluation.
         """
         self._losses = [*self._losses, row[loss] or 0.0][-CURVE:]
         scores = [f"{name} {row[name]:.4g}" for name in ("acc", "loss_val") if row.get(name) is not None]
-        self._scores = [*scores, best] if scores else self._scores
-        if self._progress is not None:
-            texts = [curve(self._losses), f"{row['samples_per_s']:.1f} samples/s", *self._scores]
-            self._progress.update(self._task, description=" ".join(texts))
+        evaluated = {"last": ", ".join(scores), "best": best.removeprefix("best ")} if scores else {}
+        self._values |= {
+            "loss": f"{self._losses[-1]:.4g} {curve(self._losses)}",
+            "lr": f"{row['lr']:.3g}",
+            "speed": f"{row['samples_per_s']:.1f} samples/s",
+            "wait": f"{(row['data_wait_ms'] or 0) / (row['step_ms'] or 1):.0%} of a step",
+            "memory": f"{row['max_mem_gb']:.1f} GB",
+            "epoch": f"{row['epoch']:.4g}",
+            **evaluated,
+        }
 
 
 def curve(values: list[float]) -> str:

@@ -122,7 +122,9 @@ class Trainer:
         self.best: Row = {}  # the row with the best evaluation
         self.since = 0  # evaluations after it
         if world.is_main:
-            rundir.record_start(config, run.data, {"step": state.step, "processes": world.size})
+            size = sum(parameter.numel() for parameter in state.model.parameters())
+            about = {"step": state.step, "processes": world.size, "parameters": size}
+            rundir.record_start(config, run.data, about)
             self.metrics = MetricsWriter(folder, task.columns, state.step)
             self.metrics.followers = [run.beat, *([self.tracks.row] if self.tracks else [])]
             evaluated = [row for row in self.metrics.kept if row["loss_val"] is not None]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from models.inputs import NormalizedInput
@@ -12,12 +13,15 @@ from pipelines.files import atomic_write
 from pipelines.loader import Batch
 
 SHOWN_FRAMES = 4
-GAP, HEADER = 4, 16
+TITLES = ("input", "visible patches", "reconstruction")
+NOTE = "patches have their true mean and deviation"
+GAP, HEADER, WIDTH = 4, 22, 576  # pixels; pictures are enlarged up to about this width
+STRIP, NEAREST = "#30363d", Image.Resampling.NEAREST
 
 
 @torch.no_grad()
 def save_reconstructions(path: Path, model: NormalizedInput, batch: Batch, keep: Tensor) -> None:
-    """Write a PNG with a row per valid sample: input, kept patches, reconstruction; clips as strips.
+    """Write a PNG with the input, kept patches and reconstruction of each valid sample; clips as strips.
 
     keep: int64 [b, kept], the mask units that the model sees. It predicts each patch up to its mean and
     deviation, so the picture uses the true ones, and says so in its last line.
@@ -33,7 +37,8 @@ def save_reconstructions(path: Path, model: NormalizedInput, batch: Batch, keep:
     seen = visible(model.model, keep, inputs)
     columns = [_pixels(model.restore(x)) for x in (inputs, torch.where(seen, inputs, 0.0), filled)]
     with atomic_write(path) as temporary:
-        _grid(columns).save(temporary, format="png")
+        sheet, info = _sheet(columns)
+        sheet.save(temporary, format="png", pnginfo=info)
 
 
 def visible(model: nn.Module, keep: Tensor, inputs: Tensor) -> Tensor:
@@ -52,14 +57,34 @@ def _pixels(x: Tensor) -> np.ndarray:
     return x.clamp(0, 255).round().byte().cpu().numpy()
 
 
-def _grid(columns: list[np.ndarray]) -> Image.Image:
-    rows, height, width, _ = columns[0].shape
-    bottom = HEADER + rows * (height + GAP)
-    sheet = Image.new("RGB", (len(columns) * (width + GAP), bottom + HEADER), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((2, bottom), "patches have their true mean and deviation", fill="black")
-    for c, (column, title) in enumerate(zip(columns, ("input", "kept", "reconstruction"), strict=True)):
-        draw.text((c * (width + GAP) + 2, 2), title, fill="black")
-        for r in range(rows):
-            sheet.paste(Image.fromarray(column[r]), (c * (width + GAP), HEADER + r * (height + GAP)))
-    return sheet
+def _sheet(columns: list[np.ndarray]) -> tuple[Image.Image, PngInfo]:
+    """The samples below each other, and for a reader who takes them apart: "part height" and "zoom".
+
+    The three pictures of an image are next to each other, the three strips of a clip below each other. Small
+    ones are enlarged by `zoom`. The sheet is transparent and its texts have a background of their own, so
+    that it can be read on a white and on a dark page.
+    """
+    samples, height, width, _ = columns[0].shape
+    across = 1 if width > height else len(columns)
+    zoom = max(1, WIDTH // (across * width))
+    cell = (width * zoom + GAP, HEADER + height * zoom + GAP)
+    part = len(columns) // across * cell[1]
+    size = (across * cell[0] - GAP, samples * part + HEADER)
+    sheet = Image.new("RGBA", size, (0, 0, 0, 0))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+
+    def write(text: str, x: int, y: int, wide: int) -> None:
+        draw.rectangle((x, y, x + wide - 1, y + HEADER - 1), fill=STRIP)
+        draw.text((x + 6, y + 2), text, fill="white", font=font)
+
+    for c, (column, title) in enumerate(zip(columns, TITLES, strict=True)):
+        for sample in range(samples):
+            x, y = c % across * cell[0], sample * part + c // across * cell[1]
+            write(title, x, y, width * zoom)
+            picture = Image.fromarray(column[sample])
+            sheet.paste(picture.resize((width * zoom, height * zoom), NEAREST), (x, y + HEADER))
+    write(NOTE, 0, samples * part, size[0])
+    info = PngInfo()
+    info.add_text("part height", str(part))
+    info.add_text("zoom", str(zoom))
+    return sheet, info

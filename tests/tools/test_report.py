@@ -1,27 +1,34 @@
 """The report of finished, unfinished, damaged and hostile runs, and the model card."""
 
 import base64
+import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
 from html import unescape
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from models import create
 from pipelines.dataset import DatasetInfo
 from pipelines.errors import UserError
 from tests.train_helpers import call
-from tools.report import LOG_LINES, report
+from tools.compare import settings
+from tools.plot import COLOURS
+from tools.report import LOG_LINES, classes, report, usage
 from train.card import model_card
 from train.config import to_dict
+from train.console import parse
 from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
@@ -33,19 +40,25 @@ PNG = base64.b64decode(
 )
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+INFO = DatasetInfo(
+    Path("x"), "image", ("cats", "```dogs", "émus"), {"train": {"samples": 30}, "val": {"samples": 3}}, {}, {}
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a finished finetuning run leaves it, hostile wherever text comes from outside."""
-    folder = tmp_path / "good <run>"
+    folder = tmp_path_factory.mktemp("runs") / "good <run>"
     folder.mkdir()
     config = FINETUNE_PRESETS["image-ft-pico"]
     config = replace(config, data=replace(config.data, path=Path(f"shards/{EVIL}")))
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
-    start = {"command": EVIL, "packages": {"torch": "9.9"}, "gpus": []}
+    start = {"command": EVIL, "packages": {"torch": "9.9"}, "gpus": [], "cpus": 12, "processes": 2}
+    start["parameters"] = 1_234_567
     (folder / "env.json").write_text(json.dumps([start]))
     samples = config.optim.batch * 8 // int(config.optim.epochs)
-    data = {"classes": ["a", "b"], "splits": {"train": {"samples": samples}}}
-    (folder / "data.json").write_text(json.dumps(data))
+    splits = {"train": {"samples": samples}, "val": {"samples": 1500}}
+    (folder / "data.json").write_text(json.dumps({"splits": splits, "classes": ["a", "b"]}))
     found = {"id": [0, 1], "source": ["0.jpg", "1.jpg"], "label": [0, 1], "class_1": ["a", "b"]}
     pq.write_table(pa.table({**found, "probability_1": [0.9, 0.8]}), folder / "predictions.parquet")
     write_metrics(folder, FINETUNE_COLUMNS, steps=8)
@@ -57,26 +70,52 @@ def run(tmp_path: Path) -> Path:
     accuracy = [c / n if n else float("nan") for c, n in zip(correct, samples, strict=True)]
     table = {"class_name": names, "samples": samples, "correct": correct, "correct5": samples}
     pq.write_table(pa.table({**table, "accuracy": accuracy}), folder / "per_class.parquet")
-    (folder / "model.safetensors").write_bytes(b"")
+    weights = create(config.model.name, input_size=96, num_classes=2).state_dict()
+    save_file(weights, folder / "model.safetensors", {"hiera-train": json.dumps({"step": 8})})
+    info = replace(INFO, classes=("a", EVIL))
+    (folder / "model_card.md").write_text(model_card(config, info, {"step": 8, "acc": 0.75}, 8))
     return folder
 
 
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, to change."""
+    return Path(shutil.copytree(finished, tmp_path / finished.name))
+
+
+@pytest.fixture(scope="module")
+def page(finished: Path) -> str:
+    """The report of that run."""
+    path = report(finished)
+    assert path == finished / "report.html" and sorted(finished.glob(".*")) == []
+    return path.read_text()
+
+
 def write_metrics(folder: Path, columns: tuple[str, ...], steps: int) -> None:
-    values = {"loss": 0.5, "loss_train": 0.5, "acc": 0.75, "step_ms": 40.0, "data_wait_ms": 4.0, "time": 90.0}
+    values = {
+        "loss": 0.5,
+        "loss_train": 0.5,
+        "loss_val": 0.5,
+        "acc": 0.75,
+        "step_ms": 40.0,
+        "data_wait_ms": 4.0,
+        "time": 90.0,
+    }
     lines = [",".join(columns)]
     for step in range(1, steps + 1):
         row = {**values, "step": step, "samples_per_s": 1000.0 if step == 1 else 50.0, "lr": 1e-3}
         row["grad_norm"] = "nan" if step == 3 else 1.5
+        row["epoch"] = step / 4
         lines.append(",".join(str(row.get(name, "")) for name in columns))
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
 
 
-def test_top_5_is_left_out_for_five_classes_or_fewer(run: Path):
-    assert "top-5" in report(run).read_text()
+def test_top_5_is_left_out_for_five_classes_or_fewer(page: str, tmp_path: Path):
+    assert "top-5" in section(page, "Classes")
     few = {"class_name": ["a", "b"], "samples": [4, 4], "correct": [1, 2], "correct5": [4, 4]}
-    pq.write_table(pa.table({**few, "accuracy": [0.25, 0.5]}), run / "per_class.parquet")
-    page = report(run).read_text()
-    assert "top-1" in page and "top-5" not in page
+    pq.write_table(pa.table({**few, "accuracy": [0.25, 0.5]}), tmp_path / "few.parquet")
+    html = classes(tmp_path / "few.parquet")
+    assert "top-1" in html and "top-5" not in html
 
 
 def words(page: str) -> str:
@@ -84,43 +123,139 @@ def words(page: str) -> str:
     return unescape(re.sub(r"<style.*?</style>|<[^>]+>", " ", page, flags=re.S))
 
 
-def test_the_report_of_a_finished_run_is_complete(run: Path):
-    path = report(run)
-    assert path == run / "report.html" and sorted(run.glob(".*")) == []
-    page = path.read_text()
-    text = words(page)
-    assert "finished after 8 steps" in text and "Not in this report" not in text
-    for title in (
+def test_the_report_of_a_finished_run_is_complete(page: str):
+    text = " ".join(words(page).split())
+    assert "Not in this report" not in text
+    titles = (
+        "Summary",
         "Numbers",
         "Curves",
+        "Settings",
         "Reconstructions",
         "Results",
         "Classes",
-        "Settings",
-        "Environment",
-        "Log",
-    ):
+        "Use these weights",
+    )
+    for title in (*titles, "Environment", "Log"):
         assert f"<h2>{title}</h2>" in page
     assert page.count("<svg") == 7
-    assert "75.0%" in text and "10.0%" in text and "samples/s 50 " in " ".join(text.split())
-    assert base64.b64encode(PNG).decode() in page and "true patch statistics colour the prediction" in text
+    assert "75.0%" in text and "10.0%" in text and "samples/s 50 " in text
+    (picture,) = re.findall(r'<img width="2" [^>]*base64,([^"]+)"', page)
+    assert Image.open(io.BytesIO(base64.b64decode(picture))).size == (1, 1)
+    assert "true patch statistics colour the prediction" in text
     shown = re.findall(r"<tr><th>([^<]*)</th><td>20</td><td style", page)
     assert shown[:3] == ["class 0", "class 20", "class 1"] and len(shown) == 30  # weakest first, all there
     assert "never seen" not in text and "the other 11 classes" in text
     assert f"line {99}" in text and f"line {100 - LOG_LINES}" in text
     assert f"line {99 - LOG_LINES} " not in text
-    assert "smoothing" in text and "9.9" in text
+    assert "9.9" in text
 
 
-def test_text_of_the_run_is_escaped(run: Path):
-    page = report(run).read_text()
+def test_the_summary_names_task_data_model_hardware_and_results(page: str):
+    text = " ".join(words(page).split())
+    for fact in (
+        "Task finetuning on images, from random weights",
+        "12 training and 1,500 validation images, 2 classes,",
+        "Model hiera_pico_96, 1.2 M parameters, input 96 x 96",
+        "Hardware 12 CPU cores, 2 processes",
+        "Progress finished: 8 steps, epoch 2, 1.5 min of training",
+        "Best top-1 75.0% (step 1, epoch 0.25) Last top-1 75.0% (step 8, epoch 2)",
+    ):
+        assert fact in text
+
+
+def test_settings_are_those_that_differ_from_the_preset(tmp_path: Path):
+    config = FINETUNE_PRESETS["image-ft-pico"]
+    changed = replace(config, optim=replace(config.optim, lr=0.0125, epochs=float(config.optim.epochs)))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(changed)))
+    start = {"command": "python -m train.finetune image-ft-pico --optim.lr 0.0125"}
+    (tmp_path / "env.json").write_text(json.dumps([start]))
+    html = settings(tmp_path / "config.json")
+    assert html.count("<tr>") == 2 and " ".join(words(html).split()).startswith(
+        f"setting image-ft-pico {tmp_path.name} optim.lr 0.001 0.0125 The other"
+    )
+    shutil.copytree(tmp_path, tmp_path / "b")
+    changed = replace(changed, smoothing=0.25)
+    (tmp_path / "b/config.json").write_text(json.dumps(to_dict(changed)))
+    html = settings(tmp_path / "config.json", tmp_path / "b/config.json")
+    assert html.index("smoothing") < html.index("optim.lr"), "differences between the runs come first"
+
+
+def section(page: str, title: str) -> str:
+    return page.split(f"<h2>{title}</h2>")[1].split("</section>")[0]
+
+
+def test_the_weights_can_be_used_as_the_page_shows(finished: Path, page: str, tmp_path: Path, monkeypatch):
+    blocks = re.findall("<pre>(.*?)</pre>", section(page, "Use these weights"), re.S)
+    command, code = map(unescape, blocks)
+    _, dash_m, module, folder, _ = shlex.split(command)
+    assert dash_m == "-m" and find_spec(module) and Path(folder) == finished
+    made: dict = {}
+    exec(code, made)
+    trained = load_file(finished / "model.safetensors")
+    assert all(torch.equal(value, trained[name]) for name, value in made["model"].state_dict().items())
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(MAE_PRESETS["image-mae-pico"])))
+    (tmp_path / "env.json").write_text(json.dumps([{"command": "python -m train.mae image-mae-pico"}]))
+    shutil.copy(finished / "model_card.md", tmp_path)
+    command = unescape(usage(tmp_path / "model_card.md").split("</pre>")[0]).removeprefix("<pre>")
+    monkeypatch.setattr("sys.argv", shlex.split(command)[2:])
+    assert parse(FINETUNE_PRESETS, "train.finetune").model.init == str(tmp_path / "model.safetensors")
+
+
+def test_one_page_compares_runs(run: Path):
+    other = run.parent / "b"
+    shutil.copytree(run, other)
+    config = FINETUNE_PRESETS["image-ft-pico"]
+    (other / "config.json").write_text(json.dumps(to_dict(replace(config, smoothing=0.25))))
+    text = (other / "metrics.csv").read_text().replace(",0.75,", ",0.875,", 1)
+    (other / "metrics.csv").write_text(text)
+    started = run.parent / "c"
+    started.mkdir()
+    (started / "config.json").write_text(json.dumps(to_dict(config)))
+    path = report(run, other, started)
+    assert path == run.parent / "report.html"
+    page = path.read_text()
+    ranking = " ".join(words(section(page, "Numbers")).split())
+    assert ranking.index("1. b") < ranking.index("2. good <run>") < ranking.index("3. c")
+    assert "top-1 87.5% (step 1, epoch 0.25)" in ranking
+    assert "smoothing" in section(page, "Settings")
+    drawn = section(page, "Curves")
+    assert "stroke: var(--run0)" in drawn and "stroke: var(--run1)" in drawn
+    assert not any(colour in drawn for colour in COLOURS), "a dark page has colours of its own"
+    assert "Curves of c (there is no metrics.csv)" in page and "Classes of c (there is no per_class" in page
+    assert section(page, "Log").count("<details><summary>") == 2
+
+
+def test_text_and_curves_have_contrast_in_both_modes(page: str):
+    """At least 4.5 to 1 (WCAG 2, AA), computed from the page's own colours."""
+    light, dark = (dict(re.findall(r"--([\w]+): (#\w+)", part)) for part in page.split("@media")[:2])
+    assert light.keys() == dark.keys() and len(light) == 6 + len(COLOURS)
+    used = set(re.findall(r"var\(--(\w+)\)", page)) - {"line", "c", "share"}
+    assert used <= light.keys()
+    for colours in (light, dark):
+        for text in ("ink", "quiet", *(name for name in colours if name.startswith("run"))):
+            for paper in ("paper", "card", "bar") if text == "ink" else ("paper", "card"):
+                assert contrast(colours[text], colours[paper]) >= 4.5, (text, paper, colours)
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        shares = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_of_the_run_is_escaped(page: str):
     assert "<script" not in page and "<img src=x" not in page and "<run>" not in page
-    assert words(page).count("document.title='owned'") == LOG_LINES + 3  # log, path, command, class
+    assert words(page).count("document.title='owned'") == LOG_LINES + 4  # log, path twice, command, class
     assert EVIL in unescape(page)
 
 
-def test_nothing_is_fetched(run: Path):
-    page = report(run).read_text()
+def test_nothing_is_fetched(page: str):
     markup = " ".join(re.findall(r"<style.*?</style>|<[^>]+>", page, re.S))
     outside = re.findall(r"""(?:\b(?:src|href)=|url\(|@import)["']?([^"')\s>]+)""", markup)
     assert len(outside) > 50 and all(link.startswith(("data:", "#")) for link in outside), outside
@@ -137,7 +272,7 @@ def test_an_unfinished_run_and_damaged_files_are_reported(run: Path):
     with (run / "metrics.csv").open("a") as file:
         file.write("12.5,9,0.")  # a row being written
     text = words(report(run).read_text())
-    assert "not finished: at step 8 of 8" in text
+    assert "not finished: 8 steps" in text
     (told,) = re.findall(r"Not in this report: (.*)", text)
     for part in ("Reconstructions (reconstruction.png cannot be read", "Classes (per_class.parquet cannot"):
         assert part in told
@@ -147,8 +282,8 @@ def test_an_unfinished_run_and_damaged_files_are_reported(run: Path):
 
 def test_a_run_that_has_just_started(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(MAE_PRESETS["image-mae-pico"])))
-    text = words(report(tmp_path, tmp_path / "page.html").read_text())
-    assert "mae_hiera_pico_96, mae, not finished: at step 0" in text
+    text = words(report(tmp_path, out=tmp_path / "page.html").read_text())
+    assert "mae_hiera_pico_96, input 96 x 96" in text and "not finished: 0 steps" in text
     assert "Curves (there is no metrics.csv)" in text and "Classes (there is no per_class.parquet)" in text
     (tmp_path / "metrics.csv").write_text(",".join(MAE_COLUMNS) + "\n")
     assert "Curves (metrics.csv is empty so far)" in words(report(tmp_path).read_text())
@@ -174,14 +309,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_a_browser_opens_it_without_errors(run: Path, tmp_path: Path):
+def test_a_browser_opens_it_without_errors(finished: Path, page: str, tmp_path: Path):
     def browse(page: Path) -> tuple[str, str]:
         where = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
         command = [CHROMIUM, *where, "--enable-logging=stderr", "--v=0", "--dump-dom", page.as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         return done.stdout, done.stderr
 
-    dom, log = browse(report(run))
+    dom, log = browse(finished / "report.html")
     assert "CONSOLE" not in log
     assert "<title>good &lt;run&gt;</title>" in dom and dom.count("<svg") == 7 and "<script" not in dom
     broken = tmp_path / "broken.html"
@@ -190,11 +325,6 @@ def test_a_browser_opens_it_without_errors(run: Path, tmp_path: Path):
 
 
 # ---- the model card
-
-
-INFO = DatasetInfo(
-    Path("x"), "image", ("cats", "```dogs", "émus"), {"train": {"samples": 30}, "val": {"samples": 3}}, {}, {}
-)
 
 
 def started_from(init: str) -> str:

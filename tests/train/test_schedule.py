@@ -13,7 +13,7 @@ from torch import nn
 import models
 from tests.pipelines_fixtures import image_dataset
 from tests.train_helpers import small
-from tools.report import state
+from tools.compare import state
 from train import build, finetune, optim
 from train.config import OptimConfig, to_dict
 from train.distributed import World
@@ -162,4 +162,4 @@ def test_all_commands_compute_the_same_number_of_steps(tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
     (folder / "data.json").write_text(json.dumps({"splits": {"train": {"samples": 400}}}))
     (folder / "metrics.csv").write_text("time,step\n1,7\n")
-    assert "at step 7 of 125," in state(folder)
+    assert "not finished: 7 of 125 steps" in state(folder)

@@ -1,0 +1,86 @@
+"""Curves: colour by run, style by column, epochs next to steps, any column; pictures of reconstructions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tools.plot import COLOURS, Panel, draw, names_of, panels_of
+from tools.report import reconstructions
+from train.pictures import _sheet
+
+LOSS = Panel("loss", ("loss_train", "loss", "loss_val"))
+
+
+def rows(epochs_per_step: float = 0.5, **values: float) -> list[dict]:
+    return [{"step": step, "epoch": step * epochs_per_step, **values} for step in (10, 20)]
+
+
+def drawn(panel: Panel, tables: dict):
+    """The axes of a panel after a drawing, so that the ticks exist."""
+    figure = Figure()
+    axis = figure.subplots()
+    draw(axis, panel, tables)
+    figure.draw_without_rendering()
+    return axis
+
+
+def test_colour_is_of_the_run_and_style_of_the_column():
+    axis = drawn(LOSS, {"a": rows(loss=1.0, loss_val=2.0), "b": rows(loss=3.0, loss_val=4.0)})
+    found = {line.get_ydata()[0]: (line.get_color(), line.get_linestyle()) for line in axis.lines}
+    first, second = COLOURS[:2]
+    assert found == {1.0: (first, "-"), 2.0: (first, "--"), 3.0: (second, "-"), 4.0: (second, "--")}
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["loss", "loss_val"]
+    assert axis.get_ylabel() == "loss" and axis.get_xlabel() == "step" and axis.get_xlim()[0] == 0
+
+
+def test_epochs_are_next_to_steps_if_the_runs_agree():
+    (above,) = drawn(LOSS, {"a": rows(loss=1.0), "b": rows(loss=1.0)}).child_axes
+    assert above.get_xlabel() == "epoch" and above.get_xlim()[1] == pytest.approx(0.5 * 20 * 1.02)
+    other = drawn(LOSS, {"a": rows(loss=1.0), "b": rows(epochs_per_step=0.1, loss=1.0)})
+    assert other.get_xlabel() == "epoch" and not other.child_axes and max(other.lines[1].get_xdata()) == 2
+
+
+def test_shares_are_percent_and_ticks_have_no_powers_of_ten():
+    panel = Panel("accuracy", ("acc",), "%")
+    table = rows(acc=0.25)
+    table[1]["acc"] = 0.75
+    axis = drawn(panel, {"a": table})
+    assert axis.get_ylabel() == "accuracy (%)"
+    assert {"30", "70"} <= {label.get_text() for label in axis.get_yticklabels()}
+    table = [{**row, "grad_norm": 2.1 + row["step"] / 10, "step": 10_000 * row["step"]} for row in rows()]
+    axis = drawn(Panel("gradient norm", ("grad_norm",), logarithmic=True), {"a": table})
+    low, high = axis.get_ylim()
+    shown = [tick for tick in axis.get_yticks() if low <= tick <= high]
+    assert len(shown) >= 2 and "200,000" in [label.get_text() for label in axis.get_xticklabels()]
+    assert not any("$" in label.get_text() for label in axis.get_yticklabels())
+
+
+def test_columns_without_a_panel_share_one_by_their_first_word():
+    table = rows(loss=1.0, rankme_1=2.0, rankme_2=3.0, probe_acc=0.5, max_mem_gb=1.0, step_ms=1.0)
+    titles = {panel.title: (panel.columns, panel.unit) for panel in panels_of({"a": table})}
+    assert list(titles) == ["loss", "duration", "rankme", "probe"]
+    assert titles["rankme"] == (("rankme_1", "rankme_2"), "") and titles["probe"] == (("probe_acc",), "%")
+
+
+def test_runs_of_the_same_name_are_told_apart():
+    assert names_of([Path("x/a"), Path("x/b")]) == ["a", "b"]
+    assert names_of([Path("x/a"), Path("y/a")]) == ["x/a", "y/a"]
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_small_reconstructions_are_sharp_and_twice_as_large(frames: int, tmp_path: Path):
+    columns = [np.full((3, 32, 32 * frames, 3), 80 * c, np.uint8) for c in range(3)]
+    columns[0][:, :, 0] = 255  # the left column of pixels
+    sheet, info = _sheet(columns)
+    sheet.save(tmp_path / "a.png", pnginfo=info)
+    image = Image.open(tmp_path / "a.png")
+    zoom, height = int(image.info["zoom"]), int(image.info["part height"])
+    assert zoom >= 2 and image.mode == "RGBA" and image.size[1] > 3 * height
+    pixels = np.asarray(image)[30]
+    assert (pixels[:zoom, :3] == 255).all() and (pixels[zoom : 32 * zoom * frames] == (0, 0, 0, 255)).all()
+    assert {0, 255} == {*np.asarray(image)[..., 3].flat}, "the gaps are transparent"
+    html = reconstructions(tmp_path / "a.png")
+    assert html.count("<img") == 3 and html.count(f'width="{image.width}"') == 3
