@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_docs_pages import cells, code_words
 from tests.test_project import call_make
 from train import config, console
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
@@ -80,3 +81,18 @@ def test_named_settings_exist():
     for page in PAGES:
         for flag in re.findall(r"--[a-z]+\.[a-z.-]+[a-z]", page.read_text()):
             assert not flag.startswith(groups) or flag in known, (page.name, flag)
+
+
+def test_every_flag_for_users_of_other_trainers_is_accepted(monkeypatch: pytest.MonkeyPatch):
+    page = (ROOT / "docs/coming-from.md").read_text()
+    words = [word for column in (1, 2) for cell in cells(page, column) for word in code_words(cell)]
+    flags = {word for word in words if word.startswith("--") and "_" not in word and " " in word}
+    assert len(flags) > 70
+    accepted: set[str] = set()
+    for program, name in (("train.mae", "video-mae-base"), ("train.finetune", "video-ft-base")):
+        known = config.flatten(config.to_dict(PRESETS[program][name]))
+        fitting = {flag for flag in flags if flag.split()[0][2:].replace("-", "_") in known}
+        monkeypatch.setattr("sys.argv", [program, name, *" ".join(sorted(fitting)).split()])
+        console.parse(PRESETS[program], program)
+        accepted |= fitting
+    assert flags - accepted == set()

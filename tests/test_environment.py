@@ -5,6 +5,7 @@ Each test works in a copy of the Makefile with a lock file of one small package,
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,6 @@ from tests.test_project import ROOT, call_make
 
 UV = shutil.which("uv") or shutil.which("uv", path=ROOT / ".uv/bin")
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-
-pytestmark = pytest.mark.skipif(not UV or not shutil.which("make"), reason="make or uv is not installed")
 
 
 def wheel(folder: Path, name: str, version: str) -> str:
@@ -36,6 +35,8 @@ def wheel(folder: Path, name: str, version: str) -> str:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the Makefile, two versions of a package, and an offline uv."""
+    if not UV or not shutil.which("make"):
+        pytest.skip("make or uv is not installed")
     for name in [name for name in os.environ if name.startswith(("MAKE", "CONDA", "UV_")) or name == "PY"]:
         monkeypatch.delenv(name)
     settings = {
@@ -143,3 +144,23 @@ def test_an_active_conda_environment_or_PY_replaces_the_environment(
         assert f"{python} -m {program}" in printed
         assert ("uv" in printed) <= (python == ".venv/bin/python")
     assert f"{python} -m torch.distributed.run" in call_make("-n", "train-mae", "NODES=2", *words)
+
+
+def test_the_image_is_built_from_the_lock_and_runs_without_privileges():
+    """The Dockerfile has not been built; this reads it."""
+    text = re.sub(r"\\\n", " ", (ROOT / "Dockerfile").read_text())
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    known = {"FROM", "RUN", "WORKDIR", "COPY", "ENV", "USER", "CMD"}
+    assert steps[0][0] == "FROM" and {name for name, _ in steps} <= known
+    for name, words in steps:
+        if name == "RUN":
+            subprocess.run(["bash", "-n", "-c", words], check=True)
+    for name, words in steps:
+        if name == "COPY":
+            assert (ROOT / words.split()[0]).exists()
+    order = [f"{name} {words}" for name, words in steps]
+    installs = order.index("RUN pip install --no-cache-dir --require-hashes -r requirements.lock")
+    assert order.index("COPY requirements.lock .") < installs < order.index("COPY . .")
+    assert order[-2:] == ["USER hiera", 'CMD ["make"]']
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert {".git", ".venv", "runs", "data", "shards/*"} <= {*ignored}
