@@ -230,7 +230,7 @@ def test_text_and_curves_have_contrast_in_both_modes(page: str):
     """At least 4.5 to 1 (WCAG 2, AA), computed from the page's own colours."""
     light, dark = (dict(re.findall(r"--([\w]+): (#\w+)", part)) for part in page.split("@media")[:2])
     assert light.keys() == dark.keys() and len(light) == 6 + len(COLOURS)
-    used = set(re.findall(r"var\(--(\w+)\)", page)) - {"line", "c", "share"}
+    used = set(re.findall(r"var\(--(\w+)\)", page)) - {"line", "c", "share", "right", "wrong"}
     assert used <= light.keys()
     for colours in (light, dark):
         for text in ("ink", "quiet", *(name for name in colours if name.startswith("run"))):
