@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image
-from tools.images import SUFFIXES, BadImage, Packed, mode_of
+from tools.images import SUFFIXES, BadImage, Packed
 from tools.kinetics import ClipOptions
 from tools.shards import (
     Packing,
@@ -74,7 +73,7 @@ def predict(
         raise UserError("torchrun started several processes; start tools.predict without torchrun")
     if top < 1:
         raise UserError(f"--top is {top}; it must be at least 1")
-    if packed := next((path for path in inputs if S_ISREG(mode_of(path / "dataset.json"))), None):
+    if packed := next((path for path in inputs if os.access(path / "dataset.json", os.F_OK)), None):
         raise UserError(f"{packed} is a packed dataset; use make eval RUN={run.name} DATA={packed}.")
     config, classes, packing = read_run(run)
     labels = shown(classes)
