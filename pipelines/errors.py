@@ -140,7 +140,8 @@ def run_cli(main: Callable[[], object], remote: bool = False) -> None:
         try:
             main()
         finally:
-            print(end="", flush=True)
+            if not isinstance(sys.exception(), Exception):  # of which the message is more important
+                print(end="", flush=True)
     except (UserError, OSError, KeyboardInterrupt) as error:
         if isinstance(error, BrokenPipeError) and _unread(1):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest when it ends

@@ -27,8 +27,10 @@ NUMBER = re.compile(r"[0-9]{1,9}")
 ANY_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"  # as tables write it: -1, 01, 1.0
 NUMERIC = re.compile(ANY_NUMBER)
 FRAMES_LABEL = re.compile(rf"[0-9]{{1,9}}\s+({ANY_NUMBER})")  # mmaction2's rawframes
+PRETRAINING = re.compile(r"[01]\s+(?:-1|[0-9]{1,9})()")  # VideoMAE V2: first frame, number of frames or -1
 BOXES = re.compile(r"(\S+)(?:\s+[0-9]+){4}(?:\s+\S+(?:\s+[0-9]+){4})*")  # Kaggle: classes with their boxes
 AFTER_FRAMES = "class numbers after numbers of frames"
+NO_CLASSES = "no classes, but first frames and numbers of frames"
 PLAIN = ("class numbers", "class names", "no classes")
 LARGEST = 10**9  # class numbers are smaller
 LONGEST = 4096  # characters of a path
@@ -273,7 +275,8 @@ def plain_labels(lines: Sequence[Line]) -> tuple[str, list[str]]:
     Numbers are whole numbers, in whatever form. Raises `UserError` for another number, such as -1.
     """
     labels, what = [line.label for line in lines], ""
-    for form, kind in ((FRAMES_LABEL, AFTER_FRAMES), (BOXES, "classes before boxes")):
+    forms = {NO_CLASSES: PRETRAINING, AFTER_FRAMES: FRAMES_LABEL, "classes before boxes": BOXES}
+    for kind, form in forms.items():
         found = [one[1] for one in map(form.fullmatch, labels) if one]
         if len(found) == len(labels):
             labels, what = found, kind

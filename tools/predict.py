@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 import pyarrow as pa
@@ -29,7 +28,7 @@ from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_write
 from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image
-from tools.images import SUFFIXES, BadImage, Packed, mode_of
+from tools.images import SUFFIXES, BadImage, Packed
 from tools.kinetics import ClipOptions
 from tools.shards import (
     Packing,
@@ -80,7 +79,7 @@ def predict(
         raise UserError("torchrun started several processes; start tools.predict without torchrun")
     if top < 1:
         raise UserError(f"--top is {top}; it must be at least 1")
-    if packed := next((path for path in inputs if S_ISREG(mode_of(path / "dataset.json"))), None):
+    if packed := next((path for path in inputs if os.access(path / "dataset.json", os.F_OK)), None):
         raise UserError(f"{packed} is a packed dataset; use make eval RUN={run.name} DATA={packed}.")
     config, classes, packing = read_run(run)
     check_out(out, TABLES if isinstance(config, FinetuneConfig) else (".png",))

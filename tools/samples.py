@@ -12,6 +12,7 @@ from tools.folders import PICTURES, Kind, by_folder, find_sources, listed_as
 from tools.listing import Listed, Listing, has_classes
 from tools.lists import (
     AFTER_FRAMES,
+    NO_CLASSES,
     NUMBER,
     NUMERIC,
     Index,
@@ -91,7 +92,7 @@ def read_list(path: Path, flag: str, index: Index, root: Path) -> list[Listed]:
             f"{what[:200]!r}; give the folder to which its paths are relative."
         )
     kind, labels = plain_labels(lines)
-    if kind == AFTER_FRAMES and index.kind is PICTURES:
+    if kind in (AFTER_FRAMES, NO_CLASSES) and index.kind is PICTURES:
         raise UserError(f"{path} has two numbers after each path; keep one, the class.")
     listed: list[Listed] = []
     seen: dict[str, str] = {}

@@ -23,7 +23,8 @@ from tools.images import TRANSIENT, BadImage
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_HEADER = 1 << 20  # bytes of a member's extended header; real ones have less than 100 kB
 META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
-REPACKED = "repacked"  # folder next to a catalogue with the tars that indexing wrote
+WORK = ".packing"  # folder next to a catalogue with what is done, until all tars are done
+REPACKED = "repacked"  # folder next to a catalogue with further tars
 FROM_HERE = "from here on the tar is "
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -188,8 +189,9 @@ def expand(spec: str, flag: str) -> list[Path]:
         if not {*"*?["} & {*name}:
             paths.append(path)
         elif found := sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))):
-            tars = [path for path in found if path.suffix == ".tar" and REPACKED not in path.parts] or found
-            if others := [path for path in found if path not in tars]:
+            own = {WORK, REPACKED}
+            tars = [path for path in found if path.suffix == ".tar" and not own & {*path.parts}] or found
+            if others := sorted({*found} - {*tars}):
                 print(f"{name}: {len(others)} other files are left out, such as {others[0]}")
             paths += tars
         else:

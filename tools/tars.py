@@ -30,12 +30,11 @@ from tools.lists import read_text
 from tools.packing import PackOptions, pack_part, report, writing_to
 from tools.planfile import begin, check_same
 from tools.shards import PackPlan, Sample, jobs_of, rejected, write_split
-from tools.tarfiles import FROM_HERE, REPACKED, expand
+from tools.tarfiles import FROM_HERE, REPACKED, WORK, expand
 from tools.tarsamples import ANY_SIZE, MADE, TarPacking, first_is_clip, load_tar
 
 Indexed = tuple[tuple[Path, Path], pa.Table]  # a tar, the tar of its repacked samples, and their rows
 Classes = dict[tuple[int, str], str]  # (number or -1, name or "") of a class: a source that has it
-WORK = ".packing"  # folder in --out with what is done, until all tars are done
 NO_CLASS = "it has no class, but other samples have one"
 
 

@@ -147,6 +147,6 @@ def first_is_clip(tars: Sequence[Path]) -> bool:
             for found in samples_in(tar):
                 if names := frames_of(found.files):
                     return is_clip(names)
-                if any(map(is_dotted, found.files)):
-                    raise UserError(f"{path} has {found.key}{min(found.files)}, {DOTTED}.")
+                if dotted := next(filter(is_dotted, found.files), ""):
+                    raise UserError(f"{path} has {found.key}{dotted}, {DOTTED}.")
     raise UserError(f"no tar such as {tars[0]} holds KEY{' or KEY'.join(PICTURES)}; check --train.")

@@ -149,6 +149,14 @@ def test_what_is_not_understood_is_named(tmp_path, text, words):
     assert "\n" not in str(caught.value) and "list.txt" in str(caught.value)
 
 
+@pytest.mark.parametrize("numbers", ["0 -1", "1 230"])
+def test_pretraining_lists_of_videomae_v2_have_no_classes(tmp_path, capsys, numbers):
+    """They had the class -1, or the number of frames as the class."""
+    text = "".join(f"{source} {numbers}\n" for source in SOURCES)
+    assert [*read(tmp_path, text).values()] == [""] * 4
+    assert "no classes, but first frames and numbers of frames" in capsys.readouterr().out
+
+
 def test_class_numbers_are_read_in_any_form(tmp_path):
     """They were class names, in the order of text."""
     text = f"{SOURCES[0]} 01\n{SOURCES[1]} 1.0\n{SOURCES[2]} 1e1\n{SOURCES[3]} +2\n"
