@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.metadata import version
 from itertools import islice
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipelines.errors import UserError, first_line
 from tools.shards import PLAN_FILE, Job, Result, is_done, pack_shard
 
 # What workers need. One process imports it, and the workers are its copies.
-PRELOADED = ["tools.interrupt", "av", "PIL.Image", "pyarrow.parquet", "rich.progress", "tyro"]
+PRELOADED = ["tools.interrupt", "tools.imagenet", "tools.kinetics", "tools.tars"]
 RETRIES = 5  # for a shard whose Ray worker or node died
 CONNECT = 10.0  # seconds for a cluster to answer
 UNTIL_SEEN = 120.0  # seconds until a file of another node is seen here; NFS caches absence for 60
@@ -34,6 +35,17 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
     if workers == 1 or len(jobs) < 2:
         yield from map(pack_shard, jobs)
         return
+    context = prepare(jobs)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _follow_parent)
+    try:
+        for future in as_completed([pool.submit(pack_shard, job) for job in jobs]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare(jobs: Sequence[Job]) -> BaseContext:
+    """Start the process that the workers of `local` are copies of. Its imports take about a second."""
     context = multiprocessing.get_context("forkserver")
     # It loads torch's library; clips seldom need it, pictures nearly always.
     context.set_forkserver_preload([*PRELOADED, "tools.resize"] if jobs[0].kind == "image" else PRELOADED)
@@ -41,12 +53,7 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the fork server imports tools.interrupt
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _follow_parent)
-    try:
-        for future in as_completed([pool.submit(pack_shard, job) for job in jobs]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return context
 
 
 def _follow_parent() -> None:

@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageFile, ImageOps
 
-from tools.jpeg import CUT, ENDED, ORIENTATION, START, BadImage, Jpeg, has_clear_exif, read_jpeg
-from tools.jpeg import load as load_jpeg
+from tools.jpeg import CUT, ENDED, ORIENTATION, START, BadImage, Jpeg, decode, has_clear_exif, load, read_jpeg
 from tools.opening import KINDS_OF_SAMPLES, open_picture, tag, why_not_decoded, without_metadata
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -89,13 +88,13 @@ def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int]
 
 def _prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int] | None) -> Packed:
     jpeg = read_jpeg(data) if data.startswith(START) else None
-    stream = io.BytesIO(jpeg.source() if jpeg else data)
-    picture = open_picture(stream, max_pixels)
+    picture = open_picture(io.BytesIO(jpeg.data if jpeg else data), max_pixels)
     full, pixels = picture.size, None
     try:
         if jpeg:
-            pixels = load_jpeg(picture, stream, jpeg, 2 * max(size or fitted(full, short_side)))
-            picture = picture if pixels is None else image_of(pixels, picture.info)
+            side = 2 * max(size or fitted(full, short_side))
+            pixels = decode(jpeg, picture, side)
+            picture = load(jpeg, side) if pixels is None else image_of(pixels, picture.info)
         else:
             _forget_xmp(picture)  # here, because Pillow turns a TIFF while it loads it
             picture.load()

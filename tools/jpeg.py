@@ -1,7 +1,8 @@
 """Read a JPEG strictly: its markers, its EXIF orientation, and whether all of its pixels are there.
 
-If coded pixels end early, libjpeg fills the picture with gray and warns, but Pillow hides its warnings. So
-the pixels are decoded without the end marker, or a second time with more bytes after each piece of them.
+If coded pixels end early, libjpeg fills the picture with gray and warns. simplejpeg reports the warnings, but
+cannot decode every kind of JPEG. Pillow can, but hides them. So it decodes the pixels without the end marker,
+or a second time with more bytes after each piece of them.
 """
 
 import io
@@ -92,10 +93,11 @@ def read_jpeg(data: bytes) -> Jpeg:
     Decoders treat damaged markers differently: Pillow accepts stray bytes between the segments of a header,
     and sometimes a missing end marker; DALI accepts neither.
     """
-    jpeg, end = Jpeg(), 0
+    jpeg, end, header = Jpeg(), 0, b""  # of the scan that has not ended yet
     for marker, start, strays in _markers(data):
-        if jpeg.scans and jpeg.scans[-1][1] == len(data):
-            jpeg.scans[-1] = jpeg.scans[-1][0], start
+        if header:
+            _check_restarts(jpeg, header, data, jpeg.scans[-1][0], start)
+            jpeg.scans[-1], header = (jpeg.scans[-1][0], start), b""
         if strays and "stray bytes in its header left out" not in jpeg.changes:
             jpeg.changes.append("stray bytes in its header left out")
         content = start + 4
@@ -108,12 +110,14 @@ def read_jpeg(data: bytes) -> Jpeg:
         elif marker == 0xDA and segment:
             jpeg.scanned |= {*segment[1 : 1 + 2 * segment[0] : 2]}
             jpeg.in_first_scan = jpeg.in_first_scan or segment[0]
-            _check_restarts(jpeg, segment, data, content + size)
+            header = segment
             jpeg.scans.append((content + size, len(data)))
         elif marker == 0xE1 and segment.startswith(b"Exif"):
             jpeg.exif.append(segment)
         elif marker == 0xD9:
             end = start + 2
+    if header:
+        _check_restarts(jpeg, header, data, *jpeg.scans[-1])
     if not jpeg.scans or max(len(jpeg.scanned), jpeg.in_first_scan) < jpeg.components:
         raise BadImage("truncated")
     if end:
@@ -147,8 +151,8 @@ def _read_frame(jpeg: Jpeg, marker: int, segment: bytes) -> None:
         jpeg.changes.append("unusual JPEG coding made baseline")
 
 
-def _check_restarts(jpeg: Jpeg, header: bytes, data: bytes, start: int) -> None:
-    """Raise `BadImage` if the scan that starts here lacks restart markers, or has them in another order.
+def _check_restarts(jpeg: Jpeg, header: bytes, data: bytes, start: int, end: int) -> None:
+    """Raise `BadImage` if the scan from `start` to `end` lacks restart markers, or has them in another order.
 
     libjpeg then continues behind the next marker that fits, with gray or misplaced pixels.
     """
@@ -161,8 +165,7 @@ def _check_restarts(jpeg: Jpeg, header: bytes, data: bytes, start: int) -> None:
         across, down = across / h, down / v
     units = ceil(jpeg.size[0] / across) * ceil(jpeg.size[1] / down)
     wanted = max(0, ceil(units / jpeg.interval) - 1) if jpeg.interval else 0
-    end = _NEXT_MARKER.search(data, start)
-    found = [mark[1] & 7 for mark in RESTART.findall(data, start, end.start() if end else len(data))]
+    found = [mark[1] & 7 for mark in RESTART.findall(data, start, end)]
     if found[:wanted] != [n % 8 for n in range(wanted)]:
         raise BadImage("truncated" if len(found) < wanted else "damaged: restart markers out of order")
     if len(found) > wanted + 1:  # some encoders write one after the last pixel
@@ -192,39 +195,44 @@ def _markers(data: bytes) -> Iterator[tuple[int, int, bool]]:
 # ---- pixels ------------------------------------------------------------------------------------------------
 
 
-def load(picture: Image.Image, stream: io.BytesIO, jpeg: Jpeg, side: int) -> np.ndarray | None:
-    """The pixels of `picture`, opened from `stream` of `jpeg.source()`: uint8 [height, width, 4 or 1].
+def decode(jpeg: Jpeg, picture: Image.Image, side: int) -> np.ndarray | None:
+    """The pixels of `picture`, an opened `jpeg`: uint8 [height, width, 4 or 1].
 
-    None: it is a kind that only Pillow can decode, and has done. Raises `BadImage` if pixels are missing. The
-    decoder may shrink large pictures 2, 4 or 8-fold, but not below `side` x `side` pixels.
+    None: only Pillow can decode it. The decoder may shrink large pictures 2, 4 or 8-fold, but not below
+    `side` x `side` pixels. Raises `BadImage` if libjpeg warns that pixels are damaged or missing.
     """
-    assert isinstance(picture, JpegImagePlugin.JpegImageFile)
-    picture.draft(None, (side, side))
-    if jpeg.components < 4 and not jpeg.unusual:
-        (width, height), colors = picture.size, "GRAY" if jpeg.components == 1 else "RGBX"
-        try:
-            return simplejpeg.decode_jpeg(jpeg.data, colors, min_height=height, min_width=width)
-        except ValueError as error:  # also for each warning of libjpeg
-            if reason := DAMAGE.search(str(error)):
-                raise BadImage("truncated" if reason[1] else "damaged: it cannot be decoded") from error
-    _load_slowly(picture, stream, jpeg, side)
+    if jpeg.components == 4 or jpeg.unusual:
+        return None
+    picture.draft(None, (side, side))  # finds the size
+    colors = "GRAY" if jpeg.components == 1 else "RGBX"
+    width, height = picture.size
+    try:
+        return simplejpeg.decode_jpeg(jpeg.data, colors, min_height=height, min_width=width)
+    except ValueError as error:  # also for a sampling that it cannot decode, and for harmless warnings
+        if reason := DAMAGE.search(str(error)):
+            raise BadImage("truncated" if reason[1] else "damaged: it cannot be decoded") from error
     return None
 
 
-def _load_slowly(picture: JpegImagePlugin.JpegImageFile, stream: io.BytesIO, jpeg: Jpeg, side: int) -> None:
-    """Decode `picture` with Pillow, which hides libjpeg's warnings. Raises `BadImage` for missing pixels."""
+def load(jpeg: Jpeg, side: int) -> Image.Image:
+    """The same with Pillow, which hides libjpeg's warnings. Raises `BadImage` if pixels are missing."""
+    stream = io.BytesIO(jpeg.source())
+    picture = Image.open(stream, formats=["JPEG"])
+    assert isinstance(picture, JpegImagePlugin.JpegImageFile)
+    picture.draft(None, (side, side))
     if not jpeg.in_one_piece:
         picture.decodermaxblock = len(jpeg.data)  # arithmetic coding must be decoded in one call
         picture.load()
         if not jpeg.unusual:
             _compare(picture, jpeg, side)
-        return
+        return picture
     end = jpeg.scans[0][1]
     picture.decodermaxblock = max(1, end - TAIL)
     picture.load()
     rest = jpeg.data[end - TAIL : end].replace(b"\xff\0", b"\xff")
     if stream.tell() == end - TAIL and len({*rest}) > 1:
         raise BadImage("damaged: coded data is left after the last pixel")
+    return picture
 
 
 def _compare(picture: Image.Image, jpeg: Jpeg, side: int) -> None:

@@ -272,6 +272,15 @@ def test_coded_data_that_is_left_is_damage():
     assert rejected(patched(data, (2, 168))) == "truncated"
 
 
+@pytest.mark.parametrize(("place", "bit"), [(2893, 8), (2640, 64), (306, 8)])
+def test_wrong_bits_that_libjpeg_notices_are_damage(place: int, bit: int):
+    """All coded pixels are there, and Pillow hides the warning."""
+    data = bytearray(made("progressive"))
+    data[scan(data) + place] ^= bit
+    Image.open(io.BytesIO(data)).load()
+    assert rejected(bytes(data)) in ("truncated", "damaged: it cannot be decoded")
+
+
 def test_filler_after_the_last_pixel_is_no_damage():
     for filler in (bytes(500), b"\xff\x00" * 500):
         data = made("baseline")[:-2] + filler + END
