@@ -6,6 +6,7 @@ continues there, and steps that are done again are not sent again.
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +84,7 @@ def mlflow(config: Config, known: str, step: int) -> Tracker:
     """A run on the server of MLFLOW_TRACKING_URI; without that variable in the folder mlruns of run.root."""
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow's own default needs SQLAlchemy
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its default takes minutes
-    from mlflow.entities import Param
+    from mlflow.entities import Metric, Param
     from mlflow.tracking import MlflowClient
 
     where = os.environ.get("MLFLOW_TRACKING_URI") or (config.run.root / "mlruns").absolute().as_uri()
@@ -98,11 +99,13 @@ def mlflow(config: Config, known: str, step: int) -> Tracker:
         client.log_batch(known, params=[Param(key, str(value)) for key, value in settings])
 
     def send(values: Values, step: int) -> None:
+        now, metrics = int(time.time() * 1e3), []
         for name, value in values.items():
             if isinstance(value, Image.Image):
                 client.log_image(known, value, key=name, step=step)
             else:
-                client.log_metric(known, name, value, step=step)
+                metrics.append(Metric(name, value, now, step))
+        client.log_batch(known, metrics=metrics)
 
     return Tracker(known, where, send, lambda: client.set_terminated(known))
 
@@ -184,13 +187,17 @@ class Tracks:
         self._thread.shutdown()
 
     def _send(self, values: Values, step: int, last: int) -> None:
-        """Send to the trackers that have nothing of a step after `last`."""
-        for name, tracker in self._trackers.items():
-            if self._sent[name]["step"] <= last:
-                self._try(name, lambda log=tracker.log: log(values, step))
-                self._sent[name]["step"] = step
+        """Send to the trackers that have nothing of a step after `last`.
+
+        The step is noted before: after a kill the last row may be missing, and no row appears twice.
+        """
+        wanting = {name: one for name, one in self._trackers.items() if self._sent[name]["step"] <= last}
+        for name in wanting:
+            self._sent[name]["step"] = step
         with suppress(OSError):
             atomic_text(self._path, json.dumps(self._sent) + "\n")
+        for name, tracker in wanting.items():
+            self._try(name, lambda log=tracker.log: log(values, step))
 
     def _try(self, name: str, call: Callable[[], object]) -> None:
         try:
