@@ -18,10 +18,9 @@ from torch import nn
 
 from models.inputs import NormalizedInput
 from models.zoo import bf16_peak
-from pipelines.dataset import open_dataset
+from pipelines.dataset import open_dataset, read_batch
 from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN
-from tests.pipelines_fixtures import read_rows
 from tests.train.rank_helpers import evaluate_probe_and_embed
 from tests.train_helpers import ROOT, module, small
 from tools import embed
@@ -279,9 +278,7 @@ def test_two_processes_evaluate_probe_and_embed_like_one_and_print_once(images: 
     config = small("image-ft-pico", images, tmp_path, "run", epochs=2.0)
     assert loop.fit(config, finetune.make_task) == 0
     run = tmp_path / "run"
-    trained = pq.read_table(run / "predictions.parquet")
     alone = evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
-    (run / "predictions.parquet").unlink()
     probed = probe.probe(probe.Arguments(run, device="cpu", k=5))
     embed.embed(embed.Arguments(run, tmp_path / "alone.parquet", device="cpu"))
     with socket.socket() as one, socket.socket() as two, socket.socket() as three:
@@ -293,6 +290,8 @@ def test_two_processes_evaluate_probe_and_embed_like_one_and_print_once(images: 
         CLEAN.Process(target=evaluate_probe_and_embed, args=(rank, ports, run, logs[rank]))
         for rank in range(2)
     ]
+    by_one = pq.read_table(run / "predictions.parquet")
+    (run / "predictions.parquet").unlink()
     for process in both:
         process.start()
     for process in both:
@@ -303,15 +302,16 @@ def test_two_processes_evaluate_probe_and_embed_like_one_and_print_once(images: 
     assert float(printed["acc"]) == pytest.approx(alone["acc"], rel=1e-5)
     assert float(printed["loss_val"]) == pytest.approx(alone["loss_val"], rel=1e-5)
     assert f"{run}/predictions.parquet: the prediction of every sample" in logs[0].read_text()
-    found = pq.read_table(run / "predictions.parquet")
-    assert found["id"].to_pylist() == [*range(14)] and found.schema == trained.schema
-    assert found["source"].to_pylist() == [row["source"] for row in read_rows(images, "val")]
-    assert found["label"].to_pylist() == open_dataset(images, "val").label.tolist()
-    for table in (trained, found):
-        right = sum(row["class_1"] == row["class_name"] for row in table.to_pylist())
-        assert right / 14 == alone["acc"] == read_csv(run / "metrics.csv")[-1]["acc"]
-        assert table["class_2"].to_pylist() == trained["class_2"].to_pylist()
-        chances = [(row["probability_1"], row["probability_2"]) for row in table.to_pylist()]
+    by_two = pq.read_table(run / "predictions.parquet")
+    assert by_two["id"].to_pylist() == [*range(14)] and by_two.schema == by_one.schema
+    catalogue = read_batch(images / "val.arrow", ["source", "label", "class_name"])
+    for column in catalogue.schema.names:
+        assert by_two[column].to_pylist() == catalogue[column].to_pylist()
+    for table in (by_one, by_two):
+        rows = table.to_pylist()
+        assert sum(row["class_1"] == row["class_name"] for row in rows) / 14 == alone["acc"]
+        assert [row["class_2"] for row in rows] == by_one["class_2"].to_pylist()
+        chances = [(row["probability_1"], row["probability_2"]) for row in rows]
         assert all(first >= second and first + second == pytest.approx(1) for first, second in chances)
     assert float(printed["knn"]) == pytest.approx(probed["knn"], abs=1e-4)
     assert float(printed["linear"]) == pytest.approx(probed["linear"], abs=1e-4)

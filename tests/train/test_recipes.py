@@ -130,6 +130,9 @@ def test_best_weights_classes_and_steps_are_kept(images, tmp_path):
     assert [row["class_name"] for row in table] == ["dark things", "light things"]
     assert [row["samples"] for row in table] == [7, 7]
     assert sum(row["correct"] for row in table) == round(14 * rows[-1]["acc"]), "of the run's last evaluation"
+    samples = pq.read_table(run / "predictions.parquet").to_pylist()
+    assert [row["id"] for row in samples] == [*range(14)]
+    assert sum(row["class_1"] == row["class_name"] for row in samples) / 14 == rows[-1]["acc"]
     assert json.loads((run / "data.json").read_text())["classes"] == ["dark things", "light things"]
     with (run / "detail/rank-0-from-000000000.csv").open() as file:
         steps = list(csv.DictReader(file))
