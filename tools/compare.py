@@ -125,6 +125,7 @@ def numbers(*metrics: Path) -> str:
     if len(tables) == 1 or not names:
         tiles = "".join(f"<div><dt>{name}</dt><dd>{every[0][name]}</dd></div>" for name in names)
         return tiles and f'<dl class="grid numbers">{tiles}</dl>'
+    names.pop(NUMBERS["acc"][0], None)  # it is the last evaluation
     differ = [name for name in names if len({found.get(name) for found in every}) > 1]
     labels, bests = names_of([path.parent for path in metrics]), [best_of(rows) for rows in tables]
     # Accuracies come before the losses of pretraining: the two cannot be compared.

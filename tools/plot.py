@@ -10,7 +10,7 @@ from functools import partial
 from itertools import cycle
 from operator import mul
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import tyro
 
@@ -45,6 +45,7 @@ NOT_DRAWN = {"time", "step", "epoch", "samples", "mfu", "max_mem_gb", "skipped",
 COLOURS = ("#0b62c4", "#b04a00", "#1a7a2e", "#8034b8", "#c4203a", "#007a85", "#6b6b00", "#b0268a")
 DARK_COLOURS = ("#6db3ff", "#ffa657", "#5fd07a", "#c9a0ff", "#ff8a94", "#4fd0d8", "#d0d060", "#ff8ad0")
 STYLES: tuple[Literal["solid", "dashed", "dotted", "dashdot"], ...] = ("solid", "dashed", "dotted", "dashdot")
+TICKS: dict[str, Any] = {"nbins": 6, "steps": [1, 2, 5, 10]}
 FEW = 30  # with fewer points than this, a line also shows them
 
 
@@ -81,22 +82,26 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 
 def panels_of(tables: Tables) -> list[Panel]:
-    """The panels for which any run has numbers; columns that PANELS lacks share one by their first word."""
+    """The panels for which any run has numbers.
+
+    Columns that PANELS lacks share a panel if their names differ in a last number only.
+    """
     rows = [row for rows in tables.values() for row in rows]
     filled = dict.fromkeys(name for row in rows for name in row if row[name] is not None)
     groups: dict[str, list[str]] = {}
     for name in filled:
         if name not in NOT_DRAWN and not any(name in panel.columns for panel in PANELS):
-            groups.setdefault(re.split(r"_|\d", name)[0], []).append(name)
+            groups.setdefault(re.sub(r"_?\d+$", "", name).replace("_", " "), []).append(name)
     others = [
-        Panel(word, tuple(names), "%" if all("acc" in name for name in names) else "")
-        for word, names in groups.items()
+        Panel(title, tuple(names), "%" if re.search("acc|probe", title) else "")
+        for title, names in groups.items()
     ]
     return [panel for panel in (*PANELS, *others) if filled.keys() & {*panel.columns}]
 
 
 def draw(axis: "Axes", panel: Panel, tables: Tables) -> None:
     """Draw the columns of one panel for every run, over all steps of the longest run."""
+    from matplotlib import ticker
     from matplotlib.lines import Line2D
 
     per_step, over = _epochs_per_step(tables)
@@ -114,6 +119,7 @@ def draw(axis: "Axes", panel: Panel, tables: Tables) -> None:
     if per_step:
         epochs = axis.secondary_xaxis("top", functions=(partial(mul, per_step), partial(mul, 1 / per_step)))
         epochs.set_xlabel("epoch")
+        epochs.xaxis.set_major_locator(ticker.MaxNLocator(**TICKS))
         epochs.xaxis.set_major_formatter(plain)
     axis.grid(alpha=0.3)
     if len(styles) > 1:
@@ -138,8 +144,7 @@ def _epochs_per_step(tables: Tables) -> tuple[float, str]:
 def _set_ticks(axis: "Axes", panel: Panel) -> None:
     from matplotlib import ticker
 
-    round_numbers = [1, 2, 5, 10]
-    axis.xaxis.set_major_locator(ticker.MaxNLocator(5, steps=round_numbers))
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(**TICKS))
     axis.xaxis.set_major_formatter(plain)
     if panel.logarithmic:
         axis.set_yscale("log")
@@ -148,7 +153,7 @@ def _set_ticks(axis: "Axes", panel: Panel) -> None:
     if panel.logarithmic and high > 20 * low:
         axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     else:
-        axis.yaxis.set_major_locator(ticker.MaxNLocator(6, steps=round_numbers))
+        axis.yaxis.set_major_locator(ticker.MaxNLocator(**TICKS))
     axis.yaxis.set_major_formatter(ticker.PercentFormatter(1, symbol="") if panel.unit == "%" else plain)
 
 

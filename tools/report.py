@@ -128,12 +128,14 @@ def classes(table: Path) -> str:
 def usage(card: Path) -> str:
     """A command and the model card's code, both with the path of the weights."""
     run, weights = card.parent, card.with_name("model.safetensors")
-    preset = preset_of(run).replace("-mae-", "-ft-")
-    command = f"tools.predict {shlex.quote(str(run))} FILE"
-    if isinstance(from_dict(read_json(run / "config.json")), MaeConfig):
-        command = f"train.finetune {preset or 'PRESET'} --model.init {shlex.quote(str(weights))}"
+    config = from_dict(read_json(run / "config.json"))
+    words = ["tools.predict", run, "FILE"]
+    if isinstance(config, MaeConfig):
+        preset = preset_of(run).replace("-mae-", "-ft-") or "PRESET"
+        words = ["train.finetune", preset, "--model.init", weights, "--data.path", config.data.path]
+    command = ".venv/bin/python -m " + shlex.join(map(str, words))
     code = card.read_text().split("```python\n")[1].split("```")[0].replace(weights.name, str(weights))
-    return f"<pre>.venv/bin/python -m {escape(command)}</pre><pre>{escape(code)}</pre>"
+    return f"<pre>{escape(command)}</pre><pre>{escape(code)}</pre>"
 
 
 def environment(env: Path) -> str:

@@ -58,11 +58,13 @@ def test_shares_are_percent_and_ticks_have_no_powers_of_ten():
     assert not any("$" in label.get_text() for label in axis.get_yticklabels())
 
 
-def test_columns_without_a_panel_share_one_by_their_first_word():
-    table = rows(loss=1.0, rankme_1=2.0, rankme_2=3.0, probe_acc=0.5, max_mem_gb=1.0, step_ms=1.0)
-    titles = {panel.title: (panel.columns, panel.unit) for panel in panels_of({"a": table})}
-    assert list(titles) == ["loss", "duration", "rankme", "probe"]
-    assert titles["rankme"] == (("rankme_1", "rankme_2"), "") and titles["probe"] == (("probe_acc",), "%")
+def test_columns_without_a_panel_get_one_by_name():
+    ranks = {f"health_rank_stage{n}": float(n) for n in (1, 2)}
+    table = rows(loss=1.0, **ranks, rank_1=1.0, rank_2=2.0, health_probe=0.5, max_mem_gb=1.0, step_ms=1.0)
+    panels = {panel.title: (panel.columns, panel.unit) for panel in panels_of({"a": table})}
+    assert list(panels) == ["loss", "duration", "health rank stage", "rank", "health probe"]
+    assert panels["health rank stage"] == (tuple(ranks), "") and panels["rank"] == (("rank_1", "rank_2"), "")
+    assert panels["health probe"] == (("health_probe",), "%")
 
 
 def test_runs_of_the_same_name_are_told_apart():

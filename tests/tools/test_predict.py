@@ -162,7 +162,9 @@ def test_an_autoencoder_draws_its_inputs(trained: Path, clips: Path, tmp_path: P
     assert predict(run, inputs, out=tmp_path / "seen.png", device="cpu") == 0
     assert all(str(path) in capsys.readouterr().out.replace(", ", "\n") for path in inputs[:1])
     drawn = Image.open(tmp_path / "seen.png")
-    assert drawn.height == 2 * HEADER + 3 * (64 + GAP) and not (run / "predict.png").exists()
+    strip = HEADER + 64 * int(drawn.info["zoom"]) + GAP  # an image has its three pictures in one row
+    assert drawn.height == 3 * (strip if image else 3 * strip) + HEADER, "three inputs and a note"
+    assert not (run / "predict.png").exists()
 
 
 def test_wrong_inputs_are_named_and_the_others_are_predicted(trained: Path, tmp_path: Path, capsys):
