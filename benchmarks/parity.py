@@ -92,7 +92,7 @@ def upstream_model(config: HieraConfig, mae: bool) -> nn.Module:
         "decoder_depth": config.decoder_depth,
         "decoder_num_heads": config.decoder_heads,
     }
-    return hiera.MaskedAutoencoderHiera(q_pool=2, **settings, **decoder)
+    return hiera.MaskedAutoencoderHiera(q_pool=config.mae_pools, **settings, **decoder)
 
 
 def timm_model(config: HieraConfig, mae: bool) -> nn.Module:
@@ -108,6 +108,8 @@ def timm_model(config: HieraConfig, mae: bool) -> nn.Module:
         stages=config.stages,
         abs_win_pos_embed=config.abs_win,
         global_pos_size=config.global_pos_size,
+        init_values=config.layer_scale or None,
+        use_expand_proj=config.expand_proj,
     )
 
 
@@ -260,7 +262,12 @@ def cases(full: bool) -> list[tuple[str, str, tuple[int, ...] | None, dict[str, 
                     fewer = FEWER if size in ("large", "huge") and not full else None
                     found.append((name, peer_name, fewer, {}))
     window: dict[str, object] = {"abs_win": True, "input_size": 256, "global_pos_size": (16, 16)}
-    return [*found, ("hiera_base_224", "timm", None, window)]
+    return [
+        *found,
+        ("hiera_base_224", "timm", None, window),
+        ("hiera_small_abswin_256", "timm", None, {}),
+        ("mae_hiera_base_224", "hiera-transformer", None, {"mae_pools": 3}),
+    ]
 
 
 def check_parity(match: str = "", full: bool = False, threads: int = 2) -> None:

@@ -1,12 +1,13 @@
 """State dicts of other implementations: wrappers around them, prefixes and parameter names.
 
 Our names are those of the authors' release ("upstream"), whose .pth files have them under "model_state".
-timm has the classifier, transformers the image classifier and the image autoencoder.
+timm has the classifier, transformers the image classifier and the image autoencoder, birder all image models.
+"sam2" is HieraDet, the trunk of SAM 2's image encoder: an encoder with absolute-window position embeddings.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,27 +17,56 @@ State = dict[str, Tensor]
 Pairs = list[tuple[str, str]]  # prefixes, ours and theirs; the first match applies
 
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-WRAPPERS = ("model_state", "model_state_dict", "state_dict", "model", "module")
+WRAPPERS = ("model_state", "model_state_dict", "state_dict", "state", "model", "module")
 NESTING = 4  # maximum depth of wrappers in wrappers
 
-TIMM: Pairs = [("head.projection.", "head.fc."), ("norm.", "head.norm.")]
-TRANSFORMERS: Pairs = [
-    ("head.projection.", "classifier."),
-    ("norm.", "hiera.pooler.layernorm."),
-    ("patch_embed.proj.", "hiera.embeddings.patch_embeddings.projection."),
-    ("pos_embed", "hiera.embeddings.position_embeddings"),
-    ("mask_token", "decoder.mask_token"),
-    ("decoder_pos_embed", "decoder.decoder_position_embeddings"),
-    ("decoder_embed.", "decoder.decoder_embeddings."),
-    ("decoder_norm.", "decoder.decoder_norm."),
-    ("decoder_pred.", "decoder.decoder_pred."),
-    ("decoder_blocks.", "decoder.decoder_block.layers."),
-    ("multi_scale_fusion_heads.", "multiscale_fusion.multi_scale_fusion_heads."),
-]
-IN_BLOCKS = ((".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."))  # transformers
+
+@dataclass(frozen=True)
+class Names:
+    """How the names of a format differ from ours."""
+
+    prefixes: Pairs
+    inside: Pairs  # parts of names; every one applies
+    block: str = ""  # prefix of a block, if blocks are numbered within their stage
+    first_stage: int = 0
+
+
+FORMATS = {
+    "upstream": Names([], []),
+    "ours": Names([], []),
+    "timm": Names([("head.projection.", "head.fc."), ("norm.", "head.norm.")], []),
+    "transformers": Names(
+        [
+            ("head.projection.", "classifier."),
+            ("norm.", "hiera.pooler.layernorm."),
+            ("patch_embed.proj.", "hiera.embeddings.patch_embeddings.projection."),
+            ("pos_embed", "hiera.embeddings.position_embeddings"),
+            ("mask_token", "decoder.mask_token"),
+            ("decoder_pos_embed", "decoder.decoder_position_embeddings"),
+            ("decoder_embed.", "decoder.decoder_embeddings."),
+            ("decoder_norm.", "decoder.decoder_norm."),
+            ("decoder_pred.", "decoder.decoder_pred."),
+            ("decoder_blocks.", "decoder.decoder_block.layers."),
+            ("multi_scale_fusion_heads.", "multiscale_fusion.multi_scale_fusion_heads."),
+        ],
+        [(".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after.")],
+        "hiera.encoder.stages.{}.layers.{}.",
+    ),
+    "birder": Names(
+        [("patch_embed.", "stem."), ("norm.", "features.1."), ("head.projection.", "classifier.")],
+        [(".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.3.")],
+        "body.stage{}.{}.",
+        first_stage=1,
+    ),
+    "sam2": Names(
+        [("pos_embed_win", "pos_embed_window")],
+        [(".mlp.fc1.", ".mlp.layers.0."), (".mlp.fc2.", ".mlp.layers.1.")],
+    ),
+}
 # The first layer in any format, after an optional prefix of wrappers such as `module.` or `model.`.
 FIRST = re.compile(
-    r"((?:[^.]+\.)*?)(?:patch_embed\.proj|(?:hiera\.)?embeddings\.patch_embeddings\.projection)\.weight"
+    r"((?:[^.]+\.)*?)"
+    r"(?:patch_embed\.proj|stem\.proj|(?:hiera\.)?embeddings\.patch_embeddings\.projection)\.weight"
 )
 COUNTER = "n_averaged"  # an entry that torch's AveragedModel adds
 AUTOENCODER_ONLY = ("encoder_norm.", "mask_token", "decoder_", "multi_scale_fusion_heads.")
@@ -80,10 +110,16 @@ def is_video(state: State) -> bool:
 
 
 def format_of(state: State) -> str:
-    """The format of the names: "upstream" (and ours), "timm" or "transformers"."""
-    if any(name.startswith(("hiera.", "embeddings.", "encoder.stages.")) for name in state):
-        return "transformers"
-    return "timm" if any(name.startswith(("head.norm.", "head.fc.")) for name in state) else "upstream"
+    """The format of the names, a key of FORMATS; "upstream" for ours."""
+    marks = {
+        "transformers": ("hiera.", "embeddings.", "encoder.stages."),
+        "birder": ("stem.",),
+        "sam2": ("pos_embed_window",),
+        "timm": ("head.norm.", "head.fc."),
+    }
+    return next(
+        (kind for kind, names in marks.items() if any(n.startswith(names) for n in state)), "upstream"
+    )
 
 
 def without_prefix(state: State) -> State:
@@ -109,18 +145,22 @@ def to_ours(state: State) -> State:
     kind = format_of(state)
     if any(name.startswith("embeddings.") for name in state):  # transformers' bare HieraModel
         state = {f"hiera.{name}": value for name, value in state.items()}
-    places = {tuple(name.split(".")[3:6:2]) for name in state if name.startswith("hiera.encoder.stages.")}
-    stages = Counter(int(stage) for stage, _ in places)
-    back = [(theirs, ours) for ours, theirs in _pairs(kind, [stages[s] for s in sorted(stages)])]
-    inside = [(theirs, ours) for ours, theirs in IN_BLOCKS] if kind == "transformers" else []
-    return {_rename(name, back, inside): value for name, value in state.items()}
+    names = FORMATS[kind]
+    found = (re.match(names.block.replace("{}", r"(\d+)"), name) for name in state if names.block)
+    places = sorted({(int(match[1]), int(match[2])) for match in found if match})
+    back = [(theirs, ours) for ours, theirs in names.prefixes + _block_pairs(names, places)]
+    inside = [(theirs, ours) for ours, theirs in names.inside]
+    state = {_rename(name, back, inside): value for name, value in state.items()}
+    if kind == "birder" and is_autoencoder(state):  # its pretraining does not train the classifier's norm
+        state = {name: value for name, value in state.items() if not name.startswith("norm.")}
+    return state
 
 
 def from_ours(state: State, kind: str) -> State:
-    """Rename weights with our names to "timm" or "transformers"; "upstream" and "ours" are the same.
+    """Rename weights with our names to a format of FORMATS; "upstream" and "ours" are the same.
 
-    timm has no autoencoder: it gets the encoder, with encoder_norm as its final norm.
-    Raises UserError for models that transformers does not have: clip models, and those with abs_win.
+    timm has no autoencoder: it gets the encoder, with encoder_norm as its final norm. sam2 gets the encoder.
+    Raises UserError for models that the format does not have.
     """
     if kind == "timm" and is_autoencoder(state):
         norm = {f"norm.{part}": state[f"encoder_norm.{part}"] for part in ("weight", "bias")}
@@ -129,23 +169,38 @@ def from_ours(state: State, kind: str) -> State:
         raise UserError(
             "transformers has Hiera for images with plain position embeddings only; choose another format"
         )
-    pairs, inside = _pairs(kind, stage_depths(state)), IN_BLOCKS if kind == "transformers" else ()
-    return {_rename(name, pairs, inside): value for name, value in state.items()}
+    if kind == "sam2":
+        if "pos_embed_win" not in state:
+            raise UserError(
+                "SAM 2 has absolute-window position embeddings only; train with --model.abs-win True"
+            )
+        state = {n: v for n, v in state.items() if not n.startswith(("norm.", "head.", *AUTOENCODER_ONLY))}
+    depths = stage_depths(state)
+    wider = sum(f"blocks.{sum(depths[:stage])}.proj.weight" in state for stage in range(1, len(depths)))
+    if kind not in ("ours", "timm") and ("blocks.0.ls1.gamma" in state or wider < len(depths) - 1):
+        raise UserError(f"{kind} has no layer scale or pooled widening; choose --to timm")
+    names = FORMATS[kind]
+    places = [(names.first_stage + s, n) for s, depth in enumerate(depths) for n in range(depth)]
+    pairs = names.prefixes + _block_pairs(names, places)
+    return {_rename(name, pairs, names.inside): value for name, value in state.items()}
 
 
 def stage_depths(state: State) -> list[int]:
-    """Blocks per stage, from weights with our names: the first block of a stage has a `proj`."""
-    numbers = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
-    starts = sorted({0} | {n for n in numbers if f"blocks.{n}.proj.weight" in state})
-    return [b - a for a, b in zip(starts, [*starts[1:], len(numbers)], strict=True)]
+    """Blocks per stage, from weights with our names: the first block of a stage widens the channels."""
+    shapes = (state[f"blocks.{number}.attn.qkv.weight"].shape for number in range(_count_blocks(state)))
+    starts = [number for number, (out, width) in enumerate(shapes) if not number or out > 3 * width]
+    return [b - a for a, b in zip(starts, [*starts[1:], _count_blocks(state)], strict=True)]
 
 
-def _pairs(kind: str, depths: list[int]) -> Pairs:
-    """The prefixes that differ; transformers numbers blocks within their stage."""
-    if kind != "transformers":
-        return TIMM if kind == "timm" else []
-    places = [f"hiera.encoder.stages.{s}.layers.{n}." for s, depth in enumerate(depths) for n in range(depth)]
-    return TRANSFORMERS + [(f"blocks.{number}.", place) for number, place in enumerate(places)]
+def _count_blocks(state: State) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+
+
+def _block_pairs(names: Names, places: Iterable[tuple[int, int]]) -> Pairs:
+    """Our prefix and theirs of every block, if they number blocks by (stage, number in the stage)."""
+    if not names.block:
+        return []
+    return [(f"blocks.{number}.", names.block.format(*place)) for number, place in enumerate(places)]
 
 
 def _rename(name: str, prefixes: Iterable[tuple[str, str]], inside: Iterable[tuple[str, str]]) -> str:

@@ -30,6 +30,8 @@ class HieraConfig:
     checkpoint_stages: tuple[int, ...] = ()  # stages (1 to 4) whose activations are recomputed
     abs_win: bool = False  # absolute-window position embeddings, for images only
     global_pos_size: tuple[int, int] = (14, 14)  # grid of their global part
+    layer_scale: float = 0.0  # initial scale of every branch's output, per channel; 0 = no layer scale
+    expand_proj: bool = True  # stages are widened by a linear layer; False: by max and mean pooling
 
     num_classes: int = 1000
     head_dropout: float = 0.0
@@ -38,6 +40,7 @@ class HieraConfig:
     decoder_depth: int = 8
     decoder_heads: int = 16
     decode_ratio: float = 1.0  # share of the masked tokens that are decoded in training
+    mae_pools: int = 2  # poolings of the autoencoder; with 3 it predicts patches of 32 pixels, not 16
 
     @property
     def video(self) -> bool:
@@ -134,7 +137,8 @@ def _blocks(config: HieraConfig, pools: int) -> list[Block]:
             # Stages 1 and 2 attend inside units. So does the first block of stage 3: its keys are unpooled.
             windowed = stage < 2 or (stage == 2 and first)
             pool = first and stage <= pools
-            blocks.append(Block(dim // 2 if first else dim, dim, heads, windowed, pool))
+            before = dim // 2 if first else dim
+            blocks.append(Block(before, dim, heads, windowed, pool, config.layer_scale, config.expand_proj))
     return blocks
 
 

@@ -4,10 +4,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 
-from models.unroll import FRAMES, STRIDE, UNIT, Grid, gather_cells, max_pool, unroll
+from models.unroll import FRAMES, STRIDE, UNIT, Grid, gather_cells, max_pool, mean_pool, unroll
 
 KERNEL, PADDING = 7, 3  # of the patch embedding, in pixels; in time it has 3 frames and pads 1 in front
 HALO = KERNEL - STRIDE  # pixels above and left of a unit that its tokens depend on
@@ -42,17 +42,32 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; the first block of a stage widens the channels and may pool."""
+    """Pre-norm transformer block; the first block of a stage widens the channels and may pool.
+
+    layer_scale: initial value of the learned scales of both branches (arXiv 2103.17239); 0 = none.
+    expand_proj: a linear layer widens the residual stream. Otherwise its max and mean pooling do, as in timm.
+    """
 
     def __init__(
-        self, dim: int, dim_out: int, heads: int, windowed: bool = False, pool: bool = False
+        self,
+        dim: int,
+        dim_out: int,
+        heads: int,
+        windowed: bool = False,
+        pool: bool = False,
+        layer_scale: float = 0.0,
+        expand_proj: bool = True,
     ) -> None:
         super().__init__()
+        self.widens = dim != dim_out
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, dim_out, heads, windowed, pool)
         self.norm2 = nn.LayerNorm(dim_out, eps=NORM_EPS)
         self.mlp = Mlp(dim_out, 4 * dim_out)
-        self.proj = nn.Linear(dim, dim_out) if dim != dim_out else None
+        self.proj = nn.Linear(dim, dim_out) if self.widens and expand_proj else None
+        self.ls1, self.ls2 = (
+            LayerScale(dim_out, layer_scale) if layer_scale else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
         """[B, U, n, dim] -> [B, U, n or n / 4, dim_out].
@@ -64,8 +79,10 @@ class Block(nn.Module):
             widened = self.proj(y)
             # Under autocast `widened` is bf16. Without the cast, the residual stream would stay bf16.
             x = (max_pool(widened) if self.attn.pool else widened).to(x.dtype)
-        x = x + _scaled(self.attn(y), scales, 0)
-        return x + _scaled(self.mlp(self.norm2(x)), scales, 1)
+        elif self.widens:
+            x = torch.cat([max_pool(x), mean_pool(x)] if self.attn.pool else [x, x], dim=-1)
+        x = x + _scaled(self.ls1(self.attn(y)), scales, 0)
+        return x + _scaled(self.ls2(self.mlp(self.norm2(x))), scales, 1)
 
 
 def _scaled(x: Tensor, scales: Tensor | None, branch: int) -> Tensor:

@@ -18,14 +18,11 @@ from models.layers import NORM_EPS, Block, conv, init_uniform, unit_mask
 from models.unroll import FRAMES, STRIDE, UNIT, gather_cells, unroll
 from pipelines.errors import UserError
 
-POOLS = 2  # the autoencoder's last stage does not pool
-SIDE = UNIT >> POOLS  # tokens along a unit's side in the coarsest map
-PATCH = STRIDE << POOLS  # pixels along a predicted patch's side
 VARIANCE_EPS = 1e-6
 
 
 class MaeOutput(NamedTuple):
-    """Result of a forward pass; M is the number of decoded tokens in the batch, P = 16 * 16 * channels."""
+    """Result of a forward pass; M is the number of decoded tokens in the batch, P = patch**2 * channels."""
 
     loss: Tensor  # scalar
     pred: Tensor  # [M, P]
@@ -36,14 +33,18 @@ class MaeOutput(NamedTuple):
 class MaskedAutoencoder(Encoder):
     """Hiera encoder, multi-scale fusion, and a plain transformer decoder that predicts pixels."""
 
-    unit_tokens: Tensor  # int64 [units, 4]: spatial indices of each unit's tokens in the coarsest map
+    unit_tokens: Tensor  # int64 [units, n]: spatial indices of each unit's tokens in the coarsest map
 
     def __init__(self, config: HieraConfig) -> None:
-        super().__init__(config, pools=POOLS)
+        super().__init__(config, pools=config.mae_pools)
+        if config.mae_pools not in (2, 3):
+            raise UserError(f"mae_pools is {config.mae_pools}; choose 2 or 3")
         if not 0 < config.decode_ratio <= 1:
             raise UserError(f"decode_ratio is {config.decode_ratio}; choose a share above 0 and at most 1")
-        dim = config.decoder_width
-        self.grid = (self.units[0], SIDE * self.units[1], SIDE * self.units[2])
+        dim, pools = config.decoder_width, config.mae_pools
+        self.patch = STRIDE << pools  # pixels along a predicted patch's side
+        side = UNIT >> pools  # tokens along a unit's side in the coarsest map
+        self.grid = (self.units[0], side * self.units[1], side * self.units[2])
         self.encoder_norm = nn.LayerNorm(self.width_out, eps=NORM_EPS)
         self.multi_scale_fusion_heads = nn.ModuleList(self._fusion_heads())
         self.decoder_embed = nn.Linear(self.width_out, dim)
@@ -52,15 +53,15 @@ class MaskedAutoencoder(Encoder):
         blocks = (Block(dim, dim, config.decoder_heads) for _ in range(config.decoder_depth))
         self.decoder_blocks = nn.ModuleList(blocks)
         self.decoder_norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.decoder_pred = nn.Linear(dim, PATCH * PATCH * config.in_chans)
+        self.decoder_pred = nn.Linear(dim, self.patch**2 * config.in_chans)
         tokens = torch.arange(math.prod(self.grid)).view(1, *self.grid, 1)
-        self.register_buffer("unit_tokens", unroll(tokens, UNIT.bit_length() - 1 - POOLS)[0, :, :, 0], False)
+        self.register_buffer("unit_tokens", unroll(tokens, side.bit_length() - 1)[0, :, :, 0], False)
         self.init_weights()
 
     def _fusion_heads(self) -> list[nn.Module]:
-        """Convolutions that bring stages 1 and 2 to the last stage's grid and width."""
-        width, out, video = self.config.width, self.width_out, self.config.video
-        return [conv(video, width << stage, out, 1, side=1 << (POOLS - stage)) for stage in range(POOLS)]
+        """Convolutions that bring finer stages to the coarsest map's grid and the last stage's width."""
+        width, out, video, pools = self.config.width, self.width_out, self.config.video, self.config.mae_pools
+        return [conv(video, width << stage, out, 1, side=1 << (pools - stage)) for stage in range(pools)]
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -110,21 +111,21 @@ class MaskedAutoencoder(Encoder):
         return MaeOutput(loss, pred.flatten(0, 1), label.flatten(0, 1), unit_mask(keep, self.num_mask_units))
 
     def split_tokens(self, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Spatial indices of the coarsest tokens: kept [B, 4k] in unit order, masked [B, rest] ascending."""
+        """Spatial indices of the coarsest tokens: kept [B, kn] in unit order, masked [B, rest] ascending."""
         kept = self.unit_tokens[keep].flatten(1)
         flags = torch.zeros(keep.shape[0], math.prod(self.grid), dtype=torch.int8, device=keep.device)
         order = flags.scatter(1, kept, 1).argsort(dim=1, stable=True)
         return kept, order[:, : order.shape[1] - kept.shape[1]]
 
     def fuse(self, stages: list[Tensor]) -> Tensor:
-        """Sum stages 1, 2 and 4 at the coarsest resolution and normalize: [B, kept, 4, width_out]."""
+        """Sum the fused stages and the last one, and normalize: [B, kept, n, width_out]."""
         x = stages[-1]
         for head, stage in zip(self.multi_scale_fusion_heads, stages, strict=False):
             x = x + _unit_conv(stage, head, cells=x.shape[2])
         return self.encoder_norm(x)
 
     def decode(self, latent: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
-        """Predictions [B, masked, P] from the latent [B, kept units, 4, width_out] and token indices."""
+        """Predictions [B, masked, P] from the latent [B, kept units, n, width_out] and token indices."""
         x = self.decoder_embed(latent).flatten(1, 2)
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(*masked.shape, -1)], dim=1)
         x = x + F.embedding(torch.cat([kept, masked], dim=1), self.decoder_pos_embed[0])
@@ -146,7 +147,7 @@ class MaskedAutoencoder(Encoder):
         The target of a clip's token is the first of its frames. Both layouts are those of the release.
         """
         x = x[:, :, ::FRAMES] if self.config.video else x.unsqueeze(2)
-        x = x.unfold(3, PATCH, PATCH).unfold(4, PATCH, PATCH)  # [B, C, t, h, w, s, s]
+        x = x.unfold(3, self.patch, self.patch).unfold(4, self.patch, self.patch)  # [B, C, t, h, w, s, s]
         return x.permute(0, 2, 3, 4, 5, 6, 1) if self.config.video else x.permute(0, 2, 3, 4, 1, 5, 6)
 
 

@@ -88,6 +88,11 @@ def max_pool(x: Tensor) -> Tensor:
     return x.view(batch, units, 4, tokens // 4, channels).max(dim=2).values
 
 
+def mean_pool(x: Tensor) -> Tensor:
+    """2x2 mean pooling in pooling order: [B, units, n, C] -> [B, units, n / 4, C]."""
+    return x.unflatten(2, (4, -1)).mean(dim=2)
+
+
 def gather_cells(cells: Tensor, ids: Tensor) -> Tensor:
     """Gather cells of a spatial grid by flat index: [B, t, h, w, ...] and [B, k] -> [B, k, ...].
 

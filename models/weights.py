@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.files import Weights, read_weights
 from models.formats import AUTOENCODER_ONLY, State, is_autoencoder, is_video, to_ours, unwrap
 from models.hiera import Encoder
-from models.mae import PATCH, MaskedAutoencoder
+from models.mae import MaskedAutoencoder
 from models.unroll import UNIT, Grid
 from pipelines.errors import UserError
 
@@ -140,7 +140,8 @@ def _match_heads(state: State, own: State, reuse_encoder_norm: bool) -> tuple[St
             state |= {f"norm.{part}": state.pop(f"encoder_norm.{part}") for part in ("weight", "bias")}
         return state, ("norm.", "head.", *AUTOENCODER_ONLY)
     if _shape(state, "head.projection.weight") != _shape(own, "head.projection.weight"):
-        return state, ("head.",)
+        trunk_only = not state.keys() & {"norm.weight", "head.projection.weight"}  # as in SAM 2
+        return state, ("head.", "norm.") if trunk_only else ("head.",)
     return state, ()
 
 
@@ -183,7 +184,7 @@ def inflate(state: State, model: Encoder) -> tuple[State, list[str]]:
         new["decoder_pos_embed"] = state["decoder_pos_embed"].repeat(1, steps, 1)
         # Predictions are (channel, row, column) for images and (row, column, channel) for clips.
         for name in ("decoder_pred.weight", "decoder_pred.bias"):
-            new[name] = state[name].unflatten(0, (-1, PATCH * PATCH)).transpose(0, 1).flatten(0, 1)
+            new[name] = state[name].unflatten(0, (kernel.shape[1], -1)).transpose(0, 1).flatten(0, 1)
     for name in state:
         if name.startswith("multi_scale_fusion_heads.") and name.endswith("weight"):
             new[name] = state[name].unsqueeze(2)

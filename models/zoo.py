@@ -1,19 +1,22 @@
 """Models by name and their costs; `python -m models.zoo` prints a table of them.
 
 Names are `[mae_]hiera_SIZE_224` for images and `[mae_]hiera_SIZE_16x224` for clips. The small `pico` models
-for CPUs are `[mae_]hiera_pico_96` and `[mae_]hiera_pico_16x64`.
+for CPUs are `[mae_]hiera_pico_96` and `[mae_]hiera_pico_16x64`. `[mae_]hiera_small_abswin_256` and
+`[mae_]hiera_base_abswin_224` have absolute-window position embeddings.
 """
 
 import difflib
 import math
+import re
 from dataclasses import fields, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.formats import State, is_video, stage_depths
 from models.hiera import Hiera, HieraConfig
 from models.mae import MaskedAutoencoder
-from models.unroll import UNIT
+from models.unroll import FRAMES, STRIDE, UNIT
 from pipelines.errors import UserError
 
 # Width, heads of the first stage, blocks per stage (arXiv 2306.00989, table 2). pico is not in the paper.
@@ -36,7 +39,7 @@ PUBLISHED = {
     "huge": (86.9, 87.8),
 }
 CLASSIFIER_ONLY = {"num_classes", "head_dropout"}
-DECODER_ONLY = {"decoder_width", "decoder_depth", "decoder_heads", "decode_ratio"}
+DECODER_ONLY = {"decoder_width", "decoder_depth", "decoder_heads", "decode_ratio", "mae_pools"}
 # Dense bf16 operations per second with fp32 accumulation, without sparsity, from NVIDIA's data sheets and
 # architecture papers. The keys are the exact names that torch.cuda.get_device_name returns: variants of one
 # chip differ by a factor of up to 2, and a MIG slice has its own name.
@@ -70,6 +73,12 @@ def _configs() -> dict[str, HieraConfig]:
         configs[f"hiera_{size}_{side}"] = replace(image, input_size=(side, side))
         clip = replace(image, input_size=(16, clip_side, clip_side), num_classes=400)
         configs[f"hiera_{size}_16x{clip_side}"] = clip
+    # The structures of weights by timm (small) and birder (base), which docs/weights.md lists.
+    configs["hiera_small_abswin_256"] = replace(
+        configs["hiera_small_224"], input_size=(256, 256), abs_win=True, global_pos_size=(16, 16),
+        layer_scale=1e-5, expand_proj=False,
+    )  # fmt: skip
+    configs["hiera_base_abswin_224"] = replace(configs["hiera_base_224"], abs_win=True, mae_pools=3)
     return configs
 
 
@@ -106,6 +115,37 @@ def config_of(name: str, **overrides: object) -> HieraConfig:
     if "input_size" in given:
         given["input_size"] = _full_size(given["input_size"], config.input_size)
     return replace(config, **given)  # pyrefly: ignore
+
+
+def config_of_weights(state: State, side: int = 0) -> HieraConfig:
+    """The configuration of the encoder, or classifier, that has these weights with our names.
+
+    side: of the square input (pixels), for absolute-window position embeddings, which do not show it; 0: 16
+    times that of their global part, as in the released weights.
+    Raises UserError if no known size has this width, because the weights do not show the number of heads.
+    """
+    width, channels = state["patch_embed.proj.weight"].shape[:2]
+    heads = {known: first for known, first, _ in SIZES.values()}.get(width)
+    if heads is None:
+        raise UserError(
+            f"no known size has width {width}, so its heads are unknown; convert it to a weights file"
+        )
+    table = state["pos_embed_spatial" if is_video(state) else "pos_embed"]
+    abs_win, grid = table.ndim == 4, tuple(table.shape[2:])
+    side = (side or 16 * grid[0]) if abs_win else STRIDE * math.isqrt(table.shape[1])
+    frames = (FRAMES * state["pos_embed_temporal"].shape[1],) if is_video(state) else ()
+    return HieraConfig(
+        input_size=(*frames, side, side),
+        in_chans=channels,
+        width=width,
+        heads=heads,
+        stages=tuple(stage_depths(state)),  # pyrefly: ignore
+        abs_win=abs_win,
+        global_pos_size=grid if abs_win else HieraConfig.global_pos_size,  # pyrefly: ignore
+        layer_scale=float("blocks.0.ls1.gamma" in state),
+        expand_proj=any(re.fullmatch(r"blocks\.\d+\.proj\.weight", name) for name in state),
+        num_classes=len(state.get("head.projection.bias", ())),
+    )
 
 
 def _full_size(size: object, default: tuple[int, ...]) -> tuple[int, ...]:

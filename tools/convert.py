@@ -1,27 +1,30 @@
 """Convert weights between implementations: `python -m tools.convert SRC DST --to timm`.
 
 SRC is a file or folder of any known format, or an official name such as `hiera_base_224:mae_in1k_ft_in1k`.
-DST ends in .safetensors or .pth. For transformers it may be a folder, which also gets config.json and
-preprocessor_config.json, so that `from_pretrained` and `pipeline` open it.
+DST ends in .safetensors or .pth; in .onnx or .pt2 for these formats, which contain the model's code as well.
+For transformers it may be a folder, which also gets config.json and preprocessor_config.json, so that
+`from_pretrained` and `pipeline` open it.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from models.files import Weights, read_json, read_weights
-from models.formats import State, from_ours, is_autoencoder, stage_depths, to_ours
-from models.inputs import IMAGE_STATS
-from models.zoo import CONFIGS, SIZES
+from models.formats import State, from_ours, is_autoencoder, to_ours
+from models.inputs import IMAGE_STATS, VIDEO_STATS
+from models.zoo import CONFIGS, config_of_weights
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text, atomic_write
 
 RELEASED_DATA = {"crop": 224 / 256, "interpolation": "cubic"}  # evaluation of the released models
+SETTINGS = ("crop", "interpolation", "sampling", "stride", "stride_fps")  # of a run's evaluation
 RESAMPLE = {"linear": 2, "triangular": 2, "cubic": 3}  # Pillow's numbers; transformers always antialiases
+FUSION = re.compile(r"multi_scale_fusion_heads\.\d+\.weight")  # one for each pooling
 USUAL_HEADS = {config.decoder_width: config.decoder_heads for config in CONFIGS.values()}
 
 
@@ -29,23 +32,30 @@ def convert(
     source: tyro.conf.Positional[str],
     target: tyro.conf.Positional[Path],
     /,
-    to: Literal["upstream", "timm", "transformers", "ours"],
+    to: Literal["upstream", "timm", "transformers", "ours", "sam2", "onnx", "pt2"],
+    opset: int = 18,
 ) -> None:
     """Convert weights to the names and files of another implementation. Raises UserError.
 
     Args:
         source: a weights file of any known format, or an official name.
-        target: file to write, *.safetensors or *.pth, or for transformers a folder.
-        to: implementation whose names to write.
+        target: file to write, *.safetensors, *.pth, *.onnx or *.pt2, or for transformers a folder.
+        to: implementation whose names to write, or onnx or pt2 for a classifier and its code.
+        opset: version of the operators of an ONNX file.
     """
     read = read_weights(source)
     state = to_ours(read.state)
     if "patch_embed.proj.weight" not in state:
         raise UserError(f"{source} holds no Hiera weights, such as patch_embed.proj.weight; give others")
-    converted = from_ours(state, to)
     if target.exists() and (target.samefile(read.path) or target.samefile(read.path.parent)):
         raise UserError(f"{target} is the source itself; give another file or folder to write")
     notes = [read.note] if read.note else []
+    if to in ("onnx", "pt2"):
+        print("\n".join(_write_program(read, state, target, to, opset) + notes))
+        return
+    converted = from_ours(state, to)
+    if to == "sam2":
+        notes.append(_sam2_note(state))
     if target.suffix in (".safetensors", ".pth"):
         target.parent.mkdir(parents=True, exist_ok=True)
         _write(converted, target, to, read.decoder_heads)
@@ -54,7 +64,7 @@ def convert(
     else:
         raise UserError(f"the suffix of {target} is unknown; it must end in .safetensors or .pth")
     left_out = len(state) - len(converted)
-    why = f"; {left_out} tensors of the autoencoder are left out: {to} has none" if left_out else ""
+    why = f"; {left_out} tensors are left out: {to} does not have them" if left_out else ""
     print("\n".join([f"wrote {target}: {len(converted)} tensors for {to}{why}", *notes]))
 
 
@@ -69,19 +79,72 @@ def _write_folder(read: Weights, state: State, converted: State, folder: Path) -
             "if the model has another number, correct config.json"
         )
     config = transformers_config(state, read.classes, heads)
-    data = read_json(read.path.with_name("config.json")).get("data")
-    if not isinstance(data, dict) or not data.keys() >= RELEASED_DATA.keys():
-        data = RELEASED_DATA
-        notes.append(
-            f"crop {data['crop']} and interpolation {data['interpolation']} are assumed, as for the "
-            "released models; if the model is evaluated differently, correct preprocessor_config.json"
-        )
-    processor = preprocessor_config(_side(state), data)
+    data, assumed = _data_settings(read)
+    notes += assumed
+    processor = preprocessor_config(config_of_weights(state).input_size[0], data)
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in {"config.json": config, "preprocessor_config.json": processor}.items():
         atomic_text(folder / name, json.dumps(values, indent=2) + "\n")
     _write(converted, folder / "model.safetensors", "transformers")
     return notes
+
+
+def _data_settings(read: Weights) -> tuple[dict[str, Any], list[str]]:
+    """Settings `data` of the weights' run, or the released models' and a line that they are assumed."""
+    data = read_json(read.path.with_name("config.json")).get("data")
+    if isinstance(data, dict) and data.keys() >= RELEASED_DATA.keys():
+        return data, []
+    crop, interpolation = RELEASED_DATA["crop"], RELEASED_DATA["interpolation"]
+    return RELEASED_DATA, [
+        f"crop {crop} and interpolation {interpolation} are assumed, as for the released models; "
+        "if the model is evaluated differently, correct the preprocessing"
+    ]
+
+
+def _write_program(
+    read: Weights, state: State, target: Path, to: Literal["onnx", "pt2"], opset: int
+) -> list[str]:
+    """Write a classifier with its code and how its input is prepared; return what to print."""
+    from models.hiera import Hiera
+    from models.weights import load_weights
+    from tools.export import export
+
+    if "head.projection.weight" not in state:
+        raise UserError(f"{read.path} has no classifier, which --to {to} needs; finetune these weights first")
+    if target.suffix != f".{to}":
+        raise UserError(f"the suffix of {target} is unknown; it must end in .{to}")
+    data, notes = _data_settings(read)
+    model = Hiera(config_of_weights(state, data.get("size", 0)))
+    load_weights(model, state, quiet=True)
+    mean, deviation = VIDEO_STATS if model.config.video else IMAGE_STATS
+    frames, classes = model.input_size[0] if model.config.video else 1, model.config.num_classes
+    facts = {name: data[name] for name in SETTINGS[: 2 if frames == 1 else None] if name in data}
+    facts |= {"mean": mean, "std": deviation, "size": model.input_size[-1], "frames": frames}
+    facts |= {"classes": _class_names(read.classes, classes)}
+    if model.config.abs_win and "size" not in data:
+        notes.append(f"size {model.input_size[-1]} is assumed: the weights do not show it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    difference = export(model, target, to, opset, facts)
+    shape = ", ".join(map(str, ("batch", model.config.in_chans, *model.input_size)))
+    return [
+        f"wrote {target}: float32 [{shape}] -> logits [batch, {classes}]; "
+        f"they differ by at most {difference:.1e} from the model's",
+        *notes,
+    ]
+
+
+def _class_names(names: Sequence[str], count: int) -> list[str]:
+    """The names of `count` classes; placeholders if they are unknown."""
+    return list(names) if len(names) == count else [f"LABEL_{number}" for number in range(count)]
+
+
+def _sam2_note(state: State) -> str:
+    """The settings of SAM 2's image encoder that fit these weights."""
+    model = config_of_weights(state)
+    return (
+        f"settings of SAM 2's trunk: embed_dim {model.width}, num_heads {model.heads}, stages "
+        f"{list(model.stages)}, window_pos_embed_bkg_spatial_size {list(model.global_pos_size)}"
+    )
 
 
 def _write(state: State, path: Path, to: str, decoder_heads: int = 0) -> None:
@@ -97,11 +160,6 @@ def _write(state: State, path: Path, to: str, decoder_heads: int = 0) -> None:
             save_file({n: v.contiguous() for n, v in state.items()}, temporary, metadata=about)
         else:
             torch.save({"model_state": state} if to == "upstream" else state, temporary)
-
-
-def _side(state: State) -> int:
-    """Side of the square input (pixels), from the weights of an image model."""
-    return 4 * isqrt(state["pos_embed"].shape[1])
 
 
 def preprocessor_config(side: int, data: Mapping[str, Any]) -> dict[str, object]:
@@ -130,23 +188,18 @@ def transformers_config(state: State, names: Sequence[str], decoder_heads: int) 
     """The config.json that transformers needs for weights with our names; `names` are the classes, if known.
 
     Weights do not contain the number of heads. The encoder's follows from its width; the decoder's is given.
+    Raises UserError if no known size has this width.
     """
-    width, depths = len(state["patch_embed.proj.bias"]), stage_depths(state)
-    heads = {known: first for known, first, _ in SIZES.values()}.get(width)
-    if heads is None:
-        raise UserError(
-            f"no known size has width {width}, so its heads are unknown; write a file, not a folder"
-        )
-    mae = is_autoencoder(state)
+    model, mae = config_of_weights(state), is_autoencoder(state)
     config: dict[str, object] = {
         "architectures": ["HieraForPreTraining" if mae else "HieraForImageClassification"],
         "model_type": "hiera",
-        "embed_dim": width,
-        "depths": depths,
-        "num_heads": [heads << stage for stage in range(len(depths))],
-        "image_size": [_side(state)] * 2,
-        "num_channels": state["patch_embed.proj.weight"].shape[1],
-        "num_query_pool": 2 if mae else 3,
+        "embed_dim": model.width,
+        "depths": model.stages,
+        "num_heads": [model.heads << stage for stage in range(len(model.stages))],
+        "image_size": model.input_size,
+        "num_channels": model.in_chans,
+        "num_query_pool": sum(bool(FUSION.fullmatch(name)) for name in state) if mae else 3,
     }
     if mae:
         blocks = {name.split(".")[1] for name in state if name.startswith("decoder_blocks.")}
@@ -155,8 +208,7 @@ def transformers_config(state: State, names: Sequence[str], decoder_heads: int) 
             "decoder_depth": len(blocks),
             "decoder_num_heads": decoder_heads,
         }
-    classes = len(state["head.projection.bias"]) if "head.projection.bias" in state else 0
-    labels = names if len(names) == classes else [f"LABEL_{i}" for i in range(classes)]
+    labels = _class_names(names, model.num_classes)
     numbers = {label: number for number, label in enumerate(labels)}
     return config | {"id2label": dict(enumerate(labels)), "label2id": numbers}
 

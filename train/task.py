@@ -95,7 +95,7 @@ def create_model(data: DataConfig, model: ModelConfig, **settings: object) -> nn
     settings |= {
         "input_size": size,
         "drop_path_rate": model.drop_path,
-        "abs_win": model.abs_win,
+        "abs_win": model.abs_win or None,  # None: as the name
         "checkpoint_stages": model.checkpoint_stages,
     }
     return create(model.name, **settings)

@@ -21,7 +21,7 @@ def keep_of(model, batch, kept, seed=0):
 
 def test_list_models_has_all_names():
     names = models.list_models()
-    assert len(names) == len(set(names)) == 28
+    assert len(names) == len(set(names)) == 32
     assert {"hiera_pico_96", "hiera_pico_16x64", "mae_hiera_huge_16x224", "mae_hiera_base_plus_224"} <= set(
         names
     )
@@ -37,6 +37,7 @@ def test_list_models_has_all_names():
         ("hiera_pico_96", {"num_clases": 3}, "did you mean 'num_classes'"),
         ("mae_hiera_pico_96", {"num_classes": 3}, "no setting 'num_classes'"),
         ("mae_hiera_pico_96", {"decode_ratio": 1.5}, "decode_ratio"),
+        ("mae_hiera_pico_96", {"mae_pools": 1}, "mae_pools is 1; choose 2 or 3"),
         ("hiera_pico_96", {"checkpoint_stages": (0,)}, "checkpoint_stages"),
         ("hiera_pico_16x64", {"abs_win": True}, "images only"),
     ],

@@ -19,6 +19,8 @@ STAGES = (1, 2, 2, 1)  # base's widths with fewer blocks, for speed
         ("mae_hiera_base_16x224", "hiera-transformer", {"input_size": (8, 96, 128)}),
         ("hiera_base_plus_224", "timm", {"input_size": 96}),
         ("hiera_base_224", "timm", {"input_size": 128, "abs_win": True, "global_pos_size": (3, 3)}),
+        ("hiera_small_abswin_256", "timm", {"input_size": 64, "width": 48, "global_pos_size": (3, 3)}),
+        ("mae_hiera_pico_96", "hiera-transformer", {"input_size": 64, "mae_pools": 3}),
         ("hiera_base_plus_224", "transformers", {"input_size": 96}),
         ("mae_hiera_base_224", "transformers", {"input_size": 96}),
     ],

@@ -67,10 +67,18 @@ def test_clip_models_convert_to_timm_and_back():
         ({"a": torch.zeros(1)}, "out.pth", "ours", "holds no Hiera weights"),
         ("hiera_pico_96", "out.bin", "timm", "must end in .safetensors or .pth"),
         ("hiera_pico_16x64", "out", "transformers", "images with plain position embeddings only"),
+        ("hiera_pico_96", "out.pth", "sam2", r"train with --model.abs-win True"),
+        ("scaled", "out.pth", "sam2", "no layer scale or pooled widening; choose --to timm"),
+        ("scaled", "out.pth", "upstream", "no layer scale or pooled widening; choose --to timm"),
+        ("mae_hiera_pico_96", "out.onnx", "onnx", "has no classifier, which --to onnx needs; finetune"),
+        ("hiera_pico_96", "out.pth", "pt2", r"must end in .pt2"),
     ],
 )
 def test_impossible_conversions_are_refused(tmp_path, weights, target, to, message):
-    state = models.create(weights).state_dict() if isinstance(weights, str) else weights
+    scaled = {"abs_win": True, "layer_scale": 1e-5} if weights == "scaled" else {}
+    if isinstance(weights, str):
+        weights = models.create("hiera_pico_96" if scaled else weights, **scaled).state_dict()
+    state = weights
     torch.save(state, tmp_path / "in.pth")
     with pytest.raises(UserError, match=message):
         convert(str(tmp_path / "in.pth"), tmp_path / target, to=to)
@@ -126,6 +134,114 @@ def test_loading_timm_and_transformers_models_directly():
         theirs_logits = theirs.eval()(x)
         theirs_logits = getattr(theirs_logits, "logits", theirs_logits)
         torch.testing.assert_close(ours(x), theirs_logits)
+
+
+def birder_names(state, stages):
+    """Weights under the names of birder's files, for an autoencoder with its classifier's untrained norm."""
+    places = [f"body.stage{stage}.{n}" for stage, depth in enumerate(stages, 1) for n in range(depth)]
+    found = {}
+    for name, value in state.items():
+        layer = name.replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.3")
+        if name.startswith("blocks."):
+            _, number, rest = layer.split(".", 2)
+            layer = f"encoder.{places[int(number)]}.{rest}"
+        elif name.startswith(("patch_embed", "pos_embed")):
+            layer = "encoder." + layer.replace("patch_embed", "stem")
+        found[layer] = value
+    width = 8 * len(state["patch_embed.proj.bias"])
+    return found | {
+        "encoder.features.1.weight": torch.ones(width),
+        "encoder.features.1.bias": torch.ones(width),
+    }
+
+
+def test_birders_autoencoder_loads(tmp_path):
+    settings = {"input_size": 64, "abs_win": True, "global_pos_size": (4, 4), "mae_pools": 3}
+    model = random_model("mae_hiera_pico_96", **settings)
+    theirs = birder_names(model.state_dict(), (1, 2, 4, 1))
+    assert {
+        "encoder.stem.proj.weight",
+        "encoder.body.stage3.3.mlp.3.bias",
+        "decoder_blocks.1.mlp.0.bias",
+    } <= {*theirs}
+    facts = {"birder_version": "0.8.4", "signature": {"inputs": [{"data_shape": [0, 3, 64, 64]}]}}
+    torch.save({"state": theirs, **facts}, tmp_path / "mae.pt")
+    again = models.create("mae_hiera_pico_96", **settings)
+    report = models.load_weights(again, tmp_path / "mae.pt", quiet=True)
+    assert not report.fresh and not report.unused and same(again.state_dict(), model.state_dict())
+    classifier = models.create("hiera_pico_96", input_size=64, abs_win=True, global_pos_size=(4, 4))
+    before = classifier.norm.bias.clone()
+    assert models.load_weights(classifier, tmp_path / "mae.pt", quiet=True).fresh[0] == "norm.weight"
+    assert torch.equal(classifier.norm.bias, before), (
+        "birder's pretraining does not train its classifier's norm"
+    )
+
+
+def test_birders_encoder_and_classifier_load():
+    settings = {"input_size": 64, "abs_win": True, "global_pos_size": (4, 4), "num_classes": 3}
+    model = random_model("hiera_pico_96", **settings)
+    trained = dict(model.state_dict())
+    norm = {f"features.1.{part}": trained.pop(f"norm.{part}") for part in ("weight", "bias")}
+    head = {f"classifier.{part}": trained.pop(f"head.projection.{part}") for part in ("weight", "bias")}
+    theirs = {
+        name.removeprefix("encoder."): value for name, value in birder_names(trained, (1, 2, 4, 1)).items()
+    }
+    again = models.create("hiera_pico_96", **settings)
+    report = models.load_weights(again, {**theirs, **norm}, quiet=True)
+    assert set(report.fresh) == {"head.projection.weight", "head.projection.bias"}
+    models.load_weights(again, {**theirs, **norm, **head}, quiet=True)
+    assert same(again.state_dict(), model.state_dict())
+
+
+def hieradet_shapes(width, stages):
+    """Names and shapes of the parameters of SAM 2's image encoder, without its prefix."""
+    shapes = {"pos_embed": (1, width, 14, 14), "pos_embed_window": (1, width, 8, 8)}
+    shapes |= {"patch_embed.proj.weight": (width, 3, 7, 7), "patch_embed.proj.bias": (width,)}
+    number, before = 0, width
+    for stage, depth in enumerate(stages):
+        dim = width << stage
+        for _ in range(depth):
+            linear = {"attn.qkv": (3 * dim, before), "attn.proj": (dim, dim)}
+            linear |= {"mlp.layers.0": (4 * dim, dim), "mlp.layers.1": (dim, 4 * dim)}
+            linear |= {"proj": (dim, before)} if dim != before else {}
+            for layer, shape in linear.items():
+                shapes |= {
+                    f"blocks.{number}.{layer}.weight": shape,
+                    f"blocks.{number}.{layer}.bias": shape[:1],
+                }
+            for layer, size in (("norm1", before), ("norm2", dim)):
+                shapes |= {f"blocks.{number}.{layer}.{part}": (size,) for part in ("weight", "bias")}
+            number, before = number + 1, dim
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "stages", "tensors"),
+    [
+        ("mae_hiera_tiny_224", 96, (1, 2, 7, 2), 154),
+        ("hiera_base_plus_224", 112, (2, 3, 16, 3), 298),
+    ],
+)
+def test_sam2_gets_the_names_and_shapes_of_its_image_encoder(name, width, stages, tensors):
+    with torch.device("meta"):
+        state = models.create(name, abs_win=True).state_dict()
+    found = {name: tuple(value.shape) for name, value in from_ours(state, "sam2").items()}
+    assert found == hieradet_shapes(width, stages) and len(found) == tensors
+
+
+def test_weights_convert_to_sam2_and_back(tmp_path, capsys):
+    model = random_model("mae_hiera_pico_96", abs_win=True)
+    save_file(model.state_dict(), tmp_path / "run.safetensors")
+    convert(str(tmp_path / "run.safetensors"), tmp_path / "trunk.pth", to="sam2")
+    assert "stages [1, 2, 4, 1], window_pos_embed_bkg_spatial_size [14, 14]" in capsys.readouterr().out
+    state = torch.load(tmp_path / "trunk.pth", weights_only=True)
+    encoder = {n: v for n, v in model.state_dict().items() if n.startswith(("patch", "pos_embed", "blocks"))}
+    assert len(state) == len(encoder) and same(to_ours(state), encoder)
+    inside = {f"image_encoder.trunk.{name}": value for name, value in state.items()}
+    classifier = models.create("hiera_pico_96", abs_win=True)
+    save_file(inside, tmp_path / "inside.safetensors")
+    models.load_weights(classifier, tmp_path / "inside.safetensors", quiet=True)
+    assert torch.equal(classifier.pos_embed_win, model.pos_embed_win)
 
 
 def test_resampling_of_position_embeddings():
