@@ -59,7 +59,7 @@ def replay(arguments: Arguments) -> Report:
     if distributed.rank() == 0:
         _prepare(folder, checkpoint.before(run / "checkpoints", step))
     speed = replace(config.speed, device=arguments.device, processes=1, profile="")
-    settings = replace(config.run, root=folder.parent, name=folder.name, allow=(), max_skipped=step)
+    settings = replace(config.run, root=folder.parent, name=folder.name, allow=(), max_skipped=step + 1)
     config = replace(config, run=settings, speed=speed)
     if isinstance(config, MaeConfig):
         config = replace(config, health=False)
