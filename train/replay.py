@@ -146,7 +146,7 @@ def show(report: Report) -> None:
         print(f"the run recorded the loss {report['recorded_loss']!r}")
     print(
         f"equal in every bit: {report['rows_equal']} of {report['rows_compared']} metric rows since step "
-        f"{report['from_step']}"
+        f"{report['from_step']}, repeated by {report['processes']} process(es)"
     )
 
 
