@@ -59,7 +59,8 @@ def replay(arguments: Arguments) -> Report:
     if distributed.rank() == 0:
         _prepare(folder, checkpoint.before(run / "checkpoints", step))
     speed = replace(config.speed, device=arguments.device, processes=1, profile="")
-    settings = replace(config.run, root=folder.parent, name=folder.name, allow=(), max_skipped=step, track=())
+    settings = replace(config.run, root=folder.parent, name=folder.name, allow=(), track=())
+    settings = replace(settings, max_skipped=step + 1)
     config = replace(config, run=settings, speed=speed)
     if isinstance(config, MaeConfig):
         config = replace(config, health=False)
@@ -146,7 +147,7 @@ def show(report: Report) -> None:
         print(f"the run recorded the loss {report['recorded_loss']!r}")
     print(
         f"equal in every bit: {report['rows_equal']} of {report['rows_compared']} metric rows since step "
-        f"{report['from_step']}"
+        f"{report['from_step']}, repeated by {report['processes']} process(es)"
     )
 
 
