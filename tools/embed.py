@@ -58,17 +58,9 @@ class Arguments:
 
 def embed(arguments: Arguments) -> None:
     """Write the table; raises UserError. Under torchrun all processes call it together."""
-    config, out, views = read_config(arguments.run, arguments.data), arguments.out, arguments.views
-    weights = weights_of(arguments.run, arguments.weights)
-    info = read_info(config.data.path)
-    names = [arguments.split] if arguments.split else [k for k, v in info.splits.items() if v["samples"]]
-    splits = [open_split(info, name) for name in names]
-    if not splits:
-        raise UserError(f"{info.root} has no samples; pack it again, or give other --data")
-    if min(views) < 1:
-        raise UserError(f"--views is {views[0]} {views[1]}; both must be at least 1")
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"{out} cannot be written; name a file in a folder that exists")
+    with once_per_machine():
+        config, weights, splits = read(arguments)
+    info, out, views = splits[0].info, arguments.out, arguments.views
     run, model = open_encoder(config, weights, info.classes or ("none",), arguments.device)
     tables = (table for split in splits for table in tables_of(config, run.world, model, split, views))
     rows = missing = 0
@@ -84,7 +76,22 @@ def embed(arguments: Arguments) -> None:
     shown = "the centre view" if views == (1, 1) else f"the mean of {views[0]} x {views[1]} views"
     damaged = f"; damaged samples, whose features are null: {missing}" if missing else ""
     width = model.model.get_parameter("norm.weight").numel()
-    log(f"{out}: {rows} samples ({', '.join(names)}), {width} features of {shown} each{damaged}")
+    names = ", ".join(split.split for split in splits)
+    log(f"{out}: {rows} samples ({names}), {width} features of {shown} each{damaged}")
+
+
+def read(arguments: Arguments) -> tuple[Config, Path, list[Dataset]]:
+    """The run's configuration, its weights and the splits; raises UserError for a wrong argument."""
+    config, out, views = read_config(arguments.run, arguments.data), arguments.out, arguments.views
+    weights, info = weights_of(arguments.run, arguments.weights), read_info(config.data.path)
+    names = [arguments.split] if arguments.split else [k for k, v in info.splits.items() if v["samples"]]
+    if not names:
+        raise UserError(f"{info.root} has no samples; pack it again, or give other --data")
+    if min(views) < 1:
+        raise UserError(f"--views is {views[0]} {views[1]}; both must be at least 1")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"{out} cannot be written; name a file in a folder that exists")
+    return config, weights, [open_split(info, name) for name in names]
 
 
 def tables_of(
@@ -130,6 +137,8 @@ def main() -> None:
     with once_per_machine():
         arguments = tyro.cli(Arguments, prog="python -m tools.embed")
     if arguments.processes > 1 and not distributed.under_torchrun():
+        read(arguments)
+        distributed.resolve_device(arguments.device, arguments.processes)
         distributed.launch(arguments.processes, restarts=0)
     ending.end_together(lambda: embed(arguments))
 
