@@ -32,10 +32,10 @@ UNTIL_SEEN = 120.0  # seconds until a file of another node is seen here; NFS cac
 
 def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
     """Pack in this process, or in `workers` new ones."""
-    if workers == 1 or len(jobs) < 2:
+    context = prepare(jobs, workers)
+    if context is None:
         yield from map(pack_shard, jobs)
         return
-    context = prepare(jobs)
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _follow_parent)
     try:
         for future in as_completed([pool.submit(pack_shard, job) for job in jobs]):
@@ -44,8 +44,13 @@ def local(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
         pool.shutdown(cancel_futures=True)
 
 
-def prepare(jobs: Sequence[Job]) -> BaseContext:
-    """Start the process that the workers of `local` are copies of. Its imports take about a second."""
+def prepare(jobs: Sequence[Job], workers: int) -> BaseContext | None:
+    """Start the process that the workers of `local` are copies of; its imports take a second.
+
+    None if one process is enough.
+    """
+    if workers == 1 or len(jobs) < 2:
+        return None
     context = multiprocessing.get_context("forkserver")
     # It loads torch's library; clips seldom need it, pictures nearly always.
     context.set_forkserver_preload([*PRELOADED, "tools.resize"] if jobs[0].kind == "image" else PRELOADED)

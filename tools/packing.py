@@ -22,7 +22,7 @@ from pipelines.dataset import read_batch, read_info
 from pipelines.errors import UserError, check_local
 from pipelines.machine import usable_cores
 from tools.estimate import announce
-from tools.executors import local, on_ray
+from tools.executors import local, on_ray, prepare
 from tools.images import COPIED
 from tools.planfile import UNFINISHED, begin, check_same, remove
 from tools.shards import PLAN_FILE, Job, Load, PackPlan, Result, finish, is_done, jobs_of, readable
@@ -110,6 +110,8 @@ def run(plan: PackPlan, root: Path, out: Path, load: Load, options: PackOptions)
     with writing_to(out):
         if not (out / "dataset.json").exists():
             jobs = jobs_of(plan, root, out, load, options.reject_unreadable)
+            if options.executor == "local":
+                prepare(jobs, options.processes)  # its imports and the estimate run at the same time
             estimate = partial(
                 announce, jobs, options.part or (1, 1), out, options.processes, options.ignore_free_space
             )

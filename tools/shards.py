@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,12 +105,17 @@ class PackPlan:
 
     def settings(self) -> dict[str, object]:
         """What must be equal for a run to keep the shards of an earlier one."""
+        return {**asdict(self.packing), "source_sha256": self.source_sha256}
+
+    @cached_property
+    def source_sha256(self) -> str:
+        """The sha256 of the samples in their order; for a million, it takes seconds."""
         digest = hashlib.sha256()
         for split, samples in self.splits.items():
             for sample in samples:
                 named = [split, sample.key, sample.label, sample.class_name, sample.source]
                 digest.update(json.dumps(named).encode())
-        return {**asdict(self.packing), "source_sha256": digest.hexdigest()}
+        return digest.hexdigest()
 
 
 def make_key(index: int, name: str) -> str:
