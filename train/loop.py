@@ -265,21 +265,12 @@ def evaluate(trainer: Trainer) -> None:
 
             export(state.evaluated, trainer.config, "best.safetensors", state.step)
     trainer.recorder.write(row, trainer.best)
-    if trainer.tracks is not None and state.step < trainer.steps:
-        draw(trainer)
+    if trainer.tracks is not None:
+        trainer.tracks.draw(task, trainer.eval_model, state.step)
     trainer.clock.skip()
 
 
 # ---- the end
-
-
-def draw(trainer: Trainer) -> None:
-    """Draw what the model does with the first samples, and send the picture to the trackers; on rank 0."""
-    task, path = trainer.task, trainer.config.run.folder / "reconstruction.png"
-    if task.picture is not None:
-        task.picture(path, trainer.eval_model, task.validation or task.training, 6)
-        if trainer.tracks is not None:
-            trainer.tracks.picture("val/reconstruction", path, trainer.state.step)
 
 
 def finish(trainer: Trainer) -> None:
@@ -300,7 +291,9 @@ def finish(trainer: Trainer) -> None:
     elif trainer.metrics is not None:
         from train.card import export, write_card  # here: it needs the models, and a launcher does not
 
-        draw(trainer)
+        if task.picture is not None:
+            data, path = task.validation or task.training, config.run.folder / "reconstruction.png"
+            task.picture(path, trainer.eval_model, data, 6)
         trainer.metrics.close()
         write_card(config, task.training.info, state.step)
         path = export(state.evaluated, config, "model.safetensors", state.step)  # last: it ends the run

@@ -11,18 +11,19 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from models.inputs import NormalizedInput
 from pipelines.errors import UserError, first_line
 from pipelines.files import atomic_text
 from train.config import Config, flatten, to_dict
 from train.console import log
 from train.distributed import World, on_rank_0
 from train.metrics import COMMON, Row
+from train.task import Task
 
 Values = dict[str, float | Image.Image]
 PROJECT = "hiera-train"
@@ -176,9 +177,13 @@ class Tracks:
         step = int(row["step"] or 0)
         self._thread.submit(self._send, named(row), step, step - 1)
 
-    def picture(self, name: str, path: Path, step: int) -> None:
-        """Send a picture, in the background, after the row of its step."""
-        self._thread.submit(self._send, {name: Image.open(path).convert("RGB")}, step, step)
+    def draw(self, task: Task, model: NormalizedInput, step: int) -> None:
+        """Draw reconstructions of the first samples, and send them in the background, after their row."""
+        if task.picture is not None:
+            path = self._path.with_name("reconstruction.png")
+            task.picture(path, model, task.validation or task.training, 6)
+            pictures: Values = {"val/reconstruction": Image.open(path).convert("RGB")}
+            self._thread.submit(self._send, pictures, step, step)
 
     def close(self) -> None:
         """Send what is left and end the trackers' runs."""
