@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -165,6 +166,8 @@ class Hiera(Encoder):
                 nn.init.constant_(module.bias, 0.02)
             if isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
+            if isinstance(module, LayerScale):
+                module.reset_parameters()
         init_uniform(self.patch_embed.proj, "bias")
         for parameter in self.head.parameters():
             parameter.mul_(0.001)

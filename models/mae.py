@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from models.draws import random_share
@@ -76,6 +77,8 @@ class MaskedAutoencoder(Encoder):
             if isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
+            if isinstance(module, LayerScale):
+                module.reset_parameters()
         for head in self.multi_scale_fusion_heads:
             init_uniform(head, "weight", "bias")
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))

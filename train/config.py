@@ -29,7 +29,8 @@ class ModelConfig:
     dropout: float = 0.0
     """Dropout before the classifier's last layer."""
     abs_win: bool = False
-    """Absolute-window position embeddings (arXiv 2311.05613), images only."""
+    """Absolute-window position embeddings (arXiv 2311.05613), images only. Models named abswin always have
+    them."""
     checkpoint_stages: tuple[int, ...] = ()
     """Stages (1 to 4) whose activations are computed again backward: less memory, about a third slower."""
     init: str = ""
