@@ -142,11 +142,14 @@ def class_of(text: str, name: str) -> tuple[int, str]:
 
 def first_is_clip(tars: Sequence[Path]) -> bool:
     """True if the first sample with pictures is a clip. Raises `UserError` if there is none."""
+    example = ""
     for path in tars:
         with ForeignTar(path) as tar:
             for found in samples_in(tar):
                 if names := frames_of(found.files):
                     return is_clip(names)
-                if dotted := next(filter(is_dotted, found.files), ""):
-                    raise UserError(f"{path} has {found.key}{dotted}, {DOTTED}.")
+                if not example and (dotted := next(filter(is_dotted, found.files), "")):
+                    example = f"{path} has {readable(found.key)}{dotted}, {DOTTED}."
+    if example:
+        raise UserError(example)
     raise UserError(f"no tar such as {tars[0]} holds KEY{' or KEY'.join(PICTURES)}; check --train.")
