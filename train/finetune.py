@@ -38,10 +38,7 @@ def make_task(config: FinetuneConfig, run: Run) -> Task:
     from models.zoo import forward_macs
 
     train, validation = open_splits(config, run)
-    if len(train.info.classes) == 1:
-        raise UserError(f"{config.data.path} has one class only; there is nothing to tell apart")
-    if (train.label < 0).any():
-        raise UserError(f"{config.data.path} has samples without a class; finetuning needs labelled shards")
+    check_labels(train)
     warn_of_length(config)
     task = task_of(config, run, train.info.classes)
     if config.freeze == "trunk":
@@ -63,6 +60,14 @@ def task_of(config: FinetuneConfig, run: Run, classes: Sequence[str]) -> Task:
         mixed=2 if config.mixup or config.cutmix else 1,
         probabilities=partial(probabilities, config, run),
     )
+
+
+def check_labels(train: Dataset) -> None:
+    """Raise UserError unless every training sample has a class, of two or more."""
+    if len(train.info.classes) == 1:
+        raise UserError(f"{train.info.root} has one class only; there is nothing to tell apart")
+    if (train.label < 0).any():
+        raise UserError(f"{train.info.root} has samples without a class; finetuning needs labelled shards")
 
 
 def warn_of_length(config: FinetuneConfig) -> None:
