@@ -28,6 +28,7 @@ from train.build import check
 from train.config import Config, FinetuneConfig, MaeConfig
 from train.console import parse
 from train.distributed import World
+from train.finetune import check_labels
 from train.mae import masking_of
 from train.mixing import mix
 from train.pictures import visible
@@ -45,6 +46,8 @@ def preview(config: Config) -> Path:
     check(config)
     world = distributed.start(config.speed.device)
     train, validation = open_dataset(config.data.path, "train"), open_validation(config.data)
+    if isinstance(config, FinetuneConfig):
+        check_labels(train)
     path = config.run.root / f"preview-{config.run.name.replace('/', '-')}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     counts = f"{len(train)} training and {len(validation or ())} evaluated {train.info.kind}s"

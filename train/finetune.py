@@ -41,8 +41,6 @@ def make_task(config: FinetuneConfig, run: Run) -> Task:
     from models.zoo import forward_macs
 
     train, validation = open_splits(config, run)
-    if len(train.info.classes) == 1:
-        raise UserError(f"{config.data.path} has one class only; there is nothing to tell apart")
     for split in (train, validation or train):
         check_labels(split)
     warn_of_length(config)
@@ -53,12 +51,6 @@ def make_task(config: FinetuneConfig, run: Run) -> Task:
     # Forward, and twice that backward unless the trunk is frozen.
     operations = (2.0 if config.freeze == "trunk" else 6.0) * macs * config.optim.batch
     return replace(task, train=train, validation=validation, operations=operations)
-
-
-def check_labels(dataset: Dataset) -> None:
-    """Raise UserError unless every sample has a class."""
-    if (dataset.label < 0).any():
-        raise UserError(f"{dataset.catalogue} has samples without a class; finetuning needs labelled shards")
 
 
 def task_of(config: FinetuneConfig, run: Run, classes: Sequence[str]) -> Task:
@@ -73,6 +65,14 @@ def task_of(config: FinetuneConfig, run: Run, classes: Sequence[str]) -> Task:
         mixed=2 if config.mixup or config.cutmix else 1,
         probabilities=partial(probabilities, config, run),
     )
+
+
+def check_labels(split: Dataset) -> None:
+    """Raise UserError unless every sample has a class, of two or more."""
+    if len(split.info.classes) == 1:
+        raise UserError(f"{split.info.root} has one class only; there is nothing to tell apart")
+    if (split.label < 0).any():
+        raise UserError(f"{split.catalogue} has samples without a class; finetuning needs labelled shards")
 
 
 def warn_of_length(config: FinetuneConfig) -> None:

@@ -9,10 +9,13 @@ import torch
 from PIL import Image
 
 from pipelines.dataset import open_dataset, read_batch
+from pipelines.errors import UserError
 from pipelines.loader import TrainLoader
 from pipelines.machine import World
 from tests.train_helpers import small
 from tools import preview
+from tools.imagenet import ImageOptions
+from tools.pack import pack_images
 from tools.sheet import Card, Section, below, beside, fitted, font, sheet
 from train.config import Config, FinetuneConfig, MaeConfig
 
@@ -83,10 +86,23 @@ def test_evaluation_has_all_views_of_samples_from_all_of_the_split(clips: Path, 
 
 
 def test_the_command_writes_a_picture_next_to_the_runs(images: Path, tmp_path: Path):
-    path = preview.preview(small("image-ft-pico", images, tmp_path / "runs", "a/b"))
+    config = small("image-ft-pico", images, tmp_path / "runs", "a/b")
+    path = preview.preview(config)
     assert path == tmp_path / "runs/preview-a-b.png"
     with Image.open(path) as picture:
         assert picture.width == 1952 and 400 < picture.height < 2000
+
+
+def test_data_without_classes_is_refused_for_finetuning_only(images: Path, tmp_path: Path):
+    (tmp_path / "flat").mkdir()
+    for number, path in enumerate(sorted((images.parent / "source/val").rglob("*.JPEG"))):
+        (tmp_path / f"flat/{number}.jpg").write_bytes(path.read_bytes())
+    assert pack_images(tmp_path / "flat", tmp_path / "data", ImageOptions(workers=1)) == 0
+    with pytest.raises(UserError, match="has samples without a class; finetuning needs labelled shards"):
+        preview.preview(small("image-ft-pico", tmp_path / "data", tmp_path / "runs", "run"))
+    config = small("image-mae-pico", tmp_path / "data", tmp_path / "runs", "run")
+    section = preview.training(config, open_dataset(tmp_path / "data", "train"), ALONE)
+    assert {card.captions[0] for card in section.cards} == {"no class"}
 
 
 def test_cards_are_drawn_whole_and_do_not_overlap():
