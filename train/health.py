@@ -31,19 +31,25 @@ from train.metrics import HEALTH_COLUMNS
 from train.task import Check, batches_of
 
 SAMPLES, CLASSES = 512, 32  # of each split: 16 samples of each class fit a linear layer
-LEAST_RANK, LEAST_STD = 2.0, 0.05  # docs/training.md gives the reason
+LEAST_RANK, LEAST_STD, LEAST_SHARE = 2.0, 0.05, 0.5  # docs/training.md gives the reason
 DECAY = 1e-3  # of the linear layer
 
 Encode = Callable[[Tensor], Tensor]  # pixels of a batch [b, ...] -> features [b, width]
 
 
 def measure(
-    config: Config, world: World, parts: tuple[Dataset, Dataset], model: NormalizedInput, check: Check
+    config: Config,
+    world: World,
+    parts: tuple[Dataset, Dataset],
+    highest: list[float],
+    model: NormalizedInput,
+    check: Check,
 ) -> dict[str, float]:
     """The columns of the health of an autoencoder; warns of a stage that has collapsed.
 
     parts: `fixed_part` of the training and of the evaluation split; the first is used only if all samples of
-    both have a class. NaN where features are not finite. check: called once per batch.
+    both have a class. highest: the highest deviation of each stage since the command began, which is updated.
+    check: called once per batch. Columns are NaN where features are not finite.
     """
     encoder = model.model
     widths = [encoder.config.width << stage for stage in range(4)]  # pyrefly: ignore
@@ -58,8 +64,9 @@ def measure(
     queries, answers = features(config, world, parts[1], encode, check)
     stages = queries.split(widths, dim=1)
     ranks, deviations = [list(map(one, stages)) for one in (effective_rank, deviation)]
-    for stage, (rank, std) in enumerate(zip(ranks, deviations, strict=True), start=1):
-        if rank < LEAST_RANK or std < LEAST_STD:
+    highest[:] = map(max, highest, deviations)
+    for stage, (rank, std, top) in enumerate(zip(ranks, deviations, highest, strict=True), start=1):
+        if rank < LEAST_RANK or std < max(LEAST_STD, LEAST_SHARE * top):
             log(
                 f"warning: stage {stage} has collapsed: its features hardly tell samples apart (effective "
                 f"rank {rank:.3g}, standard deviation {std:.2g}); train again with a lower optim.lr or a "

@@ -53,9 +53,11 @@ def make_task(config: MaeConfig, run: Run) -> Task:
     if not config.health or validation is None:
         return task
     parts = health.fixed_part(train), health.fixed_part(validation)
+    highest = [0.0] * 4
 
     def evaluate_with_health(model: NormalizedInput, dataset: Dataset, check: Check) -> dict[str, float]:
-        return task.evaluate(model, dataset, check) | health.measure(config, run.world, parts, model, check)
+        scores = task.evaluate(model, dataset, check)
+        return scores | health.measure(config, run.world, parts, highest, model, check)
 
     return replace(task, evaluate=evaluate_with_health)
 

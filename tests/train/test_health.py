@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.inputs import NormalizedInput
 from pipelines.dataset import open_dataset
+from pipelines.machine import World
 from tests.train_helpers import small
 from train import health, loop, mae
 from train.config import MaeConfig
 from train.metrics import HEALTH_COLUMNS, read_csv
+from train.rundir import Run
 
 
 def settings(images: Path, root: Path, name: str) -> MaeConfig:
@@ -75,6 +78,24 @@ def test_a_stage_without_weights_is_reported(healthy: Path, images: Path, tmp_pa
     log = (config.run.folder / "log.txt").read_text()
     assert row["health_std_stage3"] < 0.05 < row["health_std_stage2"]
     assert "warning: stage 3 has collapsed" in log and "warning: stage 2" not in log
+
+
+def test_a_stage_that_loses_half_of_its_deviation_is_reported(
+    healthy: Path, images: Path, capsys: pytest.CaptureFixture
+):
+    config = settings(images, healthy.parent, "again")
+    task = mae.make_task(config, Run(World(0, 1, torch.device("cpu"))))
+    parts = (health.fixed_part(open_dataset(images, "train")), health.fixed_part(open_dataset(images, "val")))
+    model, highest = NormalizedInput(task.model, 1), [0.0] * 4
+    capsys.readouterr()
+    world = World(0, 1, torch.device("cpu"))
+    first = health.measure(config, world, parts, highest, model, lambda: None)
+    assert highest == [first[f"health_std_stage{n}"] for n in range(1, 5)]
+    assert "has collapsed" not in capsys.readouterr().out
+    highest[1] *= 2.1
+    health.measure(config, world, parts, highest, model, lambda: None)
+    found = re.findall(r"stage (\d) has collapsed", capsys.readouterr().out)
+    assert found == ["2"]
 
 
 def test_a_part_has_evenly_spaced_samples_and_their_frames(images: Path, monkeypatch: pytest.MonkeyPatch):
