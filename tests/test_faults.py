@@ -91,7 +91,8 @@ def pack(kind: str, source: Path, out: Path, log: Path) -> None:
         pack_clips(source / "annotations", out, options, frames=source / "frames")
 
 
-@pytest.mark.parametrize("kind", ["video", pytest.param("image", marks=long)])
+@long
+@pytest.mark.parametrize("kind", ["video", "image"])
 def test_packing_is_killed_at_any_moment(
     kind: str, images: Path, clips: Path, tmp_path: Path, pytestconfig, happened: Happened
 ):

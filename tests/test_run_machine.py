@@ -319,7 +319,7 @@ def test_no_process_ends_while_rank_0_saves(bench: Bench):
 
 def test_a_few_sequences(bench: Bench, happened: Callable[[str], None]):
     """starts, signals, damage and changed settings in any order give the results of an uninterrupted run"""
-    happened(explore(bench, sequences=6, steps=8))
+    happened(explore(bench, sequences=3, steps=8))
 
 
 @pytest.mark.long

@@ -26,6 +26,7 @@ from models.inputs import NormalizedInput
 from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_write
+from tools import videos
 from tools.frames import load_clip
 from tools.imagenet import ImageOptions, load_image
 from tools.images import SUFFIXES, BadImage, Packed
@@ -66,7 +67,7 @@ def predict(
 
     Args:
         run: folder of a finished run, such as runs/image-ft-pico.
-        inputs: pictures and folders of them; or video files and folders of frames.
+        inputs: pictures and folders of them; or video files, folders of them and folders of frames.
         top: number of classes to show.
         weights: weights file; default: model.safetensors of the run.
         out: .csv, .json or .parquet file for a classifier's predictions; default: they are printed. For an
@@ -83,8 +84,7 @@ def predict(
         raise UserError(f"{packed} is a packed dataset; use make eval RUN={run.name} DATA={packed}.")
     config, classes, packing = read_run(run)
     check_out(out, TABLES if isinstance(config, FinetuneConfig) else (".png",))
-    if config.data.frames == 1:
-        inputs = tuple(picture for path in inputs for picture in pictures_of(path))
+    inputs = tuple(file for path in inputs for file in files_of(path, config.data.frames > 1))
     weights = weights_of(run, weights)
     with tempfile.TemporaryDirectory() as folder:
         names, reasons = pack(config, inputs, packing, Path(folder))
@@ -228,10 +228,11 @@ def load(root: Path, source: str, packing: Packing) -> Iterator[Packed | BadImag
         raise BadImage(f"{error} (this run takes {'clips' if clips else 'pictures'})") from error
 
 
-def pictures_of(path: Path) -> list[Path]:
-    """The pictures below a folder that packing would pack, sorted by name; for another path, the path.
+def files_of(path: Path, clips: bool) -> list[Path]:
+    """The pictures, or for clips the videos, below a folder that packing would pack, sorted by name.
 
-    Prints how many files are skipped. A folder that cannot be listed to its end comes last, as a bad picture.
+    For another path and for a folder of frames, the path. Prints how many files are skipped. A folder that
+    cannot be listed to its end comes last, as a bad input.
     """
     files: list[Path] = []
     unlisted: list[Path] = []
@@ -241,10 +242,12 @@ def pictures_of(path: Path) -> list[Path]:
     except (OSError, UserError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         unlisted = [path]
-    found = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+    found = sorted(file for file in files if file.suffix.lower() in (videos.SUFFIXES if clips else SUFFIXES))
+    if clips and not found:
+        return [path]
     if others := {*files} - {*found}:
-        example = min(others)
-        print(f"skipped {len(others)} files without a picture's suffix, such as {example}", file=sys.stderr)
+        what, example = "video" if clips else "picture", min(others)
+        print(f"skipped {len(others)} files without a {what}'s suffix, such as {example}", file=sys.stderr)
     return [*found, *unlisted] or [path]
 
 

@@ -46,7 +46,20 @@ def check(config: Config) -> None:
     if "train" not in info.splits:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack")
     check_shards(info)
+    check_init(config)
     distributed.resolve_device(config.speed.device, config.speed.processes)
+
+
+def check_init(config: Config) -> None:
+    """Raise UserError if the starting weights are a path without weights, unless the run will resume."""
+    from models.files import find_weights, is_official, path_of
+
+    init = config.model.init
+    if init and not is_official(init) and not any(config.run.folder.glob("checkpoints/step-*.pt")):
+        try:
+            find_weights(path_of(init))
+        except UserError as error:
+            raise UserError(f"starting weights {init}: {error}") from error
 
 
 def build(config: Config, task: Task, run: Run) -> State:
@@ -153,7 +166,7 @@ def log_plan(config: Config, task: Task, world: World) -> None:
             f"a batch is {optim.batch / samples:.1f} times the training data: lower optim.batch to at most "
             f"{samples} (the learning rate is scaled with it), or every step sees samples more than once"
         )
-    if warmup_steps(optim, samples) >= steps:
+    if warmup_steps(optim, samples) >= steps or optim.warmup_epochs >= optim.epochs:
         log(
             f"warmup takes {optim.warmup_epochs:g} epochs: the learning rate rises to the very end, and is 0 "
             f"in the first of {steps} steps; set optim.warmup_epochs further below optim.epochs "

@@ -51,6 +51,7 @@ def model_card(config: Config, info: DatasetInfo, last_row: Mapping[str, object]
     recipe = {f"optim.{name}": getattr(config.optim, name) for name in MAIN}
     recipe |= {key: value for key, value in flatten(to_dict(config)).items() if "." not in key}
     source = {"path": str(data.path), "splits": info.splits, "classes": info.classes}
+    other = "other.safetensors --to timm" if data.frames == 1 or autoencoder else "other.onnx --to onnx"
     seen = ", of the TRAINING videos, nothing was held out" if last_row.get("held_out") == 0 else ""
     return f"""# {config.run.name}
 
@@ -70,7 +71,7 @@ Loading, from the folder of hiera-train's code:
 from models import create, load_weights
 model = create({model.name!r}{settings})
 load_weights(model, "model.safetensors")
-# as timm's or transformers' file: python -m tools.convert model.safetensors other.safetensors --to timm
+# for other programs: python -m tools.convert model.safetensors {other}
 ```
 """
 

@@ -32,6 +32,7 @@ from train.task import Check, batches_of
 
 SAMPLES, CLASSES = 512, 32  # of each split: 16 samples of each class fit a linear layer
 LEAST_RANK, LEAST_STD, LEAST_SHARE = 2.0, 0.05, 0.5  # docs/training.md gives the reason
+FEWEST = 8  # samples: fewer have a low rank even with random weights
 DECAY = 1e-3  # of the linear layer
 
 Encode = Callable[[Tensor], Tensor]  # pixels of a batch [b, ...] -> features [b, width]
@@ -66,7 +67,8 @@ def measure(
     ranks, deviations = [list(map(one, stages)) for one in (effective_rank, deviation)]
     highest[:] = map(max, highest, deviations)
     for stage, (rank, std, top) in enumerate(zip(ranks, deviations, highest, strict=True), start=1):
-        if rank < LEAST_RANK or std < max(LEAST_STD, LEAST_SHARE * top):
+        collapsed = rank < LEAST_RANK or std < max(LEAST_STD, LEAST_SHARE * top)
+        if collapsed and len(queries) >= FEWEST:
             log(
                 f"warning: stage {stage} has collapsed: its features hardly tell samples apart (effective "
                 f"rank {rank:.3g}, standard deviation {std:.2g}); train again with a lower optim.lr or a "

@@ -145,6 +145,9 @@ def show(report: Report) -> None:
     print(f"first non-finite value: {badstep.place_of(report) or 'none'}")
     if "loss_equal" in report:
         print(f"the run recorded the loss {report['recorded_loss']!r}")
+    if not report["rows_compared"]:
+        print("the run has no metric row of a repeated step to compare with; see --run.log-every")
+        return
     print(
         f"equal in every bit: {report['rows_equal']} of {report['rows_compared']} metric rows since step "
         f"{report['from_step']}, repeated by {report['processes']} process(es)"

@@ -6,11 +6,13 @@ continues there, and steps that are done again are not sent again.
 
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -59,7 +61,7 @@ def tensorboard(config: Config, known: str, step: int) -> Tracker:
                 writer.add_scalar(name, value, step)
         writer.flush()
 
-    return Tracker("tensorboard", f"tensorboard --logdir {config.run.root}", send, writer.close)
+    return Tracker("tensorboard", f"{_program('tensorboard')} --logdir {config.run.root}", send, writer.close)
 
 
 def weights_and_biases(config: Config, known: str, step: int) -> Tracker:
@@ -118,8 +120,13 @@ def trackio(config: Config, known: str, step: int) -> Tracker:
     resume = "allow" if known else "never"  # another run may have had the same name
     name, settings = config.run.name, to_dict(config)
     run = trackio.init(project=PROJECT, name=name, resume=resume, config=settings, embed=False)
-    where = f"trackio show --project {PROJECT}"
+    where = f"{_program('trackio')} show --project {PROJECT}"
     return Tracker(run.id, where, lambda v, step: run.log(_with_pictures(v, trackio.Image), step), run.finish)
+
+
+def _program(name: str) -> str:
+    """The path of a program that belongs to this Python."""
+    return os.path.relpath(Path(sys.executable).with_name(name))
 
 
 def _with_pictures(values: Values, wrap: Callable[[Image.Image], object]) -> dict[str, object]:

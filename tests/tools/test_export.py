@@ -18,6 +18,7 @@ from tools.export import export
 
 torch.set_num_threads(2)
 CLASSES = ["ant", "bee", "cat"]
+LONG = (pytest.mark.fault, pytest.mark.long)  # a row of `make faults`, not in `make test`
 PICTURE = {"size": 64, "frames": 1, "crop": 0.8, "interpolation": "triangular"}
 CLIP = {**PICTURE, "size": 32, "frames": 4, "sampling": "stride", "stride": 3, "stride_fps": 25.0}
 
@@ -38,7 +39,11 @@ def run_folder(folder, data, **settings):
 
 @pytest.mark.parametrize(
     ("to", "data", "settings"),
-    [("onnx", PICTURE, {"abs_win": True}), ("onnx", CLIP, {}), ("pt2", PICTURE, {"abs_win": True})],
+    [
+        pytest.param("onnx", PICTURE, {"abs_win": True}, marks=LONG),
+        ("onnx", CLIP, {}),
+        ("pt2", PICTURE, {"abs_win": True}),
+    ],
 )
 def test_an_export_gives_the_models_logits_for_any_batch(tmp_path, capsys, to, data, settings):
     model, path = run_folder(tmp_path / "run", data, **settings), tmp_path / f"out/model.{to}"

@@ -146,6 +146,15 @@ def test_clips_get_the_mean_of_their_views(clips: Path, tmp_path: Path, capsys):
         container.mux(stream.encode())
     still = tmp_path / "still.jpg"
     still.write_bytes(picture(0, 0))
+    inner = tmp_path / "videos/cats"
+    inner.mkdir(parents=True)
+    for name in ("b.mp4", "a.mp4"):
+        shutil.copy(video, inner / name)
+    (inner / "notes.txt").write_text("not a video")
+    assert predict(run, (tmp_path / "videos",), device="cpu") == 0
+    told = capsys.readouterr()
+    assert list(answers(told.out)) == [str(inner / "a.mp4"), str(inner / "b.mp4")]
+    assert told.err == f"skipped 1 files without a video's suffix, such as {inner}/notes.txt\n"
     assert predict(run, (still, video), top=1, device="cpu") == 1
     told = capsys.readouterr()
     assert re.search(r"^error: .*/still\.jpg: [^\n]+\n\Z", told.err)

@@ -25,6 +25,7 @@ from train.rundir import Run
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
+LONG = (pytest.mark.fault, pytest.mark.long)  # a row of `make faults`, not in `make test`
 
 
 def everything_on(preset: str, data: Path, runs: Path) -> FinetuneConfig:
@@ -48,7 +49,7 @@ def everything_on(preset: str, data: Path, runs: Path) -> FinetuneConfig:
     )
 
 
-@pytest.mark.parametrize("preset", ["image-ft-pico", "video-ft-pico"])
+@pytest.mark.parametrize("preset", ["image-ft-pico", pytest.param("video-ft-pico", marks=LONG)])
 def test_finetuning_does_not_depend_on_processes_and_micro_batches(
     preset: str, images: Path, clips: Path, tmp_path: Path
 ):

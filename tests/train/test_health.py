@@ -81,7 +81,7 @@ def test_a_stage_without_weights_is_reported(healthy: Path, images: Path, tmp_pa
 
 
 def test_a_stage_that_loses_half_of_its_deviation_is_reported(
-    healthy: Path, images: Path, capsys: pytest.CaptureFixture
+    healthy: Path, images: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     config = settings(images, healthy.parent, "again")
     task = mae.make_task(config, Run(World(0, 1, torch.device("cpu"))))
@@ -96,6 +96,9 @@ def test_a_stage_that_loses_half_of_its_deviation_is_reported(
     health.measure(config, world, parts, highest, model, lambda: None)
     found = re.findall(r"stage (\d) has collapsed", capsys.readouterr().out)
     assert found == ["2"]
+    monkeypatch.setattr(health, "FEWEST", 15)  # the split has 14 samples
+    health.measure(config, world, parts, highest, model, lambda: None)
+    assert "has collapsed" not in capsys.readouterr().out
 
 
 def test_a_part_has_evenly_spaced_samples_and_their_frames(images: Path, monkeypatch: pytest.MonkeyPatch):

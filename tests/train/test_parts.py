@@ -12,6 +12,7 @@ from torch import nn
 import models
 from pipelines.config import Augment, DataConfig
 from pipelines.errors import UserError
+from tests.train_helpers import small
 from train import build, checkpoint, config, console, optim
 from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS, MetricsWriter, read_csv
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
@@ -295,3 +296,14 @@ def test_the_seed_determines_the_initial_weights():
         return torch.rand(1).item()
 
     assert draw(5) == draw(5) and len({draw(seed) for seed in range(4)}) == 4
+
+
+def test_starting_weights_that_do_not_exist_are_refused_before_processes_start(images: Path, tmp_path: Path):
+    run = small("image-ft-pico", images, tmp_path, "run")
+    run = replace(run, model=replace(run.model, init=str(tmp_path / "mae/model.safetensors")))
+    with pytest.raises(UserError, match=r"^starting weights .*: there is no weights file at .*mae/model"):
+        build.check(run)
+    checkpoints = run.run.folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step-000000004.pt").touch()
+    build.check(run)  # a run that resumes does not read them
