@@ -28,7 +28,6 @@ from train.build import (
     seed_weights,
     training_batches,
 )
-from train.checkpoint import State
 from train.config import Config
 from train.console import log, screen, survive_closed_output
 from train.meters import IN_A_ROW, Clock, Detail, Recorder
@@ -66,9 +65,11 @@ def _fit_explained(config: Config, make_task: MakeTask) -> int:
 
 def fit(config: Config, make_task: MakeTask) -> int:
     """Train to the end or to a signal; returns the signal's number, 0 when the run is complete."""
-    trainer = prepare(config, make_task)
-    if trainer is None:
+    run = start_run(config)  # processes, folder, lock, log, and the checkpoint to resume from
+    if run.finished:
         return 0
+    with run.starting():  # an error leaves no folder behind
+        trainer = Trainer(config, make_task, run)
     state, task = trainer.state, trainer.task
     with screen.progress(state.step, trainer.steps):
         if state.row is not None:
@@ -89,29 +90,17 @@ def fit(config: Config, make_task: MakeTask) -> int:
     return trainer.signal
 
 
-# ---- from the configuration to the first step
-
-
-def prepare(config: Config, make_task: MakeTask) -> "Trainer | None":
-    """Everything that the first step needs; None if the run is finished."""
-    run = start_run(config)  # processes, folder, lock, log, and the checkpoint to resume from
-    if run.finished:
-        return None
-    seed_weights(config.run.seed)
-    with run.starting():  # an error leaves no folder behind
-        task = make_task(config, run)  # datasets, model, loss, evaluation
-        state = build(config, task, run)  # precision, starting weights, optimizer, moving average
-        resume(config, task, run, state)  # all processes must have the same weights
-        return Trainer(config, task, run, state)  # metrics, compilation, DDP, loader
-
-
 class Trainer:
     """The parts of a run that its steps use.
 
     DDP is made after `resume`: it copies rank 0's weights to all ranks, which would hide a difference.
     """
 
-    def __init__(self, config: Config, task: Task, run: Run, state: State) -> None:
+    def __init__(self, config: Config, make_task: MakeTask, run: Run) -> None:
+        seed_weights(config.run.seed)
+        task = make_task(config, run)  # datasets, model, loss, evaluation
+        state = build(config, task, run)  # precision, starting weights, optimizer, moving average
+        resume(config, task, run, state)  # all processes must have the same weights
         self.config, self.task, self.run, self.state = config, task, run, state
         self.tracks = track.start(config, run.world, state.step)  # TensorBoard and others, on rank 0
         world, folder = run.world, config.run.folder

@@ -87,8 +87,9 @@ def _prepare(folder: Path, checkpoints: list[Path]) -> None:
 
 def _repeat(config: Config, last: int) -> Report:
     """Train to step `last` as `loop.fit` does, without evaluating and saving, and inspect it."""
-    trainer = loop.prepare(config, MAKE_TASK[type(config)])
-    assert trainer is not None
+    run = rundir.start_run(config)
+    with run.starting():
+        trainer = loop.Trainer(config, MAKE_TASK[type(config)], run)
     state, world = trainer.state, trainer.run.world
     report: Report = {"step": last, "from_step": state.step, "processes": world.size}
     trainer.recorder.inspect = None
