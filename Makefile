@@ -136,7 +136,7 @@ env-ray: env | $(UV)  ## add Ray to the environment, for make shards EXECUTOR=ra
 	if cmp -s requirements.lock $@; then touch $@; exit; fi; \
 	[ -x "$(UV)" ] || { $(INSTALL_UV); }; \
 	if [ -e $@ ]; then echo "requirements.lock has changed: updating .venv; packages that you added stay"; \
-	else echo "installing the packages of requirements.lock into .venv (about 6 GB)"; fi; \
+	else echo "installing the packages of requirements.lock into .venv (about 7 GB)"; fi; \
 	[ -x $(PY) ] || $(UV) venv -q --allow-existing --python '>=3.11,<3.14' .venv; \
 	$(UV) pip install --compile-bytecode --require-hashes --python $(PY) -r requirements.lock; \
 	cp requirements.lock $@
