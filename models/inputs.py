@@ -1,18 +1,11 @@
 """Conversion of the loader's pixels to a model's input."""
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 # Mean and deviation per channel, for values in [0, 1]: ImageNet's, and those of SlowFast for clips.
 IMAGE_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 VIDEO_STATS = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
-
-
-def to_device(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
-    """Copy small host data to the device; on CUDA from pinned memory, asynchronously."""
-    tensor = torch.as_tensor(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class NormalizedInput(nn.Module):

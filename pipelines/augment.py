@@ -140,17 +140,14 @@ def affine(pixels: Tensor, matrices: Tensor) -> Tensor:
     return moved.unflatten(1, (frames, 3)).permute(0, 1, 3, 4, 2)
 
 
-def shear(pixels: Tensor, slope: Tensor, row: int) -> Tensor:
-    """Shift pixels along x (row 0) or y (row 1), the more the further they are from the other axis."""
-    matrices = torch.eye(2, 3, device=pixels.device).repeat(len(pixels), 1, 1)
-    matrices[:, row, 1 - row] = slope.flatten()
-    return affine(pixels, matrices)
+def shift(pixels: Tensor, share: Tensor, row: int, column: int) -> Tensor:
+    """Shift pixels along x (row 0) or y (row 1).
 
-
-def translate(pixels: Tensor, share: Tensor, row: int) -> Tensor:
-    """Shift pixels along x (row 0) or y (row 1) by a share of the width or height."""
+    Column 2 translates by a share of the width or height; column 1 - row shears: the distance is a share of
+    the pixel's distance from the other axis.
+    """
     matrices = torch.eye(2, 3, device=pixels.device).repeat(len(pixels), 1, 1)
-    matrices[:, row, 2] = share.flatten() * pixels.shape[3 - row]
+    matrices[:, row, column] = share.flatten() * (pixels.shape[3 - row] if column == 2 else 1)
     return affine(pixels, matrices)
 
 
@@ -187,10 +184,10 @@ OPERATIONS: dict[str, tuple[Operation, Strength]] = {
     "contrast": (contrast, enhance),
     "brightness": (brightness, enhance),
     "sharpness": (sharpness, enhance),
-    "shear_x": (partial(shear, row=0), lambda level, sign: 0.3 * level * sign),
-    "shear_y": (partial(shear, row=1), lambda level, sign: 0.3 * level * sign),
-    "translate_x": (partial(translate, row=0), lambda level, sign: 0.45 * level * sign),
-    "translate_y": (partial(translate, row=1), lambda level, sign: 0.45 * level * sign),
+    "shear_x": (partial(shift, row=0, column=1), lambda level, sign: 0.3 * level * sign),
+    "shear_y": (partial(shift, row=1, column=0), lambda level, sign: 0.3 * level * sign),
+    "translate_x": (partial(shift, row=0, column=2), lambda level, sign: 0.45 * level * sign),
+    "translate_y": (partial(shift, row=1, column=2), lambda level, sign: 0.45 * level * sign),
 }
 
 

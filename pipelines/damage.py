@@ -104,43 +104,40 @@ def frame_at(dataset: Dataset, rows: Rows, copies: int, place: int) -> tuple[int
 
 def raise_undecodable(dataset: Dataset, decoder: Decoder, error: RuntimeError) -> None:
     """Raise a UserError that names the frame on which the decoder failed, if one fails when decoded alone."""
+    small = replace(decoder.data, frames=1, size=8)
+    alone = replace(decoder, data=small, samples=1, ahead=1)
+    gpu = decoder.device.type == "cuda"
     fix = (
         f"{cause(error)}; set speed.decode to whole and speed.hw_decoder_load to 0, or use the CPU "
         "(DEVICE=cpu, --speed.device cpu)"
     )
     for rows, encoded in decoder.waiting:
-        place = first_failing(decoder, rows, encoded.jpegs)
-        if place is None:
-            continue
-        _, where = frame_at(dataset, rows, decoder.copies, place)
-        if decoder.device.type == "cuda":
-            on_cpu = replace(decoder, device=CPU, resize_on_cpu=decoder.resizes)
-            first = place // rows.frames.shape[1] * decoder.copies
-            own_rows = Rows._make(column[first : first + decoder.copies] for column in rows)
-            if first_failing(on_cpu, own_rows, [encoded.jpegs[place]]) is None:
+        for place, jpeg in enumerate(encoded.jpegs):
+            if decodes(alone, rows, place, jpeg):
+                continue
+            _, where = frame_at(dataset, rows, decoder.copies, place)
+            if gpu and decodes(replace(alone, device=CPU, resize_on_cpu=True), rows, place, jpeg):
                 raise UserError(
                     f"the GPU's decoder failed on {where}, which the CPU decodes: {fix}"
                 ) from error
-        raise UserError(
-            f"{where} does not decode, although its checksum is correct ({cause(error).rstrip(' :')}); "
-            f"inspect it with `make verify DATA={dataset.info.root}`"
-        ) from error
-    if decoder.device.type == "cuda" and decoder.waiting:
+            raise UserError(
+                f"{where} does not decode, although its checksum is correct ({cause(error).rstrip(' :')}); "
+                f"inspect it with `make verify DATA={dataset.info.root}`"
+            ) from error
+    if gpu and decoder.waiting:
         _, where = frame_at(dataset, decoder.waiting[0][0], decoder.copies, 0)
         raise UserError(f"the GPU's decoder failed on a batch that begins with {where}: {fix}") from error
 
 
-def first_failing(decoder: Decoder, rows: Rows, jpegs: Jpegs) -> int | None:
-    """Index of the first JPEG of a batch that does not decode alone. Raises errors that no JPEG can cause."""
-    alone = replace(decoder, data=replace(decoder.data, frames=1, size=8), samples=1, ahead=1)
-    for place, jpeg in enumerate(jpegs):
-        first = place // rows.frames.shape[1] * decoder.copies
-        part = Rows._make(column[first : first + decoder.copies] for column in rows)
-        try:
-            alone.feed(part._replace(frames=part.frames[:, :1]), [jpeg])
-            alone.take()
-        except RuntimeError as error:
-            if of_machine(error):
-                raise
-            return place
-    return None
+def decodes(alone: Decoder, rows: Rows, place: int, jpeg: np.ndarray) -> bool:
+    """Whether JPEG `place` of a batch decodes alone. Raises errors that no JPEG can cause."""
+    first = place // rows.frames.shape[1] * alone.copies
+    part = Rows._make(column[first : first + alone.copies] for column in rows)
+    try:
+        alone.feed(part._replace(frames=part.frames[:, :1]), [jpeg])
+        alone.take()
+    except RuntimeError as error:
+        if of_machine(error):
+            raise
+        return False
+    return True

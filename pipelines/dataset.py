@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ PER_SAMPLE = ("shard", "label", "width", "height")  # columns that are read, of 
 PER_FRAME = {"offset": "offsets", "size": "sizes", "crc": "crcs"}  # name in Dataset -> column
 MAPPED = 64 << 20  # bytes from which a catalogue is mapped, so that processes share it
 LONGEST, LARGEST = 65_535, 1 << 30  # pixels on a JPEG's side; pixels that a decoder takes
-FRAMES_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -308,13 +308,11 @@ def check_numbers(numbers: dict[str, np.ndarray], classes: int, tar_bytes: np.nd
     sides = all(((side >= 1) & (side <= LONGEST)).all() for side in (width, height))
     if not sides or (np.multiply(width, height, dtype=np.int64) > LARGEST).any():
         raise ValueError("it has impossible widths or heights")
-    first = 0
-    while first < len(shard):  # in parts that take little memory
-        starts = numbers["first_frame"][first:]
-        starts = starts[: max(1, int(np.searchsorted(starts, starts[0] + FRAMES_AT_ONCE))) + 1]
-        part, counts = slice(starts[0], starts[-1]), np.diff(starts)
-        offset, size = numbers["offset"][part], numbers["size"][part]
-        ends = np.repeat(tar_bytes[shard[first : first + len(counts)]], counts)
-        first += len(counts)
-        if (counts < 1).any() or (size < 1).any() or (offset < 512).any() or (offset > ends - size).any():
-            raise ValueError("it has frames that do not lie in their tars")
+    starts = numbers["first_frame"]
+    edges = starts[np.searchsorted(shard, np.arange(len(tar_bytes) + 1, dtype=shard.dtype))]
+    outside = (np.diff(starts) < 1).any()
+    for (first, last), length in zip(pairwise(edges), tar_bytes, strict=True):  # by shard, for memory
+        offset, size = numbers["offset"][first:last], numbers["size"][first:last]
+        outside |= (size < 1).any() or (offset < 512).any() or (offset > length - size).any()
+    if outside:
+        raise ValueError("it has frames outside their tars")

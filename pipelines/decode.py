@@ -24,10 +24,10 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from pipelines.config import DataConfig, DecodeConfig
-from pipelines.machine import libraries, load_own_nvjpeg, outside, usable_cores
+from pipelines.machine import libraries, load_own_nvjpeg, usable_cores
 from pipelines.views import Rows
 
-load_own_nvjpeg()  # here, because torchvision is imported later
+load_own_nvjpeg()  # before an import of torchvision
 
 # name -> (DALI's filter, antialias, torch's kernel); torchvision and Pillow call "triangular" bilinear.
 # F.interpolate calls the same kernels, but allocating each result would take longer than resizing.
@@ -245,15 +245,11 @@ def resize(
             if crop.shape == result.shape:
                 np.copyto(result.numpy(), crop)
             else:
-                resize_into(torch.from_numpy(np.ascontiguousarray(crop)), result, kernel)
+                whole = torch.from_numpy(np.ascontiguousarray(crop))
+                planes, out = whole.permute(2, 0, 1)[None], result.permute(2, 0, 1)[None]
+                kernel(planes, list(result.shape[:2]), False, None, None, out=out)
             if flip:
                 mirror(result)
-
-
-def resize_into(crop: Tensor, result: Tensor, kernel: Any) -> None:
-    """Resize uint8 [h, w, 3] into `result`, uint8 [H, W, 3]."""
-    planes, out = crop.permute(2, 0, 1)[None], result.permute(2, 0, 1)[None]
-    kernel(planes, list(result.shape[:2]), False, None, None, out=out)
 
 
 def mirror(frame: Tensor) -> None:
@@ -290,18 +286,13 @@ def sizing(device: torch.device, threads: int = 0) -> Sizing:
 
 
 def message(device: torch.device, threads: int = 0) -> list[str]:
-    """The loader's threads, in lines to print; for a GPU also the library that decodes.
-
-    An older nvJPEG in LD_LIBRARY_PATH comes before the environment's, and then the CPU may decode instead.
-    """
+    """The loader's threads, in lines to print; for a GPU also the library that decodes."""
     line = f"loader: {sizing(device, threads).reason}"
     if device.type != "cuda":
         return [line]
-    Decoder(
-        DataConfig(size=8), DecodeConfig(), torch.device("cpu"), samples=1
-    )  # any decoder loads the library
+    # Any decoder loads the library.
+    Decoder(DataConfig(size=8), DecodeConfig(), torch.device("cpu"), samples=1)
     found = libraries("libnvjpeg.so")
     if not found:
         return [line, "nvJPEG is not loaded: the CPU decodes every picture; install the environment again"]
-    fix = "is not the environment's nvJPEG; take its folder out of LD_LIBRARY_PATH"
-    return [f"{line}, decoded by {', '.join(map(str, found))}", *(f"{p} {fix}" for p in outside(found))]
+    return [f"{line}, decoded by {', '.join(map(str, found))}"]

@@ -77,9 +77,7 @@ class Loader(ABC):
         decoder = self.decoder()
         try:
             for rows, frames in decoder.stream(prefetch(self.read(), depth=READ)):
-                decoded = mark(
-                    self.world.device
-                )  # before the augmentation, which is computing and not waiting
+                decoded = mark(self.world.device)  # before the augmentation, which computes and does not wait
                 self.augment(frames, rows)
                 labels = torch.from_numpy(self.dataset.label[rows.ids].astype(np.int64))
                 yield Batch(frames, labels, rows, decoded)

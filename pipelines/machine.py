@@ -34,12 +34,12 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), *map(int, cpu_quotas(root))))
 
 
-def load_own_nvjpeg(site: Path | None = None) -> None:
-    """Load the nvJPEG of the environment's site-packages, `site`: DALI decodes with the first one loaded.
+def load_own_nvjpeg() -> None:
+    """Load the nvJPEG of the environment: DALI decodes with the first one loaded.
 
     torchvision brings an older one of the same name, and LD_LIBRARY_PATH may lead to another.
     """
-    for path in (site or Path(sysconfig.get_paths()["purelib"])).glob("nvidia/cu*/lib/libnvjpeg.so.*"):
+    for path in Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/lib/libnvjpeg.so.*"):
         ctypes.CDLL(str(path))
 
 
@@ -51,12 +51,6 @@ def libraries(name: str, maps: str | None = None) -> list[Path]:
     maps = Path("/proc/self/maps").read_text() if maps is None else maps
     pattern = re.compile(rf"\s(/.*/{re.escape(name)}[^/\n]*)$", re.MULTILINE)
     return [Path(path) for path in dict.fromkeys(pattern.findall(maps))]
-
-
-def outside(paths: list[Path], site: Path | None = None) -> list[Path]:
-    """Those of `paths` that lie outside the environment's site-packages, `site`."""
-    site = (site or Path(sysconfig.get_paths()["purelib"])).resolve()
-    return [path for path in paths if not path.resolve().is_relative_to(site)]
 
 
 def cpu_quotas(root: Path) -> Iterator[float]:

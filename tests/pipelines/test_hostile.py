@@ -282,5 +282,5 @@ def test_a_staged_catalogue_is_impossible(tmp_path):
     with pytest.raises(UserError, match=r"train\.arrow cannot be read .*; pack this dataset again"):
         stage.stage(str(source), tmp_path / "copy")
     change(source, sizes=[-5])
-    with pytest.raises(UserError, match="do not lie in their tars"):
+    with pytest.raises(UserError, match="frames outside their tars"):
         stage.stage(str(source), tmp_path / "other")
