@@ -108,13 +108,13 @@ def models_compiled(place: Place) -> str:
 
 def random_draws(place: Place) -> str:
     """Drop path, dropout and the decoded share draw the CPU's numbers, eager and compiled."""
-    from models import draws
+    from models import layers
 
     def drawn(keys: Tensor) -> list[Tensor]:
         ones, ids = keys.new_ones(len(keys), 1024).float(), torch.arange(300, device=keys.device)
-        scales = draws.drop_path_scales(ones, 0.2, 24, keys)[1:]
-        share = draws.random_share(ids.expand(len(keys), -1), 0.5, keys)
-        return [*(scale for scale in scales if scale is not None), draws.dropout(ones, 0.1, keys), share]
+        scales = layers.drop_path_scales(ones, 0.2, 24, keys)[1:]
+        share = layers.random_share(ids.expand(len(keys), -1), 0.5, keys)
+        return [*(scale for scale in scales if scale is not None), layers.dropout(ones, 0.1, keys), share]
 
     keys = torch.arange(8) * 123_456_789_012_345
     wanted = drawn(keys)

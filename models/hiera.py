@@ -12,8 +12,7 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.draws import drop_path_scales, dropout
-from models.layers import NORM_EPS, Block, PatchEmbed, init_uniform
+from models.layers import NORM_EPS, Block, PatchEmbed, drop_path_scales, dropout, init_uniform
 from models.unroll import UNIT, reroll, unit_grid, unroll
 from pipelines.errors import UserError
 

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
-from models.draws import random_share
 from models.hiera import Encoder, HieraConfig
-from models.layers import NORM_EPS, Block, conv, init_uniform, unit_mask
+from models.layers import NORM_EPS, Block, conv, init_uniform, random_share, unit_mask
 from models.unroll import FRAMES, STRIDE, UNIT, gather_cells, unroll
 from pipelines.errors import UserError
 

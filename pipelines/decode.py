@@ -8,12 +8,11 @@ is faster and gives the same pixels, and torch resizes them: per core, torch mak
 224 x 224 a second, DALI's CPU resize about 1,000.
 """
 
-import os
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -24,10 +23,13 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from pipelines.config import DataConfig, DecodeConfig
-from pipelines.machine import libraries, load_own_nvjpeg, usable_cores
+from pipelines.dataset import Dataset
+from pipelines.errors import UserError, cause, of_machine
+from pipelines.machine import load_own_nvjpeg
 from pipelines.views import Rows
 
 load_own_nvjpeg()  # before an import of torchvision
+CPU = torch.device("cpu")
 
 # name -> (DALI's filter, antialias, torch's kernel); torchvision and Pillow call "triangular" bilinear.
 # F.interpolate calls the same kernels, but allocating each result would take longer than resizing.
@@ -37,8 +39,6 @@ FILTERS: dict[str, tuple[Any, bool, Any]] = {
     "cubic": (types.DALIInterpType.INTERP_CUBIC, True, torch.ops.aten._upsample_bicubic2d_aa.out),
 }
 PADDING = 2 << 20  # bytes of each decoder buffer: holds a picture of 0.7 megapixels, larger ones make it grow
-READ = 4  # batches that are read before the decoder takes them
-MOST_THREADS = 12  # for a GPU, unless more are set: it decodes the greater part itself
 SERIAL = 32_768  # elements below which a torch operation stays on its thread
 
 Jpegs = list[np.ndarray]  # uint8 [bytes] each
@@ -258,41 +258,54 @@ def mirror(frame: Tensor) -> None:
         strip.copy_(strip.flip(1))
 
 
-# ---- the machine
+# ---- frames that do not decode
 
 
-@dataclass(frozen=True)
-class Sizing:
-    """Thread count and prefetch depth."""
-
-    threads: int
-    prefetch: int  # batches that are decoded ahead
-    reason: str
-
-
-def sizing(device: torch.device, threads: int = 0) -> Sizing:
-    """Decoding threads and prefetch depth of this process, with the reason; 0 threads: from the machine."""
-    cores, processes = usable_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    share = max(1, cores // processes)
-    if device.type == "cuda" and share > 2:
-        share -= 1  # for the thread that feeds the GPU
-    why = f"{cores} cores, {processes} processes"
-    if device.type == "cuda" and share > MOST_THREADS:
-        share, why = MOST_THREADS, f"{why}, at most {MOST_THREADS} for a GPU: each one takes GPU memory"
-    chosen, ahead = threads or share, 2 if device.type == "cuda" else 4
-    why = "as set" if threads else why
-    reason = f"{chosen} decoding threads ({why}), {ahead} batches decoded and {READ} more read ahead"
-    return Sizing(chosen, ahead, reason)
+def frame_at(dataset: Dataset, rows: Rows, copies: int, place: int) -> tuple[int, str]:
+    """The sample of the frame that is JPEG `place` of a batch, and the frame's tar, member and byte."""
+    row, column = divmod(place, rows.frames.shape[1])
+    sample, frame = int(rows.ids[row * copies]), int(rows.frames[row * copies, column])
+    offset = int(dataset.offset[dataset.first_frame[sample] + frame])
+    tar = dataset.tar_path(int(dataset.shard[sample]))
+    return sample, f"{tar}: {dataset.member_name(sample, frame)} at byte {offset}"
 
 
-def message(device: torch.device, threads: int = 0) -> list[str]:
-    """The loader's threads, in lines to print; for a GPU also the library that decodes."""
-    line = f"loader: {sizing(device, threads).reason}"
-    if device.type != "cuda":
-        return [line]
-    # Any decoder loads the library.
-    Decoder(DataConfig(size=8), DecodeConfig(), torch.device("cpu"), samples=1)
-    found = libraries("libnvjpeg.so")
-    if not found:
-        return [line, "nvJPEG is not loaded: the CPU decodes every picture; install the environment again"]
-    return [f"{line}, decoded by {', '.join(map(str, found))}"]
+def raise_undecodable(dataset: Dataset, decoder: Decoder, error: RuntimeError) -> None:
+    """Raise a UserError that names the frame on which the decoder failed, if one fails when decoded alone."""
+    small = replace(decoder.data, frames=1, size=8)
+    alone = replace(decoder, data=small, samples=1, ahead=1)
+    gpu = decoder.device.type == "cuda"
+    fix = (
+        f"{cause(error)}; set speed.decode to whole and speed.hw_decoder_load to 0, or use the CPU "
+        "(DEVICE=cpu, --speed.device cpu)"
+    )
+    for rows, encoded in decoder.waiting:
+        for place, jpeg in enumerate(encoded.jpegs):
+            if decodes(alone, rows, place, jpeg):
+                continue
+            _, where = frame_at(dataset, rows, decoder.copies, place)
+            if gpu and decodes(replace(alone, device=CPU, resize_on_cpu=True), rows, place, jpeg):
+                raise UserError(
+                    f"the GPU's decoder failed on {where}, which the CPU decodes: {fix}"
+                ) from error
+            raise UserError(
+                f"{where} does not decode, although its checksum is correct ({cause(error).rstrip(' :')}); "
+                f"inspect it with `make verify DATA={dataset.info.root}`"
+            ) from error
+    if gpu and decoder.waiting:
+        _, where = frame_at(dataset, decoder.waiting[0][0], decoder.copies, 0)
+        raise UserError(f"the GPU's decoder failed on a batch that begins with {where}: {fix}") from error
+
+
+def decodes(alone: Decoder, rows: Rows, place: int, jpeg: np.ndarray) -> bool:
+    """Whether JPEG `place` of a batch decodes alone. Raises errors that no JPEG can cause."""
+    first = place // rows.frames.shape[1] * alone.copies
+    part = Rows._make(column[first : first + alone.copies] for column in rows)
+    try:
+        alone.feed(part._replace(frames=part.frames[:, :1]), [jpeg])
+        alone.take()
+    except RuntimeError as error:
+        if of_machine(error):
+            raise
+        return False
+    return True

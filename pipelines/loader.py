@@ -1,4 +1,8 @@
-"""Dataset -> batches of torch tensors. A step's batch follows from seed, data and step alone."""
+"""Dataset -> batches of torch tensors. A step's batch follows from seed, data and step alone.
+
+A frame that was damaged after packing is found by its checksum when it is read, and another sample replaces
+its sample. Which one depends on the seed, the epoch and the damaged sample alone: not on rank or order.
+"""
 
 from abc import ABC, abstractmethod
 from collections import deque
@@ -15,12 +19,12 @@ from torch import Tensor
 from pipelines import order, views
 from pipelines.augment import augment
 from pipelines.config import DataConfig, DecodeConfig
-from pipelines.damage import Replacements, damage_limit, raise_undecodable
 from pipelines.dataset import Dataset
-from pipelines.decode import READ, Decoder, Jpegs, sizing
+from pipelines.decode import Decoder, Jpegs, frame_at, raise_undecodable
 from pipelines.errors import UserError, in_loader, of_machine
-from pipelines.machine import World
-from pipelines.views import Bools, Ints, Layout, Rows
+from pipelines.files import warn_once
+from pipelines.machine import READ, World, sizing
+from pipelines.views import Bools, Ints, Layout, Rows, replace_rows
 
 READ_AHEAD = 4  # batches from asking the kernel for a batch's files to reading them
 
@@ -88,8 +92,7 @@ class Loader(ABC):
 
     def read(self) -> Iterator[tuple[Rows, Jpegs]]:
         """The rows and JPEGs of every batch, checked, with damaged samples replaced."""
-        limit = damage_limit(self.dataset, self.config.max_bad)
-        replacements = Replacements(self.dataset, self.layout(), self.seed, limit, self.redraw)
+        replacements = Replacements(self)
         coming: deque[Rows] = deque()
         for rows in self.rows():
             self.dataset.will_need(rows.ids, rows.frames)
@@ -232,3 +235,78 @@ def mark(device: torch.device | None) -> torch.cuda.Event | None:
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+# ---- damage
+
+
+@dataclass
+class Replacements:
+    """Damaged samples seen by this process, and their replacements.
+
+    The limit holds for each process alone: a rank meets other samples every epoch, so with a share of the
+    limit it would stop although nothing new is damaged. With more ranks the run stops later.
+    """
+
+    loader: Loader
+    seen: dict[int, str] = field(default_factory=dict)  # sample id -> where the damage is
+
+    def read(self, rows: Rows) -> tuple[Rows, Jpegs]:
+        """Read the JPEGs of a batch; units of rows with a damaged frame are replaced first.
+
+        Raises UserError when more samples are damaged than the limit, or nearly all.
+        """
+        layout = self.loader.layout()
+        for attempt in range(64):
+            jpegs = self.loader.dataset.read(rows.ids[:: layout.copies], rows.frames[:: layout.copies])
+            damaged = [place for place, jpeg in enumerate(jpegs) if not len(jpeg)]
+            if not damaged:
+                return rows, jpegs
+            self.note(rows, damaged)
+            units = np.unique(np.array(damaged) // rows.frames.shape[1] * layout.copies // layout.unit)
+            rows = self.replace(rows, units, attempt)
+        raise self.too_many("so many that no undamaged ones were found to replace them")
+
+    def replace(self, rows: Rows, units: Ints, attempt: int) -> Rows:
+        """The rows with other samples, drawn from (seed, epoch, id, attempt), in these units."""
+        unit = self.loader.layout().unit
+        first = units * unit
+        places = (first[:, None] + np.arange(unit)).ravel()
+        keys = (rows.epochs[first], rows.ids[first], order.STREAM_REPLACE)
+        draws = order.uniform(self.loader.seed, *keys, attempt + 1)[:, attempt]
+        others = (draws * len(self.loader.dataset)).astype(np.int64)
+        old = Rows._make(column[places] for column in rows)
+        return replace_rows(rows, places, self.loader.redraw(others, old))
+
+    def note(self, rows: Rows, damaged: list[int]) -> None:
+        """Warn of each damaged sample once; raise UserError when there are too many."""
+        dataset = self.loader.dataset
+        for place in damaged:
+            sample, where = frame_at(dataset, rows, self.loader.layout().copies, place)
+            if sample not in self.seen:
+                self.seen[sample] = f"{where} is not what was packed: its checksum differs"
+                warn_once(f"{self.seen[sample]}; another sample replaces it")
+        if len(self.seen) > (limit := damage_limit(dataset, self.loader.config.max_bad)):
+            raise self.too_many(f"more than the {limit} allowed")
+
+    def too_many(self, how_many: str) -> UserError:
+        """The error that names at most 20 damaged samples, and what to do about the damage.
+
+        A shard whose samples are all wrong is another dataset's file.
+        """
+        dataset, strange = self.loader.dataset, []
+        for shard in np.unique(dataset.shard[list(self.seen)]).tolist():
+            some = np.flatnonzero(dataset.shard == shard)[:8]
+            if not any(len(jpeg) for jpeg in dataset.read(some, np.zeros((len(some), 1), np.int64))):
+                strange.append(str(dataset.tar_path(shard)))
+        if strange:
+            fix = f"{', '.join(strange)} must have been replaced or swapped since packing: restore them"
+        else:
+            fix = f"run `make verify DATA={dataset.info.root}` and pack them again"
+        listed = "; ".join(list(self.seen.values())[:20])
+        return UserError(f"{len(self.seen)} samples are damaged, {how_many}; {fix}: {listed}")
+
+
+def damage_limit(dataset: Dataset, max_bad: float) -> int:
+    """How many samples of a split may be damaged: the share `max_bad`, at least one."""
+    return max(1, int(max_bad * len(dataset)))

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import torch  # takes seconds, and packing can do without
 
 
+READ = 4  # batches that are read before the decoder takes them
+MOST_THREADS = 12  # for a GPU, unless more are set: it decodes the greater part itself
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all: rank of size, and the device it computes on."""
@@ -69,3 +73,38 @@ def cpu_quotas(root: Path) -> Iterator[float]:
             numbers = " ".join(texts).split()  # quota and period, microseconds; "max" or -1: no quota
             if len(numbers) == 2 and numbers[0].isdecimal() and int(numbers[0]) > 0:
                 yield int(numbers[0]) / int(numbers[1])
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """Thread count and prefetch depth."""
+
+    threads: int
+    prefetch: int  # batches that are decoded ahead
+    reason: str
+
+
+def sizing(device: "torch.device", threads: int = 0) -> Sizing:
+    """Decoding threads and prefetch depth of this process, with the reason; 0 threads: from the machine."""
+    cores, processes = usable_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = max(1, cores // processes)
+    if device.type == "cuda" and share > 2:
+        share -= 1  # for the thread that feeds the GPU
+    why = f"{cores} cores, {processes} processes"
+    if device.type == "cuda" and share > MOST_THREADS:
+        share, why = MOST_THREADS, f"{why}, at most {MOST_THREADS} for a GPU: each one takes GPU memory"
+    chosen, ahead = threads or share, 2 if device.type == "cuda" else 4
+    why = "as set" if threads else why
+    reason = f"{chosen} decoding threads ({why}), {ahead} batches decoded and {READ} more read ahead"
+    return Sizing(chosen, ahead, reason)
+
+
+def message(device: "torch.device", threads: int = 0) -> list[str]:
+    """The loader's threads, in lines to print; for a GPU also the library that decodes."""
+    line = f"loader: {sizing(device, threads).reason}"
+    if device.type != "cuda":
+        return [line]
+    found = libraries("libnvjpeg.so")
+    if not found:
+        return [line, "nvJPEG is not loaded: the CPU decodes every picture; install the environment again"]
+    return [f"{line}, decoded by {', '.join(map(str, found))}"]

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from models.inputs import NormalizedInput
 from pipelines.config import DataConfig
-from pipelines.damage import damage_limit
 from pipelines.dataset import Dataset, open_dataset, read_info
-from pipelines.decode import message
 from pipelines.errors import UserError
-from pipelines.loader import Batch, EvalLoader
+from pipelines.loader import Batch, EvalLoader, damage_limit
+from pipelines.machine import message
 from pipelines.views import clip_notes
 from train.config import Config, ModelConfig
 from train.console import log

@@ -295,12 +295,12 @@ def passes(config: Config, compiled: bool) -> tuple[Callable[[], None], Callable
 
 def compiled_draws(_: Setup) -> dict:
     """Triton and ptxas compile the random draws of the models. Their values are not computed here."""
-    from models import draws
+    from models import layers
 
     def drawn(keys):
         ones = torch.ones(len(keys), 1024, device=keys.device)
-        share = draws.random_share(torch.arange(300, device=keys.device).expand(len(keys), -1), 0.5, keys)
-        return draws.drop_path_scales(ones, 0.2, 24, keys)[1:], draws.dropout(ones, 0.1, keys), share
+        share = layers.random_share(torch.arange(300, device=keys.device).expand(len(keys), -1), 0.5, keys)
+        return layers.drop_path_scales(ones, 0.2, 24, keys)[1:], layers.dropout(ones, 0.1, keys), share
 
     torch.compile(drawn, fullgraph=True)(torch.arange(8, device="cuda"))
     return {}

@@ -6,7 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import models
-from models import draws
+from models import layers
 from pipelines.order import row_keys
 
 torch.set_num_threads(1)
@@ -33,20 +33,20 @@ def test_draws_equal_those_of_plain_python_integers():
         return x ^ (x >> 15)
 
     keys = [0, 1, -1, 2**62 + 12345, -(2**63), 0x123456789ABCDEF]
-    found = draws.uniform(torch.tensor(keys), 3, 5)
+    found = layers.uniform(torch.tensor(keys), 3, 5)
     for row, key in zip(found.tolist(), keys, strict=True):
         low, high = key % 2**32, (key % 2**64) >> 32
         for counter, value in enumerate(row, start=1):
-            x = mix((mix((counter * draws.GOLDEN + low) % 2**32) + high + 3 * draws.GOLDEN) % 2**32)
+            x = mix((mix((counter * layers.GOLDEN + low) % 2**32) + high + 3 * layers.GOLDEN) % 2**32)
             assert value == (x >> 8) / 2**24
-    assert torch.equal(found[:, :2], draws.uniform(torch.tensor(keys), 3, 2))
+    assert torch.equal(found[:, :2], layers.uniform(torch.tensor(keys), 3, 2))
 
 
 @pytest.mark.parametrize("kind", ["hashed", "low", "high", "top"])
 def test_draws_are_uniform_and_independent(kind: str):
     """Mean, variance, chi-square over 256 bins and correlation of neighbors are within 5 sigma."""
     keys = keys_like(kind, 4096)
-    table = torch.stack([draws.uniform(keys, stream, 64) for stream in (1, 2)]).double()
+    table = torch.stack([layers.uniform(keys, stream, 64) for stream in (1, 2)]).double()
     count = table[0].numel()
     assert table.min() >= 0 and table.max() < 1
     for u in table:
@@ -73,7 +73,7 @@ def test_draws_are_uniform_and_independent(kind: str):
 
 def test_drop_path_has_linear_rates_and_independent_branches():
     x = torch.empty(20_000, 1)
-    scales = draws.drop_path_scales(x, 0.4, 5, keys_like("hashed", len(x)))
+    scales = layers.drop_path_scales(x, 0.4, 5, keys_like("hashed", len(x)))
     assert scales[0] is None  # the first block's rate is 0
     for scale, rate in zip(scales[1:], (0.1, 0.2, 0.3, 0.4), strict=True):
         assert scale is not None and scale.shape == (20_000, 2)
@@ -86,11 +86,11 @@ def test_drop_path_has_linear_rates_and_independent_branches():
 
 def test_dropout_and_the_decoded_share_have_their_rates():
     x = torch.ones(500, 200)
-    kept = draws.dropout(x, 0.25, keys_like("hashed", 500))
+    kept = layers.dropout(x, 0.25, keys_like("hashed", 500))
     torch.testing.assert_close(kept.unique(), torch.tensor([0, 4 / 3]))
     assert abs((kept == 0).float().mean() - 0.25) < 5 * (0.25 * 0.75 / x.numel()) ** 0.5
     ids = torch.arange(10).expand(20_000, 10)
-    share = draws.random_share(ids, 0.3, keys_like("hashed", len(ids)))
+    share = layers.random_share(ids, 0.3, keys_like("hashed", len(ids)))
     assert share.shape == (20_000, 3) and (share.diff(dim=1) > 0).all()
     counts = torch.bincount(share.flatten(), minlength=10) / 20_000
     assert counts.sub(0.3).abs().max() < 5 * (0.3 * 0.7 / 20_000) ** 0.5
@@ -190,6 +190,6 @@ def test_the_compiled_step_is_one_graph_with_the_same_draws():
 
 def test_generated_code_draws_the_same_numbers():
     keys = keys_like("hashed", 64) * 2 - 1
-    compiled = torch.compile(draws.uniform, fullgraph=True, dynamic=False)
-    assert torch.equal(compiled(keys, 1, 48), draws.uniform(keys, 1, 48))
+    compiled = torch.compile(layers.uniform, fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(keys, 1, 48), layers.uniform(keys, 1, 48))
     torch._dynamo.reset()

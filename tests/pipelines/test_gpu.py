@@ -305,11 +305,11 @@ def test_if_the_loader_runs_out_of_memory_the_message_names_settings_to_lower():
 
 
 def test_a_gpu_gets_at_most_twelve_decoder_threads(monkeypatch):
-    monkeypatch.setattr(decode, "usable_cores", lambda: 52)
-    gpu, cpu = decode.sizing(GPU), decode.sizing(CPU)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 52)
+    gpu, cpu = machine.sizing(GPU), machine.sizing(CPU)
     assert gpu.threads == 12 and "at most 12 for a GPU" in gpu.reason
     assert cpu.threads == 52 and "at most" not in cpu.reason
-    assert decode.sizing(GPU, 20).threads == 20 and decode.sizing(GPU, 20).reason.startswith("20 decoding")
+    assert machine.sizing(GPU, 20).threads == 20 and machine.sizing(GPU, 20).reason.startswith("20 decoding")
 
 
 MAPS = """\
@@ -345,8 +345,8 @@ def test_the_installed_nvjpeg_is_loaded_before_any_other(tmp_path):
 
 
 def test_a_gpu_run_prints_its_nvjpeg_and_warns_if_none_is_loaded(monkeypatch):
-    (line,) = decode.message(GPU, 3)  # loads DALI's decoder here
+    (line,) = machine.message(GPU, 3)
     assert re.fullmatch(r"loader: 3 decoding threads .*, decoded by /\S+/libnvjpeg\.so\.\d+", line)
-    assert "nvjpeg" not in "".join(decode.message(CPU, 3))
-    monkeypatch.setattr(decode, "libraries", lambda name: [])
-    assert "the CPU decodes every picture" in decode.message(GPU)[1]
+    assert "nvjpeg" not in "".join(machine.message(CPU, 3))
+    monkeypatch.setattr(machine, "libraries", lambda name: [])
+    assert "the CPU decodes every picture" in machine.message(GPU)[1]

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from models import inputs
-from pipelines import decode, order
+from pipelines import machine, order
 from pipelines.config import Augment, DataConfig, DecodeConfig
 from pipelines.dataset import open_dataset
-from pipelines.decode import Decoder, sizing
+from pipelines.decode import Decoder
 from pipelines.errors import UserError
 from pipelines.loader import prefetch
+from pipelines.machine import sizing
 from pipelines.views import clip_notes, train_rows
 from tests.pipelines_fixtures import (
     clip_dataset,
@@ -119,7 +120,7 @@ def test_later_batches_do_not_overwrite_frames_without_resampling(images):
 
 def test_the_thread_count_follows_the_usable_cores(monkeypatch):
     assert sizing(CPU, 5).threads == 5 and sizing(CPU, 5).reason.startswith("5 decoding threads (as set)")
-    monkeypatch.setattr(decode, "usable_cores", lambda: 16)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert sizing(CPU).threads == 4 and sizing(torch.device("cuda")).threads == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "99")

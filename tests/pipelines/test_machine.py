@@ -1,7 +1,6 @@
 """Usable cores: CPU affinity, cgroup quotas, and every place that uses their number."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,7 @@ import torch
 
 from benchmarks import learning
 from pipelines import machine
-from pipelines.decode import sizing
-from pipelines.machine import usable_cores
+from pipelines.machine import sizing, usable_cores
 from tools import packing, verify
 from train import distributed, rundir
 
@@ -61,7 +59,6 @@ def test_every_number_of_cores_follows_the_quota(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     for user in (
         machine,
-        sys.modules["pipelines.decode"],
         packing,
         verify,
         distributed,
