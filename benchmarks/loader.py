@@ -34,14 +34,15 @@ from pipelines import order
 from pipelines.config import DataConfig, DecodeConfig
 from pipelines.dataset import Dataset as Packed
 from pipelines.dataset import open_dataset
-from pipelines.decode import Decoder
+from pipelines.decode import Decoder, encode
 from pipelines.errors import UserError, run_cli
-from pipelines.loader import EvalLoader, TrainLoader
+from pipelines.loader import EvalLoader, Loader, TrainLoader
 from pipelines.machine import World
 from pipelines.views import Rows, train_rows
 
 SIZE, FRAMES, STRIDE, CLIP_LENGTH = 224, 16, 4, 80
 CPU = torch.device("cpu")
+CPU_RATE = "samples per CPU second"
 Batches = Iterator[object]
 
 
@@ -70,7 +71,7 @@ def make_data(images: Path, work: Path, pictures: int = 512, clips: int = 24) ->
     for index, path in enumerate(chosen):
         original = Image.open(path).resize((500, 375), Image.Resampling.BICUBIC)
         save(original, work / "originals" / f"c{index % 10}" / f"{index:05d}.JPEG")
-    rows = [("label", "youtube_id", "time_start", "time_end", "split", "is_cc")]
+    rows: list[tuple[str, ...]] = []
     for index, path in enumerate(chosen[:clips]):
         whole = Image.open(path).resize((340 + CLIP_LENGTH, 256), Image.Resampling.BICUBIC)
         name = f"video{index:04d}_000000_000010"
@@ -79,9 +80,10 @@ def make_data(images: Path, work: Path, pictures: int = 512, clips: int = 24) ->
             folder = work / "frames" / f"c{index % 4}" / name
             save(whole.crop((frame, 0, frame + 340, 256)), folder / f"frame_{frame + 1:05d}.jpg")
     (work / "annotations").mkdir(exist_ok=True)
-    for split in ("train", "val"):
+    head = ("label", "youtube_id", "time_start", "time_end", "split", "is_cc")
+    for split, part in (("train", rows[4:]), ("val", rows[:4])):
         with (work / "annotations" / f"{split}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows(rows)
+            csv.writer(file).writerows([head, *part])
     for name, side in (("as-is", 10_000), ("short256", 256)):
         pack_images(work / "originals", work / name, ImageOptions(workers=2, short_side=side, shard_size=128))
     unpack(work / "short256" / "train", work / "short256-files")
@@ -109,8 +111,12 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def ours(root: Path, frames: int, centre: bool, batch: int, threads: int) -> Batches:
+    return iter(our_loader(root, frames, centre, batch, threads))
+
+
+def our_loader(root: Path, frames: int, centre: bool, batch: int, threads: int) -> Loader:
     parts = (open_dataset(root, "train"), config_of(frames), DecodeConfig(threads=threads), World(0, 1, CPU))
-    return iter(EndlessEvalLoader(*parts, samples=batch) if centre else TrainLoader(*parts, batch=batch))
+    return EndlessEvalLoader(*parts, samples=batch) if centre else TrainLoader(*parts, batch=batch)
 
 
 def config_of(frames: int) -> DataConfig:
@@ -222,6 +228,24 @@ def graph_alone(dataset: Packed, batch: int, threads: int) -> Batches:
             yield decoder.pipeline.outputs()
 
 
+def decode_and_resize(loader: Loader, steps: int) -> Batches:
+    """The floor of a loader: DALI decodes the loader's first batches and torch resizes them, repeated.
+
+    Bytes, crops and flips are in memory. Nothing is read, checked, drawn or prefetched.
+    """
+    decoder = replace(loader.decoder(), ahead=1)
+    made = []
+    for rows in itertools.islice(loader.rows(), steps):
+        encoded = encode(rows, loader.dataset.read(rows.ids, rows.frames), copies=1)
+        made.append((decoder.inputs(encoded), encoded))
+    assert decoder.resizer is not None
+    for inputs, encoded in itertools.cycle(made):
+        for name, values in inputs.items():
+            decoder.pipeline.feed_input(name, values)
+        decoder.pipeline.schedule_run()
+        yield decoder.resizer(decoder.pipeline.outputs()[0], encoded)
+
+
 def bare_dali(tars: list[Path], batch: int, threads: int, resize: bool) -> Batches:
     """DALI's own WebDataset reader and random-crop decoder, and its resize."""
     from nvidia.dali import Pipeline, fn
@@ -248,7 +272,7 @@ def race(contenders: dict[str, Batches], batch: int, rounds: int, batches: int) 
 
     Noise affects all equally. CPU seconds are comparable even if other programs use the machine.
     """
-    found: Race = {name: {"samples/s": [], "samples per CPU second": []} for name in contenders}
+    found: Race = {name: {"samples/s": [], CPU_RATE: []} for name in contenders}
     for _ in range(rounds):
         for name, source in contenders.items():
             settle()
@@ -261,6 +285,19 @@ def race(contenders: dict[str, Batches], batch: int, rounds: int, batches: int) 
             for values, seconds in zip(found[name].values(), spent, strict=True):
                 values.append(batch * batches / seconds)
     return found
+
+
+def over_floor(race: Race) -> Race:
+    """CPU time per sample, and its ratio to that of the last contender, the floor."""
+    times = {name: [1e6 / rate for rate in rounds[CPU_RATE]] for name, rounds in race.items()}
+    *_, floor = times.values()
+    return {
+        name: {
+            "CPU microseconds per sample": values,
+            "times the floor": [a / b for a, b in zip(values, floor, strict=True)],
+        }
+        for name, values in times.items()
+    }
 
 
 def settle() -> None:
@@ -299,18 +336,30 @@ def run(
         only: measure only comparisons whose name contains this.
     """
     data_in(work, images)
-    few = max(1, batch // 4)
+    few, pictures = max(1, batch // 4), work / "short256"
     comparisons: dict[str, tuple[int, int, Callable[[], dict[str, Batches]]]] = {
+        "pictures, relative to the floor": (
+            batch,
+            40,
+            lambda: floor_race(pictures, 1, batch, workers),
+        ),
+        "clips, relative to the floor": (few, 16, lambda: floor_race(work / "clips", FRAMES, few, workers)),
         "images, random crop": (batch, 12, lambda: image_race(work, batch, workers)),
         "clips, random crop": (few, 4, lambda: clip_race(work, Way(), few, workers)),
         "clips, centre crop": (few, 4, lambda: clip_race(work, Way(centre=True), few, workers)),
         "decoding windows": (batch, 20, lambda: decode_race(work, batch, workers)),
     }
-    return {
+    results = {
         f"loading {name}": race(contenders(), size, rounds, batches)
         for name, (size, batches, contenders) in comparisons.items()
         if only in name
     }
+    return {name: over_floor(found) if "floor" in name else found for name, found in results.items()}
+
+
+def floor_race(root: Path, frames: int, batch: int, threads: int) -> dict[str, Batches]:
+    loader = our_loader(root, frames, False, batch, threads)
+    return {"ours": iter(loader), "decode and resize alone": decode_and_resize(loader, steps=96)}
 
 
 def image_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
