@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import benchmarks.__main__ as bench
-from benchmarks import learning, plain_loop, playback
+from benchmarks import learning, loader, plain_loop, playback
 from benchmarks.results import markdown, ratio, summary
+from tests.pipelines_fixtures import jpeg, picture
 from tools.kinetics import read_annotations
 from train import console
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
@@ -108,3 +109,17 @@ def test_frames_are_put_into_the_given_order():
         seen = learning.Reordered(nn.Identity(), order)(frames)
         assert seen[0, :, 0, 0, 0].tolist() == order  # pyrefly: ignore
     assert sorted(learning.ORDERS["shuffled"]) == list(range(16)) != learning.ORDERS["shuffled"]
+
+
+def test_the_loader_is_measured_relative_to_its_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loader, "CLIP_LENGTH", 62)
+    (tmp_path / "pictures").mkdir()
+    for seed in range(40):
+        (tmp_path / "pictures" / f"{seed}.jpg").write_bytes(jpeg(picture(96, 72, seed)))
+    loader.make_data(tmp_path / "pictures", tmp_path / "work", pictures=40, clips=8)
+    images, work = tmp_path / "pictures", tmp_path / "work"
+    found = loader.run(images, work, batch=4, workers=1, rounds=1, only="floor")
+    assert list(found) == [f"loading {kind}, relative to the floor" for kind in ("pictures", "clips")]
+    for race in found.values():
+        assert race["decode and resize alone"]["times the floor"] == [1.0]
+        assert race["ours"]["CPU microseconds per sample"][0] > 0
