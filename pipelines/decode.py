@@ -231,11 +231,7 @@ class Resizer:
 
 
 def resize(
-    boxes: Sequence[np.ndarray],
-    crops: np.ndarray,
-    flips: np.ndarray,
-    results: Sequence[Tensor],
-    kernel: Any,
+    boxes: Sequence[np.ndarray], crops: np.ndarray, flips: np.ndarray, results: Sequence[Tensor], kernel: Any
 ) -> None:
     """Fill n results, uint8 [copies, H, W, 3], with crops [n, copies, 4] of n boxes, uint8 [h, w, 3]."""
     for box, rectangles, mirrored, copies in zip(boxes, crops.tolist(), flips.tolist(), results, strict=True):
