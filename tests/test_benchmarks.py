@@ -11,7 +11,7 @@ from torch import nn
 import benchmarks.__main__ as bench
 from benchmarks import learning, plain_loop, playback
 from benchmarks.results import markdown, ratio, summary
-from tools.kinetics import read_annotations
+from tools.samples import read_annotations
 from train import console
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 

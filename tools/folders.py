@@ -218,7 +218,7 @@ def _labelled(
         twins.setdefault(stem_of(source) if found.kind is VIDEOS else source, []).append(source)
     listed: list[Listed] = []
     for paths in twins.values():
-        source, *others = videos.ranked_files(paths, ())
+        source, *others = sorted(paths)
         listed.append(listed_as(found.kind, source, _head(source, below), others))
         for other in others:
             _count(left_out, TWINS, other)

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from pipelines.errors import UserError
 from tools.folders import VIDEOS, Kind, stem_of
-from tools.videos import ranked_files
 
 SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 SEPARATOR = re.compile(r"\s*[,;\t]\s*|\s+")
@@ -76,7 +75,7 @@ class Index:
         exact = [source for source in found if stem_of(source) == stem] or found
         same = [source for source in exact if source.endswith(text.rpartition("/")[2])] or exact
         if len({*map(stem_of, same)}) == 1 and self.kind is VIDEOS:
-            return ranked_files(same, ())[:1]
+            return [min(same)]
         return same
 
     def twins(self, source: str) -> list[str]:

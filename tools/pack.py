@@ -23,10 +23,8 @@ import tyro
 
 from pipelines.errors import UserError, run_cli
 from tools.frames import load_clip
-from tools.imagenet import ImageOptions, load_image, plan_images
-from tools.kinetics import ClipOptions, plan_clips
 from tools.packing import run, source_folder
-from tools.samples import ListOptions
+from tools.plans import ClipOptions, ImageOptions, ListOptions, load_image, plan_clips, plan_images
 from tools.tars import pack_tars
 from tools.videos import load_video
 

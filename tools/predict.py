@@ -28,9 +28,8 @@ from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_write
 from tools import videos
 from tools.frames import load_clip
-from tools.imagenet import ImageOptions, load_image
 from tools.images import SUFFIXES, BadImage, Packed
-from tools.kinetics import ClipOptions
+from tools.plans import ClipOptions, ImageOptions, load_image
 from tools.shards import (
     Packing,
     PackPlan,

@@ -22,9 +22,7 @@ from pipelines.errors import UserError, run_cli
 from tests.pipelines_fixtures import read_rows
 from tools import pack, packing
 from tools.frames import longest_run
-from tools.imagenet import ImageOptions
-from tools.kinetics import ClipOptions
-from tools.samples import ListOptions
+from tools.plans import ClipOptions, ImageOptions, ListOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 

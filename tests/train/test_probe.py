@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 from pipelines.errors import UserError
 from tests.train_helpers import small
-from tools.imagenet import ImageOptions
 from tools.pack import pack_images
+from tools.plans import ImageOptions
 from train import finetune, loop, mae, probe
 
 
