@@ -19,7 +19,7 @@ from rich.filesize import decimal
 from pipelines.errors import UserError
 from tools.images import BadImage
 from tools.shards import Job, Sample, is_done, shuffled
-from tools.sources import Part, read_source
+from tools.sources import Part
 
 LEAST = 200  # fewer sources are packed without an estimate
 SAMPLES, SECONDS = 32, 10.0  # most sources that are loaded, and the time after which no further one is
@@ -49,11 +49,9 @@ def measure(jobs: Sequence[Job], samples: int = SAMPLES, seconds: float = SECOND
     rejected: Counter[str] = Counter()
     for job, sample in _spread(jobs, samples):
         end = start + seconds * (PATIENCE if len(sizes) < FEWEST else 1)
-        if time.monotonic() > end:
-            break
         begin, used, size = time.perf_counter(), time.process_time(), 0
         try:
-            for part in _parts(job, sample):
+            for _, part in job.read(sample):
                 size += size_of(part, sample.key)
                 if time.monotonic() > end:
                     break
@@ -80,13 +78,6 @@ def _spread(jobs: Sequence[Job], count: int) -> Iterator[tuple[Job, Sample]]:
         place = (2 * part + 1) * ends[-1] // (2 * count)
         job = jobs[number := bisect_right(ends, place)]
         yield job, job.samples[place - ends[number]]  # counted from the end
-
-
-def _parts(job: Job, sample: Sample) -> Iterator[Part]:
-    def read(path: str) -> Iterator[Part]:
-        return job.load(job.root, path, job.packing)
-
-    return (part for _, part in read_source(read, (sample.source, *sample.others), ()))
 
 
 def size_of(part: Part, key: str) -> int:

@@ -6,10 +6,11 @@ pictures. Only the paths decide; no file is opened. Layouts with two meanings ra
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from pathlib import Path
+from posixpath import commonpath
 
 from pipelines.errors import UserError
 from tools import videos
@@ -107,8 +108,10 @@ def by_folder(found: Found) -> Listing:
     where, left_out = root / below, dict(found.left_out)
     for path in found.empty:
         _count(left_out, NO_SAMPLES, path)
-    heads = Counter(_head(source, below) for source in sources)
-    folders = _folders_of_splits(where, heads, [path for path in found.empty if path.startswith(below)])
+    inside: dict[str, list[str]] = {}
+    for source in sources:
+        inside.setdefault(_head(source, below), []).append(source)
+    folders = _folders_of_splits(where, inside, [path for path in found.empty if path.startswith(below)])
     if not folders:
         if found.kind.folders and len(sources) > 1 and not sources[0]:
             raise _mixed(root)
@@ -116,8 +119,7 @@ def by_folder(found: Found) -> Listing:
     listed: dict[str, list[Listed]] = {"train": [], "val": [], "test": []}
     for split, names in folders.items():
         for name in names:
-            inside = [source for source in sources if source.startswith(f"{below}{name}/")]
-            listed[split] += _labelled(found, inside, f"{below}{name}/", left_out)
+            listed[split] += _labelled(found, inside[name], f"{below}{name}/", left_out)
     if not listed["val"] and listed["test"]:
         if has_classes(listed["test"]) == has_classes(listed["train"]):
             print(f"{where} has no val folder: {folders['test'][0]} becomes the validation split")
@@ -136,12 +138,9 @@ def _reject_nested(found: Found) -> None:
     """Frame folders may not contain others, except `root` itself, which may contain split folders."""
     folders = {*found.sources} if found.kind.folders else set()
     for source in found.sources if folders else ():
-        outer = ""
-        while source:
-            source = source.rpartition("/")[0]
-            outer = source if source in folders else outer
-        if outer:
-            raise _mixed(found.root / outer)
+        for outer in accumulate(source.split("/")[:-1], "{}/{}".format):
+            if outer in folders:
+                raise _mixed(found.root / outer)
 
 
 def _mixed(folder: Path) -> UserError:
@@ -153,19 +152,12 @@ def _mixed(folder: Path) -> UserError:
 
 def _descend(sources: Sequence[str]) -> str:
     """The folders above a dataset that is some folders too deep, each with a slash."""
-    below = ""
-    while True:
-        head = _head(sources[0], below)
-        inner = f"{below}{head}/"
-        if (
-            not head
-            or split_of(head)
-            or not all(path.startswith(inner) for path in (sources[0], sources[-1]))
-        ):
-            return below
-        if not all("/" in path[len(inner) :] for path in sources):
-            return below
-        below = inner
+    folders = {source.rpartition("/")[0] for source in sources}
+    common = commonpath(folders)
+    above = common.rpartition("/")[0] if common in folders else common  # the last folder may be a class
+    return "".join(
+        f"{name}/" for name in takewhile(lambda name: name and not split_of(name), above.split("/"))
+    )
 
 
 def split_of(name: str) -> str:

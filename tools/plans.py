@@ -31,13 +31,6 @@ class ListOptions(PackOptions):
     val_list: Annotated[Path | None, Alias] = None
     """the same for validation; without --train-list, the classes of a flat val folder: a picture's name and
     its class per line; or a class or a class number per line, in the order of the names"""
-    val_fraction: float = 0.1
-    """share of each class that becomes the validation split, if the source has none"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1.")
 
 
 # ---- pictures --------------------------------------------------------------------------------------------
@@ -90,9 +83,6 @@ class ClipOptions(ListOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("fps", self.fps), ("source-fps", self.source_fps)):
-            if value is not None and not 0 < value <= 1000:
-                raise UserError(f"--{name} is {value:g}; it must be above 0 and at most 1000.")
         for name, value in (("max-seconds", self.max_seconds), ("clip-seconds", self.clip_seconds)):
             if not 0 < value < float("inf"):
                 raise UserError(f"--{name} is {value:g}; it must be above 0 and finite.")

@@ -194,41 +194,32 @@ def flat_classes(
     classes: the class folders of train; None: the file decides which classes there are.
     """
     index, text = Index(pictures, PICTURES), read_text(path, "--val-list")
-    lines = [(f"{path} line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    what, named = parse(path, text, index.find)
-    named = named if any(line.label for line in named) else []
-    numbered = not named and bool(NUMERIC.fullmatch(lines[0][1])) and lines[0][1] not in (classes or ())
+    what, lines = parse(path, text, index.find)
+    numbered = False
+    if not any(line.label for line in lines):  # no line names a picture
+        rows = [(f"{path} line {n}", row.strip()) for n, row in enumerate(text.split("\n"), 1) if row.strip()]
+        if len(rows) != len(pictures):
+            raise UserError(
+                f"{path} has {len(rows)} labels for {len(pictures)} pictures; give one per picture."
+            )
+        numbered = bool(NUMERIC.fullmatch(rows[0][1])) and rows[0][1] not in (classes or ())
+        rows = _numbered(path, rows, synsets) if numbered else rows
+        lines = [Line(where, name, label) for (where, label), name in zip(rows, pictures, strict=True)]
+        what = f"a class {'number ' if numbered else ''}per line, in the order of the pictures' names"
     if synsets is not None and not numbered:
         raise UserError(f"{path} has no class numbers, and --synsets is for those; leave it out.")
-    if named:
-        print(f"{path}: {what}")
-        return _by_name(path, named, index, pictures, classes)
-    if len(lines) != len(pictures):
-        raise UserError(f"{path} has {len(lines)} labels for {len(pictures)} pictures; give one per picture.")
-    if numbered:
-        lines = _numbered(path, lines, synsets)
-    for where, label in lines:
-        if classes is not None and label not in classes:
-            raise UserError(f"{where}: {label!r} is neither a class folder of train nor a picture of val.")
-    print(f"{path}: a class {'number ' if numbered else ''}per line, in the order of the pictures' names")
-    return [label for _, label in lines]
-
-
-def _by_name(
-    path: Path, lines: Sequence[Line], index: Index, pictures: Sequence[str], classes: set[str] | None
-) -> list[str]:
-    """The class of each picture, from lines that name the pictures."""
+    print(f"{path}: {what}")
     plain = plain_labels(lines)[1] if classes is None else [""] * len(lines)
     found: dict[str, str] = {}
-    for (where, text, rest), label in zip(lines, plain, strict=True):
+    for (where, name, rest), label in zip(lines, plain, strict=True):
         if classes is not None:  # in Kaggle's file, boxes follow the class
             label = rest if rest in classes else (rest.split() or [""])[0]
             if label not in classes:
-                raise UserError(f"{where}: {label!r} is not a class folder of train.")
-        if not (source := source_of(where, text, index)):
-            raise UserError(f"{where}: {text!r} is not a picture of val.")
+                raise UserError(f"{where}: {label!r} is not a class folder of train; correct it.")
+        if not (source := source_of(where, name, index)):
+            raise UserError(f"{where}: {name!r} is not a picture of val; correct it.")
         if source in found:
-            raise UserError(f"{where}: {text!r} has a second label.")
+            raise UserError(f"{where}: {name!r} has a second label; remove one.")
         found[source] = label
     if missing := [picture for picture in pictures if not found.get(picture)]:
         share = f"{len(found)} of the {len(pictures)} pictures"
