@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from pipelines.errors import run_cli
-from tools.plans import find_list
+from tools.pack import find_list
 from tools.samples import read_annotations
 
 FRAMES = 16

@@ -17,7 +17,7 @@ from tests.tools.test_pack import CLIPS, clip_tree, encoded, pack_images, pixels
 from tests.train_helpers import call, make_images, small
 from tools import pack
 from tools.format3 import convert
-from tools.plans import ClipOptions
+from tools.pack import ClipOptions
 from train import build, evaluate, finetune, loop, mae
 from train.distributed import World
 from train.rundir import Run

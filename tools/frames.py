@@ -1,4 +1,4 @@
-"""Read a clip that is kept as a folder of frames.
+"""Read a picture, or a clip that is kept as a folder of frames.
 
 If some frames are bad, the longest run of good frames is kept. If that is less than half of the clip, the
 clip is rejected.
@@ -20,6 +20,11 @@ from tools.sources import Part
 
 DIFFERENT = "two numbers that count differently"
 INTEGERS, DECIMALS = re.compile(r"(\d+)", re.ASCII), re.compile(r"(\d+(?:\.\d+)?)", re.ASCII)
+
+
+def load_image(root: Path, source: str, packing: Packing) -> Iterator[Packed]:
+    """Read and check one picture. Raises `BadImage` or `OSError`."""
+    yield prepare(read_file(root / source), packing.short_side, packing.max_pixels)
 
 
 def load_clip(root: Path, source: str, packing: Packing) -> Iterator[Part]:

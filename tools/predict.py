@@ -27,9 +27,9 @@ from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_write
 from tools import videos
-from tools.frames import load_clip
+from tools.frames import load_clip, load_image
 from tools.images import SUFFIXES, BadImage, Packed
-from tools.plans import ClipOptions, ImageOptions, load_image
+from tools.pack import ClipOptions, ImageOptions
 from tools.shards import (
     Packing,
     PackPlan,

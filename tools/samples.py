@@ -33,7 +33,7 @@ def list_samples(
 ) -> Listing:
     """The samples below `root`: of class folders, or of lists. Raises `UserError`.
 
-    train, val, synsets: see `ListOptions` and `ImageOptions` in tools/plans.py.
+    train, val, synsets: see `ListOptions` and `ImageOptions` in tools/pack.py.
     """
     if synsets is not None and (val is None or train is not None):
         raise UserError("--synsets names the class of each number in a flat val folder; give --val-list too.")

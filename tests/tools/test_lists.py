@@ -16,8 +16,7 @@ from tests.tools.test_pack_videos import PACKING, make, numbered
 from tools.folders import FRAMES, PICTURES, VIDEOS, Kind
 from tools.listing import plan_of
 from tools.lists import Index, parse, read_text
-from tools.pack import pack_all, pack_clips
-from tools.plans import ClipOptions, ListOptions, find_list, plan_clips
+from tools.pack import ClipOptions, ListOptions, find_list, pack_all, pack_clips, plan_clips
 from tools.samples import flat_classes, list_samples, read_annotations, read_list
 from tools.shards import PackPlan
 from tools.verify import verify

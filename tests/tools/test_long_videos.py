@@ -14,7 +14,7 @@ from tests.tools.test_pack_videos import PACKING, damaged, make, number_of, numb
 from tools import predict
 from tools.frames import load_clip
 from tools.images import BadImage, Packed
-from tools.plans import ClipOptions
+from tools.pack import ClipOptions
 from tools.shards import VideoPacking
 from tools.sources import Part
 from tools.verify import verify
@@ -154,7 +154,7 @@ def test_a_long_folder_of_frames_becomes_clips(tmp_path):
 LOADER = """
 import resource, sys
 from pathlib import Path
-from tools.plans import ClipOptions
+from tools.pack import ClipOptions
 from tools.shards import Job, Sample, pack_shard
 from tools.videos import load_video
 

@@ -22,7 +22,7 @@ from pipelines.errors import UserError, run_cli
 from tests.pipelines_fixtures import read_rows
 from tools import pack, packing
 from tools.frames import longest_run
-from tools.plans import ClipOptions, ImageOptions, ListOptions
+from tools.pack import ClipOptions, ImageOptions, ListOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,9 +18,8 @@ from pipelines.errors import UserError
 from tests.tools.test_pack import ROOT, dali_decode, encoded, exif, frames_of, pixels, rows_of, sums, write
 from tools.folders import FRAMES, VIDEOS
 from tools.images import BadImage, Packed
-from tools.pack import pack_all, pack_clips
+from tools.pack import ClipOptions, ListOptions, pack_all, pack_clips
 from tools.packing import run
-from tools.plans import ClipOptions, ListOptions
 from tools.samples import list_samples
 from tools.shards import Packing, PackPlan, Sample, VideoPacking
 from tools.verify import verify
