@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from tarfile import BLOCKSIZE, RECORDSIZE
@@ -107,10 +108,10 @@ def announce(jobs: Sequence[Job], part: tuple[int, int], out: Path, workers: int
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(place).free, round(found.files * every) + PADDING * len(missing)
     size = decimal(round(found.files * count) + PADDING * len(mine))
+    took = timedelta(seconds=round(found.seconds * count / workers))
     line = (
         f"estimate from {found.sources} of {count} sources: {size} in {len(mine)} tars, "
-        f"{duration(found.seconds * count / workers)} with {workers} process{'es' * (workers > 1)}; "
-        f"{decimal(free)} are free in {place}"
+        f"{took} with {workers} process{'es' * (workers > 1)}; {decimal(free)} are free in {place}"
     )
     for reason, times in found.rejected.most_common(1):
         line += f"; {found.rejected.total()} of the {found.sources} are rejected, {times} as {reason!r}"
@@ -120,11 +121,3 @@ def announce(jobs: Sequence[Job], part: tuple[int, int], out: Path, workers: int
             f"packing into {out} needs about {decimal(needed)} and {place} has {decimal(free)} free; choose "
             "another --out (OUT=), a smaller --short-side or --fps, or add --ignore-free-space."
         )
-
-
-def duration(seconds: float) -> str:
-    """A duration as text, in the largest unit of which it has two."""
-    units = {"days": 86400.0, "h": 3600.0, "min": 60.0, "s": 1.0}
-    unit = next((unit for unit, length in units.items() if seconds >= 2 * length), "s")
-    count = seconds / units[unit]
-    return f"{count:.{0 if count >= 10 else 1}f} {unit}"

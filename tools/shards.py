@@ -133,18 +133,6 @@ def shuffled(count: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(0).random_raw(count), kind="stable")
 
 
-def samples_of(listed: Sequence[tuple[str, ...]], labels: Mapping[str, int]) -> list[Sample]:
-    """Samples in their final order from a sorted list of (source, class name or "", readable name, *others).
-
-    others: other files of the same video.
-    """
-    numbered = [(index, *listed[index]) for index in shuffled(len(listed)).tolist()]
-    return [
-        Sample(make_key(n, name), labels.get(kind, -1), kind, source, tuple(others))
-        for n, source, kind, name, *others in numbered
-    ]
-
-
 def readable(text: str) -> str:
     """A file name as valid Unicode; bytes that cannot be decoded become question marks."""
     return text.encode("utf-8", "replace").decode()
