@@ -6,7 +6,7 @@ pictures. Only the paths decide; no file is opened. Layouts with two meanings ra
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from pathlib import Path
@@ -17,7 +17,6 @@ from tools import videos
 from tools.images import SUFFIXES
 from tools.listing import Listed, Listing, has_classes
 from tools.shards import readable
-from tools.sources import SYSTEM_FILES, is_hidden, walk_folders
 
 SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id|idation)?|(test)(?:ing)?)(?:\.x\d*)?", re.IGNORECASE)
 PART = re.compile(r".*\.x\d*", re.IGNORECASE)  # train.X1, train.X2, ... together are one split
@@ -43,6 +42,8 @@ class Kind:
 PICTURES = Kind("pictures", SUFFIXES)
 FRAMES = Kind("folders of pictures", SUFFIXES, folders=True)
 VIDEOS = Kind("videos", videos.SUFFIXES)
+IGNORED = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found"})  # folders that systems add
+SYSTEM_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 MEDIA = PICTURES.suffixes | VIDEOS.suffixes
 
 
@@ -89,6 +90,36 @@ def _suffix(name: str) -> str:
 def _count(counts: dict[str, tuple[int, str]], what: str, example: str) -> None:
     count, first = counts.get(what, (0, example))
     counts[what] = (count + 1, min(first, example))
+
+
+def walk(top: Path) -> Iterator[Path]:
+    """Every file of `walk_folders` that is not hidden."""
+    return (folder / name for folder, files in walk_folders(top) for name in files if not is_hidden(name))
+
+
+def is_hidden(name: str) -> bool:
+    """True for the name of a file that is hidden, or that a system adds."""
+    return name.startswith(".") or name in SYSTEM_FILES
+
+
+def walk_folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder from `top` on with the names of its files; links are followed. Raises `UserError`.
+
+    Hidden folders are left out, and those that systems add.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename} cannot be listed: {error.strerror}; check its permissions."
+        ) from error
+
+    for folder, folders, files in os.walk(top, onerror=refuse, followlinks=True):
+        here = Path(folder)
+        if any(here.samefile(parent) for parent in here.parents if parent.is_relative_to(top)):
+            folders.clear()  # a link back to a folder above would never end
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in IGNORED]
+        yield here, files
 
 
 # ---- layouts -----------------------------------------------------------------------------------------------

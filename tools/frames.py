@@ -14,9 +14,8 @@ from pathlib import Path
 from stat import S_ISDIR
 
 from tools.clips import on_grid, part_length, parts_of
-from tools.images import COPIED, SUFFIXES, TRANSIENT, BadImage, Packed, mode_of, prepare, read_file
+from tools.images import COPIED, SUFFIXES, TRANSIENT, BadImage, Packed, Part, mode_of, prepare, read_file
 from tools.shards import ClipPacking, Packing, readable
-from tools.sources import Part
 
 DIFFERENT = "two numbers that count differently"
 INTEGERS, DECIMALS = re.compile(r"(\d+)", re.ASCII), re.compile(r"(\d+(?:\.\d+)?)", re.ASCII)

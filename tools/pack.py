@@ -188,14 +188,14 @@ def pack_clips(
         out: folder to write, for example shards/tiny-kinetics-400.
         options: see `ClipOptions`.
         frames: folder with <class>/<clip>/frame_00001.jpg ..., or train/<class>/<clip>/... and val/...; with
-            Kinetics' annotations a clip is <youtube_id>_<start>_<end>.
+            Kinetics' annotations a clip is <youtube_id>_<start>_<end>. Or a folder with data_30fps_frames/.
         videos: instead of frames, folder with <class>/*.mp4, or train/<class>/*.mp4 and val/...; with
             Kinetics' annotations <youtube_id>_<start>_<end>.mp4 ... in folders of any depth.
     """
     if (root := frames or videos) is None or (frames and videos):
         raise UserError("clips come from one of --frames and --videos; give one of them.")
-    if frames and (inner := frames / "data_30fps_frames").is_dir():
-        raise UserError(f"--frames {frames} holds {inner.name}; give --frames {inner}.")
+    if frames and (published := frames / "data_30fps_frames").is_dir():
+        root = published
     source_folder(root, *(("--videos", "the video files") if videos else ("--frames", "the label folders")))
     if annotations is not None:
         source_folder(annotations, "--annotations", "the lists for train and val")
@@ -215,8 +215,8 @@ def pack_all(
     Args:
         options: see `ListOptions` and `PackOptions`.
         images: folder as for `tools.pack images`.
-        frames: folder as for `tools.pack clips`, or with data_30fps_frames/ and annotations/.
-        videos: instead of frames, folder as for `tools.pack clips`; lists may be in its folder annotations/.
+        frames: folder as for `tools.pack clips`; lists may be in its folder annotations/.
+        videos: instead of frames, the same with videos.
         out: folder for both results, imagenet and kinetics.
     """
     if videos and frames:
@@ -238,10 +238,9 @@ def pack_all(
     if images:
         codes.append(pack_images(images, out / "imagenet", ImageOptions(**asdict(options))))
     if clips := videos or frames:
-        published, annotations = clips / "data_30fps_frames", clips / "annotations"
-        source = {"videos": clips} if videos else {"frames": published if published.is_dir() else clips}
-        lists = annotations if annotations.is_dir() and not listed else None
-        codes.append(pack_clips(lists, out / "kinetics", ClipOptions(**asdict(options)), **source))
+        lists = clips / "annotations"
+        lists = lists if lists.is_dir() and not listed else None
+        codes.append(pack_clips(lists, out / "kinetics", ClipOptions(**asdict(options)), frames, videos))
     return max(codes)
 
 

@@ -1,7 +1,5 @@
 """Decide where samples and classes come from: class folders, lists, or a flat folder and a file."""
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +16,7 @@ from tools.lists import (
     NUMERIC,
     Index,
     Line,
+    cells_of,
     parse,
     plain_labels,
     read_text,
@@ -123,27 +122,23 @@ class Clip(NamedTuple):
 
 def read_annotations(path: Path) -> list[Clip]:
     """The clips of an annotation file. Raises `UserError`."""
-    reader = csv.DictReader(io.StringIO(read_text(path, "the list"), newline=""))
-    try:
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-            raise UserError(f"{path} has no column {missing[0]!r}; its first line must name {COLUMNS}.")
-        clips = [_clip(row, f"{path} line {reader.line_num}") for row in reader]
-    except csv.Error as error:
-        raise UserError(f"{path} is not a CSV file: {error}; correct it.") from error
-    if not clips:
+    (_, heading), *rows = cells_of(read_text(path, "the list"), ",") or [(1, [])]
+    if missing := [name for name in COLUMNS if name not in heading]:
+        raise UserError(f"{path} has no column {missing[0]!r}; its first line must name {COLUMNS}.")
+    if not rows:
         raise UserError(f"{path} names no clips.")
-    return clips
+    return [_clip(dict(zip(heading, cells, strict=False)), f"{path} line {number}") for number, cells in rows]
 
 
-def _clip(row: dict[str, str | None], where: str) -> Clip:
-    label, video, start, end = ((row[name] or "").strip() for name in COLUMNS)
+def _clip(row: dict[str, str], where: str) -> Clip:
+    label, video, start, end = (row.get(name, "") for name in COLUMNS)
     try:
         clip = Clip(label, video, int(float(start)), int(float(end)))
     except (ValueError, OverflowError) as error:
         raise UserError(
             f"{where}: time_start and time_end must be seconds, not {start!r} {end!r}."
         ) from error
-    if not label or not video or "/" in label + video:
+    if {label, video} & {"", ".", ".."} or "/" in label + video:
         raise UserError(f"{where}: label {label!r} or youtube_id {video!r} cannot name a folder.")
     return clip
 

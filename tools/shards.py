@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 
 from pipelines.dataset import FORMAT_VERSION, SCHEMA
 from pipelines.files import atomic_text, atomic_write, sha256_of
-from tools.images import TRANSIENT, BadImage, Packed
-from tools.sources import PAUSES, Part, read_source
+from tools.images import PAUSES, TRANSIENT, BadImage, Packed, Part, read_source
 from tools.tarfiles import TarWriter, add_member, tar_writer
 
 PLAN_FILE = ".plan.json"

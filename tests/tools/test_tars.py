@@ -40,7 +40,7 @@ from tests.tools.test_pack import (
 )
 from tests.train.test_runs import assert_same, fit, kill_at_row
 from tests.train_helpers import ROOT, arguments, call, module, picture, small
-from tools import sources
+from tools import images
 from tools.stage import stage
 from tools.tars import TarOptions, pack_tars
 from tools.tarsamples import NO_PICTURE
@@ -445,7 +445,7 @@ def test_a_read_that_fails_for_a_while_is_repeated(tmp_path, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return whole(descriptor, size, offset)
 
-    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
+    monkeypatch.setattr(images.time, "sleep", lambda _: None)
     monkeypatch.setattr(os, "pread", pread)
     assert index(pattern, tmp_path / "out") == 0
     assert sums(tmp_path / "out") == sums(tmp_path / "calm")
