@@ -25,8 +25,7 @@ from models.inputs import NormalizedInput
 from pipelines.dataset import open_dataset
 from pipelines.errors import run_cli
 from pipelines.loader import Batch, blank_batch
-from tools.imagenet import ImageOptions
-from tools.pack import pack_images
+from tools.pack import ImageOptions, pack_images
 from train import loop
 from train.config import Config
 from train.metrics import MAE_COLUMNS, read_csv

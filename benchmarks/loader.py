@@ -58,9 +58,7 @@ def data_in(work: Path, images: Path) -> Path:
 
 def make_data(images: Path, work: Path, pictures: int = 512, clips: int = 24) -> None:
     """Write 500-pixel originals and 340 x 256 clips in the published layouts, and pack both."""
-    from tools.imagenet import ImageOptions
-    from tools.kinetics import ClipOptions
-    from tools.pack import pack_clips, pack_images
+    from tools.pack import ClipOptions, ImageOptions, pack_clips, pack_images
 
     found = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     if len(found) < pictures:

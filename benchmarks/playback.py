@@ -13,7 +13,8 @@ from pathlib import Path
 import tyro
 
 from pipelines.errors import run_cli
-from tools.kinetics import find_list, read_annotations
+from tools.pack import find_list
+from tools.samples import read_annotations
 
 FRAMES = 16
 ORDERS = ("smooth", "to and fro", "jumbled")

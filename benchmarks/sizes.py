@@ -24,9 +24,7 @@ from rich.table import Table
 
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError, run_cli
-from tools.imagenet import ImageOptions
-from tools.kinetics import ClipOptions
-from tools.pack import pack_clips, pack_images
+from tools.pack import ClipOptions, ImageOptions, pack_clips, pack_images
 
 IMAGENET, KINETICS, SSV2 = 1_281_167, 240_000, 169_000  # training samples
 NORMAL = 341 * 256  # pixels of a picture of ImageNet at short side 256

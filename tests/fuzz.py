@@ -34,8 +34,7 @@ from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from tests.pipelines_fixtures import read_rows
 from tests.train_helpers import make_clips, picture
-from tools.kinetics import read_annotations
-from tools.samples import flat_classes
+from tools.samples import flat_classes, read_annotations
 from tools.tars import TarOptions, pack_tars
 from tools.verify import check_shard, verify
 

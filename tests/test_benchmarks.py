@@ -12,7 +12,7 @@ import benchmarks.__main__ as bench
 from benchmarks import learning, loader, plain_loop, playback
 from benchmarks.results import markdown, ratio, summary
 from tests.pipelines_fixtures import jpeg, picture
-from tools.kinetics import read_annotations
+from tools.samples import read_annotations
 from train import console
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 

@@ -20,9 +20,7 @@ from pipelines.errors import UserError
 from tests.fault_helpers import CLEAN, kill_until_done, redirect_output
 from tests.train.test_runs import assert_same, descendants, fit, results
 from tests.train_helpers import ROOT, arguments, call, module, small
-from tools.imagenet import ImageOptions
-from tools.kinetics import ClipOptions
-from tools.pack import pack_clips, pack_images
+from tools.pack import ClipOptions, ImageOptions, pack_clips, pack_images
 from train import finetune, mae
 from train.config import Config, FinetuneConfig
 from train.metrics import read_csv

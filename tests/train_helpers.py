@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tools.imagenet import ImageOptions
-from tools.kinetics import ClipOptions
-from tools.pack import pack_clips, pack_images
+from tools.pack import ClipOptions, ImageOptions, pack_clips, pack_images
 from train.config import Config, flatten, to_dict
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 

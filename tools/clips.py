@@ -6,9 +6,8 @@ from fractions import Fraction
 from math import floor
 from typing import TypeVar
 
-from tools.images import BadImage
+from tools.images import BadImage, Part
 from tools.shards import ClipPacking
-from tools.sources import Part
 
 HALF = Fraction(1, 2)
 TIME_STEP = Fraction(1, 1000)  # seconds; many containers round their times to it

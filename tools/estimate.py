@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from tarfile import BLOCKSIZE, RECORDSIZE
@@ -17,9 +18,8 @@ from tarfile import BLOCKSIZE, RECORDSIZE
 from rich.filesize import decimal
 
 from pipelines.errors import UserError
-from tools.images import BadImage
+from tools.images import BadImage, Part
 from tools.shards import Job, Sample, is_done, shuffled
-from tools.sources import Part, read_source
 
 LEAST = 200  # fewer sources are packed without an estimate
 SAMPLES, SECONDS = 32, 10.0  # most sources that are loaded, and the time after which no further one is
@@ -49,11 +49,9 @@ def measure(jobs: Sequence[Job], samples: int = SAMPLES, seconds: float = SECOND
     rejected: Counter[str] = Counter()
     for job, sample in _spread(jobs, samples):
         end = start + seconds * (PATIENCE if len(sizes) < FEWEST else 1)
-        if time.monotonic() > end:
-            break
         begin, used, size = time.perf_counter(), time.process_time(), 0
         try:
-            for part in _parts(job, sample):
+            for _, part in job.read(sample):
                 size += size_of(part, sample.key)
                 if time.monotonic() > end:
                     break
@@ -80,13 +78,6 @@ def _spread(jobs: Sequence[Job], count: int) -> Iterator[tuple[Job, Sample]]:
         place = (2 * part + 1) * ends[-1] // (2 * count)
         job = jobs[number := bisect_right(ends, place)]
         yield job, job.samples[place - ends[number]]  # counted from the end
-
-
-def _parts(job: Job, sample: Sample) -> Iterator[Part]:
-    def read(path: str) -> Iterator[Part]:
-        return job.load(job.root, path, job.packing)
-
-    return (part for _, part in read_source(read, (sample.source, *sample.others), ()))
 
 
 def size_of(part: Part, key: str) -> int:
@@ -116,10 +107,10 @@ def announce(jobs: Sequence[Job], part: tuple[int, int], out: Path, workers: int
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free, needed = shutil.disk_usage(place).free, round(found.files * every) + PADDING * len(missing)
     size = decimal(round(found.files * count) + PADDING * len(mine))
+    took = timedelta(seconds=round(found.seconds * count / workers))
     line = (
         f"estimate from {found.sources} of {count} sources: {size} in {len(mine)} tars, "
-        f"{duration(found.seconds * count / workers)} with {workers} process{'es' * (workers > 1)}; "
-        f"{decimal(free)} are free in {place}"
+        f"{took} with {workers} process{'es' * (workers > 1)}; {decimal(free)} are free in {place}"
     )
     for reason, times in found.rejected.most_common(1):
         line += f"; {found.rejected.total()} of the {found.sources} are rejected, {times} as {reason!r}"
@@ -129,11 +120,3 @@ def announce(jobs: Sequence[Job], part: tuple[int, int], out: Path, workers: int
             f"packing into {out} needs about {decimal(needed)} and {place} has {decimal(free)} free; choose "
             "another --out (OUT=), a smaller --short-side or --fps, or add --ignore-free-space."
         )
-
-
-def duration(seconds: float) -> str:
-    """A duration as text, in the largest unit of which it has two."""
-    units = {"days": 86400.0, "h": 3600.0, "min": 60.0, "s": 1.0}
-    unit = next((unit for unit, length in units.items() if seconds >= 2 * length), "s")
-    count = seconds / units[unit]
-    return f"{count:.{0 if count >= 10 else 1}f} {unit}"

@@ -6,17 +6,17 @@ pictures. Only the paths decide; no file is opened. Layouts with two meanings ra
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from pathlib import Path
+from posixpath import commonpath
 
 from pipelines.errors import UserError
 from tools import videos
 from tools.images import SUFFIXES
 from tools.listing import Listed, Listing, has_classes
 from tools.shards import readable
-from tools.sources import SYSTEM_FILES, is_hidden, walk_folders
 
 SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id|idation)?|(test)(?:ing)?)(?:\.x\d*)?", re.IGNORECASE)
 PART = re.compile(r".*\.x\d*", re.IGNORECASE)  # train.X1, train.X2, ... together are one split
@@ -42,6 +42,8 @@ class Kind:
 PICTURES = Kind("pictures", SUFFIXES)
 FRAMES = Kind("folders of pictures", SUFFIXES, folders=True)
 VIDEOS = Kind("videos", videos.SUFFIXES)
+IGNORED = frozenset({"@eaDir", "#recycle", "__MACOSX", "lost+found"})  # folders that systems add
+SYSTEM_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 MEDIA = PICTURES.suffixes | VIDEOS.suffixes
 
 
@@ -90,6 +92,36 @@ def _count(counts: dict[str, tuple[int, str]], what: str, example: str) -> None:
     counts[what] = (count + 1, min(first, example))
 
 
+def walk(top: Path) -> Iterator[Path]:
+    """Every file of `walk_folders` that is not hidden."""
+    return (folder / name for folder, files in walk_folders(top) for name in files if not is_hidden(name))
+
+
+def is_hidden(name: str) -> bool:
+    """True for the name of a file that is hidden, or that a system adds."""
+    return name.startswith(".") or name in SYSTEM_FILES
+
+
+def walk_folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder from `top` on with the names of its files; links are followed. Raises `UserError`.
+
+    Hidden folders are left out, and those that systems add.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename} cannot be listed: {error.strerror}; check its permissions."
+        ) from error
+
+    for folder, folders, files in os.walk(top, onerror=refuse, followlinks=True):
+        here = Path(folder)
+        if any(here.samefile(parent) for parent in here.parents if parent.is_relative_to(top)):
+            folders.clear()  # a link back to a folder above would never end
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in IGNORED]
+        yield here, files
+
+
 # ---- layouts -----------------------------------------------------------------------------------------------
 
 
@@ -107,8 +139,10 @@ def by_folder(found: Found) -> Listing:
     where, left_out = root / below, dict(found.left_out)
     for path in found.empty:
         _count(left_out, NO_SAMPLES, path)
-    heads = Counter(_head(source, below) for source in sources)
-    folders = _folders_of_splits(where, heads, [path for path in found.empty if path.startswith(below)])
+    inside: dict[str, list[str]] = {}
+    for source in sources:
+        inside.setdefault(_head(source, below), []).append(source)
+    folders = _folders_of_splits(where, inside, [path for path in found.empty if path.startswith(below)])
     if not folders:
         if found.kind.folders and len(sources) > 1 and not sources[0]:
             raise _mixed(root)
@@ -116,8 +150,7 @@ def by_folder(found: Found) -> Listing:
     listed: dict[str, list[Listed]] = {"train": [], "val": [], "test": []}
     for split, names in folders.items():
         for name in names:
-            inside = [source for source in sources if source.startswith(f"{below}{name}/")]
-            listed[split] += _labelled(found, inside, f"{below}{name}/", left_out)
+            listed[split] += _labelled(found, inside[name], f"{below}{name}/", left_out)
     if not listed["val"] and listed["test"]:
         if has_classes(listed["test"]) == has_classes(listed["train"]):
             print(f"{where} has no val folder: {folders['test'][0]} becomes the validation split")
@@ -136,12 +169,9 @@ def _reject_nested(found: Found) -> None:
     """Frame folders may not contain others, except `root` itself, which may contain split folders."""
     folders = {*found.sources} if found.kind.folders else set()
     for source in found.sources if folders else ():
-        outer = ""
-        while source:
-            source = source.rpartition("/")[0]
-            outer = source if source in folders else outer
-        if outer:
-            raise _mixed(found.root / outer)
+        for outer in accumulate(source.split("/")[:-1], "{}/{}".format):
+            if outer in folders:
+                raise _mixed(found.root / outer)
 
 
 def _mixed(folder: Path) -> UserError:
@@ -153,19 +183,12 @@ def _mixed(folder: Path) -> UserError:
 
 def _descend(sources: Sequence[str]) -> str:
     """The folders above a dataset that is some folders too deep, each with a slash."""
-    below = ""
-    while True:
-        head = _head(sources[0], below)
-        inner = f"{below}{head}/"
-        if (
-            not head
-            or split_of(head)
-            or not all(path.startswith(inner) for path in (sources[0], sources[-1]))
-        ):
-            return below
-        if not all("/" in path[len(inner) :] for path in sources):
-            return below
-        below = inner
+    folders = {source.rpartition("/")[0] for source in sources}
+    common = commonpath(folders)
+    above = common.rpartition("/")[0] if common in folders else common  # the last folder may be a class
+    return "".join(
+        f"{name}/" for name in takewhile(lambda name: name and not split_of(name), above.split("/"))
+    )
 
 
 def split_of(name: str) -> str:
@@ -218,7 +241,7 @@ def _labelled(
         twins.setdefault(stem_of(source) if found.kind is VIDEOS else source, []).append(source)
     listed: list[Listed] = []
     for paths in twins.values():
-        source, *others = videos.ranked_files(paths, ())
+        source, *others = sorted(paths)
         listed.append(listed_as(found.kind, source, _head(source, below), others))
         for other in others:
             _count(left_out, TWINS, other)

@@ -1,4 +1,4 @@
-"""Read a clip that is kept as a folder of frames.
+"""Read a picture, or a clip that is kept as a folder of frames.
 
 If some frames are bad, the longest run of good frames is kept. If that is less than half of the clip, the
 clip is rejected.
@@ -14,12 +14,16 @@ from pathlib import Path
 from stat import S_ISDIR
 
 from tools.clips import on_grid, part_length, parts_of
-from tools.images import COPIED, SUFFIXES, TRANSIENT, BadImage, Packed, mode_of, prepare, read_file
+from tools.images import COPIED, SUFFIXES, TRANSIENT, BadImage, Packed, Part, mode_of, prepare, read_file
 from tools.shards import ClipPacking, Packing, readable
-from tools.sources import Part
 
 DIFFERENT = "two numbers that count differently"
 INTEGERS, DECIMALS = re.compile(r"(\d+)", re.ASCII), re.compile(r"(\d+(?:\.\d+)?)", re.ASCII)
+
+
+def load_image(root: Path, source: str, packing: Packing) -> Iterator[Packed]:
+    """Read and check one picture. Raises `BadImage` or `OSError`."""
+    yield prepare(read_file(root / source), packing.short_side, packing.max_pixels)
 
 
 def load_clip(root: Path, source: str, packing: Packing) -> Iterator[Part]:

@@ -1,4 +1,4 @@
-"""Strict decoding: every frame in a shard is a JPEG that all decoders accept.
+"""Reading and strict decoding: every frame in a shard is a JPEG that all decoders accept.
 
 One bad JPEG ends a DALI pipeline. So a correct file is kept byte for byte, another one is converted (and the
 change is recorded) or rejected (with a reason).
@@ -6,9 +6,11 @@ change is recorded) or rejected (with a reason).
 
 import errno
 import io
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -36,6 +38,7 @@ TRANSIENT = frozenset(
     }
     | {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
+PAUSES = (0.2, 1.0, 5.0)  # seconds before a failed read is repeated
 
 warnings.filterwarnings("ignore", module="PIL")  # each odd EXIF block would print two lines
 Image.core.set_block_size((1 << 31) - 4096)  # the pixels of a picture are one array, which needs no copy
@@ -54,6 +57,10 @@ class Packed:
     row: dict[str, object] = field(default_factory=dict)  # what a tar says of it: see tools/tars.py
 
 
+Part = Packed | BadImage  # a sample, or the reason why a part of a source is rejected
+Read = Callable[[str], Iterator[Part]]  # the samples of a path below the source folder
+
+
 def read_file(path: Path) -> bytes:
     """A file's bytes. Raises `OSError`, or `BadImage` for a pipe or device, which could block forever."""
     if not S_ISREG(path.stat().st_mode):
@@ -67,6 +74,47 @@ def mode_of(path: Path) -> int:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return 0
+
+
+def read_source(read: Read, paths: Sequence[str], pauses: Sequence[float]) -> Iterator[tuple[str, Part]]:
+    """(path, sample) for each sample of the first of `paths` that can be packed.
+
+    Raises `BadImage`, with the reason of the first path, or `OSError`.
+    """
+    problems: list[BadImage] = []
+    started = False
+    for path in paths:
+        try:
+            for part in repeated(read, path, pauses):
+                started = True
+                yield path, part
+            return
+        except BadImage as error:
+            if started:
+                raise
+            problems.append(error)
+    raise problems[0]
+
+
+def repeated(read: Read, path: str, pauses: Sequence[float]) -> Iterator[Part]:
+    """Read a path; if the storage fails, read it again after each of the `pauses` (seconds).
+
+    Raises `BadImage` or `OSError`.
+    """
+    count = 0  # of the samples that an earlier try has read
+    for pause in (*pauses, None):
+        try:
+            for part in islice(read(path), count, None):
+                count += 1
+                yield part
+            return
+        except OSError as error:
+            if pause is None or error.errno not in TRANSIENT:
+                raise
+        time.sleep(pause)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------
 
 
 def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int] | None = None) -> Packed:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from pipelines.errors import UserError
-from tools.shards import Packing, PackPlan, readable, samples_of, shuffled
+from tools.shards import Packing, PackPlan, Sample, make_key, readable, shuffled
 
 # Of names that are not UTF-8. Each takes only some byte sequences, so that often one alone takes all names.
 ENCODINGS = ("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr", "cp1252")
@@ -66,11 +66,14 @@ def plan_of(kind: str, listing: Listing, val_fraction: float, packing: Packing, 
         note_gaps([int(label) for label in classes])
     names = display_names(classes)
     numbers = {names[label]: number for number, label in enumerate(classes)}
-    splits = {}
+    splits: dict[str, list[Sample]] = {"train": [], "val": []}
     for split, items in (("train", train), ("val", val)):
         ordered = sorted(items, key=lambda item: (os.fsencode(item.source), item.label, item.name))
-        named = [(item.source, names.get(item.label, ""), item.name, *item.others) for item in ordered]
-        splits[split] = samples_of(named, numbers)
+        for index in shuffled(len(ordered)).tolist():
+            item = ordered[index]
+            name = names.get(item.label, "")
+            key, label = make_key(index, item.name), numbers.get(name, -1)
+            splits[split].append(Sample(key, label, name, item.source, item.others))
     return PackPlan(kind, [*numbers], splits, packing, listing.left_out)
 
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from pipelines.errors import UserError
 from tools.folders import VIDEOS, Kind, stem_of
-from tools.videos import ranked_files
 
 SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 SEPARATOR = re.compile(r"\s*[,;\t]\s*|\s+")
@@ -76,7 +75,7 @@ class Index:
         exact = [source for source in found if stem_of(source) == stem] or found
         same = [source for source in exact if source.endswith(text.rpartition("/")[2])] or exact
         if len({*map(stem_of, same)}) == 1 and self.kind is VIDEOS:
-            return ranked_files(same, ())[:1]
+            return [min(same)]
         return same
 
     def twins(self, source: str) -> list[str]:
@@ -130,7 +129,7 @@ def parse(path: Path, text: str, find: Find) -> tuple[str, list[Line]]:
     sample = _sample(lines)
     best, table = (sum(bool(_ends(line, find)) for _, line in sample) / len(sample), 1), None
     for separator in (one for one in SEPARATORS if one in text):
-        rows = _cells(text, separator)
+        rows = cells_of(text, separator)
         column, share, same_width = _path_column(rows, find)
         if share and (share, 2 * same_width) > best:
             best, table = (share, 2 * same_width), (rows, column, separator)
@@ -157,7 +156,7 @@ def _objects(path: Path, text: str) -> Rows:
     return [*enumerate([names, *([str(x) if isinstance(x, str | int) else "" for x in row] for row in rows)])]
 
 
-def _cells(text: str, separator: str) -> Rows:
+def cells_of(text: str, separator: str) -> Rows:
     """The rows of a text as a table; [] if it has one column."""
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)

@@ -58,12 +58,21 @@ class PackOptions:
     otherwise their shards are packed when the command runs again"""
     ignore_free_space: bool = False
     """pack even if the disk seems too small, as on a file system that compresses"""
+    val_fraction: float = 0.1
+    """share of each class (of tars: of all samples) that becomes the validation split, if there is none"""
 
     def __post_init__(self) -> None:
         for name in ("workers", "short_side", "shard_size", "max_pixels"):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+        for name in ("fps", "source_fps"):
+            if (value := getattr(self, name, None)) is not None and not 0 < value <= 1000:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {value:g}; it must be above 0 and at most 1000."
+                )
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1.")
         if not 0 <= self.max_reject <= 1:
             raise UserError(f"--max-reject is {self.max_reject}; it must be a share from 0 to 1.")
         if self.part and not 1 <= self.part[0] <= self.part[1]:

@@ -14,6 +14,7 @@ from pipelines.files import lock, sync
 from tools.shards import PLAN_FILE, PackPlan
 
 UNFINISHED = (".*.tmp-*",)  # the temporary files of writers that were killed
+OTHERS = {"source_sha256": "another list of source files", "class_names": "other class names"}
 UNLOCKED = "another process that packs into this folder would not be noticed, so make sure there is none"
 
 
@@ -71,15 +72,9 @@ def check_same(plan: PackPlan, noted: Path, delete: Path, text: str = "") -> Non
     for name, now in settings.items():
         if now == then.get(name) or (name in ("pillow", "torch", "av") and noted.name == "dataset.json"):
             continue  # a finished dataset is valid with any version
-        shown, flag = ("off", "on"), name.replace("_", "-")
-        before, after = (shown[x] if isinstance(x, bool) else x for x in (then.get(name), now))
-        what = f"{flag} {before}, not {after}"
-        if name in ("source_sha256", "class_names"):
-            what = "another list of source files" if name == "source_sha256" else "other class names"
-        elif "av" in settings and "av" not in then:
+        what = OTHERS.get(name, f"{name.replace('_', '-')} {then.get(name, 'unrecorded')}, not {now}")
+        if name == "av" and name not in then:
             what = "clips from frames, not from videos"
-        elif name not in then:
-            what = f"an earlier version, which did not record {flag}"
         raise UserError(
             f"{noted.parent} was packed with {what}; give another --out (with make shards: OUT=FOLDER), "
             f"or delete {delete}."

@@ -27,10 +27,10 @@ from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_write
 from tools import videos
-from tools.frames import load_clip
-from tools.imagenet import ImageOptions, load_image
+from tools.folders import walk
+from tools.frames import load_clip, load_image
 from tools.images import SUFFIXES, BadImage, Packed
-from tools.kinetics import ClipOptions
+from tools.pack import ClipOptions, ImageOptions
 from tools.shards import (
     Packing,
     PackPlan,
@@ -41,7 +41,6 @@ from tools.shards import (
     make_key,
     pack_shard,
 )
-from tools.sources import walk
 from tools.videos import load_video
 from tools.words import shown
 from train.config import Config, FinetuneConfig

@@ -1,6 +1,7 @@
 """Write the tables of recipes into docs/which.md from the presets: python -m tools.recipes [--check]."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import tyro
@@ -30,63 +31,50 @@ def column_of(config: Config) -> str:
     return f"{table}, {size}{more}"
 
 
-def pretraining_row(config: MaeConfig) -> list[str]:
+def pretraining_cells(config: MaeConfig) -> dict[str, str]:
     data, optim = config.data, config.optim
-    return [
-        f"{optim.lr:g} at {optim.batch}",
-        f"{optim.epochs:g}, {optim.warmup_epochs:g}",
-        f"{config.model.drop_path:g}",
-        f"{config.mask_ratio:g}",
-        f"{data.scale[0]:g} to {data.scale[1]:g}{'' if data.flip else ', no flip'}",
-        str(data.repeats),
-        f"{optim.clip_norm:g}" if optim.clip_norm else "none",
-    ]
+    return {
+        "lr at batch": f"{optim.lr:g} at {optim.batch}",
+        "epochs, warmup": f"{optim.epochs:g}, {optim.warmup_epochs:g}",
+        "drop path": f"{config.model.drop_path:g}",
+        "mask": f"{config.mask_ratio:g}",
+        "crop area": f"{data.scale[0]:g} to {data.scale[1]:g}{'' if data.flip else ', no flip'}",
+        "repeats": str(data.repeats),
+        "gradient clip": f"{optim.clip_norm:g}" if optim.clip_norm else "none",
+    }
 
 
-def finetuning_row(config: FinetuneConfig) -> list[str]:
+def finetuning_cells(config: FinetuneConfig) -> dict[str, str]:
     data, optim, augment = config.data, config.optim, config.data.augment
-    return [
-        f"{'' if optim.name == 'adamw' else 'SGD, '}{optim.lr:g} at {optim.batch}",
-        f"{optim.epochs:g}, {optim.warmup_epochs:g}",
-        f"{optim.layer_decay:g}",
-        f"{config.model.drop_path:g}, {config.model.dropout:g}",
-        f"{augment.layers} x ({augment.magnitude:g}, {augment.magnitude_std:g})",
-        f"{data.scale[0]:g} to {data.scale[1]:g}{'' if data.flip else ', no flip'}",
-        f"{config.mixup:g}, {config.cutmix:g}, {config.smoothing:g}",
-        f"{config.views[0]} x {config.views[1]}",
-    ]
-
-
-PRETRAINING = ("lr at batch", "epochs, warmup", "drop path", "mask", "crop area", "repeats", "gradient clip")
-FINETUNING = (
-    "lr at batch",
-    "epochs, warmup",
-    "layer decay",
-    "drop path, dropout",
-    "RandAugment",
-    "crop area",
-    "mixup, cutmix, smoothing",
-    "views",
-)
+    return {
+        "lr at batch": f"{'' if optim.name == 'adamw' else 'SGD, '}{optim.lr:g} at {optim.batch}",
+        "epochs, warmup": f"{optim.epochs:g}, {optim.warmup_epochs:g}",
+        "layer decay": f"{optim.layer_decay:g}",
+        "drop path, dropout": f"{config.model.drop_path:g}, {config.model.dropout:g}",
+        "RandAugment": f"{augment.layers} x ({augment.magnitude:g}, {augment.magnitude_std:g})",
+        "crop area": f"{data.scale[0]:g} to {data.scale[1]:g}{'' if data.flip else ', no flip'}",
+        "mixup, cutmix, smoothing": f"{config.mixup:g}, {config.cutmix:g}, {config.smoothing:g}",
+        "views": f"{config.views[0]} x {config.views[1]}",
+    }
 
 
 def section() -> str:
     """The Markdown between the markers."""
-    mae = [[config, name, pretraining_row(config)] for name, config in MAE_PRESETS.items()]
-    finetune = [[config, name, finetuning_row(config)] for name, config in FINETUNE_PRESETS.items()]
+    mae = {name: (config, pretraining_cells(config)) for name, config in MAE_PRESETS.items()}
+    finetune = {name: (config, finetuning_cells(config)) for name, config in FINETUNE_PRESETS.items()}
     missing = [f"- `{name}` does not exist: {why}." for name, why in NOT_GIVEN.items()]
-    return "\n".join(
-        [BEGIN, "", *table(PRETRAINING, mae), "", *table(FINETUNING, finetune), "", *missing, "", END]
-    )
+    return "\n".join([BEGIN, "", *table(mae), "", *table(finetune), "", *missing, "", END])
 
 
-def table(columns: tuple[str, ...], rows: list[list]) -> list[str]:
+def table(rows: Mapping[str, tuple[Config, dict[str, str]]]) -> list[str]:
     """Lines of a Markdown table; equal presets share a row."""
-    lines = [f"| preset | paper's table | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    columns: list[str] = []
     names: dict[str, list[str]] = {}
-    for config, name, cells in rows:
+    for name, (config, cells) in rows.items():
+        columns = ["preset", "paper's table", *cells]
         if not name.endswith(OWN):
-            names.setdefault(" | ".join([column_of(config), *cells]), []).append(f"`{name}`")
+            names.setdefault(" | ".join([column_of(config), *cells.values()]), []).append(f"`{name}`")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return lines + [f"| {', '.join(alike)} | {cells} |" for cells, alike in names.items()]
 
 

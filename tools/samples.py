@@ -1,14 +1,13 @@
 """Decide where samples and classes come from: class folders, lists, or a flat folder and a file."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import NamedTuple
 
 from pipelines.errors import UserError
-from tools.folders import PICTURES, Kind, by_folder, find_sources, listed_as
+from tools.folders import PICTURES, VIDEOS, Kind, by_folder, find_sources, listed_as, stem_of
 from tools.listing import Listed, Listing, has_classes
 from tools.lists import (
     AFTER_FRAMES,
@@ -17,32 +16,15 @@ from tools.lists import (
     NUMERIC,
     Index,
     Line,
+    cells_of,
     parse,
     plain_labels,
     read_text,
     source_of,
 )
-from tools.packing import PackOptions
 
-Alias = tyro.conf.arg(aliases=["--val-labels"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListOptions(PackOptions):
-    """Options of listing samples. Raises UserError for a value out of its range."""
-
-    train_list: Path | None = None
-    """file with a path and a class per line, instead of class folders; or SSv2's JSON"""
-    val_list: Annotated[Path | None, Alias] = None
-    """the same for validation; without --train-list, the classes of a flat val folder: a picture's name and
-    its class per line; or a class or a class number per line, in the order of the names"""
-    val_fraction: float = 0.1
-    """share of each class that becomes the validation split, if the source has none"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1.")
+COLUMNS = ("label", "youtube_id", "time_start", "time_end")  # of Kinetics' annotations
+CLIP_NAME = re.compile(r"(.+)_(\d+)_(\d+)", re.ASCII)  # <youtube_id>_<start>_<end>
 
 
 def list_samples(
@@ -50,7 +32,7 @@ def list_samples(
 ) -> Listing:
     """The samples below `root`: of class folders, or of lists. Raises `UserError`.
 
-    train, val, synsets: see `ListOptions` and `ImageOptions`.
+    train, val, synsets: see `ListOptions` and `ImageOptions` in tools/pack.py.
     """
     if synsets is not None and (val is None or train is not None):
         raise UserError("--synsets names the class of each number in a flat val folder; give --val-list too.")
@@ -59,8 +41,8 @@ def list_samples(
         listing = by_folder(found)
         return listing if val is None else _with_classes(listing, val, synsets, root)
     index = Index(found.sources, kind)
-    listed = read_list(train, "--train-list", index, root)
-    held_out = None if val is None else read_list(val, "--val-list", index, root)
+    listed = read_list(train, "train", index, root)
+    held_out = None if val is None else read_list(val, "val", index, root)
     if held_out and has_classes(listed) and not has_classes(held_out):  # as UCF101's lists
         of_folder: dict[str, set[str]] = {}
         for item in listed:
@@ -71,25 +53,37 @@ def list_samples(
             held_out = [
                 item._replace(label=min(names)) for item, names in zip(held_out, classes, strict=True)
             ]
-    used = {path for item in (*listed, *(held_out or ())) for path in item.paths}
+    every = [*listed, *(held_out or ())]
+    if not index.sources.intersection(item.source for item in every):
+        example = root / min(item.source for item in every)
+        raise UserError(f"{root} has none of the annotated clips, such as {example}; check the folder.")
+    used = {path for item in every for path in item.paths}
     rest = [source for source in found.sources if source not in used]
     left_out = {**found.left_out, **({f"{kind.what} in no list": (len(rest), rest[0])} if rest else {})}
     numbers = all(NUMBER.fullmatch(item.label) for item in listed)
-    return Listing(listed, held_out, left_out, numbers, names_of(train, val))
+    where = " and ".join(str(path) for path in (train, val) if path is not None)
+    return Listing(listed, held_out, left_out, numbers, where)
 
 
-def names_of(*lists: Path | None) -> str:
-    """The lists of a listing, for messages."""
-    return " and ".join(str(path) for path in lists if path is not None)
+def read_list(path: Path, split: str, index: Index, root: Path) -> list[Listed]:
+    """The samples of a split's list, in its order; print its format. Raises `UserError`."""
+    text = read_text(path, f"--{split}-list")
+    if "youtube_id" in text.lstrip().partition("\n")[0].split(","):
+        what, listed = "Kinetics' clips; class names", _clips_of(read_annotations(path), split, index)
+    else:
+        what, listed = _lines_of(path, text, split, index, root)
+    absent = sum(item.source not in index.sources for item in listed)
+    print(f"{path}: {len(listed)} samples; {what}" + (f"; {absent} absent" if absent else ""))
+    return listed
 
 
-def read_list(path: Path, flag: str, index: Index, root: Path) -> list[Listed]:
-    """The samples of a list, in its order; print its format. Raises `UserError`."""
-    what, lines = parse(path, read_text(path, flag), index.find)
+def _lines_of(path: Path, text: str, split: str, index: Index, root: Path) -> tuple[str, list[Listed]]:
+    """(format, samples) of a list with a path and a class per line. Raises `UserError`."""
+    what, lines = parse(path, text, index.find)
     if not lines:
         raise UserError(
-            f"{flag} {path}: none of its lines names one of the {index.kind.what} below {root}, such as "
-            f"{what[:200]!r}; give the folder to which its paths are relative."
+            f"--{split}-list {path}: none of its lines names one of the {index.kind.what} below {root}, such "
+            f"as {what[:200]!r}; give the folder to which its paths are relative."
         )
     kind, labels = plain_labels(lines)
     if kind in (AFTER_FRAMES, NO_CLASSES) and index.kind is PICTURES:
@@ -107,8 +101,66 @@ def read_list(path: Path, flag: str, index: Index, root: Path) -> list[Listed]:
                 f"{where}: {text!r} has a second class, {label!r}; its first is {seen[source]!r}."
             )
         listed.append(listed_as(index.kind, source, label, index.twins(source)))
-    absent = sum(item.source not in index.sources for item in listed)
-    print(f"{path}: {len(listed)} samples; {what}; {kind}" + (f"; {absent} absent" if absent else ""))
+    return f"{what}; {kind}", listed
+
+
+# ---- Kinetics' annotations ---------------------------------------------------------------------------------
+
+
+class Clip(NamedTuple):
+    """One line of an annotation file."""
+
+    label: str
+    video: str
+    start: int  # seconds
+    end: int
+
+    def name(self) -> str:
+        """Name of its folder of frames."""
+        return f"{self.video}_{self.start:06d}_{self.end:06d}"
+
+
+def read_annotations(path: Path) -> list[Clip]:
+    """The clips of an annotation file. Raises `UserError`."""
+    (_, heading), *rows = cells_of(read_text(path, "the list"), ",") or [(1, [])]
+    if missing := [name for name in COLUMNS if name not in heading]:
+        raise UserError(f"{path} has no column {missing[0]!r}; its first line must name {COLUMNS}.")
+    if not rows:
+        raise UserError(f"{path} names no clips.")
+    return [_clip(dict(zip(heading, cells, strict=False)), f"{path} line {number}") for number, cells in rows]
+
+
+def _clip(row: dict[str, str], where: str) -> Clip:
+    label, video, start, end = (row.get(name, "") for name in COLUMNS)
+    try:
+        clip = Clip(label, video, int(float(start)), int(float(end)))
+    except (ValueError, OverflowError) as error:
+        raise UserError(
+            f"{where}: time_start and time_end must be seconds, not {start!r} {end!r}."
+        ) from error
+    if {label, video} & {"", ".", ".."} or "/" in label + video:
+        raise UserError(f"{where}: label {label!r} or youtube_id {video!r} cannot name a folder.")
+    return clip
+
+
+def _clips_of(clips: Sequence[Clip], split: str, index: Index) -> list[Listed]:
+    """The clips with their sources; of several, one in the folder of the split and class is first.
+
+    Copies of Kinetics differ in folders (by label, with underscores or blanks, by split or none), in the
+    digits of the seconds, and in suffixes.
+    """
+    found: dict[tuple[str, int, int], list[str]] = {}
+    for source in index.sources:
+        if named := CLIP_NAME.fullmatch(stem_of(source).rpartition("/")[2]):
+            found.setdefault((named[1], int(named[2]), int(named[3])), []).append(source)
+    listed: list[Listed] = []
+    for clip in clips:
+        label = clip.label.replace(" ", "_")
+        folders = {split, clip.label, label}
+        absent = f"{label}/{clip.name()}{'.mp4' if index.kind is VIDEOS else ''}"
+        sources = found.get(clip[1:], [absent])
+        source, *others = sorted(sources, key=lambda path: (-len(folders & {*path.split("/")[:-1]}), path))
+        listed.append(Listed(source, clip.label, clip.name(), clip.video, tuple(others)))
     return listed
 
 
@@ -137,41 +189,32 @@ def flat_classes(
     classes: the class folders of train; None: the file decides which classes there are.
     """
     index, text = Index(pictures, PICTURES), read_text(path, "--val-list")
-    lines = [(f"{path} line {n}", line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    what, named = parse(path, text, index.find)
-    named = named if any(line.label for line in named) else []
-    numbered = not named and bool(NUMERIC.fullmatch(lines[0][1])) and lines[0][1] not in (classes or ())
+    what, lines = parse(path, text, index.find)
+    numbered = False
+    if not any(line.label for line in lines):  # no line names a picture
+        rows = [(f"{path} line {n}", row.strip()) for n, row in enumerate(text.split("\n"), 1) if row.strip()]
+        if len(rows) != len(pictures):
+            raise UserError(
+                f"{path} has {len(rows)} labels for {len(pictures)} pictures; give one per picture."
+            )
+        numbered = bool(NUMERIC.fullmatch(rows[0][1])) and rows[0][1] not in (classes or ())
+        rows = _numbered(path, rows, synsets) if numbered else rows
+        lines = [Line(where, name, label) for (where, label), name in zip(rows, pictures, strict=True)]
+        what = f"a class {'number ' if numbered else ''}per line, in the order of the pictures' names"
     if synsets is not None and not numbered:
         raise UserError(f"{path} has no class numbers, and --synsets is for those; leave it out.")
-    if named:
-        print(f"{path}: {what}")
-        return _by_name(path, named, index, pictures, classes)
-    if len(lines) != len(pictures):
-        raise UserError(f"{path} has {len(lines)} labels for {len(pictures)} pictures; give one per picture.")
-    if numbered:
-        lines = _numbered(path, lines, synsets)
-    for where, label in lines:
-        if classes is not None and label not in classes:
-            raise UserError(f"{where}: {label!r} is neither a class folder of train nor a picture of val.")
-    print(f"{path}: a class {'number ' if numbered else ''}per line, in the order of the pictures' names")
-    return [label for _, label in lines]
-
-
-def _by_name(
-    path: Path, lines: Sequence[Line], index: Index, pictures: Sequence[str], classes: set[str] | None
-) -> list[str]:
-    """The class of each picture, from lines that name the pictures."""
+    print(f"{path}: {what}")
     plain = plain_labels(lines)[1] if classes is None else [""] * len(lines)
     found: dict[str, str] = {}
-    for (where, text, rest), label in zip(lines, plain, strict=True):
+    for (where, name, rest), label in zip(lines, plain, strict=True):
         if classes is not None:  # in Kaggle's file, boxes follow the class
             label = rest if rest in classes else (rest.split() or [""])[0]
             if label not in classes:
-                raise UserError(f"{where}: {label!r} is not a class folder of train.")
-        if not (source := source_of(where, text, index)):
-            raise UserError(f"{where}: {text!r} is not a picture of val.")
+                raise UserError(f"{where}: {label!r} is not a class folder of train; correct it.")
+        if not (source := source_of(where, name, index)):
+            raise UserError(f"{where}: {name!r} is not a picture of val; correct it.")
         if source in found:
-            raise UserError(f"{where}: {text!r} has a second label.")
+            raise UserError(f"{where}: {name!r} has a second label; remove one.")
         found[source] = label
     if missing := [picture for picture in pictures if not found.get(picture)]:
         share = f"{len(found)} of the {len(pictures)} pictures"

@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 
 from pipelines.dataset import FORMAT_VERSION, SCHEMA
 from pipelines.files import atomic_text, atomic_write, sha256_of
-from tools.images import TRANSIENT, BadImage, Packed
-from tools.sources import PAUSES, Part, read_source
+from tools.images import PAUSES, TRANSIENT, BadImage, Packed, Part, read_source
 from tools.tarfiles import TarWriter, add_member, tar_writer
 
 PLAN_FILE = ".plan.json"
@@ -92,6 +91,11 @@ class Job:
     load: Load
     reject_unreadable: bool = False  # otherwise the shard is not written if the storage fails
 
+    def read(self, sample: Sample, pauses: Sequence[float] = ()) -> Iterator[tuple[str, Part]]:
+        """The samples of a source with their paths, as `read_source` yields them."""
+        paths = sample.source, *sample.others
+        return read_source(lambda path: self.load(self.root, path, self.packing), paths, pauses)
+
 
 @dataclass(frozen=True)
 class PackPlan:
@@ -126,18 +130,6 @@ def make_key(index: int, name: str) -> str:
 def shuffled(count: int) -> np.ndarray:
     """A fixed permutation [count]. Samples sorted by class would ruin training."""
     return np.argsort(np.random.PCG64(0).random_raw(count), kind="stable")
-
-
-def samples_of(listed: Sequence[tuple[str, ...]], labels: Mapping[str, int]) -> list[Sample]:
-    """Samples in their final order from a sorted list of (source, class name or "", readable name, *others).
-
-    others: other files of the same video.
-    """
-    numbered = [(index, *listed[index]) for index in shuffled(len(listed)).tolist()]
-    return [
-        Sample(make_key(n, name), labels.get(kind, -1), kind, source, tuple(others))
-        for n, source, kind, name, *others in numbered
-    ]
 
 
 def readable(text: str) -> str:
@@ -190,13 +182,8 @@ def _add(tar: TarWriter, source: Sample, job: Job, rows: list[Row], unreadable: 
     If the storage fails to deliver the source, it is added to `unreadable`. Later samples of the shard are
     then read only once, so that a shard waits for an outage once.
     """
-    paths, pauses = (source.source, *source.others), () if unreadable else PAUSES
-
-    def read(path: str) -> Iterator[Part]:
-        return job.load(job.root, path, job.packing)
-
     try:
-        for number, (path, part) in enumerate(read_source(read, paths, pauses)):
+        for number, (path, part) in enumerate(job.read(source, () if unreadable else PAUSES)):
             key = f"{source.key}-{number}" if part.span else source.key
             sample = replace(source, key=key, source=path + part.span)
             rows.append(rejected(sample, str(part) if isinstance(part, BadImage) else "") | part.row)
@@ -263,16 +250,28 @@ def is_done(job: Job) -> bool:
 
 def finish(plan: PackPlan, out: Path) -> None:
     """Merge the rows of all shards into a catalogue per split; write dataset.json last."""
-    splits = {split: merge(out, split) for split in plan.splits}
+    counts = {split: merge(out, split) for split in plan.splits}
     tars = {split: sorted((out / split).glob("[0-9]*.tar")) for split in plan.splits}
+    write_info(plan, out, counts, tars, {})
+
+
+def write_info(
+    plan: PackPlan,
+    out: Path,
+    counts: Mapping[str, dict[str, int]],
+    tars: Mapping[str, Sequence[Path]],
+    more: Mapping[str, object],
+) -> None:
+    """Write dataset.json. counts, tars: of each split; more: further entries."""
     info = {
         "format": FORMAT_VERSION,
         "kind": plan.kind,
         "classes": list(plan.classes),
-        "splits": splits,
+        "splits": counts,
         "packing": plan.settings(),
+        **more,
         "tar_bytes": {split: [tar.stat().st_size for tar in paths] for split, paths in tars.items()},
-        "catalogue_sha256": {split: sha256_of(out / f"{split}.arrow") for split in plan.splits},
+        "catalogue_sha256": {split: sha256_of(out / f"{split}.arrow") for split in tars},
     }
     atomic_text(out / "dataset.json", json.dumps(info, indent=1, ensure_ascii=False) + "\n")
 

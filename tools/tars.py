@@ -5,14 +5,13 @@ The others are listed with the reason, or with --repack written into further tar
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import PIL
@@ -22,14 +21,13 @@ import pyarrow.parquet as pq
 import tyro
 from rich.console import Console
 
-from pipelines.dataset import FORMAT_VERSION, SCHEMA, read_info
+from pipelines.dataset import SCHEMA, read_info
 from pipelines.errors import UserError
-from pipelines.files import atomic_text, sha256_of
 from tools.listing import note_gaps
 from tools.lists import read_text
 from tools.packing import PackOptions, pack_part, report, writing_to
 from tools.planfile import begin, check_same
-from tools.shards import PackPlan, Sample, jobs_of, rejected, write_split
+from tools.shards import PackPlan, Sample, jobs_of, rejected, write_info, write_split
 from tools.tarfiles import FROM_HERE, REPACKED, WORK, expand
 from tools.tarsamples import ANY_SIZE, MADE, TarPacking, first_is_clip, load_tar
 
@@ -45,8 +43,6 @@ class TarOptions(PackOptions):
     short_side: int = ANY_SIZE
     """pictures that are repacked are scaled down until their shorter side has this many pixels; those that
     are used in place keep their size"""
-    val_fraction: float = 0.1
-    """without --val, the share of the samples that becomes the validation split; their keys decide"""
     repack: bool = False
     """write samples that training cannot read unchanged (PNG, CMYK, 16 bit, EXIF rotation ...) into further
     tars; otherwise they are left out"""
@@ -56,13 +52,6 @@ class TarOptions(PackOptions):
     """text file with the name of class 0, 1, 2 ... in each line"""
     fps: float = 30.0
     """frames per second of the clips in the tars"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"--val-fraction is {self.val_fraction}; it must be at least 0 and below 1.")
-        if not 0 < self.fps <= 1000:
-            raise UserError(f"--fps is {self.fps:g}; it must be above 0 and at most 1000.")
 
     def packing(self, clips: bool) -> TarPacking:
         """What decides the catalogue."""
@@ -141,15 +130,13 @@ def finish(plan: PackPlan, root: Path, out: Path) -> None:
     classes, labels = classes_of(known[0], known[-1], packing.class_names.splitlines())
     if "val" not in found:
         found = divided(found["train"], packing.val_fraction)
-    info: dict[str, Any] = {"format": FORMAT_VERSION, "kind": plan.kind, "classes": classes, "splits": {}}
-    info |= {"packing": plan.settings(), "tars": {}, "tar_bytes": {}, "catalogue_sha256": {}}
+    counts, names = {}, {}
+    tars: dict[str, list[Path]] = {}
     for split, parts in found.items():
-        rows, tars = joined([(tars, labelled(rows, classes, labels)) for tars, rows in parts])
-        info["splits"][split] = write_split(out / f"{split}.arrow", rows, len(tars))
-        info["tars"][split] = [str(tar.relative_to(out) if tar.is_relative_to(out) else tar) for tar in tars]
-        info["tar_bytes"][split] = [tar.stat().st_size for tar in tars]
-        info["catalogue_sha256"][split] = sha256_of(out / f"{split}.arrow")
-    atomic_text(out / "dataset.json", json.dumps(info, indent=1, ensure_ascii=False) + "\n")
+        rows, tars[split] = joined([(pair, labelled(rows, classes, labels)) for pair, rows in parts])
+        counts[split] = write_split(out / f"{split}.arrow", rows, len(tars[split]))
+        names[split] = [str(tar.relative_to(out) if tar.is_relative_to(out) else tar) for tar in tars[split]]
+    write_info(replace(plan, classes=classes), out, counts, tars, {"tars": names})
 
 
 def read_parts(split: str, samples: Sequence[Sample], root: Path, out: Path) -> list[Indexed]:

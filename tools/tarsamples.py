@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.errors import UserError
-from tools.images import COPIED, CUT, BadImage, Packed, fitted, prepare
+from tools.images import COPIED, CUT, BadImage, Packed, Part, fitted, prepare
 from tools.shards import Packing, readable
-from tools.sources import Part
 from tools.tarfiles import ForeignTar, Place, samples_in
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -23,7 +22,7 @@ FRAME = re.compile(r"\.f(\d{4,9})\.jpg", re.ASCII)
 NUMBER = re.compile(r"\d{1,6}", re.ASCII)
 LABEL_BYTES, PICTURE_BYTES = 1 << 20, 1 << 30
 IN_PLACE, MADE = "in place", "repacked: "
-DOTTED = "a key with a dot, as of a.v1.jpg: WebDataset ends a key at its first dot; write other keys"
+NO_PICTURE = "no .jpg, .jpeg, .png, .webp or .f0000.jpg after the first dot of its name"
 ANY_SIZE = 65_535  # pixels; no JPEG has a longer side
 
 
@@ -63,11 +62,6 @@ def frames_of(files: Mapping[str, Place]) -> list[str]:
     return [name for _, name in clip] or [name for name in PICTURES if name in files][:1]
 
 
-def is_dotted(suffix: str) -> bool:
-    """True if a picture's suffix begins in its key, as .v1.jpg of a.v1.jpg."""
-    return suffix.endswith(PICTURES)
-
-
 def is_clip(names: Sequence[str]) -> bool:
     """True for the suffixes of a clip's frames."""
     return bool(FRAME.fullmatch(names[0]))
@@ -80,7 +74,7 @@ def read_sample(tar: ForeignTar, files: Mapping[str, Place], packing: TarPacking
     """
     names = frames_of(files)
     if not names:
-        raise BadImage(DOTTED if any(map(is_dotted, files)) else f"no {', '.join(PICTURES)} or .f0000.jpg")
+        raise BadImage(NO_PICTURE)
     if is_clip(names) != packing.clips:
         raise BadImage("a picture among clips" if packing.clips else "a clip among pictures")
     contents = [tar.content(files[name], PICTURE_BYTES) for name in names]
@@ -142,14 +136,12 @@ def class_of(text: str, name: str) -> tuple[int, str]:
 
 def first_is_clip(tars: Sequence[Path]) -> bool:
     """True if the first sample with pictures is a clip. Raises `UserError` if there is none."""
-    example = ""
     for path in tars:
         with ForeignTar(path) as tar:
             for found in samples_in(tar):
                 if names := frames_of(found.files):
                     return is_clip(names)
-                if not example and (dotted := next(filter(is_dotted, found.files), "")):
-                    example = f"{path} has {readable(found.key)}{dotted}, {DOTTED}."
-    if example:
-        raise UserError(example)
-    raise UserError(f"no tar such as {tars[0]} holds KEY{' or KEY'.join(PICTURES)}; check --train.")
+    raise UserError(
+        f"no tar such as {tars[0]} holds KEY{' or KEY'.join(PICTURES)}; check --train, and that no key has a "
+        "dot, as in a.v1.jpg: WebDataset ends a key at its first dot."
+    )

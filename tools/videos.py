@@ -1,4 +1,4 @@
-"""Find video files below a folder and decode them to JPEG frames at a constant rate.
+"""Decode video files to JPEG frames at a constant rate.
 
 Frames are chosen by their timestamps, so that videos of any frame rate, also a varying one, keep their speed.
 Damaged frames are never packed: the clip ends before the damage. If less than half is left, it is rejected.
@@ -7,8 +7,7 @@ Videos longer than --max-seconds are cut into clips of equal length.
 
 import errno
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from io import FileIO
@@ -22,9 +21,8 @@ from av.container import InputContainer
 
 from tools.clips import on_grid, part_length, parts_of
 from tools.encode import JpegWriter
-from tools.images import BadImage, Packed, mode_of
+from tools.images import BadImage, Packed, Part, mode_of
 from tools.shards import Packing, VideoPacking
-from tools.sources import Part, walk
 from tools.streams import Run, Shot, declared_seconds, good_run, picture_stream, timed_frames
 
 # Without playlists, scripts and streams, which open other files or the network.
@@ -36,8 +34,6 @@ SUFFIXES = frozenset(
 )
 LOST = "damaged: no frame can be decoded"
 COMPLETE = Fraction(95, 100)  # share of the declared duration from which a clip counts as complete
-
-Name = tuple[str, int, int]  # video, start and end, seconds
 
 
 @dataclass
@@ -64,26 +60,6 @@ class Piece:
             piece.jpegs = self.jpegs[piece.first : piece.end]
         pieces[0].damaged = self.damaged
         return pieces
-
-
-def find_videos(top: Path) -> dict[Name, list[str]]:
-    """The paths below `top` of all files named <video>_<start>_<end>.<anything>."""
-    found: dict[Name, list[str]] = {}
-    for path in walk(top):
-        if named := re.fullmatch(r"(.+)_(\d+)_(\d+)", path.stem, re.ASCII):
-            name = named[1], int(named[2]), int(named[3])
-            found.setdefault(name, []).append(path.relative_to(top).as_posix())
-    return found
-
-
-def ranked_files(paths: Sequence[str], folders: Sequence[str]) -> list[str]:
-    """Files with the same name: those in the most of `folders` first; videos before other files."""
-
-    def rank(path: str) -> tuple[int, bool, str]:
-        place = Path(path)
-        return -len({*folders} & {*place.parts[:-1]}), place.suffix.lower() not in SUFFIXES, path
-
-    return sorted(paths, key=rank)
 
 
 # ---- one clip --------------------------------------------------------------------------------------------

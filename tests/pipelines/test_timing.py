@@ -16,8 +16,7 @@ from pipelines.errors import UserError
 from pipelines.views import check_info, clip_notes, eval_rows, rounded, train_rows
 from tests.pipelines_fixtures import clip_dataset, evaluation
 from tests.train_helpers import make_clips, small
-from tools.kinetics import ClipOptions
-from tools.pack import pack_clips
+from tools.pack import ClipOptions, pack_clips
 from tools.predict import pack as pack_inputs
 from train import build, evaluate, finetune, loop
 from train.metrics import read_csv

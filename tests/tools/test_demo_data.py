@@ -12,9 +12,7 @@ from PIL import Image
 
 from tests.train_helpers import ROOT
 from tools import demo_data as demo
-from tools.imagenet import ImageOptions
-from tools.kinetics import ClipOptions
-from tools.pack import pack_clips, pack_images
+from tools.pack import ClipOptions, ImageOptions, pack_clips, pack_images
 
 LABELS = sorted(demo.MOTIONS)
 TRAIN, VAL = 60, 50  # clips a class

@@ -13,11 +13,8 @@ from tests.test_project import call_make
 from tests.tools.test_pack import encoded, pixels, rows_of, write
 from tests.tools.test_pack_videos import make, numbered
 from tools.folders import FRAMES, PICTURES, VIDEOS, Kind, by_folder, find_sources
-from tools.imagenet import ImageOptions
-from tools.kinetics import ClipOptions
 from tools.listing import Listed, Listing, display_names, plan_of, split_off
-from tools.pack import pack_all, pack_clips, pack_images
-from tools.samples import ListOptions
+from tools.pack import ClipOptions, ImageOptions, ListOptions, pack_all, pack_clips, pack_images
 from tools.verify import verify
 
 

@@ -12,8 +12,7 @@ from tests.tools.test_pack import clip_tree, encoded, frames_of, rows_of, write
 from tests.tools.test_pack_videos import number_of, numbered
 from tools.frames import in_order, load_clip
 from tools.images import BadImage
-from tools.kinetics import ClipOptions
-from tools.pack import pack_clips
+from tools.pack import ClipOptions, pack_clips
 
 
 def named(pattern: str, count: int = 12) -> list[str]:

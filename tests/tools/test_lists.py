@@ -14,11 +14,10 @@ from tests.test_project import call_make
 from tests.tools.test_pack import LABELS, VAL, encoded, flat_val, pixels, rows_of, write
 from tests.tools.test_pack_videos import PACKING, make, numbered
 from tools.folders import FRAMES, PICTURES, VIDEOS, Kind
-from tools.kinetics import ClipOptions, find_list, plan_clips, read_annotations
 from tools.listing import plan_of
 from tools.lists import Index, parse, read_text
-from tools.pack import pack_all, pack_clips
-from tools.samples import ListOptions, flat_classes, list_samples, read_list
+from tools.pack import ClipOptions, ListOptions, find_list, pack_all, pack_clips, plan_clips
+from tools.samples import flat_classes, list_samples, read_annotations, read_list
 from tools.shards import PackPlan
 from tools.verify import verify
 
@@ -28,7 +27,7 @@ SOURCES = ["riding a bike/x.mp4", "jumping, twice/y 1.mp4", "plain/78687.webm", 
 def read(tmp_path: Path, text: str, sources: list[str] = SOURCES, kind: Kind = VIDEOS) -> dict[str, str]:
     """{source: class} of a list with this text."""
     write(tmp_path / "list.txt", text.encode())
-    listed = read_list(tmp_path / "list.txt", "--train-list", Index(sources, kind), tmp_path)
+    listed = read_list(tmp_path / "list.txt", "train", Index(sources, kind), tmp_path)
     return {item.source: item.label for item in listed}
 
 
@@ -295,7 +294,7 @@ def test_any_text_is_a_list_or_a_user_error(tmp_path_factory, text, kind):
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
-        listed = read_list(path, "--train-list", Index(SOURCES, kind), path.parent)
+        listed = read_list(path, "train", Index(SOURCES, kind), path.parent)
     except UserError as error:
         assert "any.txt" in str(error)
     else:

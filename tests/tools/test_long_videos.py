@@ -13,10 +13,9 @@ from tests.tools.test_pack import ROOT, encoded, frames_of, rows_of, sums, write
 from tests.tools.test_pack_videos import PACKING, damaged, make, number_of, numbered, pack_tree, tree, zeros
 from tools import predict
 from tools.frames import load_clip
-from tools.images import BadImage, Packed
-from tools.kinetics import ClipOptions
+from tools.images import BadImage, Packed, Part
+from tools.pack import ClipOptions
 from tools.shards import VideoPacking
-from tools.sources import Part
 from tools.verify import verify
 from tools.videos import load_video
 from train.presets import FINETUNE_PRESETS
@@ -154,7 +153,7 @@ def test_a_long_folder_of_frames_becomes_clips(tmp_path):
 LOADER = """
 import resource, sys
 from pathlib import Path
-from tools.kinetics import ClipOptions
+from tools.pack import ClipOptions
 from tools.shards import Job, Sample, pack_shard
 from tools.videos import load_video
 

@@ -22,9 +22,7 @@ from pipelines.errors import UserError, run_cli
 from tests.pipelines_fixtures import read_rows
 from tools import pack, packing
 from tools.frames import longest_run
-from tools.imagenet import ImageOptions
-from tools.kinetics import ClipOptions
-from tools.samples import ListOptions
+from tools.pack import ClipOptions, ImageOptions, ListOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -467,20 +465,20 @@ def test_wrong_validation_labels_end_with_one_line(tmp_path):
     labels, synsets, out = tmp_path / "labels", tmp_path / "synsets", tmp_path / "out"
     wrong = {
         (b"b\na\nb\n", None): "labels has 3 labels for 4 pictures; give one per picture.",
-        (b"b\na\nq\nb", None): "labels line 3: 'q' is neither a class folder of train nor a picture of val.",
+        (b"b\na\nq\nb", None): "labels line 3: 'q' is not a class folder of train; correct it.",
         (b"1\n2\n1\n1", None): "labels holds class numbers; give --synsets FILE",
         (b"1\n2\n3\n1", b"b\na"): "labels line 3: '3' is not a number from 1 to 2",
         (b"1\n2\n0\n1", b"b\na"): "labels line 3: '0' is not a number from 1 to 2",
         (b"1\n2\n1\n" + b"1" * 5000, b"b\na"): "is not a number from 1 to 2",
         (b"1\nb\n1\n1", b"b\na"): "labels line 2: 'b' is not a number",
-        (b"1\n2\n1\n1", b"b\nq"): "labels line 2: 'q' is neither",
+        (b"1\n2\n1\n1", b"b\nq"): "labels line 2: 'q' is not a class",
         (b"1\n2\n1\n1", b"\n".join(b"%04d" % n for n in range(1000))): "synsets is in alphabetical order",
         (b"b\na\nb\nb", b"b\na"): "has no class numbers, and --synsets is for those",
         (LABELS["kaggle"].encode(), b"b\na"): "has no class numbers, and --synsets is for those",
-        (f"{VAL}1,b\n{VAL}9,b".encode(), None): f"labels line 2: '{VAL}9' is not a picture of val.",
+        (f"{VAL}1,b\n{VAL}9,b".encode(), None): f"labels line 2: '{VAL}9' is not a picture of val",
         (f'{VAL}1,b\n{VAL}2," "'.encode(), None): "labels line 2: '",
-        (f"x,y\n{VAL}1,b\n{VAL}1,a".encode(), None): f"labels line 3: '{VAL}1' has a second label.",
-        (f"{VAL}1,b\n{VAL}2,q 1".encode(), None): "labels line 2: 'q' is not a class folder of train.",
+        (f"x,y\n{VAL}1,b\n{VAL}1,a".encode(), None): f"labels line 3: '{VAL}1' has a second label;",
+        (f"{VAL}1,b\n{VAL}2,q 1".encode(), None): "labels line 2: 'q' is not a class folder",
         (f"{VAL}1,b\n{VAL}3,b".encode(), None): f"2 of the 4 pictures; val/{VAL}2.JPEG has none.",
         (b"", None): "labels is empty.",
         (b"\x93NUMPY\xff\xfe", None): "labels is not a text file in UTF-8",

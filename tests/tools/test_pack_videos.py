@@ -16,14 +16,14 @@ from PIL import Image, ImageOps
 
 from pipelines.errors import UserError
 from tests.tools.test_pack import ROOT, dali_decode, encoded, exif, frames_of, pixels, rows_of, sums, write
+from tools.folders import FRAMES, VIDEOS
 from tools.images import BadImage, Packed
-from tools.kinetics import ClipOptions
-from tools.pack import pack_all, pack_clips
+from tools.pack import ClipOptions, ListOptions, pack_all, pack_clips
 from tools.packing import run
-from tools.samples import ListOptions
+from tools.samples import list_samples
 from tools.shards import Packing, PackPlan, Sample, VideoPacking
 from tools.verify import verify
-from tools.videos import load_video, on_grid, ranked_files
+from tools.videos import load_video, on_grid
 
 BITS = 7
 PACKING = VideoPacking(256, 4, 1_000_000, 0.0, "", 30.0, 60.0, 10.0, 30.0, "")
@@ -490,11 +490,28 @@ def test_every_layout_is_found_and_bytes_do_not_depend_on_workers(tmp_path):
     assert verify(tmp_path / "1") == 0
 
 
-def test_of_files_with_one_name_the_nearest_is_used():
-    assert ranked_files(["val/l/x.mp4", "train/l/x.mp4"], ("train", "l"))[0] == "train/l/x.mp4"
-    assert ranked_files(["k/x.mp4", "l/x.mp4"], ("train", "l"))[0] == "l/x.mp4"
-    assert ranked_files(["l/x.json", "l/x.webm"], ("train", "l"))[0] == "l/x.webm"
-    assert ranked_files(["x.strange"], ("train", "l"))[0] == "x.strange"
+@pytest.mark.parametrize("kind", [VIDEOS, FRAMES])
+def test_of_clips_with_one_name_the_nearest_is_used(tmp_path, kind, capsys):
+    """Frame folders were only found with six digits and without folders of splits."""
+    suffix = "" if kind is FRAMES else ".ts"
+    files = [f"{place}/{name}{suffix}" for place in ("k", "val/l_m", "train/l m") for name in ("a_7_17", "x")]
+    for path in [*files, "k/a_000007_000017.json", "l m/b_000000_000010.strange"]:
+        write(tmp_path / path / "1.jpg" if kind is FRAMES and path in files else tmp_path / path, b"")
+    text = "label,youtube_id,time_start,time_end\nl m,a,7,17\nl m,b,0,10\n"
+    write(tmp_path / "train.csv", text.encode())
+    listing = list_samples(tmp_path, kind, tmp_path / "train.csv", None, None)
+    assert [item.source for item in listing.train] == [
+        f"train/l m/a_7_17{suffix}",
+        f"l_m/b_000000_000010{'.mp4' if suffix else ''}",
+    ]
+    assert listing.train[0].others == (f"val/l_m/a_7_17{suffix}", f"k/a_7_17{suffix}")
+    assert {(item.name, item.group, item.label) for item in listing.train} == {
+        ("a_000007_000017", "a", "l m"),
+        ("b_000000_000010", "b", "l m"),
+    }
+    assert listing.left_out[f"{kind.what} in no list"] == (3, f"k/x{suffix}")
+    assert listing.left_out[".strange files"] == (1, "l m/b_000000_000010.strange")
+    assert "train.csv: 2 samples; Kinetics' clips; class names; 1 absent" in capsys.readouterr().out
 
 
 def test_absent_and_damaged_videos_are_in_the_catalogue(tmp_path):

@@ -21,8 +21,7 @@ from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.pipelines_fixtures import read_rows
 from tests.train_helpers import CLASSES, picture, small
-from tools.imagenet import ImageOptions
-from tools.pack import pack_images
+from tools.pack import ImageOptions, pack_images
 from tools.predict import predict
 from train import build, evaluate, finetune, loop
 from train.config import Config, FinetuneConfig, to_dict

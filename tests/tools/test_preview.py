@@ -14,8 +14,7 @@ from pipelines.loader import TrainLoader
 from pipelines.machine import World
 from tests.train_helpers import small
 from tools import preview
-from tools.imagenet import ImageOptions
-from tools.pack import pack_images
+from tools.pack import ImageOptions, pack_images
 from tools.sheet import Card, Section, below, beside, fitted, font, sheet
 from train.config import Config, FinetuneConfig, MaeConfig
 

@@ -18,7 +18,7 @@ from tests.tools.test_pack_videos import (
     shown,
     tree,
 )
-from tools.videos import ranked_files
+from tools.folders import VIDEOS, find_sources
 
 SMALL, LARGE = (112, 64), (224, 128)
 
@@ -170,15 +170,12 @@ def test_a_change_of_size_within_a_stream_is_reported(tmp_path):
 # ---- several files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", [".ts", ".mpeg", ".m2ts", ".ogv", ".vob", ".TS", ".m1v"])
-def test_a_video_comes_before_its_sidecar(suffix):
+def test_a_video_is_listed_without_its_sidecar(tmp_path):
     """Regression: .json was preferred to suffixes that the list of videos lacked."""
-    assert ranked_files([f"l/x{suffix}", "l/x.json"], ("train", "l"))[0] == f"l/x{suffix}"
-    assert ranked_files(["l/x.json", f"k/x{suffix}", f"l/x{suffix}"], ("l",)) == [
-        f"l/x{suffix}",
-        "l/x.json",
-        f"k/x{suffix}",
-    ]
+    names = [f"x{suffix}" for suffix in (".TS", ".m1v", ".m2ts", ".mpeg", ".ogv", ".ts", ".vob")]
+    for name in [*names, "x.json"]:
+        write(tmp_path / name, b"")
+    assert find_sources(tmp_path, VIDEOS).sources == names
 
 
 def test_of_two_files_of_one_video_the_good_one_is_packed(tmp_path):

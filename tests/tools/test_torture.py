@@ -13,8 +13,7 @@ from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.pipelines_fixtures import train
 from tests.tools.test_pack import encoded, hopeless, mangled, pack_images, peculiar, pixels, rows_of, write
-from tools.kinetics import ClipOptions
-from tools.pack import pack_clips
+from tools.pack import ClipOptions, pack_clips
 from tools.verify import verify
 
 NAMES = (

@@ -6,8 +6,7 @@ from safetensors.torch import load_file
 
 from pipelines.errors import UserError
 from tests.train_helpers import small
-from tools.imagenet import ImageOptions
-from tools.pack import pack_images
+from tools.pack import ImageOptions, pack_images
 from train import finetune, loop, mae, probe
 
 

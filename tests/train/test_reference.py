@@ -18,8 +18,7 @@ from models.inputs import NormalizedInput
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.loader import Batch
 from tests.train_helpers import CLASSES, picture, small
-from tools.imagenet import ImageOptions
-from tools.pack import pack_images
+from tools.pack import ImageOptions, pack_images
 from train import build, finetune, loop, mae
 from train.config import Config
 from train.distributed import World
