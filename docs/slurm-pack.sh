@@ -19,4 +19,4 @@ part=()
 if [ "$SLURM_ARRAY_TASK_ID" -gt 0 ]; then
     part=(--shard-range "$SLURM_ARRAY_TASK_ID/${PARTS:-16}")
 fi
-exec .venv/bin/python -m "$@" --workers "$SLURM_CPUS_PER_TASK" "${part[@]}"
+exec "${PY:-.venv/bin/python}" -m "$@" --workers "$SLURM_CPUS_PER_TASK" "${part[@]}"

@@ -14,6 +14,7 @@
 #   sbatch docs/slurm-train.sh train.mae image-mae-large --data.path /network/imagenet --run.name big
 set -uo pipefail
 cd "$SLURM_SUBMIT_DIR" || exit 2
+PY=${PY:-.venv/bin/python}
 
 stopped=
 save_and_requeue() {
@@ -26,12 +27,12 @@ export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 NCCL_DEBUG=INFO
 
 if [ -n "${STAGE:-}" ]; then
-    srun .venv/bin/python -m tools.stage "$STAGE" "$TO" || exit
+    srun "$PY" -m tools.stage "$STAGE" "$TO" || exit
 fi
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 .venv/bin/torchrun --nnodes "$SLURM_JOB_NUM_NODES" \
+srun --kill-on-bad-exit=1 "$PY" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node "${GPUS:-$SLURM_GPUS_ON_NODE}" --rdzv-backend c10d \
     --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id "$SLURM_JOB_ID" \
     --shutdown-timeout 240 -m "$@" &

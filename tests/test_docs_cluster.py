@@ -7,6 +7,7 @@ what the scripts start is real: torchrun, training, packing.
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -121,9 +122,13 @@ def test_an_array_packs_the_bytes_of_one_run(tmp_path):
     pack_images(source, tmp_path / "one", shard_size=2)
     words = ["tools.pack", "images", "--source", source, "--out", tmp_path / "array", "--shard-size", "2"]
     command = ["bash", ROOT / "docs/slurm-pack.sh", *words]
-    envs = [slurm(tmp_path, SLURM_ARRAY_TASK_ID=i, SLURM_CPUS_PER_TASK=1, PARTS=2) for i in (1, 2, 0)]
+    python, job = tmp_path / "python", {"SLURM_CPUS_PER_TASK": 1, "PARTS": 2, "PY": tmp_path / "python"}
+    python.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/started\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    envs = [slurm(tmp_path, SLURM_ARRAY_TASK_ID=i, **job) for i in (1, 2, 0)]
     tasks = [subprocess.Popen(command, env=env, stdout=-3) for env in envs[:2]]
     assert [task.wait(120) for task in tasks] == [0, 0]
     assert not (tmp_path / "array/dataset.json").exists()
     subprocess.run(command, env=envs[2], stdout=-3, check=True, timeout=120)
     assert sums(tmp_path / "array") == sums(tmp_path / "one")
+    assert (tmp_path / "started").read_text().count("-m tools.pack images") == 3, "PY names the Python"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, atomic_write
+from tests.test_project import call_make
 from tests.tools.test_pack import CLIPS, clip_tree, encoded, pack_images, pixels, write
 from tests.train_helpers import call, make_images, small
 from tools import pack
 from tools.format3 import convert
 from tools.pack import ClipOptions
+from tools.packing import next_commands
 from train import build, evaluate, finetune, loop, mae
 from train.distributed import World
 from train.rundir import Run
@@ -68,6 +71,20 @@ def test_the_top_folder_of_tiny_kinetics_as_frames(tmp_path: Path):
     (tmp_path / "frames").rename(tmp_path / "data_30fps_frames")
     options = ClipOptions(workers=1)
     assert pack.pack_clips(tmp_path / "annotations", tmp_path / "out", options, frames=tmp_path) == 0
+
+
+def test_packing_ends_with_commands_that_train_on_the_result(images: Path, clips: Path, tmp_path: Path):
+    for number, (shards, kind) in enumerate(((images, "image"), (clips, "video"))):
+        shutil.copytree(shards, data := tmp_path / f"my data {number}")
+        lines = next_commands(data).splitlines()
+        assert [line.split(":")[0] for line in lines] == ["to pretrain", "to finetune", "without a GPU"]
+        for line, task in zip(lines, ("mae", "ft"), strict=False):
+            printed = call_make("-n", *shlex.split(line.partition(": make ")[2]))
+            assert f"{kind}-{task}-base --data.path '{data}'" in " ".join(printed.split())
+    for number in range(10):
+        write(tmp_path / "source" / f"{number}.jpg", encoded(pixels(number)))
+    assert pack_images(tmp_path / "source", tmp_path / "out") == 0
+    assert "finetune" not in next_commands(tmp_path / "out"), "the pictures have no classes"
 
 
 # ---- training ---------------------------------------------------------------------------------------------
@@ -143,6 +160,18 @@ def test_a_learning_rate_of_0_and_a_batch_above_the_data_say_what_to_change(
     )
     assert words in text
     assert "warmup takes" not in logged(batch=60, epochs=1.0, warmup_epochs=0.0)
+
+
+def test_a_small_validation_split_is_reported(images: Path, tmp_path: Path, capsys, monkeypatch):
+    words = (
+        "warning: only 14 samples are evaluated: acc changes in steps of 0.071; small differences are chance"
+    )
+    config = small("image-ft-pico", images, tmp_path, "few")
+    finetune.make_task(config, Run(ALONE))
+    assert words in capsys.readouterr().out
+    monkeypatch.setattr(finetune, "FEW", 14)
+    finetune.make_task(config, Run(ALONE))
+    assert "are evaluated" not in capsys.readouterr().out
 
 
 # ---- the command line -------------------------------------------------------------------------------------

@@ -23,6 +23,11 @@ from pipelines.files import atomic_text, atomic_write
 
 RELEASED_DATA = {"crop": 224 / 256, "interpolation": "cubic"}  # evaluation of the released models
 SETTINGS = ("crop", "interpolation", "sampling", "stride", "stride_fps")  # of a run's evaluation
+RESIZE = {  # how other libraries call the setting `interpolation`
+    "triangular": "Pillow's BILINEAR; torchvision's bilinear with antialias=True",
+    "cubic": "Pillow's BICUBIC; torchvision's bicubic with antialias=True",
+    "linear": "torchvision's bilinear with antialias=False",
+}
 RESAMPLE = {"linear": 2, "triangular": 2, "cubic": 3}  # Pillow's numbers; transformers always antialiases
 FUSION = re.compile(r"multi_scale_fusion_heads\.\d+\.weight")  # one for each pooling
 USUAL_HEADS = {config.decoder_width: config.decoder_heads for config in CONFIGS.values()}
@@ -120,7 +125,7 @@ def _write_program(
     frames, classes = model.input_size[0] if model.config.video else 1, model.config.num_classes
     facts = {name: data[name] for name in SETTINGS[: 2 if frames == 1 else None] if name in data}
     facts |= {"mean": mean, "std": deviation, "size": model.input_size[-1], "frames": frames}
-    facts |= {"classes": _class_names(read.classes, classes)}
+    facts |= {"classes": _class_names(read.classes, classes), "resize": RESIZE[data["interpolation"]]}
     if model.config.abs_win and "size" not in data:
         notes.append(f"size {model.input_size[-1]} is assumed: the weights do not show it")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -230,6 +231,7 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
         table.add_row("", f"left out: {what}", str(count), readable(example))
     console.print(table)
     if rejected <= max_reject * total:
+        console.print(next_commands(out), soft_wrap=True)
         return 0
     enough = math.ceil(1000 * rejected / total) / 1000
     console.print(
@@ -239,6 +241,19 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
         soft_wrap=True,
     )
     return 1
+
+
+def next_commands(out: Path) -> str:
+    """The commands that train on the packed dataset `out`: pretraining, and with classes finetuning."""
+    info = read_info(out)
+    data = f"DATA={shlex.quote(str(out))}"
+    pretrained = f"{info.kind}-mae-base"
+    lines = [f"to pretrain: make train-mae RECIPE={pretrained} {data}"]
+    if len(info.classes) > 1:
+        init = f"INIT=runs/{pretrained}"
+        lines.append(f"to finetune: make train-ft RECIPE={info.kind}-ft-base {data} {init}")
+    pico = "without a GPU: choose pico instead of base, and add DEVICE=cpu"
+    return "\n".join([*lines, f"{pico}; docs/which.md lists recipes and published weights"])
 
 
 def _outcomes(catalogue: Path) -> list[dict]:

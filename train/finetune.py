@@ -34,6 +34,7 @@ from train.rundir import Run
 from train.task import Check, Predictions, Task, batches_of, check_damage, create_classifier, open_splits
 
 TOP = 5  # classes per sample that an evaluation keeps
+FEW = 100  # evaluated samples below which a run warns
 
 
 def make_task(config: FinetuneConfig, run: Run) -> Task:
@@ -43,6 +44,7 @@ def make_task(config: FinetuneConfig, run: Run) -> Task:
     train, validation = open_splits(config, run)
     for split in (train, validation or train):
         check_labels(split)
+    warn_of_few(validation or train)
     warn_of_length(config)
     task = task_of(config, run, train.info.classes)
     if config.freeze == "trunk":
@@ -73,6 +75,15 @@ def check_labels(split: Dataset) -> None:
         raise UserError(f"{split.info.root} has one class only; there is nothing to tell apart")
     if (split.label < 0).any():
         raise UserError(f"{split.catalogue} has samples without a class; finetuning needs labelled shards")
+
+
+def warn_of_few(evaluated: Dataset) -> None:
+    """Warn if the evaluated split is so small that the accuracy is coarse."""
+    if (count := len(evaluated)) < FEW:
+        log(
+            f"warning: only {count} samples are evaluated: acc changes in steps of {1 / count:.2g}; small "
+            "differences are chance; pack more of the data for validation (--val-fraction)"
+        )
 
 
 def warn_of_length(config: FinetuneConfig) -> None:

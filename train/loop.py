@@ -288,6 +288,7 @@ def finish(trainer: Trainer) -> None:
         path = export(state.evaluated, config, "model.safetensors", state.step)  # last: it ends the run
         best = f"; {best_text(trainer.best)}: best.safetensors" if trainer.best else ""
         log(f"done: {path} after {trainer.clock.elapsed():.0f} s of training{best}")
+        log(f"to see the results: make report RUN={config.run.name}")
     trainer.run.beat({"step": state.step}, "stopped" if trainer.signal else "finished")
     trainer.run.close()
     # torchrun sends SIGTERM to the others once a process has ended: none may end before rank 0 has saved.

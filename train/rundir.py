@@ -31,6 +31,7 @@ from train.metrics import Row
 from train.optim import total_steps
 
 UNLOCKED = "a second training process in this folder would not be noticed"
+STARTED = {".lock", "log.txt", "logs", "tensorboard", "wandb", "trackers.json"}  # before the first step
 PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "webdataset", "pyarrow", "numpy")
 
 
@@ -70,13 +71,13 @@ class Run:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Remove the run folder after a `UserError`, if it holds only logs of starts that failed."""
+        """Remove the run folder after a `UserError`, if it holds only what starts that failed have left."""
         try:
             yield
         except UserError:
             if self.lock is not None and self.folder is not None:
                 self.close()
-                if {path.name for path in self.folder.iterdir()} <= {".lock", "log.txt", "logs"}:
+                if {path.name for path in self.folder.iterdir()} <= STARTED:
                     shutil.rmtree(self.folder, ignore_errors=True)
             raise
 

@@ -1,8 +1,13 @@
 """ONNX and pt2 files: logits, batch sizes, metadata, and refusal of files with other logits."""
 
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import av
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -11,10 +16,15 @@ from safetensors.torch import save_file
 
 import models
 from benchmarks.parity import randomise
-from models.inputs import IMAGE_STATS, VIDEO_STATS
+from models.inputs import IMAGE_STATS, VIDEO_STATS, NormalizedInput
+from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tools.convert import convert
 from tools.export import export
+from tools.predict import pack
+from train.distributed import World
+from train.presets import FINETUNE_PRESETS
+from train.task import batches_of
 
 torch.set_num_threads(2)
 CLASSES = ["ant", "bee", "cat"]
@@ -61,13 +71,42 @@ def test_an_export_gives_the_models_logits_for_any_batch(tmp_path, capsys, to, d
         compute = torch.export.load(path, extra_files=extra).module()
         facts = json.loads(extra["preprocessing.json"])
     mean, deviation = VIDEO_STATS if data is CLIP else IMAGE_STATS
-    assert facts == {**data, "mean": list(mean), "std": list(deviation), "classes": CLASSES}
+    resize = "Pillow's BILINEAR; torchvision's bilinear with antialias=True"
+    assert facts == {**data, "mean": list(mean), "std": list(deviation), "classes": CLASSES, "resize": resize}
+    if to == "onnx" and data is CLIP:
+        check_the_code_of_the_docs(tmp_path, path)
     for batch in (1, 3, 5):
         x = torch.randn(batch, 3, *model.input_size)
         with torch.no_grad():
             logits = model(x)
         assert logits.abs().max() > 0.1
         torch.testing.assert_close(compute(x), logits, rtol=0, atol=1e-4)
+
+
+def check_the_code_of_the_docs(folder, exported):
+    """The code in docs/weights.md gives the view of a video that training evaluates."""
+    ramp = np.mgrid[0:60, 0:90].sum(0)
+    video = [np.stack([ramp + 2 * t, 220 - ramp, ramp], 2).astype(np.uint8) for t in range(31)]
+    with av.open(folder / "clip.mp4", "w") as file:
+        stream = file.add_stream("libx264", rate=30, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 90, 60, "yuv444p"
+        for picture in (*(av.VideoFrame.from_ndarray(frame, "rgb24") for frame in video), None):
+            file.mux(stream.encode(picture))
+    text = (Path(__file__).parents[2] / "docs/weights.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "clip.mp4" in block)
+    for name, path in (("hiera.onnx", exported), ("clip.mp4", folder / "clip.mp4")):
+        code = code.replace(f'"{name}"', repr(str(path)))
+    values = {}
+    exec(code, values)
+    preset = FINETUNE_PRESETS["video-ft-pico"]
+    config = replace(preset, data=replace(preset.data, **CLIP), speed=replace(preset.speed, device="cpu"))
+    (folder / "packed").mkdir()
+    assert pack(config, [folder / "clip.mp4"], {}, folder / "packed")[1] == [""]
+    dataset = open_dataset(folder / "packed", "val")
+    (batch,) = batches_of(config, World(0, 1, torch.device("cpu")), dataset, (1, 1))
+    ours = NormalizedInput(torch.nn.Identity(), 4)(batch.pixels[:1]).numpy()
+    assert values["clip"].shape == ours.shape == (1, 3, 4, 32, 32) and values["logits"].shape == (1, 3)
+    assert np.abs(values["clip"] - ours).mean() < 0.02  # JPEG; another first frame would give 0.035
 
 
 class Changing(torch.nn.Module):

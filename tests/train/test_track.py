@@ -200,7 +200,7 @@ def test_a_missing_package_or_login_is_an_error_before_the_first_step(images, ho
     wandb.teardown()
     monkeypatch.delenv("WANDB_MODE")
     with pytest.raises(UserError, match=r"wandb has no login; run `wandb login`"):
-        loop.fit(changed(config, run={"track": ("wandb",)}), mae.make_task)
+        loop.fit(changed(config, run={"track": ("tensorboard", "wandb")}), mae.make_task)
     assert not config.run.folder.exists()
 
 
