@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 from dataclasses import fields, replace
+from functools import cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -171,6 +172,7 @@ def bf16_peak(device_name: str) -> float | None:
     return BF16_PEAK.get(device_name)
 
 
+@cache
 def forward_macs(config: HieraConfig, mae: bool = False, mask_ratio: float = 0.6) -> int:
     """Multiply-accumulates of one sample's forward pass; a training step has three times as many.
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from train.console import parse
 from train.metrics import MetricsWriter
 from train.presets import MAE_PRESETS
 from train.rundir import Run
-from train.task import Task
+from train.task import MakeTask, Task
 
 CLEAN = multiprocessing.get_context("forkserver")  # its children start with everything imported
 PRELOADED = (
@@ -57,7 +58,7 @@ def train(config: Config, log: Path, moment: Synchronized) -> None:
         task = make(*arguments)
         return replace(task, evaluate=marked(1, task.evaluate))
 
-    make = mae.make_task if isinstance(config, MaeConfig) else finetune.make_task
+    make = task_of(config)
     checkpoint.save = marked(2, checkpoint.save)
     MetricsWriter.write = marked(3, MetricsWriter.write)
     MetricsWriter.commit = marked(4, MetricsWriter.commit)
@@ -69,6 +70,35 @@ def redirect_output(log: Path) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+
+
+def task_of(configuration: Config) -> MakeTask:
+    return mae.make_task if isinstance(configuration, MaeConfig) else finetune.make_task
+
+
+def two_ranks(*settings: Config) -> tuple[list[int | None], str]:
+    """Train in one process per configuration; returns their exit codes and output."""
+    log, port = settings[0].run.root / "ranks.out", free_port()
+    processes = [CLEAN.Process(target=be_rank, args=(r, port, one, log)) for r, one in enumerate(settings)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        process.kill()
+    return [process.exitcode for process in processes], log.read_text()
+
+
+def be_rank(rank: int, port: int, settings: Config, log: Path) -> None:
+    redirect_output(log)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ |= dict(zip(names, map(str, (rank, rank, 2, 2, "127.0.0.1", port)), strict=True))
+    run_cli(lambda: loop.main(settings, task_of(settings)))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def kill_until_done(config: Config, kills: int, seed: int) -> Counter[str]:

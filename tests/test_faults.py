@@ -56,6 +56,13 @@ def pretraining(images: Path, root: Path, name: str, processes: int = 1, **optim
     return replace(config, speed=replace(config.speed, processes=processes, timeout=5.0))
 
 
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; tests use copies of it."""
+    config = pretraining(images, tmp_path_factory.mktemp("one"), "run")
+    return fit(config, mae.make_task)
+
+
 # ---- killed at any moment ---------------------------------------------------------------------------------
 
 
@@ -290,11 +297,11 @@ def test_the_disk_is_full_while_training(free: str, images: Path, tmp_path: Path
     happened(f"stopped after {reached}, then bit-equal")
 
 
-def test_the_folder_cannot_be_written(images: Path, tmp_path: Path):
+def test_the_folder_cannot_be_written(finished: Path, images: Path, tmp_path: Path):
     """one line and no loss: the run resumes once the folder can be written again"""
     with small_disk(tmp_path / "disk", "400m") as disk:
         config = pretraining(images, disk, "run")
-        fit(config, mae.make_task)
+        shutil.copytree(finished, disk / "run")
         (disk / "run" / "model.safetensors").unlink()
         before = trees(disk)
         remount(disk, "ro")
@@ -307,11 +314,12 @@ def test_the_folder_cannot_be_written(images: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["cut off", "a bit flipped", "empty", "all damaged"])
-def test_checkpoints_are_damaged(damage: str, images: Path, tmp_path: Path, happened: Happened):
+def test_checkpoints_are_damaged(
+    damage: str, finished: Path, images: Path, tmp_path: Path, happened: Happened
+):
     """the newest valid one is used, with a warning; if none is valid, the run ends and changes nothing"""
     config = pretraining(images, tmp_path, "run")
-    fit(config, mae.make_task)
-    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
     paths = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))
     for path in paths if damage == "all damaged" else paths[-1:]:
@@ -327,16 +335,15 @@ def test_checkpoints_are_damaged(damage: str, images: Path, tmp_path: Path, happ
     fit(config, mae.make_task)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert f"{paths[-1]} is damaged" in log and "resumed from step" in log
-    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert_same(tmp_path / "run", finished)
     happened("warned; results bit-equal")
 
 
 @pytest.mark.parametrize("damage", ["part cut off", "part gone", "row cut off", "row garbled", "CSV gone"])
-def test_metrics_are_damaged(damage: str, images: Path, tmp_path: Path):
+def test_metrics_are_damaged(damage: str, finished: Path, images: Path, tmp_path: Path):
     """readable rows are kept; the last one is in the checkpoint; CSV and Parquet are equal"""
     config = pretraining(images, tmp_path, "run")
-    fit(config, mae.make_task)
-    run = tmp_path / "run"
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
     (run / "model.safetensors").unlink()
     csv, part = run / "metrics.csv", max((run / "metrics").glob("*.parquet"))
     rows = read_csv(csv)
@@ -369,19 +376,17 @@ def test_two_runs_use_one_folder(images: Path, tmp_path: Path):
     assert first.wait(60) == 143
 
 
-def test_the_clock_is_set_back(images: Path, tmp_path: Path):
+def test_the_clock_is_set_back(finished: Path, images: Path, tmp_path: Path):
     """checkpoints are ordered by step, not by date"""
     config = pretraining(images, tmp_path, "run")
-    fit(config, mae.make_task)
-    run = tmp_path / "run"
-    shutil.copytree(run, tmp_path / "whole")
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
     (run / "model.safetensors").unlink()
     newest = max((run / "checkpoints").glob("*.pt"))
     for path in run.rglob("*"):
         os.utime(path, (1, 1) if path == newest else (5e9, 5e9))
     fit(config, mae.make_task)
     assert f"resumed from step {int(newest.stem.split('-')[1])}" in (run / "log.txt").read_text()
-    assert_same(run, tmp_path / "whole")
+    assert_same(run, finished)
 
 
 @long

@@ -27,6 +27,8 @@ from train.rundir import Run
 
 ALONE = World(0, 1, torch.device("cpu"))
 
+LONG = (pytest.mark.fault, pytest.mark.long)  # a row of `make faults`, not in `make test`
+
 
 # ---- packed data ------------------------------------------------------------------------------------------
 
@@ -183,7 +185,9 @@ def test_a_value_of_the_wrong_type_gives_a_box_without_a_traceback():
     assert "Error parsing --optim.lr: could not convert string to float: 'high'" in done.stderr
 
 
-@pytest.mark.parametrize("words", [("--optim.batch", "0"), ("--data.path", "s3://b/x")])
+@pytest.mark.parametrize(
+    "words", [pytest.param(("--optim.batch", "0"), marks=LONG), ("--data.path", "s3://b/x")]
+)
 def test_under_torchrun_a_wrong_word_prints_its_error_once(words: tuple[str, str]):
     torchrun = ("--nproc-per-node", "2", "--master-port", "0", "--standalone", "-m", "train.mae")
     done = call("torch.distributed.run", *torchrun, "image-mae-pico", *words)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import IO
@@ -284,6 +285,7 @@ def environment() -> dict[str, object]:
     }
 
 
+@cache
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
     """The installed version of each package, None if it is not installed."""
     installed = {one.name: one.version for one in importlib.metadata.distributions()}

@@ -194,7 +194,7 @@ def controls(_: Setup) -> dict:
 
 def mae_rows(setup: Setup) -> dict:
     imitate(lag_ms=50)
-    return setup.train(setup.config("image-mae-pico", "rows", run__detail=True))
+    return setup.train(setup.config("image-mae-pico", "rows", run__detail=True, health=True))
 
 
 def finetune_all(setup: Setup) -> dict:

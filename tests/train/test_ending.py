@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from pipelines.errors import UserError, run_cli
-from tests.fault_helpers import CLEAN, redirect_output
-from tests.train.test_resume import free_port, quick
+from tests.fault_helpers import CLEAN, free_port, redirect_output
+from tests.train.test_resume import quick
 from train import finetune, loop
 from train.config import Config
 from train.task import Task

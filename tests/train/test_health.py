@@ -23,7 +23,7 @@ from train.rundir import Run
 def settings(images: Path, root: Path, name: str) -> MaeConfig:
     config = small("image-mae-pico", images, root, name, epochs=0.6)
     assert isinstance(config, MaeConfig)
-    return replace(config, run=replace(config.run, eval_every=1, log_every=1))
+    return replace(config, health=True, run=replace(config.run, eval_every=1, log_every=1))
 
 
 @pytest.fixture(scope="module")

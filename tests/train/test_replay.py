@@ -24,7 +24,7 @@ def settings(images: Path, root: Path) -> MaeConfig:
     config = small("image-mae-pico", images, root, "run", epochs=1.35, batch=6, lr_batch=6)
     assert isinstance(config, MaeConfig)
     run = replace(config.run, log_every=2, eval_every=100, checkpoint_every=4, max_skipped=2, keep=9)
-    return replace(config, run=run, speed=replace(config.speed, micro_batch=3, profile="2:3"), health=False)
+    return replace(config, run=run, speed=replace(config.speed, micro_batch=3, profile="2:3"))
 
 
 def listing(folder: Path) -> dict[str, str]:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from dataclasses import replace
@@ -16,12 +15,12 @@ import torch
 
 from pipelines.config import Augment
 from pipelines.errors import UserError, run_cli
-from tests.fault_helpers import CLEAN, redirect_output
+from tests.fault_helpers import CLEAN, redirect_output, task_of, two_ranks
 from tests.pipelines_fixtures import read_rows, write_rows
 from tests.train.test_runs import assert_same, descendants, results
 from tests.train_helpers import ROOT, arguments, module, small
-from train import checkpoint, config, ending, finetune, loop, mae, rundir
-from train.config import Config, MaeConfig
+from train import checkpoint, config, ending, finetune, loop, rundir
+from train.config import Config
 from train.metrics import read_csv
 from train.task import MakeTask, Task
 
@@ -37,10 +36,6 @@ def quick(data: Path, root: Path, name: str, preset: str = "image-ft-pico", **op
         run=replace(base.run, log_every=2, eval_every=5, checkpoint_every=4),
         speed=replace(base.speed, micro_batch=4),
     )
-
-
-def task_of(configuration: Config) -> MakeTask:
-    return mae.make_task if isinstance(configuration, MaeConfig) else finetune.make_task
 
 
 def changed(base: Config, **groups: dict) -> Config:
@@ -131,31 +126,6 @@ def test_ranks_with_different_settings_or_shards_are_refused(images, tmp_path):
     (tmp_path / "other/dataset.json").write_text(json.dumps(info))
     codes, printed = two_ranks(settings, changed(settings, data={"path": tmp_path / "other"}))
     assert codes == [2, 2] and printed.count("error: the shards of rank 1 differ from those of rank 0") == 1
-
-
-def two_ranks(*settings: Config) -> tuple[list[int | None], str]:
-    """Train in one process per configuration; returns their exit codes and output."""
-    log, port = settings[0].run.root / "ranks.out", free_port()
-    processes = [CLEAN.Process(target=be_rank, args=(r, port, one, log)) for r, one in enumerate(settings)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()
-    return [process.exitcode for process in processes], log.read_text()
-
-
-def be_rank(rank: int, port: int, settings: Config, log: Path) -> None:
-    redirect_output(log)
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    os.environ |= dict(zip(names, map(str, (rank, rank, 2, 2, "127.0.0.1", port)), strict=True))
-    run_cli(lambda: loop.main(settings, task_of(settings)))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # ---- the settings

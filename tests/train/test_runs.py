@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from pipelines.config import Augment
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
+from tests.fault_helpers import two_ranks
 from tests.train_helpers import ROOT, arguments, call, module, small
 from tools.plot import plot
 from train import build, evaluate, finetune, loop, mae
@@ -85,7 +86,7 @@ def test_accumulation_and_processes_do_not_change_the_result(images: Path, tmp_p
     """1 x 12, 1 x 3 x 4 and 2 processes x 3 x 2: the same global batch gives equal weights up to rounding."""
     # Adam amplifies the rounding noise of tiny gradients to the learning rate, so the rate is small here.
     base = small("image-mae-pico", images, tmp_path, "joined", epochs=2.0, lr=1e-4)
-    base = replace(base, decode_ratio=0.5, model=replace(base.model, drop_path=0.4))
+    base = replace(base, decode_ratio=0.5, health=True, model=replace(base.model, drop_path=0.4))
 
     def variant(name: str, **speed: object):
         run, speed_config = replace(base.run, name=name), replace(base.speed, **speed)
@@ -93,9 +94,9 @@ def test_accumulation_and_processes_do_not_change_the_result(images: Path, tmp_p
 
     joined = fit(variant("joined", micro_batch=12), mae.make_task)
     split = fit(variant("split", micro_batch=3), mae.make_task)
-    done = call("train.mae", "image-mae-pico", *arguments(variant("two", micro_batch=3, processes=2)))
-    assert done.returncode == 0, done.stderr
-    assert "2 processes x 3 micro x 2 accumulated" in done.stdout
+    codes, printed = two_ranks(*[variant("two", micro_batch=3)] * 2)
+    assert codes == [0, 0], printed
+    assert "2 processes x 3 micro x 2 accumulated" in printed
     reference, rows = results(joined)
     for other in (split, tmp_path / "two"):
         weights, other_rows = results(other)
@@ -309,15 +310,15 @@ def test_damage_is_replaced_counted_and_limited_on_every_rank(images: Path, tmp_
     _, rows = results(fit(base, finetune.make_task))
     assert rows[-1]["bad"] >= 8  # 2 samples x 6 epochs, counted in rows
     assert [row["bad"] for row in rows] == sorted(row["bad"] for row in rows)
-    two = replace(base, run=replace(base.run, name="two"), speed=replace(base.speed, processes=2))
-    done = call("train.finetune", "image-ft-pico", *arguments(two))
-    assert done.returncode == 0, done.stderr
-    assert f"{rows[-1]['bad']} damaged samples replaced" in done.stdout
-    assert "2 rows of each sample" in done.stdout and "decoding threads" in done.stdout
+    two = replace(base, run=replace(base.run, name="two"))
+    codes, printed = two_ranks(two, two)
+    assert codes == [0, 0], printed
+    assert f"{rows[-1]['bad']} damaged samples replaced" in printed
+    assert "2 rows of each sample" in printed and "decoding threads" in printed
     assert [row["bad"] for row in results(tmp_path / "two")[1]] == [row["bad"] for row in rows]
     strict = replace(two, data=replace(two.data, max_bad=0.0), run=replace(two.run, name="strict"))
-    done = call("train.finetune", "image-ft-pico", *arguments(strict))
-    assert done.returncode == 2 and "2 samples are damaged, more than the 1 allowed" in done.stderr
+    codes, printed = two_ranks(strict, strict)
+    assert codes == [2, 2] and "2 samples are damaged, more than the 1 allowed" in printed
 
 
 def test_two_runs_cannot_share_a_folder(images: Path, tmp_path: Path):
