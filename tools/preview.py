@@ -28,10 +28,8 @@ from train.build import check
 from train.config import Config, FinetuneConfig, MaeConfig
 from train.console import parse
 from train.distributed import World
-from train.finetune import check_labels
-from train.mae import masking_of
-from train.mixing import mix
-from train.pictures import visible
+from train.finetune import check_labels, mix
+from train.mae import masking_of, visible
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS, NOT_GIVEN
 from train.task import batches_of, create_model, open_validation
 

@@ -86,7 +86,7 @@ def reconstructions(picture: Path) -> str:
     with Image.open(picture) as image:
         image.verify()
     with Image.open(picture) as image:  # again, because verify leaves nothing to read
-        # Written by train.pictures; older pictures have neither.
+        # Written by train.mae; older pictures have neither.
         height, zoom = int(image.info.get("part height", image.height)), int(image.info.get("zoom", 1))
         html = ""
         for top in range(0, image.height - height + 1, height):
