@@ -19,8 +19,8 @@ from pipelines.files import atomic_text
 from tools.compare import as_text, curves, marked, numbers, preset_of, read_json, settings, summary
 from tools.plot import COLOURS, DARK_COLOURS, names_of
 from tools.results import results_html
-from tools.words import shown
 from train.config import MaeConfig, flatten, from_dict
+from train.words import shown
 
 LOG_LINES, WEAKEST = 40, 20
 

@@ -153,13 +153,13 @@ def log_plan(config: Config, task: Task, world: World) -> None:
     micro, accumulate = micro_batches(config, world.size, task.mixed)
     samples = len(task.training)
     steps = total_steps(optim, samples)
-    length = f"{optim.epochs:g} epochs"
+    length = f"{optim.epochs:g} epoch{'s' * (optim.epochs != 1)}"
     if steps * optim.batch > Fraction(str(optim.epochs)) * samples:
         length += ", rounded up"
     log(
         f"global batch {optim.batch} = {world.size} processes x {micro} micro x {accumulate} accumulated"
         f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
-        f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {length}"
+        f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} step{'s' * (steps != 1)} = {length}"
     )
     if optim.batch > samples:
         log(

@@ -170,9 +170,9 @@ def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images,
     allowed = replace(longer, run=replace(longer.run, allow=("optim.epochs", "data")))
     fit(allowed, finetune.make_task)
     info = json.loads((data / "dataset.json").read_text())
-    info["classes"][0] = "renamed"
+    info["classes"][0] = "n01440764"
     (data / "dataset.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match=r"other classes than .* its class 0 is renamed, the run's is "):
+    with pytest.raises(UserError, match=r"other classes than .* class 0 is tench \(n01440764\), the run's"):
         evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
 
 
@@ -186,6 +186,8 @@ def test_unusual_settings_give_a_warning(images, tmp_path, capsys):
     assert "10 steps = 3 epochs" in usual and "rounded up" not in usual
     assert "times the training data" not in usual and "rises to the very end" not in usual
     assert "11 steps = 3.1 epochs, rounded up" in logged(epochs=3.1)
+    assert "4 steps = 1 epoch, rounded up" in logged(epochs=1.0)
+    assert "; 1 step = 0.3 epochs" in logged(epochs=0.3)
     assert "a batch is 1.5 times the training data: lower optim.batch" in logged(batch=60)
     assert "warmup takes 3 epochs: the learning rate rises to the very end" in logged(warmup_epochs=3.0)
 
