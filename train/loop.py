@@ -89,7 +89,9 @@ class Trainer:
         state = build.build(config, task, run)  # precision, starting weights, optimizer, moving average
         build.resume(config, task, run, state)  # all processes must have the same weights
         self.config, self.task, self.run, self.state = config, task, run, state
-        self.tracks = track.start(config, run.world, state.step)  # TensorBoard and others, on rank 0
+        self.tracks: track.Tracks | None = None  # TensorBoard and others, on rank 0
+        if config.run.track:
+            self.tracks = distributed.on_rank_0(run.world, lambda: track.Tracks(config, state.step))
         world, folder = run.world, config.run.folder
         self.steps = total_steps(config.optim, len(task.training))  # of the whole run
         self.eval_every = config.run.eval_every or eval_interval(config.optim, len(task.training))
