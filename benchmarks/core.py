@@ -26,7 +26,7 @@ from pipelines.dataset import open_dataset
 from pipelines.errors import run_cli
 from pipelines.loader import Batch, blank_batch
 from tools.pack import ImageOptions, pack_images
-from train import loop
+from train import build, loop
 from train.config import Config
 from train.metrics import MAE_COLUMNS, read_csv
 from train.optim import make_optimizer, set_learning_rate, update
@@ -93,12 +93,12 @@ def ours(config: Config, batch: Batch) -> float:
         while True:
             yield batch
 
-    real = loop.training_batches
-    loop.training_batches = batches  # pyrefly: ignore
+    real = build.training_batches
+    build.training_batches = batches  # pyrefly: ignore
     try:
         loop.fit(config, make_task)
     finally:
-        loop.training_batches = real
+        build.training_batches = real
     rows = read_csv(config.run.root / config.run.name / "metrics.csv")
     return median(row["step_ms"] for row in rows[1:]) / 1e3
 

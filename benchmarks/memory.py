@@ -20,8 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from models.mae import MaskedAutoencoder
 from models.zoo import create
 from pipelines.errors import run_cli
-from train.checkpoint import checkpoint_bytes
 from train.config import OptimConfig
+from train.optim import checkpoint_bytes
 
 SIZES = ("tiny", "small", "base", "base_plus", "large", "huge")
 BYTES_A_PARAMETER = 18

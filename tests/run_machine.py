@@ -29,7 +29,7 @@ from tests.fault_helpers import CLEAN, PRELOADED
 # Modules that a run imports late; the fork server imports them only once.
 LATE = ("tyro", "tyro._backends._tyro_backend", "typeguard", "dateutil.relativedelta", "pyarrow.dataset")
 LATE += ("timm.scheduler", "models.zoo", "torch.utils.flop_counter", "nvidia.dali._debug_mode", "numpy.ma")
-OURS = ("tests.run_machine", "train.card", "train.evaluate", "train.finetune", "train.mae", "train.pictures")
+OURS = ("tests.run_machine", "train.card", "train.evaluate", "train.finetune", "train.mae")
 CLEAN.set_forkserver_preload([*PRELOADED, *LATE, *OURS])
 
 PATIENCE = 120.0  # maximum seconds of a start

@@ -19,8 +19,8 @@ from models.zoo import create
 from pipelines import machine
 from tests.tools.test_pack import image_tree, pack_images, sums
 from tests.train_helpers import ROOT, arguments, small
-from train.checkpoint import checkpoint_bytes
 from train.config import OptimConfig
+from train.optim import checkpoint_bytes
 from train.rundir import log_cores
 
 SCRIPTS = ("slurm-train.sh", "slurm-pack.sh")

@@ -42,10 +42,10 @@ from tools.shards import (
     pack_shard,
 )
 from tools.videos import load_video
-from tools.words import shown
 from train.config import Config, FinetuneConfig
 from train.evaluate import load_model, open_task, read_config, weights_of
 from train.task import Task
+from train.words import shown
 
 NOT_FINITE = "the model's probabilities for it are not finite"
 TABLES = (".csv", ".json", ".parquet")

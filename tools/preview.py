@@ -22,18 +22,16 @@ from pipelines.files import atomic_write
 from pipelines.loader import Batch, TrainLoader
 from pipelines.order import keep_units
 from tools.sheet import Card, Pixels, Section, below, beside, sheet
-from tools.words import shown
 from train import distributed
 from train.build import check
 from train.config import Config, FinetuneConfig, MaeConfig
 from train.console import parse
 from train.distributed import World
-from train.finetune import check_labels
-from train.mae import masking_of
-from train.mixing import mix
-from train.pictures import visible
+from train.finetune import check_labels, mix
+from train.mae import masking_of, visible
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS, NOT_GIVEN
 from train.task import batches_of, create_model, open_validation
+from train.words import shown
 
 IMAGES, CLIPS = 12, 8  # rows of a section, at most
 FRAMES = 8  # of a clip

@@ -19,8 +19,8 @@ from pipelines.files import atomic_text
 from tools.compare import as_text, curves, marked, numbers, preset_of, read_json, settings, summary
 from tools.plot import COLOURS, DARK_COLOURS, names_of
 from tools.results import results_html
-from tools.words import shown
 from train.config import MaeConfig, flatten, from_dict
+from train.words import shown
 
 LOG_LINES, WEAKEST = 40, 20
 
@@ -86,7 +86,7 @@ def reconstructions(picture: Path) -> str:
     with Image.open(picture) as image:
         image.verify()
     with Image.open(picture) as image:  # again, because verify leaves nothing to read
-        # Written by train.pictures; older pictures have neither.
+        # Written by train.mae; older pictures have neither.
         height, zoom = int(image.info.get("part height", image.height)), int(image.info.get("zoom", 1))
         html = ""
         for top in range(0, image.height - height + 1, height):

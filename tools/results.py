@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from pipelines.dataset import open_split, read_info
 from pipelines.errors import UserError, first_line
-from tools.words import shown
 from train.config import from_dict
 from train.rundir import is_data_of
+from train.words import shown
 
 MATRIX = 50  # classes up to which the confusion matrix is drawn
 WITH_COUNTS = 20  # classes up to which its cells have numbers

@@ -5,9 +5,8 @@ the weights of that moment. `make replay` (train/replay.py) repeats the step wit
 """
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.inputs import NormalizedInput
-from pipelines.dataset import Dataset, read_batch
+from pipelines.dataset import read_batch
 from pipelines.errors import UserError, first_line
 from pipelines.files import atomic_text
 from train import checkpoint, distributed
@@ -44,9 +43,9 @@ def record(config: Config, task: Task, world: World, state: State, step: int, lo
     folder = config.run.folder
     checkpoint.keep_before(folder / "checkpoints", step)
     path = write(folder / f"bad-step-{step}.json", report)
-    place = place_of(report) or "nowhere with the weights of now"
+    place = f"first in {place_of(report)}" if place_of(report) else "but with the current weights both are"
     log(
-        f"step {step}: the loss or the gradient is not finite, first in {place}; {path} has its rows, and "
+        f"step {step}: the loss or the gradient is not finite, {place}; {path} lists its rows, and "
         f"`make replay RUN={config.run.name} STEP={step}` repeats it"
     )
 
@@ -59,15 +58,8 @@ def place_of(report: Report) -> str:
 
 def write(path: Path, report: Report) -> Path:
     """Write a report as JSON, which has no NaN and no infinity: they become strings that `float` reads."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return str(value)
-        if isinstance(value, Mapping):
-            return {name: plain(item) for name, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list) else value
-
-    atomic_text(path, json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
+    plain = json.loads(json.dumps(report), parse_constant=str)
+    atomic_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
@@ -121,8 +113,9 @@ def _inspect(config: Config, task: Task, world: World, model: nn.Module, step: i
             {"process": world.rank, "epoch": epoch, "id": number, "loss": loss}
             for epoch, number, loss in columns
         ]
-    for row, source in zip(rows, sources(task.training, [row["id"] for row in rows]), strict=True):
-        row["source"] = source
+    sources = read_batch(task.training.catalogue, ("source",))["source"]
+    for row in rows:
+        row["source"] = sources[row["id"]].as_py()  # the path below the folder that was packed
     first = {"pass": places[0][0], "layer": places[0][1], "process": world.rank} if places else None
     return {"rows": rows, "first_nonfinite": first, "gradient_norms": layer_norms(sums)}
 
@@ -166,8 +159,3 @@ def layer_norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
         square = value.double().square().sum()
         squares[layer] = squares[layer] + square if layer in squares else square
     return {layer: square.sqrt().item() for layer, square in squares.items()}
-
-
-def sources(dataset: Dataset, ids: Sequence[int]) -> list[str]:
-    """The paths of samples below the folder that was packed."""
-    return read_batch(dataset.catalogue, ("source",))["source"].take(list(ids)).to_pylist()

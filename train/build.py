@@ -18,12 +18,12 @@ from pipelines.loader import Batch, TrainLoader
 from pipelines.machine import usable_cores
 from pipelines.views import check_info
 from train import checkpoint, distributed
-from train.checkpoint import State, checkpoint_bytes
+from train.checkpoint import State
 from train.config import Config, ModelConfig, SpeedConfig
 from train.console import log
 from train.distributed import World
 from train.meters import Meters
-from train.optim import make_ema, make_optimizer, scaled_lr, total_steps, warmup_steps
+from train.optim import checkpoint_bytes, make_ema, make_optimizer, scaled_lr, total_steps, warmup_steps
 from train.rundir import Run
 from train.task import Task
 
@@ -66,12 +66,12 @@ def build(config: Config, task: Task, run: Run) -> State:
     """Set the precision, load the starting weights, and make optimizer and moving average."""
     device = run.world.device
     set_precision(config.speed, device)
+    if config.model.init and run.newest is None:
+        warm_start(task.model, config.model, task.training.info.classes)
     log_plan(config, task, run.world)
     parameters = sum(p.numel() for p in task.model.parameters())
     size = checkpoint_bytes(task.model, config.optim) / 1e6
     log(f"model {config.model.name}: {parameters / 1e6:.1f} M parameters, {size:,.0f} MB per checkpoint")
-    if config.model.init and run.newest is None:
-        warm_start(task.model, config.model, task.training.info.classes)
     model = task.model.to(device)
     optimizer = make_optimizer(model, config.optim)
     return State(model, optimizer, make_ema(model, config.optim), Meters(device))
@@ -153,13 +153,13 @@ def log_plan(config: Config, task: Task, world: World) -> None:
     micro, accumulate = micro_batches(config, world.size, task.mixed)
     samples = len(task.training)
     steps = total_steps(optim, samples)
-    length = f"{optim.epochs:g} epochs"
+    length = f"{optim.epochs:g} epoch{'s' * (optim.epochs != 1)}"
     if steps * optim.batch > Fraction(str(optim.epochs)) * samples:
         length += ", rounded up"
     log(
         f"global batch {optim.batch} = {world.size} processes x {micro} micro x {accumulate} accumulated"
         f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
-        f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} steps = {length}"
+        f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} step{'s' * (steps != 1)} = {length}"
     )
     if optim.batch > samples:
         log(

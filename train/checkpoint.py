@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, atomic_write, sha256_of
-from train.config import OptimConfig
 from train.console import log
 from train.distributed import World
 from train.meters import Meters
@@ -81,14 +80,6 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 # ---- writing
-
-
-def checkpoint_bytes(model: nn.Module, optim: OptimConfig) -> int:
-    """The size of a checkpoint: weights, optimizer state and moving average, each in float32."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    state = 2 if optim.name == "adamw" else int(optim.momentum > 0)  # tensors per trained weight
-    copies = [1 + (optim.ema > 0) + state * trained for _, trained in sizes]
-    return 4 * sum(count * copied for (count, _), copied in zip(sizes, copies, strict=True))
 
 
 class Writer:

@@ -2,26 +2,20 @@
 
 import ctypes
 import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from pipelines.machine import World, usable_cores
 from train import ending
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-DRIVER = Path("/proc/driver/nvidia/version")
-LEAST_DRIVER = 580  # CUDA 13 requires it, https://docs.nvidia.com/deploy/cuda-compatibility
 NUMBERING = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # torchrun's variables that number the processes
 MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")  # those that say where they meet
 START_OR_UNSET = "start the command with torchrun, which sets all of them, or unset them"
@@ -36,21 +30,18 @@ def under_torchrun() -> bool:
     """
     if not set(NUMBERING) & set(os.environ):
         return False
-    values = {name: os.environ.get(name, "") for name in NUMBERING}
-    several = values["WORLD_SIZE"] not in ("", "1")
+    several = os.environ.get("WORLD_SIZE") not in (None, "", "1")
     needed = (*NUMBERING, *(MEETING_POINT if several else ()))
-    missing = [name for name in needed if not os.environ.get(name)]
-    if missing:
-        found = ", ".join(name for name in NUMBERING if values[name]) or "an empty one"
+    if missing := [name for name in needed if not os.environ.get(name)]:
         raise UserError(
-            f"{', '.join(missing)} missing from the environment, which has {found}; {START_OR_UNSET}"
+            f"of torchrun's variables, the environment lacks {', '.join(missing)}; {START_OR_UNSET}"
         )
     for name in (*NUMBERING, "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         value, least = os.environ.get(name, "1"), int("SIZE" in name)
         if not value.isdecimal() or int(value) < least:
             raise UserError(f"{name} is '{value}', not a number of at least {least}; {START_OR_UNSET}")
-    if rank() >= int(values["WORLD_SIZE"]):
-        raise UserError(f"RANK is {rank()} of WORLD_SIZE {values['WORLD_SIZE']} processes; {START_OR_UNSET}")
+    if rank() >= (size := int(os.environ["WORLD_SIZE"])):
+        raise UserError(f"RANK is {rank()} of WORLD_SIZE {size} processes; {START_OR_UNSET}")
     return True
 
 
@@ -75,12 +66,11 @@ def resolve_device(name: str, processes: int) -> str:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and gpus == 0 and processes == 1):
         return "cpu"
-    if gpus == 0 and (problem := old_driver()):
-        raise UserError(f"{problem}; update it, or add DEVICE=cpu (--speed.device cpu) to use the CPU")
     if processes > gpus and not one_each(gpus):
+        why = "" if gpus else f" ({cuda_problem()}; CUDA 13 requires driver 580 or newer)"
         raise UserError(
-            f"{processes} GPUs were asked for and this machine has {gpus}; ask for fewer, or add DEVICE=cpu "
-            f"(--speed.device cpu) to run the same {processes} processes on the CPU"
+            f"{processes} GPUs were asked for and this machine has {gpus}{why}; ask for fewer, or add "
+            f"DEVICE=cpu (--speed.device cpu) to run the same {processes} processes on the CPU"
         )
     return "cuda"
 
@@ -95,38 +85,20 @@ def index(local_rank: int) -> int:
     return 0 if one_each(torch.cuda.device_count()) else local_rank
 
 
-def old_driver() -> str:
-    """The problem with this machine's NVIDIA driver; empty if it is new enough or there is no driver."""
-    version = driver_version()
-    if not version or int(version.partition(".")[0]) >= LEAST_DRIVER:
-        return ""
-    return (
-        f"the NVIDIA driver {version} is too old for CUDA {torch.version.cuda or 13}, which requires "
-        f"{LEAST_DRIVER} or newer"
-    )
-
-
-def driver_version() -> str:
-    """The NVIDIA driver's version, from the kernel or from nvidia-smi; empty if there is no driver."""
-    text = DRIVER.read_text() if DRIVER.is_file() else ""
-    if found := re.search(r"Kernel Module.*?\s(\d+\.\d[\d.]*)\s", text):
-        return found[1]
-    if not (program := shutil.which("nvidia-smi")):
-        return ""
-    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+def cuda_problem() -> str:
+    """Why PyTorch can use no GPU, in its words, such as "Found no NVIDIA driver on your system"."""
     try:
-        output = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    found = re.match(r"\d+\.[\d.]+", output)
-    return found[0] if found else ""
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error).partition(". ")[0]
+    return "no GPU is visible"
 
 
 def device_text(world: World) -> str:
     """The device as text, with the reason if it is the CPU."""
     if world.device.type == "cuda":
         return f"CUDA, {torch.cuda.get_device_name(world.device)}"
-    why = "" if torch.cuda.is_available() else f" ({old_driver() or 'no CUDA device here'})"
+    why = "" if torch.cuda.is_available() else f" ({cuda_problem()})"
     return f"the CPU{why}, {torch.get_num_threads()} threads each"
 
 

@@ -62,7 +62,7 @@ def open_task(
 ) -> tuple[Run, Task]:
     """Join the other processes, set the precision, and make the task that a run was trained for.
 
-    folder: where its evaluation writes predictions.parquet and per_class.parquet; None: nowhere.
+    folder: where its evaluation writes predictions.parquet; None: nowhere.
     """
     run = Run(distributed.start(device, config.speed.timeout), folder)
     set_precision(config.speed, run.world.device)
@@ -90,7 +90,7 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     if dataset is None:
         raise UserError(f"{config.data.path} has no validation samples")
     rundir.check_classes(arguments.run, dataset.info)
-    # The run's own predictions.parquet and per_class.parquet are kept when something else is evaluated.
+    # The run's own predictions.parquet is kept when something else is evaluated.
     folder = None if arguments.weights or arguments.data or arguments.views else arguments.run
     classes = dataset.info.classes
     run, task = open_task(config, classes, arguments.device, folder)

@@ -13,28 +13,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from models.inputs import NormalizedInput
+from pipelines import order
 from pipelines.augment import to_device
 from pipelines.dataset import Dataset, read_batch
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
 from pipelines.loader import Batch
-from pipelines.order import row_keys
 from train import distributed, loop
 from train.build import autocast_for
 from train.config import FinetuneConfig
 from train.console import log, parse
 from train.metrics import FINETUNE_COLUMNS
-from train.mixing import mix
 from train.presets import FINETUNE_PRESETS, NOT_GIVEN
 from train.rundir import Run
 from train.task import Check, Predictions, Task, batches_of, check_damage, create_classifier, open_splits
 
-TOP = 5  # classes per sample that an evaluation keeps
+KEPT = 5  # classes per sample that an evaluation keeps
 FEW = 100  # evaluated samples below which a run warns
+# Columns of `draw_pairs`: the partner's share of the label, of the pixels outside the box, and the box.
+LABEL, OUTSIDE, TOP, BOTTOM, LEFT, RIGHT = range(6)
 
 
 def make_task(config: FinetuneConfig, run: Run) -> Task:
@@ -125,7 +127,7 @@ def classifier_loss(
     reduction: "mean", or "none" for the cross-entropy of each row [b].
     """
     pixels, labels = batch.pixels, to_device(batch.labels, batch.pixels.device)
-    keys = to_device(row_keys(config.run.seed, batch.epochs, batch.ids), pixels.device)
+    keys = to_device(order.row_keys(config.run.seed, batch.epochs, batch.ids), pixels.device)
     smoothing = config.smoothing
     if config.mixup or config.cutmix:
         pixels, labels = mix(config, classes, pixels, labels, batch.positions)
@@ -161,12 +163,11 @@ def evaluate(
     """Top-1, top-5 and cross-entropy of the probabilities averaged over a sample's views.
 
     Top-5 is left out for five classes or fewer, because it is always 1. A sample whose probabilities are not
-    all finite counts as wrong, and then `loss_val` is NaN. Rank 0 writes predictions.parquet and
-    per_class.parquet to the run folder if there is one. Raises UserError when samples have no class or too
-    many are damaged.
+    all finite counts as wrong, and then `loss_val` is NaN. Rank 0 writes predictions.parquet to the run
+    folder if there is one. Raises UserError when samples have no class or too many are damaged.
     """
     check_labels(dataset)
-    top, device = min(TOP, len(dataset.info.classes)), run.world.device
+    top, device = min(KEPT, len(dataset.info.classes)), run.world.device
     labels = to_device(dataset.label.astype(np.int64), device)
     # A row per sample: its top classes, their probabilities, its loss, 1. Padding goes into the last row.
     table = torch.zeros(len(dataset) + 1, 2 * top + 2, device=device)
@@ -183,9 +184,8 @@ def evaluate(
     hits = (best == labels.cpu()[ids, None]).numpy()
     if run.world.is_main and run.folder is not None:
         write_predictions(run.folder, dataset, ids.numpy(), best.numpy(), chances.numpy())
-        write_classes(run.folder, dataset, ids.numpy(), hits)
     sums = {"acc": hits[:, 0].sum(), "acc5": hits.sum(), "loss_val": losses.double().sum()}
-    if len(dataset.info.classes) <= TOP:
+    if len(dataset.info.classes) <= KEPT:
         del sums["acc5"]
     scores = {name: float(value) / max(1, len(ids)) for name, value in sums.items()}
     return scores | {"held_out": int(config.data.eval_split != "train")}
@@ -213,17 +213,78 @@ def write_predictions(
         pq.write_table(pa.table(table), temporary)
 
 
-def write_classes(folder: Path, dataset: Dataset, ids: np.ndarray, hits: np.ndarray) -> None:
-    """Write per_class.parquet: the counts of every class. hits: bool [n, top], of samples ids [n]."""
-    labels, classes = dataset.label[ids], dataset.info.classes
-    samples, top1, top5 = (
-        np.bincount(labels[rows], minlength=len(classes)) for rows in (slice(None), hits[:, 0], hits.any(1))
-    )
-    with np.errstate(invalid="ignore"):  # NaN without samples
-        accuracy = top1 / samples
-    table = {"class_name": classes, "samples": samples, "correct": top1, "correct5": top5}
-    with atomic_write(folder / "per_class.parquet") as temporary:
-        pq.write_table(pa.table(table | {"accuracy": accuracy}), temporary)
+# ---- mixup and cutmix (arXiv 1710.09412, 1905.04899), drawn for all rows of a step's global batch
+#
+# In every group of 2 * repeats consecutive rows of the global batch, row k is mixed with row
+# (k + repeats) % (2 * repeats), so that a sample is not mixed with its own copy. The two rows of a pair share
+# one draw. Each process and micro batch uses the draws of its rows: their number does not change the result.
+
+
+def mix(
+    config: FinetuneConfig, classes: int, pixels: Tensor, labels: Tensor, positions: NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
+    """Mix consecutive rows of one step: pixels uint8 [b, (T,) H, W, 3] and labels int64 [b], on one device.
+
+    config: mixup and cutmix are not both 0. positions: int64 [b], see Batch; the first row is the first of a
+    group, and b is a multiple of 2 * repeats.
+    Returns float32 pixels, all frames of a clip mixed alike, and soft labels float32 [b, classes].
+    """
+    height, width = pixels.shape[-3:-1]
+    repeats = config.data.repeats
+    step, first = divmod(int(positions[0]), config.optim.batch)
+    rows = first + np.arange(len(positions))
+    drawn = draw_pairs(config, step, height, width)[pairs_of(rows, repeats)]
+    columns = to_device(drawn, pixels.device)
+    share = pixel_shares(columns, height, width)
+    share = share.view(len(share), *[1] * (pixels.dim() - 4), height, width, 1)
+    mixed = pixels.to(torch.float32, copy=True).lerp_(partners(pixels, repeats).float(), share)
+    soft = soft_labels(labels, classes, config.smoothing)
+    return mixed, torch.lerp(soft, partners(soft, repeats), columns[:, LABEL, None])
+
+
+def draw_pairs(config: FinetuneConfig, step: int, height: int, width: int) -> NDArray[np.float32]:
+    """The draws of all pairs of a step, float32 [batch / 2, 6]; they depend on (seed, step) alone.
+
+    If mixup and cutmix are both on, each is applied with probability 1/2. Cutmix's box has the share
+    1 - lambda of the area before the border clips it; the label follows the clipped area.
+    """
+    key = order.keys_of(config.run.seed, order.STREAM_MIX, step, np.arange(2))
+    generator, pairs = np.random.Generator(np.random.Philox(key=key)), config.optim.batch // 2
+    cuts = generator.random(pairs) < (0.5 if config.mixup else 1.0) * (config.cutmix > 0)
+    alphas = np.where(cuts, config.cutmix, config.mixup)
+    partner = 1 - generator.beta(alphas, alphas)
+    edges = []
+    for size in (height, width):
+        centre, length = generator.integers(0, size, pairs), (size * np.sqrt(partner)).astype(np.int64)
+        edges += [np.clip(centre - length // 2, 0, size), np.clip(centre + (length + 1) // 2, 0, size)]
+    top, bottom, left, right = (np.where(cuts, edge, 0) for edge in edges)
+    area = (bottom - top) * (right - left) / (height * width)
+    columns = (np.where(cuts, area, partner), np.where(cuts, 0, partner), top, bottom, left, right)
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def pairs_of(rows: NDArray[np.int64], repeats: int) -> NDArray[np.int64]:
+    """The pair that each row of the global batch belongs to."""
+    return rows // (2 * repeats) * repeats + rows % repeats
+
+
+def partners(x: Tensor, repeats: int) -> Tensor:
+    """Each row's partner: x [b, ...] in another order."""
+    return x.unflatten(0, (-1, 2, repeats)).flip(1).flatten(0, 2)
+
+
+def pixel_shares(columns: Tensor, height: int, width: int) -> Tensor:
+    """The partner's share of every pixel, float32 [b, H, W]: 1 inside the box."""
+    y, x = (torch.arange(size, device=columns.device) for size in (height, width))
+    rows = (y >= columns[:, TOP, None]) & (y < columns[:, BOTTOM, None])
+    inside = rows[:, :, None] & ((x >= columns[:, LEFT, None]) & (x < columns[:, RIGHT, None]))[:, None]
+    return torch.where(inside, 1.0, columns[:, OUTSIDE, None, None])
+
+
+def soft_labels(labels: Tensor, classes: int, smoothing: float) -> Tensor:
+    """One-hot labels float32 [b, classes], of which the share `smoothing` is spread over all classes."""
+    hit = labels[:, None] == torch.arange(classes, device=labels.device)
+    return hit * (1 - smoothing) + smoothing / classes
 
 
 def main() -> None:

@@ -13,21 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from models.inputs import NormalizedInput
 from pipelines.errors import UserError
 from pipelines.loader import Batch, blank_batch
-from train import badstep, checkpoint, distributed, ending, rundir, track
-from train.build import (
-    Autocast,
-    arrange_buckets,
-    autocast_for,
-    build,
-    check,
-    compile_model,
-    join,
-    log_memory,
-    micro_batches,
-    resume,
-    seed_weights,
-    training_batches,
-)
+from train import badstep, build, checkpoint, distributed, ending, rundir, track
+from train.build import Autocast
 from train.config import Config
 from train.console import log, screen, survive_closed_output
 from train.meters import IN_A_ROW, Clock, Detail, Recorder
@@ -43,7 +30,7 @@ def main(config: Config, make_task: MakeTask) -> None:
     if distributed.under_torchrun():  # torchrun has started the processes: speed.processes has no effect
         config = replace(config, speed=replace(config.speed, processes=1))
     if distributed.local_rank() == 0:  # once per machine
-        check(config)
+        build.check(config)
     if config.speed.processes > 1:
         rundir.check_config(config)
         if not rundir.is_finished(config):
@@ -97,12 +84,14 @@ class Trainer:
     """
 
     def __init__(self, config: Config, make_task: MakeTask, run: Run) -> None:
-        seed_weights(config.run.seed)
+        build.seed_weights(config.run.seed)
         task = make_task(config, run)  # datasets, model, loss, evaluation
-        state = build(config, task, run)  # precision, starting weights, optimizer, moving average
-        resume(config, task, run, state)  # all processes must have the same weights
+        state = build.build(config, task, run)  # precision, starting weights, optimizer, moving average
+        build.resume(config, task, run, state)  # all processes must have the same weights
         self.config, self.task, self.run, self.state = config, task, run, state
-        self.tracks = track.start(config, run.world, state.step)  # TensorBoard and others, on rank 0
+        self.tracks: track.Tracks | None = None  # TensorBoard and others, on rank 0
+        if config.run.track:
+            self.tracks = distributed.on_rank_0(run.world, lambda: track.Tracks(config, state.step))
         world, folder = run.world, config.run.folder
         self.steps = total_steps(config.optim, len(task.training))  # of the whole run
         self.eval_every = config.run.eval_every or eval_interval(config.optim, len(task.training))
@@ -125,17 +114,17 @@ class Trainer:
         self.writer = checkpoint.Writer(folder / "checkpoints", config.run.keep)
         ending.finish_first(self.writer.wait)
 
-        self.micro, self.accumulate = micro_batches(config, world.size, task.mixed)
+        self.micro, self.accumulate = build.micro_batches(config, world.size, task.mixed)
         model = self.eval_model = NormalizedInput(state.model, config.data.frames).to(world.device)
         if state.ema is not None:
             self.eval_model = NormalizedInput(state.ema.module, config.data.frames).to(world.device)
         blank = blank_batch(config.data, self.micro, world.device)
-        compile_model(model, config.speed, world.device, lambda: task.loss(model, blank))
-        self.model = join(model, world)
-        self.autocast = autocast_for(config.speed, world.device)
-        arrange_buckets(self.model, self.autocast, lambda: task.loss(self.model, blank))
+        build.compile_model(model, config.speed, world.device, lambda: task.loss(model, blank))
+        self.model = build.join(model, world)
+        self.autocast = build.autocast_for(config.speed, world.device)
+        build.arrange_buckets(self.model, self.autocast, lambda: task.loss(self.model, blank))
         self.stop = ending.StopSignal(config.speed.timeout)
-        self.batches = training_batches(config, world, task.training, self.accumulate, state.step)
+        self.batches = build.training_batches(config, world, task.training, self.accumulate, state.step)
         self.recorder = Recorder(config.run, world, task.loss_column, self.metrics, self.steps)
         self.recorder.saved = state.step
         if task.row_losses is not None:
@@ -208,7 +197,7 @@ def begin_row(trainer: Trainer) -> None:
     """Begin the metric row of this step; it is read one step later."""
     state, batch = trainer.state, trainer.config.optim.batch
     if not trainer.clock.rows:
-        log_memory(trainer.micro, trainer.accumulate, trainer.run.world.device)
+        build.log_memory(trainer.micro, trainer.accumulate, trainer.run.world.device)
     row = trainer.clock.row(state.step, batch, trainer.run.world, trainer.task.operations)
     row["epoch"] = state.step * batch / len(trainer.task.training)
     row["lr"] = max(group["lr"] for group in state.optimizer.param_groups)

@@ -36,6 +36,14 @@ def make_ema(model: nn.Module, config: OptimConfig):  # noqa: ANN201
     return ModelEmaV3(model, decay=config.ema) if config.ema else None
 
 
+def checkpoint_bytes(model: nn.Module, optim: OptimConfig) -> int:
+    """The size of a checkpoint: weights, optimizer state and moving average, each in float32."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    state = 2 if optim.name == "adamw" else int(optim.momentum > 0)  # tensors per trained weight
+    copies = [1 + (optim.ema > 0) + state * trained for _, trained in sizes]
+    return 4 * sum(count * copied for (count, _), copied in zip(sizes, copies, strict=True))
+
+
 def scaled_lr(config: OptimConfig) -> float:
     """The linear scaling rule (arXiv 1706.02677): lr x batch / lr_batch."""
     return config.lr * config.batch / config.lr_batch

@@ -57,14 +57,7 @@ def video_mae(size: str, epochs: int = 800) -> MaeConfig:
     return MaeConfig(
         data=DataConfig(path=CLIPS, frames=16, scale=(0.5, 1.0), repeats=4),
         model=ModelConfig(name=f"mae_hiera_{size}_16x224", drop_path=drop_path),
-        optim=at_batch(
-            512,
-            lr,
-            epochs=epochs,
-            warmup_epochs=120,
-            betas=(0.9, 0.95),
-            clip_norm=0.02,
-        ),
+        optim=at_batch(512, lr, epochs=epochs, warmup_epochs=120, betas=(0.9, 0.95), clip_norm=0.02),
         speed=SpeedConfig(micro_batch=32),
         mask_ratio=0.9,
     )
@@ -135,9 +128,7 @@ def video_ft(size: str, pretrained_epochs: int = 3200) -> FinetuneConfig:
             path=CLIPS, frames=16, scale=(0.08, 1.0), repeats=2, same_clip=True, augment=VIDEO_AUGMENT
         ),
         model=ModelConfig(
-            name=f"hiera_{size}_16x224",
-            drop_path=0.3 if size == "huge" else 0.2,
-            dropout=0.5 if big else 0.3,
+            name=f"hiera_{size}_16x224", drop_path=0.3 if size == "huge" else 0.2, dropout=0.5 if big else 0.3
         ),
         optim=at_batch(
             256,
@@ -171,13 +162,7 @@ def video_ft_ssv2(frames: int = 16) -> FinetuneConfig:
         ),
         model=ModelConfig(name="hiera_large_16x224", drop_path=0.1 if short else 0.2, dropout=0.5),
         optim=at_batch(
-            batch,
-            lr,
-            epochs=40,
-            warmup_epochs=3,
-            name="sgd",
-            weight_decay=1e-4,
-            layer_decay=0.875,
+            batch, lr, epochs=40, warmup_epochs=3, name="sgd", weight_decay=1e-4, layer_decay=0.875
         ),
         speed=SpeedConfig(micro_batch=16 if short else 8),
         mixup=0.8 if short else 0.0,

@@ -34,9 +34,10 @@ def profile(steps: Iterator[int], chosen: range, folder: Path, device: torch.dev
                 profiler = stack.enter_context(_profiler(f"steps-{step}-{chosen[-1]}", folder, device))
             yield step
             if step == chosen[-1]:
-                stack.close()
-            elif profiler is not None:
+                break
+            if profiler is not None:
                 profiler.step()  # marks the next step in the trace
+    yield from steps
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -30,6 +30,7 @@ from train.console import log, screen
 from train.distributed import World
 from train.metrics import Row
 from train.optim import total_steps
+from train.words import shown
 
 UNLOCKED = "a second training process in this folder would not be noticed"
 STARTED = {".lock", "log.txt", "logs", "tensorboard", "wandb", "trackers.json"}  # before the first step
@@ -150,21 +151,14 @@ def check_config(config: Config) -> None:
                 f"{path} cannot be read ({error}); move the folder away or use another RUN"
             ) from error
     fixed, refused = refused_changes(old, config)
-    if fixed:
+    if changes := fixed or refused:
+        what = "; ".join(f"{key}: {change}" for key, change in changes.items())
+        how = f", or name what may change with --run.allow {' '.join(refused)}"
         raise UserError(
-            f"{folder} holds a run with other settings ({_listed(fixed)}), which cannot change within a run; "
-            "choose another RUN (--run.name)"
+            f"{folder} holds a run with other settings ({what})"
+            f"{', which cannot change within a run' if fixed else ''}; run the old command to resume it, "
+            f"or choose another RUN (--run.name){'' if fixed else how}"
         )
-    if refused:
-        raise UserError(
-            f"{folder} holds a run with other settings ({_listed(refused)}); run the old command to resume "
-            "it, choose another RUN (--run.name), or name what may change with "
-            f"--run.allow {' '.join(refused)}"
-        )
-
-
-def _listed(changes: Mapping[str, str]) -> str:
-    return "; ".join(f"{key}: {change}" for key, change in changes.items())
 
 
 def exported_step(folder: Path) -> int:
@@ -195,22 +189,25 @@ def last_step(config: Config) -> int:
 
 def check_classes(folder: Path, info: DatasetInfo) -> None:
     """Raise UserError unless `info` has the classes, in their order, that the run was trained on."""
-    path = folder / "data.json"
-    known = json.loads(path.read_text())["classes"] if path.exists() else list(info.classes)
-    if known == list(info.classes):
-        return
-    pairs = enumerate(zip_longest(known, info.classes, fillvalue="none"))
-    number, (mine, theirs) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
-    raise UserError(
-        f"{info.root} has other classes than {folder} was trained on ({path}): its class {number} is "
-        f"{theirs}, the run's is {mine}; evaluate on data packed with the same classes"
-    )
+    known, given = data_of(folder).get("classes", info.classes), info.classes
+    for number, names in enumerate(zip_longest(known, given, fillvalue="none")):
+        if names[0] != names[1]:
+            mine, theirs = shown(names)
+            raise UserError(
+                f"{info.root} has other classes than {folder} was trained on (data.json): its class {number} "
+                f"is {theirs}, the run's is {mine}; evaluate on data packed with the same classes"
+            )
 
 
 def is_data_of(folder: Path, info: DatasetInfo) -> bool:
     """Whether a run was trained on this dataset, or a copy of it; True if it has no record of its data."""
+    return data_of(folder).get("sha256", info.catalogue_sha256) == info.catalogue_sha256
+
+
+def data_of(folder: Path) -> dict[str, Any]:
+    """The contents of a run's data.json, empty if there is none."""
     path = folder / "data.json"
-    return not path.exists() or json.loads(path.read_text())["sha256"] == info.catalogue_sha256
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def lock_run(folder: Path) -> IO[str]:
@@ -241,13 +238,12 @@ def data_identity(info: DatasetInfo) -> dict[str, object]:
 def check_data(config: Config, data: Mapping[str, object]) -> None:
     """Raise UserError if the run has checkpoints of other data and run.allow does not name "data"."""
     folder = config.run.folder
-    kept = folder / "data.json"
-    allowed = {"data", "--data"} & set(config.run.allow)
-    resumes = any(folder.glob("checkpoints/step-*.pt*")) and kept.exists()
-    if resumes and not allowed and json.loads(kept.read_text())["sha256"] != data["sha256"]:
+    if {"data", "--data"} & set(config.run.allow) or not any(folder.glob("checkpoints/step-*.pt*")):
+        return
+    if data_of(folder).get("sha256", data["sha256"]) != data["sha256"]:
         raise UserError(
-            f"{config.data.path} is not the data that {folder} was trained on so far (see {kept}); restore "
-            "it, choose another RUN, or add --run.allow data"
+            f"{config.data.path} is not the data that {folder} was trained on so far (see its data.json); "
+            "restore it, choose another RUN, or add --run.allow data"
         )
 
 

@@ -23,7 +23,6 @@ from pipelines.errors import UserError, first_line
 from pipelines.files import atomic_text
 from train.config import Config, flatten, to_dict
 from train.console import log
-from train.distributed import World, on_rank_0
 from train.metrics import COMMON, Row
 from train.task import Task
 
@@ -142,11 +141,6 @@ TRACKERS = {  # what makes it, and its package
 
 
 # ---- all trackers of a run
-
-
-def start(config: Config, world: World, step: int) -> "Tracks | None":
-    """The trackers of run.track on rank 0, else None; raises UserError if a package or a login is missing."""
-    return on_rank_0(world, lambda: Tracks(config, step)) if config.run.track else None
 
 
 class Tracks:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tools.plot import COLOURS, Panel, draw, names_of, panels_of
 from tools.report import reconstructions
-from train.pictures import _sheet
+from train.mae import _sheet
 
 LOSS = Panel("loss", ("loss_train", "loss", "loss_val"))
 

@@ -149,8 +149,6 @@ def test_a_sample_with_nan_outputs_is_wrong_and_the_loss_is_nan(images: Path, tm
     of_class = [np.flatnonzero(open_dataset(images, "val").label == label).tolist() for label in (0, 1)]
     broken = scores_of(config, (*of_class[0][:2], of_class[1][0]), tmp_path)
     assert broken["acc"] == 5 / 14 and broken["loss_val"] != broken["loss_val"]
-    table = pq.read_table(tmp_path / "per_class.parquet").to_pydict()
-    assert table["samples"] == [7, 7] and table["correct"] == [5, 0] and table["correct5"] == [5, 6]
     rows = pq.read_table(tmp_path / "predictions.parquet").to_pylist()
     wrong = {*of_class[0][:2], of_class[1][0]}
     assert {row["id"] for row in rows if row["class_1"] is row["probability_2"] is None} == wrong
@@ -243,9 +241,7 @@ def test_evaluation_stops_at_the_configured_damage(tmp_path: Path):
     config = small("image-ft-pico", data, tmp_path, "run")
     assert isinstance(config, FinetuneConfig)
     allowing = replace(config, data=replace(config.data, max_bad=0.2))
-    assert scores_of(allowing, (), tmp_path)["acc"] == 7 / 12 or True
     scores_of(allowing, (), tmp_path)
-    assert sum(pq.read_table(tmp_path / "per_class.parquet")["samples"].to_pylist()) == 12
     assert {*range(14)} - {*pq.read_table(tmp_path / "predictions.parquet")["id"].to_pylist()} == {3, 4}
     with pytest.raises(UserError, match="2 samples are damaged, more than the 1 allowed"):
         scores_of(config, (), tmp_path)

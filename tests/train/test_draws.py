@@ -19,7 +19,7 @@ from pipelines.errors import UserError
 from pipelines.loader import blank_batch
 from tests.fault_helpers import two_ranks
 from tests.train_helpers import small
-from train import build, finetune, loop, mae, mixing
+from train import build, finetune, loop, mae
 from train.config import Config, FinetuneConfig
 from train.distributed import World
 from train.rundir import Run
@@ -128,8 +128,8 @@ def test_mixing_equals_a_plain_loop(frames: int, repeats: int, kinds: tuple):
     settings = mixing_of(mixup=kinds[0], cutmix=kinds[1], repeats=repeats, batch=batch)
     pixels, labels = rows_of(batch, frames)
     height, width = pixels.shape[-3:-1]
-    mixed, soft = mixing.mix(settings, 5, pixels, labels, step * batch + np.arange(batch))
-    drawn = mixing.draw_pairs(settings, step, height, width)
+    mixed, soft = finetune.mix(settings, 5, pixels, labels, step * batch + np.arange(batch))
+    drawn = finetune.draw_pairs(settings, step, height, width)
     pairs = []
     for row in range(batch):
         group, place = divmod(row, 2 * repeats)
@@ -153,12 +153,12 @@ def test_mixing_equals_a_plain_loop(frames: int, repeats: int, kinds: tuple):
 def test_cutmix_boxes_equal_those_of_timm():
     """The same lambda and center give timm's box and corrected lambda, also at the border."""
     settings = mixing_of(mixup=0.0, batch=400)
-    key = mixing.order.keys_of(0, mixing.order.STREAM_MIX, 3, np.arange(2))
+    key = finetune.order.keys_of(0, finetune.order.STREAM_MIX, 3, np.arange(2))
     generator = np.random.Generator(np.random.Philox(key=key))
     generator.random(200)
     lambdas = generator.beta(np.ones(200), np.ones(200))
     centers = [generator.integers(0, size, 200) for size in (24, 32)]
-    for pair, row in enumerate(mixing.draw_pairs(settings, 3, 24, 32)):
+    for pair, row in enumerate(finetune.draw_pairs(settings, 3, 24, 32)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(timm_mixup.np.random, "randint", Mock(side_effect=[c[pair] for c in centers]))
             box, lam = timm_mixup.cutmix_bbox_and_lam((3, 24, 32), lambdas[pair])
@@ -168,7 +168,7 @@ def test_cutmix_boxes_equal_those_of_timm():
 
 def test_mixing_shares_are_beta_distributed_and_both_kinds_equally_likely():
     settings = mixing_of(batch=40_000)
-    drawn = mixing.draw_pairs(settings, 0, 224, 224)
+    drawn = finetune.draw_pairs(settings, 0, 224, 224)
     cuts = drawn[:, 1] == 0
     assert abs(cuts.mean() - 0.5) < 5 * (0.25 / len(drawn)) ** 0.5
     sample = np.sort(np.random.default_rng(1).beta(0.8, 0.8, 100_000))
@@ -177,9 +177,9 @@ def test_mixing_shares_are_beta_distributed_and_both_kinds_equally_likely():
     distance = np.abs(np.searchsorted(sample, found) / len(sample) - steps).max()
     assert distance < 2.2 * (1 / len(found) + 1 / len(sample)) ** 0.5  # Kolmogorov-Smirnov, p about 1e-4
     assert drawn[cuts, 2].min() == 0 and drawn[cuts, 3].max() == 224
-    other = mixing.draw_pairs(settings, 1, 224, 224)
+    other = finetune.draw_pairs(settings, 1, 224, 224)
     assert abs(np.corrcoef(drawn[:, 0], other[:, 0])[0, 1]) < 5 / len(drawn) ** 0.5
-    assert np.array_equal(drawn, mixing.draw_pairs(settings, 0, 224, 224))
+    assert np.array_equal(drawn, finetune.draw_pairs(settings, 0, 224, 224))
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
@@ -187,10 +187,10 @@ def test_mixing_a_micro_batch_equals_mixing_the_whole_batch(repeats: int):
     settings = mixing_of(repeats=repeats)
     pixels, labels = rows_of(16, 1)
     positions = 5 * 16 + np.arange(16)
-    whole = mixing.mix(settings, 5, pixels, labels, positions)
+    whole = finetune.mix(settings, 5, pixels, labels, positions)
     for first in range(0, 16, 4):
         rows = slice(first, first + 4)
-        part = mixing.mix(settings, 5, pixels[rows], labels[rows], positions[rows])
+        part = finetune.mix(settings, 5, pixels[rows], labels[rows], positions[rows])
         assert all(torch.equal(a, b[rows]) for a, b in zip(part, whole, strict=True))
 
 
@@ -207,7 +207,7 @@ def test_no_row_is_mixed_with_a_copy_of_its_sample(clips: Path, tmp_path: Path):
             first = (3 + step) * 16 + rank * 8 + part * 4
             assert batch.positions.tolist() == list(range(first, first + 4))
             ids = torch.from_numpy(batch.ids)
-            assert (ids != mixing.partners(ids, 2)).all()
+            assert (ids != finetune.partners(ids, 2)).all()
 
 
 def test_micro_batches_contain_whole_pairs():

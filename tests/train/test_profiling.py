@@ -41,6 +41,14 @@ def test_the_trace_of_a_run_that_ends_first_is_written(tmp_path: Path, steps: ra
     assert path.name.startswith(f"steps-{max(3, steps[0])}-{steps[-1]}.")
 
 
+def test_after_the_last_chosen_step_the_profiler_is_not_called(tmp_path: Path, monkeypatch):
+    marks = []
+    real = torch.profiler.profile.step
+    monkeypatch.setattr(torch.profiler.profile, "step", lambda self: (marks.append(1), real(self)))
+    assert list(profiling.profile(iter(range(1, 7)), range(2, 4), tmp_path, CPU)) == [*range(1, 7)]
+    assert len(marks) == 1, "between steps 2 and 3 only"
+
+
 def test_steps_that_are_over_are_not_profiled(tmp_path: Path):
     assert list(profiling.profile(iter(range(5, 7)), range(2, 4), tmp_path, CPU)) == [5, 6]
     assert list(tmp_path.iterdir()) == []

@@ -119,17 +119,13 @@ def test_a_frozen_trunk_does_not_change(images, tmp_path):
 # ---- files of a run --------------------------------------------------------------------------------------
 
 
-def test_best_weights_classes_and_steps_are_kept(images, tmp_path):
+def test_best_weights_predictions_and_steps_are_kept(images, tmp_path):
     config = small("image-ft-pico", images, tmp_path, "run", epochs=5.0, lr=2e-3)
     config = replace(config, run=replace(config.run, detail=True, eval_every=2))
     run = fit(config, finetune.make_task)
     rows = read_csv(run / "metrics.csv")
     best = evaluate.evaluate(evaluate.Arguments(run, weights=run / "best.safetensors", device="cpu"))
     assert best["acc"] == max(row["acc"] for row in rows if row["acc"] is not None)
-    table = pq.read_table(run / "per_class.parquet").to_pylist()
-    assert [row["class_name"] for row in table] == ["dark things", "light things"]
-    assert [row["samples"] for row in table] == [7, 7]
-    assert sum(row["correct"] for row in table) == round(14 * rows[-1]["acc"]), "of the run's last evaluation"
     samples = pq.read_table(run / "predictions.parquet").to_pylist()
     assert [row["id"] for row in samples] == [*range(14)]
     assert sum(row["class_1"] == row["class_name"] for row in samples) / 14 == rows[-1]["acc"]
@@ -174,9 +170,9 @@ def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images,
     allowed = replace(longer, run=replace(longer.run, allow=("optim.epochs", "data")))
     fit(allowed, finetune.make_task)
     info = json.loads((data / "dataset.json").read_text())
-    info["classes"][0] = "renamed"
+    info["classes"][0] = "n01440764"
     (data / "dataset.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match=r"other classes than .* its class 0 is renamed, the run's is "):
+    with pytest.raises(UserError, match=r"other classes than .* class 0 is tench \(n01440764\), the run's"):
         evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
 
 
@@ -190,6 +186,8 @@ def test_unusual_settings_give_a_warning(images, tmp_path, capsys):
     assert "10 steps = 3 epochs" in usual and "rounded up" not in usual
     assert "times the training data" not in usual and "rises to the very end" not in usual
     assert "11 steps = 3.1 epochs, rounded up" in logged(epochs=3.1)
+    assert "4 steps = 1 epoch, rounded up" in logged(epochs=1.0)
+    assert "; 1 step = 0.3 epochs" in logged(epochs=0.3)
     assert "a batch is 1.5 times the training data: lower optim.batch" in logged(batch=60)
     assert "warmup takes 3 epochs: the learning rate rises to the very end" in logged(warmup_epochs=3.0)
 
@@ -207,7 +205,7 @@ def test_the_reference_protocol_has_its_clip_starts_and_label(clips, tmp_path):
     assert np.array_equal(frames, np.tile(np.arange(12, 20), (20, 1)))
     run = fit(config, finetune.make_task)
     assert read_csv(run / "metrics.csv")[-1]["held_out"] == 0
-    assert sum(row["samples"] for row in pq.read_table(run / "per_class.parquet").to_pylist()) == 20
+    assert len(pq.read_table(run / "predictions.parquet")) == 20
     assert "nothing is held out" in (run / "log.txt").read_text()
     usual = fit(small("video-ft-pico", clips, tmp_path, "usual", epochs=1.0), finetune.make_task)
     assert read_csv(usual / "metrics.csv")[-1]["held_out"] == 1

@@ -134,7 +134,7 @@ def test_a_run_writes_a_trace_of_the_named_steps(run: Path):
 def test_reports_are_valid_json(tmp_path: Path):
     path = badstep.write(tmp_path / "report.json", {"loss": float("nan"), "rows": [{"loss": float("-inf")}]})
     values = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert values == {"loss": "nan", "rows": [{"loss": "-inf"}]}
+    assert values == {"loss": "NaN", "rows": [{"loss": "-Infinity"}]}
 
 
 def test_the_checkpoint_before_a_step_is_kept(tmp_path: Path):

@@ -16,11 +16,11 @@ import torch
 from pipelines.errors import UserError
 from pipelines.machine import World
 from tests.train.test_resume import changed, quick
-from train import loop, mae, track
-from train.checkpoint import checkpoint_bytes
+from train import distributed, loop, mae, track
 from train.config import Config, RunConfig, from_dict
 from train.console import parse
 from train.metrics import read_csv
+from train.optim import checkpoint_bytes
 from train.presets import MAE_PRESETS
 from train.task import create_model
 
@@ -206,8 +206,9 @@ def test_a_missing_package_or_login_is_an_error_before_the_first_step(images, ho
 
 def test_only_rank_0_has_trackers(images, tmp_path):
     config = settings(images, tmp_path, "rank", *NAMES)
-    assert track.start(config, World(1, 2, torch.device("cpu")), 0) is None
-    assert track.start(changed(config, run={"track": ()}), World(0, 1, torch.device("cpu")), 0) is None
+    world = World(1, 2, torch.device("cpu"))
+    assert distributed.on_rank_0(world, lambda: track.Tracks(config, 0)) is None
+    assert not config.run.folder.exists()
 
 
 def test_any_subset_can_be_named_and_nothing_else(monkeypatch):

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tools.report import classes
-from tools.words import lemmas, shown
+from train.words import lemmas, shown
 
 SYNSETS = ["n01440764", "n02012849", "n03126707", "n15075141"]
 
