@@ -302,11 +302,11 @@ def sheet(title: str, about: str, sections: Sequence[Section]) -> Image.Image:
         lines += [padded(lines[-1][:0], MARGIN, width), line_of(section.title, 20, INK, width)]
         lines += [line_of(text, 15, QUIET, width) for text in section.lines]
         cards = [drawn(card) for card in section.cards]
-        height, each = max(card.shape[0] for card in cards) + GAP, cards[0].shape[1] + GAP
+        height, each = max(card.shape[0] for card in cards), cards[0].shape[1] + GAP
         across = max(1, (width + GAP) // each)
         for first in range(0, len(cards), across):
             line = np.concatenate([padded(card, height, each) for card in cards[first : first + across]], 1)
-            lines.append(padded(line[:, :width], height, width))
+            lines += [padded(line[:0, :width], GAP, width), padded(line[:, :width], height, width)]
     return ImageOps.expand(Image.fromarray(np.concatenate(lines)), MARGIN, "white")
 
 

@@ -206,6 +206,9 @@ def test_one_page_compares_runs(run: Path):
     assert not any(colour in drawn for colour in COLOURS), "a dark page has colours of its own"
     assert "Curves of c (there is no metrics.csv)" in page and "Results of c (there is no predictions" in page
     assert section(page, "Log").count("<details><summary>") == 2
+    (started / "config.json").write_text("{")
+    text = words(report(started, run).read_text())
+    assert f"Settings (config.json cannot be read: {started}/config.json: " in text, "not the other run's"
 
 
 def test_text_and_curves_have_contrast_in_both_modes(page: str):
