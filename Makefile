@@ -64,11 +64,11 @@ replay: env  ## repeat step STEP=K of RUN=NAME exactly, and print its rows, firs
 	$(PY) -m train.replay 'runs/$(NAMED)' --step $(or $(STEP),$(error name the step with STEP=)) $(if $(DATA),--data '$(DATA)') \
 		$(if $(DEVICE),--device $(DEVICE)) $(if $(GPUS),--processes $(GPUS)) $(ARGS)
 
-plot: env  ## plot the curves of RUN="NAME [NAME ...]"
-	$(PY) -m tools.plot $(addprefix runs/,$(NAMED)) $(ARGS)
+plot: env  ## plot the curves of RUN="NAME [NAME ...]"; OUT=FILE.png
+	$(PY) -m tools.plot $(addprefix runs/,$(NAMED)) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-report: env  ## write a page about RUN=NAME: runs/NAME/report.html; RUN="A B" compares runs: runs/report.html
-	$(PY) -m tools.report $(addprefix runs/,$(NAMED)) $(ARGS)
+report: env  ## write a page about RUN=NAME: runs/NAME/report.html; RUN="A B" compares runs: runs/report.html; OUT=FILE.html
+	$(PY) -m tools.report $(addprefix runs/,$(NAMED)) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 predict: env  ## classify INPUT="FILE [FOLDER ...]" with RUN=NAME (MAE: reconstruct): pictures, videos, folders of frames; OUT=FILE.csv|json|parquet
 	$(PY) -m tools.predict 'runs/$(NAMED)' $(or $(INPUT),$(error name files or folders with INPUT=)) $(OTHER) $(if $(OUT),--out '$(OUT)') $(ARGS)

@@ -1,18 +1,19 @@
-"""The sections of a report that compare runs: summary, results, curves, settings. One run is also possible.
+"""The sections of a report that compare runs: summary, numbers, curves, settings. One run is also possible.
 
-A section takes the same file of each run and returns HTML, empty if no file has content yet.
+A section takes run folders and returns what report.html shows; nothing if no run has content yet.
 """
 
 import io
 import json
 import re
-import shlex
-from collections.abc import Iterable
 from contextlib import suppress
-from html import escape
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+from markupsafe import Markup
+
+from models.files import read_json
 from pipelines.errors import UserError
 from tools.plot import COLOURS, Panel, Tables, draw, names_of, panels_of
 from train.config import Config, MaeConfig, flatten, from_dict, to_dict
@@ -36,51 +37,54 @@ NUMBERS = {  # column -> (name, format)
 }
 
 
-def marked(name: str, number: int) -> str:
-    """A run's name with the colour of its curves."""
-    return f'<i class="chip" style="--c: var(--run{number % len(COLOURS)})"></i>{escape(name)}'
+def config_of(run: Path) -> Config:
+    """The run's settings. Raises ValueError, which names the file, if config.json is damaged."""
+    path = run / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (ValueError, LookupError, TypeError, AttributeError, UserError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def summary(*configs: Path) -> str:
-    """Task, data, model, hardware and results of the runs; what they share appears once."""
-    every = [facts(path.parent) for path in configs]
+def starts_of(run: Path) -> list[dict[str, Any]]:
+    """The entries of env.json, one for each start, the last one last."""
+    return json.loads((run / "env.json").read_text())
+
+
+def last_start(run: Path) -> dict[str, Any]:
+    """The entry of the last start; empty if it cannot be read."""
+    with suppress(Exception):  # a half-written or foreign file
+        return starts_of(run)[-1]
+    return {}
+
+
+def summary(*runs: Path) -> dict[str, list[str]]:
+    """Task, data, model, hardware and progress: a value for each run."""
+    every = [facts(run) for run in runs]
     if len(every) == 1:  # of several runs, the ranking has the results
-        every[0] |= results(_rows(configs[0].with_name("metrics.csv")))
-    names, lines = names_of([path.parent for path in configs]), ""
-    for fact in dict.fromkeys(fact for facts in every for fact in facts):
-        values = [facts.get(fact, "–") for facts in every]
-        text = escape(values[0])
-        if len(set(values)) > 1:
-            pairs = zip(names, values, strict=True)
-            text = "<br>".join(f"{marked(name, i)}: {escape(v)}" for i, (name, v) in enumerate(pairs))
-        lines += f"<dt>{fact}</dt><dd>{text}</dd>"
-    return f'<dl class="facts">{lines}</dl>'
+        every[0] |= results(_rows(runs[0]))
+    return {fact: [facts.get(fact, "–") for facts in every] for fact in dict.fromkeys(chain(*every))}
 
 
 def facts(run: Path) -> dict[str, str]:
     """What a run is and how far it is, as far as its files tell."""
-    found, start, kind, config = {}, {}, "samples", None
-    with suppress(Exception):  # a run may be at any point: what can be read is shown
-        config = from_dict(read_json(run / "config.json"))
-        kind = "images" if config.data.frames == 1 else "clips"
-        task = "pretraining (masked autoencoder)" if isinstance(config, MaeConfig) else "finetuning"
-        found["Task"] = f"{task} on {kind}, from {config.model.init or 'random weights'}"
-    with suppress(Exception):
-        data = read_json(run / "data.json")
+    config, start, found = config_of(run), last_start(run), {}
+    kind = "images" if config.data.frames == 1 else "clips"
+    task = "pretraining (masked autoencoder)" if isinstance(config, MaeConfig) else "finetuning"
+    found["Task"] = f"{task} on {kind}, from {config.model.init or 'random weights'}"
+    if data := read_json(run / "data.json"):
         words = {"train": "training", "val": "validation"}
-        counts = [f"{split['samples']:,} {words.get(name, name)}" for name, split in data["splits"].items()]
-        found["Data"] = f"{' and '.join(counts)} {kind}, {len(data['classes'])} classes, {config.data.path}"
-    if config and config.data.eval_split == "train":
+        splits = data.get("splits", {}).items()
+        counts = " and ".join(f"{split['samples']:,} {words.get(name, name)}" for name, split in splits)
+        found["Data"] = f"{counts} {kind}, {len(data['classes'])} classes, {config.data.path}"
+    if config.data.eval_split == "train":
         found["Evaluation"] = f"accuracy is of the TRAINING {'videos' if kind == 'clips' else kind}"
-    with suppress(Exception):
-        start = read_json(run / "env.json")[-1]
-    if config:
-        size = [config.data.frames] * (config.data.frames > 1) + [config.data.size] * 2
-        millions = f"{start['parameters'] / 1e6:.1f} M parameters, " if "parameters" in start else ""
-        found["Model"] = f"{config.model.name}, {millions}input {' x '.join(map(str, size))}"
+    size = [config.data.frames] * (config.data.frames > 1) + [config.data.size] * 2
+    millions = f"{start['parameters'] / 1e6:.1f} M parameters, " if "parameters" in start else ""
+    found["Model"] = f"{config.model.name}, {millions}input {' x '.join(map(str, size))}"
     if start:
         count, device = start.get("processes", 1), f"{start.get('cpus', '?')} CPU cores"
-        if start.get("gpus") and (config is None or config.speed.device != "cpu"):
+        if start.get("gpus") and config.speed.device != "cpu":
             device = f"GPU {start['gpus'][0]}"
         found["Hardware"] = f"{device}, {count} process{'es' if count > 1 else ''}"
     return found | {"Progress": state(run)}
@@ -88,11 +92,9 @@ def facts(run: Path) -> dict[str, str]:
 
 def state(run: Path) -> str:
     """The step of the run, or its end."""
-    last, total, exported = {}, 0, 0
-    with suppress(Exception):
-        last = _rows(run / "metrics.csv")[-1]
-        samples = read_json(run / "data.json")["splits"]["train"]["samples"]
-        total = total_steps(from_dict(read_json(run / "config.json")).optim, samples)
+    last, total, exported = (_rows(run) or [{}])[-1], 0, 0
+    if samples := read_json(run / "data.json").get("splits", {}).get("train", {}).get("samples"):
+        total = total_steps(config_of(run).optim, samples)
     with suppress(UserError):  # half-written weights are not the end
         exported = exported_step(run)
     step = last.get("step", 0)
@@ -117,26 +119,24 @@ def _epoch(row: Row) -> str:
     return "" if row.get("epoch") is None else f", epoch {row['epoch']:.4g}"
 
 
-def numbers(*metrics: Path) -> str:
-    """The last value of each metric and the mean speed: tiles, or for several runs a ranking."""
-    tables = [_rows(path) for path in metrics]
-    every = [last_numbers(rows) for rows in tables]
-    names = dict.fromkeys(chain(*every))
-    if len(tables) == 1 or not names:
-        tiles = "".join(f"<div><dt>{name}</dt><dd>{every[0][name]}</dd></div>" for name in names)
-        return tiles and f'<dl class="grid numbers">{tiles}</dl>'
+def numbers(*runs: Path) -> dict[str, Any]:
+    """The last value of each metric and the mean speed; for several runs the rows of a ranking.
+
+    columns: names; rows: (place in `runs`, texts).
+    """
+    tables = [_rows(run) for run in runs]
+    every = [last_numbers(rows) | results(rows) for rows in tables]
+    names = dict.fromkeys(name for found in every for name in found if name not in ("Best", "Last"))
+    if not names:
+        return {}
+    if len(runs) == 1:
+        return {"columns": [*names], "rows": [(0, [every[0][name] for name in names])]}
     names.pop(NUMBERS["acc"][0], None)  # it is the last evaluation
-    differ = [name for name in names if len({found.get(name) for found in every}) > 1]
-    labels, bests = names_of([path.parent for path in metrics]), [best_of(rows) for rows in tables]
+    columns = ["Best", "Last", *(name for name in names if len({found.get(name) for found in every}) > 1)]
+    bests = [best_of(rows) for rows in tables]
     # Accuracies come before the losses of pretraining: the two cannot be compared.
-    order = sorted(range(len(tables)), key=lambda i: (bests[i].get("acc") is None, -score(bests[i])))
-    cells = []
-    for place, i in enumerate(order, start=1):
-        values = every[i] | results(tables[i])
-        texts = [escape(values.get(name, "–")) for name in ("Best", "Last", *differ)]
-        cells.append([f"{place}. {marked(labels[i], i)}", *texts])
-    note = "The best evaluation decides the order. Numbers that are equal in all runs are left out."
-    return wide_table(["run", "best", "last", *differ], cells) + f'<p class="quiet">{note}</p>'
+    order = sorted(range(len(runs)), key=lambda i: (bests[i].get("acc") is None, -score(bests[i])))
+    return {"columns": columns, "rows": [(i, [every[i].get(name, "–") for name in columns]) for i in order]}
 
 
 def last_numbers(rows: list[dict]) -> dict[str, str]:
@@ -156,17 +156,13 @@ def speed_of(rows: list[dict]) -> tuple[float, ...]:
     return tuple(sum(row[name] for row in timed) / len(timed) for name in names)
 
 
-def curves(*metrics: Path) -> str:
+def curves(*runs: Path) -> list[Markup]:
     """A drawing for each panel of tools.plot."""
-    names = names_of([path.parent for path in metrics])
-    tables = dict(zip(names, map(_rows, metrics), strict=True))
-    drawings = "".join(f"<figure>{_svg(panel, tables)}</figure>" for panel in panels_of(tables))
-    legend = " ".join(f"<span>{marked(name, i)}</span>" for i, name in enumerate(names))
-    legend = f'<p class="legend">{legend}</p>' if len(names) > 1 else ""
-    return drawings and f'{legend}<div class="grid">{drawings}</div>'
+    tables = dict(zip(names_of(runs), map(_rows, runs), strict=True))
+    return [_svg(panel, tables) for panel in panels_of(tables)]
 
 
-def _svg(panel: Panel, tables: Tables) -> str:
+def _svg(panel: Panel, tables: Tables) -> Markup:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -184,46 +180,37 @@ def _svg(panel: Panel, tables: Tables) -> str:
     svg = svg.replace(PAPER, "var(--paper)")
     for number, colour in enumerate(COLOURS):
         svg = svg.replace(colour, f"var(--run{number})")
-    return svg
+    return Markup(svg)  # matplotlib escapes texts
 
 
-def settings(*configs: Path) -> str:
-    """The settings that differ between the runs, then those that differ from the preset."""
-    runs = [from_dict(read_json(path)) for path in configs]
-    tables = [{key: as_text(value) for key, value in flatten(to_dict(run)).items()} for run in runs]
-    names, compared = names_of([path.parent for path in configs]), list(tables)
-    presets = {preset_of(path.parent) for path in configs}
+def settings(*runs: Path) -> dict[str, Any]:
+    """The settings that differ between the runs, then those that differ from the preset.
+
+    columns: names of what is compared; rows: (setting, texts); others: number of settings without a row.
+    """
+    configs = [config_of(run) for run in runs]
+    names, compared = names_of(runs), configs
+    presets = {preset_of(run) for run in runs}
     if len(presets) == 1:  # runs of several presets are compared with each other only
         preset = presets.pop()
-        values = flatten(to_dict(PRESETS.get(preset, type(runs[0])())))
-        compared.insert(0, {key: as_text(value) for key, value in values.items()})
-        names.insert(0, preset or "default")
-
-    def differs(key: str, among: list[dict[str, str]]) -> bool:
-        return len({table.get(key) for table in among}) > 1
-
-    keys = [key for key in dict.fromkeys(chain(*compared)) if key not in ("run.name", "run.root")]
-    shown = sorted((key for key in keys if differs(key, compared)), key=lambda key: not differs(key, tables))
-    cells = [[key, *(escape(table.get(key, "–")) for table in compared)] for key in shown]
-    note = f"The other {len(keys) - len(shown)} settings are equal to those of {escape(names[0])}."
-    return wide_table(["setting", *map(escape, names)], cells) + f'<p class="quiet">{note}</p>'
+        names, compared = [preset or "default", *names], [PRESETS.get(preset, type(configs[0])()), *configs]
+    tables = [{key: as_text(value) for key, value in flatten(to_dict(one)).items()} for one in compared]
+    keys = dict.fromkeys(key for table in tables for key in table if key not in ("run.name", "run.root"))
+    every = {key: [table.get(key, "–") for table in tables] for key in keys}
+    rows = [(key, texts) for key, texts in every.items() if len({*texts}) > 1]
+    rows.sort(key=lambda row: len({*row[1][-len(runs) :]}) == 1)
+    return {"columns": names, "rows": rows, "others": len(keys) - len(rows)}
 
 
 def preset_of(run: Path) -> str:
     """The preset in the command that started the run, empty if it is unknown."""
-    with suppress(Exception):
-        return next(
-            word for word in shlex.split(read_json(run / "env.json")[-1]["command"]) if word in PRESETS
-        )
-    return ""
+    words = str(last_start(run).get("command", "")).split()
+    return next((word for word in words if word in PRESETS), "")
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
-def _rows(metrics: Path) -> list[dict]:
-    return read_csv(metrics) if metrics.is_file() else []
+def _rows(run: Path) -> list[dict]:
+    path = run / "metrics.csv"
+    return read_csv(path) if path.is_file() else []
 
 
 def as_text(value: object) -> str:
@@ -231,10 +218,3 @@ def as_text(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return (", ".join(map(as_text, value)) if isinstance(value, list) else str(value)) or "–"
-
-
-def wide_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of HTML texts that scrolls sideways on a narrow screen."""
-    head = "".join(f"<th>{column}</th>" for column in columns)
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>'

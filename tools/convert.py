@@ -1,22 +1,28 @@
 """Convert weights between implementations: `python -m tools.convert SRC DST --to timm`.
 
 SRC is a file or folder of any known format, or an official name such as `hiera_base_224:mae_in1k_ft_in1k`.
-DST ends in .safetensors or .pth; in .onnx or .pt2 for these formats, which contain the model's code as well.
-For transformers it may be a folder, which also gets config.json and preprocessor_config.json, so that
-`from_pretrained` and `pipeline` open it.
+DST ends in .safetensors or .pth. For transformers it may be a folder, which also gets config.json and
+preprocessor_config.json, so that `from_pretrained` and `pipeline` open it. It ends in .onnx or .pt2 for these
+formats: a classifier with its code. Its batch dimension is dynamic, and it is compared with the model before
+the file gets its name.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
+from safetensors.torch import save_file
+from torch import Tensor
 
 from models.files import Weights, read_json, read_weights
 from models.formats import State, from_ours, is_autoencoder, to_ours
+from models.hiera import Hiera
 from models.inputs import IMAGE_STATS, VIDEO_STATS
+from models.weights import load_weights
 from models.zoo import CONFIGS, config_of_weights
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text, atomic_write
@@ -30,6 +36,10 @@ RESIZE = {  # how other libraries call the setting `interpolation`
 }
 RESAMPLE = {"linear": 2, "triangular": 2, "cubic": 3}  # Pillow's numbers; transformers always antialiases
 FUSION = re.compile(r"multi_scale_fusion_heads\.\d+\.weight")  # one for each pooling
+LIMIT = 1e-4  # largest allowed difference of a program's logit from the model's
+BATCHES = (1, 3)  # sizes that are compared; the program is traced with another
+OPSETS = range(18, 24)
+PROTOBUF_LIMIT = 2_000_000_000  # bytes of an ONNX file
 USUAL_HEADS = {config.decoder_width: config.decoder_heads for config in CONFIGS.values()}
 
 
@@ -106,38 +116,6 @@ def _data_settings(read: Weights) -> tuple[dict[str, Any], list[str]]:
     ]
 
 
-def _write_program(
-    read: Weights, state: State, target: Path, to: Literal["onnx", "pt2"], opset: int
-) -> list[str]:
-    """Write a classifier with its code and how its input is prepared; return what to print."""
-    from models.hiera import Hiera
-    from models.weights import load_weights
-    from tools.export import export
-
-    if "head.projection.weight" not in state:
-        raise UserError(f"{read.path} has no classifier, which --to {to} needs; finetune these weights first")
-    if target.suffix != f".{to}":
-        raise UserError(f"the suffix of {target} is unknown; it must end in .{to}")
-    data, notes = _data_settings(read)
-    model = Hiera(config_of_weights(state, data.get("size", 0)))
-    load_weights(model, state, quiet=True)
-    mean, deviation = VIDEO_STATS if model.config.video else IMAGE_STATS
-    frames, classes = model.input_size[0] if model.config.video else 1, model.config.num_classes
-    facts = {name: data[name] for name in SETTINGS[: 2 if frames == 1 else None] if name in data}
-    facts |= {"mean": mean, "std": deviation, "size": model.input_size[-1], "frames": frames}
-    facts |= {"classes": _class_names(read.classes, classes), "resize": RESIZE[data["interpolation"]]}
-    if model.config.abs_win and "size" not in data:
-        notes.append(f"size {model.input_size[-1]} is assumed: the weights do not show it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    difference = export(model, target, to, opset, facts)
-    shape = ", ".join(map(str, ("batch", model.config.in_chans, *model.input_size)))
-    return [
-        f"wrote {target}: float32 [{shape}] -> logits [batch, {classes}]; "
-        f"they differ by at most {difference:.1e} from the model's",
-        *notes,
-    ]
-
-
 def _class_names(names: Sequence[str], count: int) -> list[str]:
     """The names of `count` classes; placeholders if they are unknown."""
     return list(names) if len(names) == count else [f"LABEL_{number}" for number in range(count)]
@@ -154,9 +132,6 @@ def _sam2_note(state: State) -> str:
 
 def _write(state: State, path: Path, to: str, decoder_heads: int = 0) -> None:
     """Write weights. A safetensors file with our names also stores the decoder heads (0: unknown)."""
-    import torch
-    from safetensors.torch import save_file
-
     about = {"format": "pt"}  # transformers and timm require it
     if to in ("ours", "upstream") and decoder_heads:
         about = {"hiera-train": json.dumps({"decoder_heads": decoder_heads})}
@@ -216,6 +191,93 @@ def transformers_config(state: State, names: Sequence[str], decoder_heads: int) 
     labels = _class_names(names, model.num_classes)
     numbers = {label: number for number, label in enumerate(labels)}
     return config | {"id2label": dict(enumerate(labels)), "label2id": numbers}
+
+
+# ---- classifiers with their code ----------------------------------------------------------------------
+
+
+def _write_program(
+    read: Weights, state: State, target: Path, to: Literal["onnx", "pt2"], opset: int
+) -> list[str]:
+    """Write a classifier with its code and how its input is prepared; return what to print."""
+    if "head.projection.weight" not in state:
+        raise UserError(f"{read.path} has no classifier, which --to {to} needs; finetune these weights first")
+    if target.suffix != f".{to}":
+        raise UserError(f"the suffix of {target} is unknown; it must end in .{to}")
+    data, notes = _data_settings(read)
+    model = Hiera(config_of_weights(state, data.get("size", 0)))
+    load_weights(model, state, quiet=True)
+    mean, deviation = VIDEO_STATS if model.config.video else IMAGE_STATS
+    frames, classes = model.input_size[0] if model.config.video else 1, model.config.num_classes
+    facts = {name: data[name] for name in SETTINGS[: 2 if frames == 1 else None] if name in data}
+    facts |= {"mean": mean, "std": deviation, "size": model.input_size[-1], "frames": frames}
+    facts |= {"classes": _class_names(read.classes, classes), "resize": RESIZE[data["interpolation"]]}
+    if model.config.abs_win and "size" not in data:
+        notes.append(f"size {model.input_size[-1]} is assumed: the weights do not show it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    difference = export(model, target, to, opset, facts)
+    shape = ", ".join(map(str, ("batch", model.config.in_chans, *model.input_size)))
+    return [
+        f"wrote {target}: float32 [{shape}] -> logits [batch, {classes}]; "
+        f"they differ by at most {difference:.1e} from the model's",
+        *notes,
+    ]
+
+
+def export(
+    model: Hiera, target: Path, to: Literal["onnx", "pt2"], opset: int, facts: Mapping[str, object]
+) -> float:
+    """Write the model to `target` and return the largest difference of its logits from the model's.
+
+    facts: metadata; every value becomes JSON in ONNX's metadata_props, and all of them in a pt2 file's
+    `preprocessing.json`.
+    Raises UserError, and leaves no file, if the logits differ by more than LIMIT, for an opset that torch
+    does not write, and for a model that is too large for an ONNX file.
+    """
+    if to == "onnx" and opset not in OPSETS:
+        raise UserError(f"opset is {opset}; choose one from {OPSETS[0]} to {OPSETS[-1]}")
+    if to == "onnx" and sum(4 * value.numel() for value in model.parameters()) > PROTOBUF_LIMIT:
+        raise UserError("the model has more than 2 GB, the limit of an ONNX file; choose --to pt2")
+    shape = (model.config.in_chans, *model.input_size)
+    batch = {0: torch.export.Dim("batch")}
+    model.eval()
+    with atomic_write(target) as temporary, torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, *shape),), dynamic_shapes=(batch,))
+        run = (_write_onnx if to == "onnx" else _write_pt2)(program, temporary, facts, opset)
+        inputs = [torch.randn(size, *shape) for size in BATCHES]
+        # torch's max gives NaN if any of these is NaN; Python's does not.
+        difference = torch.stack([(run(x) - model(x)).abs().max() for x in inputs]).max().item()
+        if not difference <= LIMIT:
+            raise UserError(
+                f"the logits of {target} would differ by {difference:.1e} from the model's, which is more "
+                f"than {LIMIT}; choose another format or opset"
+            )
+    return difference
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram, path: Path, facts: Mapping, opset: int
+) -> Callable[[Tensor], Tensor]:
+    """Write an ONNX file; return a function that computes logits with onnxruntime."""
+    import onnxruntime
+
+    names = {"input_names": ["input"], "output_names": ["logits"]}
+    written = torch.onnx.export(program, opset_version=opset, dynamo=True, verbose=False, **names)
+    assert written is not None
+    written.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
+    written.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+
+
+def _write_pt2(
+    program: torch.export.ExportedProgram, path: Path, facts: Mapping, opset: int
+) -> Callable[[Tensor], Tensor]:
+    """Write a pt2 file; return a function that computes logits with it."""
+    with path.open("wb") as file:  # torch warns about paths with another suffix
+        torch.export.save(program, file, extra_files={"preprocessing.json": json.dumps(facts)})
+    with path.open("rb") as file:
+        return torch.export.load(file).module()
 
 
 if __name__ == "__main__":

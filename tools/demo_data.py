@@ -8,6 +8,7 @@ layout of ImageNet and of Tiny-Kinetics-400.
 
 import csv
 from collections.abc import Iterator
+from colorsys import hsv_to_rgb
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -50,17 +51,12 @@ def draw_picture(draw: Draw, name: str) -> np.ndarray:
     y, x = np.mgrid[:IMAGE_SIDE, :IMAGE_SIDE] - centre[:, None, None]
     turned = np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
     weight = 0.5 + 0.5 * TEXTURES[texture](*(2 * np.pi / period * np.stack(turned)))
-    ink = _rgb(HUES[hue] + draw.normal(0, 0.05), draw.uniform(0.5, 1), draw.uniform(0.5, 1))
+    colour = (HUES[hue] + draw.normal(0, 0.05)) % 1, draw.uniform(0.5, 1), draw.uniform(0.5, 1)
+    ink = np.array(hsv_to_rgb(*colour))
     paper = np.full(3, draw.uniform(0.1, 0.9)) + draw.uniform(-0.1, 0.1, 3)
     light = draw.uniform(0.7, 1.1) + 0.2 * _smooth(draw, IMAGE_SIDE, 40)
     picture = (paper + (ink - paper) * weight[..., None]) * light[..., None]
     return _uint8(picture + draw.normal(0, 0.04, picture.shape))
-
-
-def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
-    """A colour [3] in 0..1; hue 0..1 around the circle from red."""
-    place = (hue * 6 + np.array([5.0, 3.0, 1.0])) % 6
-    return value * (1 - saturation * np.clip(np.minimum(place, 4 - place), 0, 1))
 
 
 def _smooth(draw: Draw, side: int, scale: float) -> np.ndarray:

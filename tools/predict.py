@@ -148,24 +148,21 @@ def write_table(
 
     Without a prediction, all columns but the first and the last are empty. JSON is a list of objects.
     """
-    columns = [("input", pa.string())]
-    for rank in range(1, top + 1):
-        columns += [(f"class_{rank}", pa.string()), (f"probability_{rank}", pa.float32())]
-    schema = pa.schema([*columns, ("error", pa.string())])
-    rows = []
-    for name, pairs, reason in zip(names, best, reasons, strict=True):
-        values = [value for pair in pairs for value in pair] or [None] * 2 * top
-        rows.append(dict(zip(schema.names, [name, *values, reason or None], strict=True)))
-    table = pa.Table.from_pylist(rows, schema)
+    columns = {"input": pa.array(names)}
+    for rank in range(top):
+        found = [pairs[rank] if pairs else (None, None) for pairs in best]
+        columns[f"class_{rank + 1}"] = pa.array([label for label, _ in found], pa.string())
+        columns[f"probability_{rank + 1}"] = pa.array([chance for _, chance in found], pa.float32())
+    columns["error"] = pa.array([reason or None for reason in reasons], pa.string())
+    table = pa.table(columns)
     with atomic_write(path) as temporary:
-        match path.suffix.lower():
-            case ".json":
-                text = json.dumps(table.to_pylist(), indent=1, ensure_ascii=False)
-                temporary.write_text(text + "\n", encoding="utf-8")
-            case ".csv":
-                csv.write_csv(table, temporary)
-            case _:
-                pq.write_table(table, temporary)
+        if path.suffix.lower() == ".csv":
+            csv.write_csv(table, temporary)
+        elif path.suffix.lower() == ".parquet":
+            pq.write_table(table, temporary)
+        else:
+            text = json.dumps(table.to_pylist(), indent=1, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_run(run: Path) -> tuple[Config, Sequence[str], Mapping[str, Any]]:

@@ -7,12 +7,14 @@ picture is written to preview-NAME.png in the folder of runs.
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from pipelines.augment import to_device
@@ -21,7 +23,6 @@ from pipelines.errors import run_cli
 from pipelines.files import atomic_write
 from pipelines.loader import Batch, TrainLoader
 from pipelines.order import keep_units
-from tools.sheet import Card, Pixels, Section, below, beside, sheet
 from train import distributed
 from train.build import check
 from train.config import Config, FinetuneConfig, MaeConfig
@@ -37,6 +38,25 @@ IMAGES, CLIPS = 12, 8  # rows of a section, at most
 FRAMES = 8  # of a clip
 IMAGE_SIDE, CLIP_SIDE = 160, 112  # pixels: an image, at least; a clip's frame
 GRAY = 128
+WIDTH, THIN, GAP, MARGIN = 1952, 4, 16, 24  # pixels: the sheet, at least; between pictures, cards; the border
+INK, QUIET = "#111111", "#555555"
+
+Pixels = NDArray[np.uint8]
+
+
+class Card(NamedTuple):
+    """One row of a batch on the sheet."""
+
+    picture: Pixels  # [h, w, 3]
+    captions: Sequence[str]  # the class, the source, the view
+
+
+class Section(NamedTuple):
+    """A part of the sheet."""
+
+    title: str
+    lines: Sequence[str]  # what it shows
+    cards: Sequence[Card]
 
 
 def preview(config: Config) -> Path:
@@ -218,6 +238,74 @@ def view_text(dataset: Dataset, batch: Batch, row: int) -> str:
         frames = ", ".join(map(str, rows.frames[row][shown_frames(rows.frames.shape[1])].tolist()))
         text += f"; frames {frames} of {int(dataset.frame_counts(batch.ids)[row])}"
     return text
+
+
+# ---- the sheet: pictures with captions, in sections
+
+
+def beside(pictures: Sequence[Pixels]) -> Pixels:
+    """Pictures of equal height from left to right."""
+    gap = np.full((pictures[0].shape[0], THIN, 3), 255, np.uint8)
+    return np.concatenate([part for picture in pictures for part in (gap, picture)][1:], axis=1)
+
+
+def below(pictures: Sequence[Pixels]) -> Pixels:
+    """Pictures of equal width from top to bottom."""
+    return beside([picture.swapaxes(0, 1) for picture in pictures]).swapaxes(0, 1)
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib; Pillow's own font has few letters."""
+    import matplotlib  # here: it takes half a second
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+
+
+def fitted(text: str, size: int, width: int) -> str:
+    """The text, without its middle if it is wider than `width` pixels."""
+    line, kept = text, min(len(text), 4 * width // size)  # no letter is narrower than a quarter of the size
+    while kept > 1 and font(size).getlength(line) > width:
+        line = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+        kept -= 1
+    return line
+
+
+def line_of(text: str, size: int, color: str, width: int) -> Pixels:
+    """A line of text as a picture of this width."""
+    line = Image.new("RGB", (width, round(size * 1.5)), "white")
+    ImageDraw.Draw(line).text((0, 0), fitted(text, size, width), color, font(size))
+    return np.asarray(line)
+
+
+def padded(picture: Pixels, height: int, width: int) -> Pixels:
+    """The picture with white at its bottom and its right."""
+    rows, columns = picture.shape[:2]
+    return np.pad(picture, ((0, height - rows), (0, width - columns), (0, 0)), constant_values=255)
+
+
+def drawn(card: Card) -> Pixels:
+    """The picture of a card above its captions."""
+    width = card.picture.shape[1]
+    captions = [line_of(card.captions[0], 15, INK, width)]
+    captions += [line_of(caption, 12, QUIET, width) for caption in card.captions[1:]]
+    return below([card.picture, np.concatenate(captions)])
+
+
+def sheet(title: str, about: str, sections: Sequence[Section]) -> Image.Image:
+    """The picture: the cards of a section, which have one width, in as many lines as they need."""
+    width = max(WIDTH - 2 * MARGIN, *(card.picture.shape[1] for part in sections for card in part.cards))
+    lines = [line_of(title, 26, INK, width), line_of(about, 16, QUIET, width)]
+    for section in sections:
+        lines += [padded(lines[-1][:0], MARGIN, width), line_of(section.title, 20, INK, width)]
+        lines += [line_of(text, 15, QUIET, width) for text in section.lines]
+        cards = [drawn(card) for card in section.cards]
+        height, each = max(card.shape[0] for card in cards), cards[0].shape[1] + GAP
+        across = max(1, (width + GAP) // each)
+        for first in range(0, len(cards), across):
+            line = np.concatenate([padded(card, height, each) for card in cards[first : first + across]], 1)
+            lines += [padded(line[:0, :width], GAP, width), padded(line[:, :width], height, width)]
+    return ImageOps.expand(Image.fromarray(np.concatenate(lines)), MARGIN, "white")
 
 
 def main() -> None:

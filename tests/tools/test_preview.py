@@ -15,7 +15,7 @@ from pipelines.machine import World
 from tests.train_helpers import small
 from tools import preview
 from tools.pack import ImageOptions, pack_images
-from tools.sheet import Card, Section, below, beside, fitted, font, sheet
+from tools.preview import Card, Section, below, beside, fitted, font, sheet
 from train.config import Config, FinetuneConfig, MaeConfig
 
 ALONE = World(0, 1, torch.device("cpu"))

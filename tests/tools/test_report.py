@@ -25,7 +25,7 @@ from pipelines.errors import UserError
 from tests.train_helpers import call
 from tools.compare import settings
 from tools.plot import COLOURS
-from tools.report import LOG_LINES, classes, report, usage
+from tools.report import LOG_LINES, report, usage
 from train.card import model_card
 from train.config import to_dict
 from train.console import parse
@@ -58,18 +58,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "env.json").write_text(json.dumps([start]))
     samples = config.optim.batch * 8 // int(config.optim.epochs)
     splits = {"train": {"samples": samples}, "val": {"samples": 1500}}
-    (folder / "data.json").write_text(json.dumps({"splits": splits, "classes": ["a", "b"]}))
-    found = {"id": [0, 1], "source": ["0.jpg", "1.jpg"], "label": [0, 1], "class_1": ["a", "b"]}
+    (folder / "data.json").write_text(json.dumps({"splits": splits, "classes": ["a", EVIL]}))
+    found = {"id": [0, 1], "source": ["0.jpg", EVIL], "label": [0, 1], "class_1": ["a", "a"]}
     pq.write_table(pa.table({**found, "probability_1": [0.9, 0.8]}), folder / "predictions.parquet")
-    write_metrics(folder, FINETUNE_COLUMNS, steps=8)
+    write_metrics(folder, (*FINETUNE_COLUMNS, EVIL), steps=8)
     (folder / "log.txt").write_text("".join(f"line {i} {EVIL}\n" for i in range(100)))
     (folder / "reconstruction.png").write_bytes(PNG)
-    names = [EVIL, "never seen", *(f"class {i}" for i in range(30))]
-    samples = [10, 0, *[20] * 30]
-    correct = [9, 0, *range(20), *range(10)]
-    accuracy = [c / n if n else float("nan") for c, n in zip(correct, samples, strict=True)]
-    table = {"class_name": names, "samples": samples, "correct": correct, "correct5": samples}
-    pq.write_table(pa.table({**table, "accuracy": accuracy}), folder / "per_class.parquet")
     weights = create(config.model.name, input_size=96, num_classes=2).state_dict()
     save_file(weights, folder / "model.safetensors", {"hiera-train": json.dumps({"step": 8})})
     info = replace(INFO, classes=("a", EVIL))
@@ -106,16 +100,9 @@ def write_metrics(folder: Path, columns: tuple[str, ...], steps: int) -> None:
         row = {**values, "step": step, "samples_per_s": 1000.0 if step == 1 else 50.0, "lr": 1e-3}
         row["grad_norm"] = "nan" if step == 3 else 1.5
         row["epoch"] = step / 4
+        row[EVIL] = step
         lines.append(",".join(str(row.get(name, "")) for name in columns))
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-
-
-def test_top_5_is_left_out_for_five_classes_or_fewer(page: str, tmp_path: Path):
-    assert "top-5" in section(page, "Classes")
-    few = {"class_name": ["a", "b"], "samples": [4, 4], "correct": [1, 2], "correct5": [4, 4]}
-    pq.write_table(pa.table({**few, "accuracy": [0.25, 0.5]}), tmp_path / "few.parquet")
-    html = classes(tmp_path / "few.parquet")
-    assert "top-1" in html and "top-5" not in html
 
 
 def words(page: str) -> str:
@@ -133,19 +120,16 @@ def test_the_report_of_a_finished_run_is_complete(page: str):
         "Settings",
         "Reconstructions",
         "Results",
-        "Classes",
         "Use these weights",
+        "Environment",
+        "Log",
     )
-    for title in (*titles, "Environment", "Log"):
-        assert f"<h2>{title}</h2>" in page
+    assert re.findall("<h2>(.*?)</h2>", page) == [*titles]
     assert page.count("<svg") == 7
     assert "75.0%" in text and "10.0%" in text and "samples/s 50 " in text
     (picture,) = re.findall(r'<img width="2" [^>]*base64,([^"]+)"', page)
     assert Image.open(io.BytesIO(base64.b64decode(picture))).size == (1, 1)
     assert "true patch statistics colour the prediction" in text
-    shown = re.findall(r"<tr><th>([^<]*)</th><td>20</td><td style", page)
-    assert shown[:3] == ["class 0", "class 20", "class 1"] and len(shown) == 30  # weakest first, all there
-    assert "never seen" not in text and "the other 11 classes" in text
     assert f"line {99}" in text and f"line {100 - LOG_LINES}" in text
     assert f"line {99 - LOG_LINES} " not in text
     assert "9.9" in text
@@ -170,15 +154,14 @@ def test_settings_are_those_that_differ_from_the_preset(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(changed)))
     start = {"command": "python -m train.finetune image-ft-pico --optim.lr 0.0125"}
     (tmp_path / "env.json").write_text(json.dumps([start]))
-    html = settings(tmp_path / "config.json")
-    assert html.count("<tr>") == 2 and " ".join(words(html).split()).startswith(
-        f"setting image-ft-pico {tmp_path.name} optim.lr 0.001 0.0125 The other"
-    )
+    found = settings(tmp_path)
+    assert found["columns"] == ["image-ft-pico", tmp_path.name]
+    assert found["rows"] == [("optim.lr", ["0.001", "0.0125"])] and found["others"] > 50
     shutil.copytree(tmp_path, tmp_path / "b")
     changed = replace(changed, smoothing=0.25)
     (tmp_path / "b/config.json").write_text(json.dumps(to_dict(changed)))
-    html = settings(tmp_path / "config.json", tmp_path / "b/config.json")
-    assert html.index("smoothing") < html.index("optim.lr"), "differences between the runs come first"
+    rows = settings(tmp_path, tmp_path / "b")["rows"]
+    assert [name for name, _ in rows] == ["smoothing", "optim.lr"], "differences between the runs come first"
 
 
 def section(page: str, title: str) -> str:
@@ -197,8 +180,7 @@ def test_the_weights_can_be_used_as_the_page_shows(finished: Path, page: str, tm
     (tmp_path / "config.json").write_text(json.dumps(to_dict(MAE_PRESETS["image-mae-pico"])))
     (tmp_path / "env.json").write_text(json.dumps([{"command": "python -m train.mae image-mae-pico"}]))
     shutil.copy(finished / "model_card.md", tmp_path)
-    command = unescape(usage(tmp_path / "model_card.md").split("</pre>")[0]).removeprefix("<pre>")
-    monkeypatch.setattr("sys.argv", shlex.split(command)[2:])
+    monkeypatch.setattr("sys.argv", shlex.split(usage(tmp_path)[0])[2:])
     assert parse(FINETUNE_PRESETS, "train.finetune").model.init == str(tmp_path / "model.safetensors")
 
 
@@ -222,26 +204,32 @@ def test_one_page_compares_runs(run: Path):
     drawn = section(page, "Curves")
     assert "stroke: var(--run0)" in drawn and "stroke: var(--run1)" in drawn
     assert not any(colour in drawn for colour in COLOURS), "a dark page has colours of its own"
-    assert "Curves of c (there is no metrics.csv)" in page and "Classes of c (there is no per_class" in page
+    assert "Curves of c (there is no metrics.csv)" in page and "Results of c (there is no predictions" in page
     assert section(page, "Log").count("<details><summary>") == 2
+    (started / "config.json").write_text("{")
+    text = words(report(started, run).read_text())
+    assert f"Settings (config.json cannot be read: {started}/config.json: " in text, "not the other run's"
 
 
 def test_text_and_curves_have_contrast_in_both_modes(page: str):
     """At least 4.5 to 1 (WCAG 2, AA), computed from the page's own colours."""
-    light, dark = (dict(re.findall(r"--([\w]+): (#\w+)", part)) for part in page.split("@media")[:2])
-    assert light.keys() == dark.keys() and len(light) == 6 + len(COLOURS)
-    used = set(re.findall(r"var\(--(\w+)\)", page)) - {"line", "c", "share", "right", "wrong"}
+    light, dark = (dict(re.findall(r"--([\w]+): (#\w+|[\d ]+);", part)) for part in page.split("@media")[:2])
+    assert light.keys() == dark.keys() and len(light) == 7 + len(COLOURS)
+    used = set(re.findall(r"var\(--(\w+)\)", page)) - {"c", "share", "side", "colour"}
     assert used <= light.keys()
     for colours in (light, dark):
         for text in ("ink", "quiet", *(name for name in colours if name.startswith("run"))):
-            for paper in ("paper", "card", "bar") if text == "ink" else ("paper", "card"):
+            for paper in ("paper", "card", "right", "wrong") if text == "ink" else ("paper", "card"):
                 assert contrast(colours[text], colours[paper]) >= 4.5, (text, paper, colours)
 
 
 def contrast(one: str, other: str) -> float:
     def luminance(colour: str) -> float:
         digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-        shares = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        values = (
+            [int(digits[i : i + 2], 16) for i in (0, 2, 4)] if "#" in colour else map(int, colour.split())
+        )
+        shares = [value / 255 for value in values]
         linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -251,11 +239,15 @@ def contrast(one: str, other: str) -> float:
 
 def test_text_of_the_run_is_escaped(page: str):
     assert "<script" not in page and "<img src=x" not in page and "<run>" not in page
-    assert words(page).count("document.title='owned'") == LOG_LINES + 4  # log, path twice, command, class
+    titles = ("Summary", "Curves", "Settings", "Results", "Environment", "Log")
+    counts = [words(section(page, title)).count("document.title='owned'") for title in titles]
+    # Path; column; path; class twice, source, missing path; command; log.
+    assert counts == [1, 1, 1, 4, 1, LOG_LINES]
     assert EVIL in unescape(page)
 
 
 def test_nothing_is_fetched(page: str):
+    page = re.sub(r'title="[^"]*"', "", page)  # texts of the run, which may look like markup
     markup = " ".join(re.findall(r"<style.*?</style>|<[^>]+>", page, re.S))
     outside = re.findall(r"""(?:\b(?:src|href)=|url\(|@import)["']?([^"')\s>]+)""", markup)
     assert len(outside) > 50 and all(link.startswith(("data:", "#")) for link in outside), outside
@@ -265,7 +257,7 @@ def test_nothing_is_fetched(page: str):
 
 def test_an_unfinished_run_and_damaged_files_are_reported(run: Path):
     (run / "model.safetensors").unlink()
-    (run / "per_class.parquet").write_bytes(b"PAR1 half")
+    (run / "predictions.parquet").write_bytes(b"PAR1 half")
     (run / "reconstruction.png").write_bytes(PNG[:50])
     (run / "log.txt").write_text("")
     (run / "env.json").write_text('{"command": ')
@@ -274,7 +266,7 @@ def test_an_unfinished_run_and_damaged_files_are_reported(run: Path):
     text = words(report(run).read_text())
     assert "not finished: 8 steps" in text
     (told,) = re.findall(r"Not in this report: (.*)", text)
-    for part in ("Reconstructions (reconstruction.png cannot be read", "Classes (per_class.parquet cannot"):
+    for part in ("Reconstructions (reconstruction.png cannot be read", "Results (predictions.parquet cannot"):
         assert part in told
     assert "Environment (env.json cannot be read" in told and "Log (log.txt is empty so far)" in told
     assert "Curves" not in told and "75.0%" in text
@@ -284,7 +276,7 @@ def test_a_run_that_has_just_started(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(to_dict(MAE_PRESETS["image-mae-pico"])))
     text = words(report(tmp_path, out=tmp_path / "page.html").read_text())
     assert "mae_hiera_pico_96, input 96 x 96" in text and "not finished: 0 steps" in text
-    assert "Curves (there is no metrics.csv)" in text and "Classes (there is no per_class.parquet)" in text
+    assert "Curves (there is no metrics.csv)" in text and "Results (there is no predictions.parquet)" in text
     (tmp_path / "metrics.csv").write_text(",".join(MAE_COLUMNS) + "\n")
     assert "Curves (metrics.csv is empty so far)" in words(report(tmp_path).read_text())
     (tmp_path / "config.json").write_text("{")
@@ -318,7 +310,12 @@ def test_a_browser_opens_it_without_errors(finished: Path, page: str, tmp_path: 
 
     dom, log = browse(finished / "report.html")
     assert "CONSOLE" not in log
-    assert "<title>good &lt;run&gt;</title>" in dom and dom.count("<svg") == 7 and "<script" not in dom
+    assert (
+        "<title>good &lt;run&gt;</title>" in dom
+        and dom.count("<svg") == 7
+        and dom.count("Confusion matrix") == 1
+        and "<script" not in dom
+    )
     broken = tmp_path / "broken.html"
     broken.write_text("<script>missing()</script>")
     assert "CONSOLE" in browse(broken)[1]  # so the check above can fail

@@ -14,7 +14,8 @@ from PIL import Image
 
 from pipelines.dataset import open_dataset
 from tests.train_helpers import small
-from tools.results import class_scores, confused, confusion, read_results, results_html, worst
+from tools.report import report
+from tools.results import class_scores, confused, confusion, read_results, worst
 from train.config import to_dict
 from train.finetune import write_predictions
 
@@ -38,6 +39,11 @@ def write_run(run: Path, data: Path, classes: list[str], best: np.ndarray, chanc
 
 def text_of(html: str) -> str:
     return " ".join(unescape(re.sub(r"<style.*?</style>|<[^>]+>", " ", html, flags=re.S)).split())
+
+
+def page_of(run: Path) -> str:
+    """The report's section of the results."""
+    return report(run).read_text().split("<h2>Results</h2>")[1].split("</section>")[0]
 
 
 def test_scores_equal_those_computed_by_hand():
@@ -70,11 +76,11 @@ def wrong(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_report_shows_the_matrix_the_classes_and_the_worst_samples(wrong: Path):
-    page = results_html(wrong)
+    page = page_of(wrong)
     results = read_results(wrong)
     assert results.classes == [f"cat {EVIL}", "tench (n01440764)"] and results.found[0] == -1
     assert "<script" not in page and "cat <script>alert(1)</s…" in unescape(page)
-    titles = re.findall(r'fill-opacity="([\d.]+)"><title>(.*?)</title>', page)
+    titles = re.findall(r'--share: ([\d.]+)" title="(.*?)">', page)
     first = int(results.label[0])
     names = results.classes[first], results.classes[1 - first]
     assert {unescape(title): float(depth) for depth, title in titles} == {
@@ -87,7 +93,7 @@ def test_the_report_shows_the_matrix_the_classes_and_the_worst_samples(wrong: Pa
     # The class of sample 0: 5 of 6 found, 5 of 7 samples. The other: 6 of 7 and 6 of 7.
     order = [text.index(f"{names[0]} 7 83.3% 71.4% 76.9%"), text.index(f"{names[1]} 7 85.7% 85.7% 85.7%")]
     assert text.index("mean of 2 classes 14 84.5% 78.6% 81.3%") < order[0] < order[1], "lowest F1 first"
-    figures = re.findall(r"<figure>(.*?)</figure>", page)
+    figures = re.findall(r"<figure>(.*?)</figure>", page, re.S)
     sources = [source for source in results.sources if any(source in figure for figure in figures)]
     assert len(figures) == len(sources) == 2
     assert "tench (n01440764), predicted as cat &lt;script" in figures[0] and "97.0%" in figures[0]
@@ -100,15 +106,15 @@ def test_the_report_shows_the_matrix_the_classes_and_the_worst_samples(wrong: Pa
 def test_worst_samples_are_named_if_the_data_has_changed_or_is_missing(wrong: Path):
     before = (wrong / "data.json").read_text()
     (wrong / "data.json").write_text(json.dumps({**json.loads(before), "sha256": {}}))
-    page = results_html(wrong)
+    page = page_of(wrong)
     assert "Without pictures:" in page and "has changed since the run" in page and "<img" not in page
     assert page.count("<figure>") == 2
     (wrong / "data.json").write_text(before)
     config = (wrong / "config.json").read_text()
     (wrong / "config.json").write_text(config.replace('/images"', '/gone"'))
-    assert "gone does not exist" in results_html(wrong)
+    assert "gone does not exist" in page_of(wrong)
     (wrong / "config.json").write_text(config)
-    assert "<img" in results_html(wrong)
+    assert "<img" in page_of(wrong)
 
 
 def test_above_50_classes_the_most_confused_pairs_are_listed(images: Path, tmp_path: Path):
@@ -117,9 +123,9 @@ def test_above_50_classes_the_most_confused_pairs_are_listed(images: Path, tmp_p
     best = np.stack([np.where(label == 0, 50, 1), np.zeros(14, int)], axis=1)
     best[np.flatnonzero(label == 0)[0], 0] = 0
     run = write_run(tmp_path / "run", images, classes, best, np.tile(np.float32([0.6, 0.4]), (14, 1)))
-    page = results_html(run)
-    assert "<svg" not in page and "class 0 class 50 6 85.7%" in text_of(page)
+    page = page_of(run)
+    assert "matrix" not in page and "class 0 class 50 6 85.7%" in text_of(page)
     assert "mean of 3 classes" in page and "class 2<" not in page, "classes without samples are left out"
     write_run(tmp_path / "one", images, classes, np.stack([label, label], axis=1), np.ones((14, 2)))
-    assert "Most confused" not in results_html(tmp_path / "one")
-    assert "No sample has a wrong class" in results_html(tmp_path / "one")
+    assert "Most confused" not in page_of(tmp_path / "one")
+    assert "No sample has a wrong class" in page_of(tmp_path / "one")
