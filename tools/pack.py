@@ -22,7 +22,7 @@ from typing import Annotated
 import tyro
 
 from pipelines.errors import UserError, run_cli
-from tools.frames import load_clip
+from tools.clips import load_clip
 from tools.imagenet import ImageOptions, load_image, plan_images
 from tools.kinetics import ClipOptions, plan_clips
 from tools.packing import run, source_folder

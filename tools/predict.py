@@ -27,7 +27,7 @@ from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_write
 from tools import videos
-from tools.frames import load_clip
+from tools.clips import load_clip
 from tools.imagenet import ImageOptions, load_image
 from tools.images import SUFFIXES, BadImage, Packed
 from tools.kinetics import ClipOptions

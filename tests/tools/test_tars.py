@@ -701,7 +701,7 @@ def test_dataset_json_cannot_point_at_devices(tmp_path, monkeypatch):
             check_shards(read_info(tmp_path / "out"))
         with contextlib.suppress(UserError):  # for one that does not exist; the others count as damaged
             assert not len(open_dataset(tmp_path / "out", "train").read(np.array([11]), np.array([[0]]))[0])
-        with pytest.raises(UserError, match="is not a file|File name too long"):
+        with pytest.raises(UserError, match=r"is not a file|File name too long"):
             stage(str(tmp_path / "out"), tmp_path / "copy")
         shutil.rmtree(tmp_path / "copy")
     for tars in (
