@@ -18,8 +18,9 @@ from tarfile import BLOCKSIZE, RECORDSIZE
 from rich.filesize import decimal
 
 from pipelines.errors import UserError
-from tools.images import BadImage, Part
+from tools.images import BadImage
 from tools.shards import Job, Sample, is_done, shuffled
+from tools.sources import Part
 
 LEAST = 200  # fewer sources are packed without an estimate
 SAMPLES, SECONDS = 32, 10.0  # most sources that are loaded, and the time after which no further one is

@@ -24,7 +24,7 @@ from pipelines.errors import UserError, first_line
 from tools.shards import PLAN_FILE, Job, Result, is_done, pack_shard
 
 # What workers need. One process imports it, and the workers are its copies.
-PRELOADED = ["tools.interrupt", "tools.frames", "tools.videos", "tools.tars"]
+PRELOADED = ["tools.interrupt", "tools.clips", "tools.videos", "tools.tars"]
 RETRIES = 5  # for a shard whose Ray worker or node died
 CONNECT = 10.0  # seconds for a cluster to answer
 UNTIL_SEEN = 120.0  # seconds until a file of another node is seen here; NFS caches absence for 60

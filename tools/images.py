@@ -1,4 +1,4 @@
-"""Reading and strict decoding: every frame in a shard is a JPEG that all decoders accept.
+"""Strict decoding: every frame in a shard is a JPEG that all decoders accept.
 
 One bad JPEG ends a DALI pipeline. So a correct file is kept byte for byte, another one is converted (and the
 change is recorded) or rejected (with a reason).
@@ -6,39 +6,50 @@ change is recorded) or rejected (with a reason).
 
 import errno
 import io
-import time
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, ImagePalette
 
 from tools.jpeg import CUT, ENDED, ORIENTATION, START, BadImage, Jpeg, decode, has_clear_exif, load, read_jpeg
-from tools.opening import KINDS_OF_SAMPLES, open_picture, tag, why_not_decoded, without_metadata
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 QUALITY = 90
 COPIED = "copied"
 # Errors of storage that is temporarily unavailable; they say nothing about the file.
 TRANSIENT = frozenset(
-    {
-        errno.EIO,
-        errno.EREMOTEIO,
-        errno.ESTALE,
-        errno.ETIMEDOUT,
-        errno.EAGAIN,
-        errno.ENOTCONN,
-        errno.ECONNRESET,
-    }
-    | {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+    {errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN}
+    | {errno.ECONNRESET, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 )
-PAUSES = (0.2, 1.0, 5.0)  # seconds before a failed read is repeated
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+PNG = b"\x89PNG\r\n\x1a\n"
+KINDS_OF_SAMPLES = "signed, floating-point or 32-bit samples, which are not supported"
+# How files of other formats begin.
+UNSUPPORTED = {
+    "AVIF": rb".{4}ftyp(?=.{0,40}avi[fs])",
+    "HEIC": rb".{4}ftyp(?:hei|hev|mif1|msf1)",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL ",
+    "video": rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ",
+    "HTML": rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html)",
+    "SVG": rb"(?:\xef\xbb\xbf)?\s*<(?:svg|.{0,1000}?<svg)",
+    "Photoshop": rb"8BPS",
+    "PDF": rb"%PDF",
+    "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
+    "Windows icon": rb"\0\0[\x01\x02]\0",
+    "gzip": rb"\x1f\x8b",
+    "ZIP": rb"PK\x03\x04",
+    "Git LFS pointer": rb"version https://git-lfs",
+}
+BITS, COLORS, PALETTE, PLANES, SIGNS = 258, 262, 320, 284, 339  # tags of a TIFF
 
 warnings.filterwarnings("ignore", module="PIL")  # each odd EXIF block would print two lines
 Image.core.set_block_size((1 << 31) - 4096)  # the pixels of a picture are one array, which needs no copy
@@ -57,10 +68,6 @@ class Packed:
     row: dict[str, object] = field(default_factory=dict)  # what a tar says of it: see tools/tars.py
 
 
-Part = Packed | BadImage  # a sample, or the reason why a part of a source is rejected
-Read = Callable[[str], Iterator[Part]]  # the samples of a path below the source folder
-
-
 def read_file(path: Path) -> bytes:
     """A file's bytes. Raises `OSError`, or `BadImage` for a pipe or device, which could block forever."""
     if not S_ISREG(path.stat().st_mode):
@@ -74,47 +81,6 @@ def mode_of(path: Path) -> int:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return 0
-
-
-def read_source(read: Read, paths: Sequence[str], pauses: Sequence[float]) -> Iterator[tuple[str, Part]]:
-    """(path, sample) for each sample of the first of `paths` that can be packed.
-
-    Raises `BadImage`, with the reason of the first path, or `OSError`.
-    """
-    problems: list[BadImage] = []
-    started = False
-    for path in paths:
-        try:
-            for part in repeated(read, path, pauses):
-                started = True
-                yield path, part
-            return
-        except BadImage as error:
-            if started:
-                raise
-            problems.append(error)
-    raise problems[0]
-
-
-def repeated(read: Read, path: str, pauses: Sequence[float]) -> Iterator[Part]:
-    """Read a path; if the storage fails, read it again after each of the `pauses` (seconds).
-
-    Raises `BadImage` or `OSError`.
-    """
-    count = 0  # of the samples that an earlier try has read
-    for pause in (*pauses, None):
-        try:
-            for part in islice(read(path), count, None):
-                count += 1
-                yield part
-            return
-        except OSError as error:
-            if pause is None or error.errno not in TRANSIENT:
-                raise
-        time.sleep(pause)
-
-
-# ---- pictures --------------------------------------------------------------------------------------------
 
 
 def prepare(data: bytes, short_side: int, max_pixels: int, size: tuple[int, int] | None = None) -> Packed:
@@ -207,6 +173,95 @@ def image_of(pixels: np.ndarray, info: dict[str | tuple[int, int], Any] | None =
     return picture
 
 
+def open_picture(stream: io.BytesIO, max_pixels: int) -> Image.Image:
+    """The picture, of which only the header is read. Raises `BadImage`, also for what Pillow misreads."""
+    data = stream.getvalue()
+    if not data:
+        raise BadImage("empty file")
+    try:
+        picture = Image.open(stream, formats=FORMATS)
+    except Exception as error:
+        raise BadImage(_why_not_opened(data)) from error
+    if picture.width * picture.height > max_pixels:
+        raise BadImage(f"more than --max-pixels {max_pixels}")
+    if picture.format == "BMP":
+        _check_bmp(picture, data)
+    if picture.format == "TIFF":
+        _check_tiff(picture)
+    return picture
+
+
+def _check_bmp(picture: Image.Image, data: bytes) -> None:
+    if picture.info.get("compression") == 2:
+        raise BadImage("BMP with RLE4 coding, which Pillow misreads")
+    header, bits, transparency = (int.from_bytes(data[n : n + 4], "little") for n in (14, 28, 66))
+    if bits & 0xFFFF == 16 and picture.info.get("compression") == 3 and header >= 56 and transparency:
+        raise BadImage("BMP with 16 bits and transparency, which Pillow misreads")
+
+
+def _check_tiff(picture: Image.Image) -> None:
+    separate = tag(picture, PLANES, 1) == 2
+    if separate and (tag(picture, BITS, 1) > 8 or tag(picture, COLORS, 1) == 6):
+        raise BadImage("TIFF with separate planes of 16 bit or YCbCr, which Pillow misreads")
+    if tag(picture, SIGNS, 1) in (2, 3):
+        raise BadImage(KINDS_OF_SAMPLES)
+    tags: Any = picture
+    colors = tags.tag_v2.get(PALETTE, ()) if picture.mode == "P" else ()
+    if colors and 0 < max(colors) < 256:  # some programs write 8 of the 16 bits
+        picture.palette = ImagePalette.raw("RGB;L", bytes(colors))
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A PNG with only the chunks that its pixels need, a JPEG without an incomplete JFIF segment.
+
+    Pillow rejects a file for damage in its metadata; other decoders do not. Orientation is kept.
+    """
+    if data.startswith(b"\xff\xd8\xff\xe0"):
+        size = int.from_bytes(data[4:6], "big")  # libjpeg ignores a JFIF segment that is shorter
+        return data[:2] + data[4 + size :] if 2 <= size < 16 else data
+    if not data.startswith(PNG):
+        return data
+    kept, place, last = [PNG], len(PNG), b""
+    while place < len(data):
+        size, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        chunk = data[place : place + 12 + size]
+        whole = zlib.crc32(chunk[4:-4]).to_bytes(4, "big") == chunk[-4:]
+        if name == b"IDAT" != last and any(part[4:8] == name for part in kept):
+            return data  # pixels in several places are damage
+        last = name
+        if name[:1].isupper() or name == b"tRNS" or (name == b"eXIf" and whole):
+            kept.append(chunk)
+        place += len(chunk)
+    return b"".join(kept)
+
+
+def tag(picture: Image.Image, number: int, default: int) -> int:
+    """The first value of a tag of a TIFF."""
+    tags: Any = picture
+    value = tags.tag_v2.get(number, default)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _why_not_opened(data: bytes) -> str:
+    for name, start in UNSUPPORTED.items():
+        if re.match(start, data, re.DOTALL | re.IGNORECASE):
+            return f"{name}, which is not supported"
+    for name in FORMATS:
+        accepts = Image.OPEN[name][1]
+        if accepts is not None and accepts(data[:16]):
+            return f"{name} that is cut off, damaged or of a kind that Pillow cannot read"
+    return "not an image"
+
+
+def why_not_decoded(picture: Image.Image, error: Exception) -> str:
+    """The reason to reject a picture that was opened."""
+    if any(part in str(error).lower() for part in ("truncated", "not enough image data")):
+        return "truncated"
+    if picture.format == "TIFF":
+        return "TIFF that is damaged or has an unsupported coding"
+    return "damaged: it cannot be decoded"
+
+
 # ---- changes of pixels -------------------------------------------------------------------------------------
 
 
@@ -261,5 +316,5 @@ def _normal(picture: Image.Image, orientation: int, jpeg: Jpeg | None) -> tuple[
 def _eight_bit(picture: Image.Image, upright: Image.Image) -> Image.Image:
     """A gray picture of 9 to 16 bit as 8 bit."""
     tiff = picture.format == "TIFF"
-    pixels = (np.asarray(upright) >> (tag(picture, 258, 16) if tiff else 16) - 8).astype(np.uint8)
-    return Image.fromarray(~pixels if tiff and tag(picture, 262, 1) == 0 else pixels)
+    pixels = (np.asarray(upright) >> (tag(picture, BITS, 16) if tiff else 16) - 8).astype(np.uint8)
+    return Image.fromarray(~pixels if tiff and tag(picture, COLORS, 1) == 0 else pixels)

@@ -26,7 +26,7 @@ import tyro
 
 from pipelines.errors import UserError, run_cli
 from tools import folders
-from tools.frames import load_clip, load_image
+from tools.clips import load_clip, load_image
 from tools.listing import plan_of
 from tools.packing import PackOptions, run, source_folder
 from tools.samples import list_samples

@@ -27,8 +27,8 @@ from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_write
 from tools import videos
+from tools.clips import load_clip, load_image
 from tools.folders import walk
-from tools.frames import load_clip, load_image
 from tools.images import SUFFIXES, BadImage, Packed
 from tools.pack import ClipOptions, ImageOptions
 from tools.shards import (

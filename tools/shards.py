@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from pipelines.dataset import FORMAT_VERSION, SCHEMA
 from pipelines.files import atomic_text, atomic_write, sha256_of
-from tools.images import PAUSES, TRANSIENT, BadImage, Packed, Part, read_source
+from tools.images import TRANSIENT, BadImage, Packed
+from tools.sources import PAUSES, Part, read_source
 from tools.tarfiles import TarWriter, add_member, tar_writer
 
 PLAN_FILE = ".plan.json"
@@ -161,7 +162,8 @@ def pack_shard(job: Job) -> Result:
     try:
         with (
             atomic_write(stem.with_suffix(".tar")) as path,
-            tar_writer(path) as tar,
+            path.open("wb") as file,
+            tar_writer(file) as tar,
         ):
             lines = [line for sample in job.samples for line in _add(tar, sample, job, rows, unreadable)]
             if unreadable:
@@ -212,25 +214,20 @@ def _add_sample(tar: TarWriter, row: Row, packed: Packed, job: Job) -> str:
     row["sha256"] = hashlib.sha256(b"".join(packed.frames)).hexdigest()
     if row["offsets"]:
         return ""
-    places = [
-        (name, add_member(tar, row["key"], name, data), len(data))
-        for name, data in members(row, packed.frames, job.kind)
-    ]
-    row["offsets"] = [offset for _, offset, _ in places[: len(packed.frames)]]
-    return index_line(row["key"], places)
+    line, row["offsets"] = append_sample(tar, row, packed.frames, job.kind)
+    return line
 
 
-def members(row: Row, frames: Sequence[bytes], kind: str) -> list[tuple[str, bytes]]:
-    """(extension, bytes) of a sample's files in the order of the tar: frames, label, description."""
+def append_sample(tar: TarWriter, row: Row, frames: Sequence[bytes], kind: str) -> tuple[str, list[int]]:
+    """Append a sample's files: frames, label, description. Returns its index line and its frames' offsets."""
     names = ["jpg"] if kind == "image" else [f"f{n:04d}.jpg" for n in range(len(frames))]
     description = json.dumps({name: row[name] for name in JSON_FIELDS}, ensure_ascii=False)
     contents = [*frames, b"%d" % row["label"], description.encode()]
-    return [*zip([*names, "cls", "json"], contents, strict=True)]
-
-
-def index_line(key: str, places: Sequence[tuple[str, int, int]]) -> str:
-    """A sample's line in the DALI index. places: (extension, offset, size) of its files (bytes)."""
-    return " ".join(f"{name} {offset} {size} {key}.{name}" for name, offset, size in places) + "\n"
+    key, places, offsets = row["key"], [], []
+    for name, data in zip([*names, "cls", "json"], contents, strict=True):
+        offsets.append(add_member(tar, key, name, data))
+        places.append(f"{name} {offsets[-1]} {len(data)} {key}.{name}")
+    return " ".join(places) + "\n", offsets[: len(frames)]
 
 
 def jobs_of(plan: PackPlan, root: Path, out: Path, load: Load, reject_unreadable: bool = False) -> list[Job]:

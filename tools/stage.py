@@ -12,11 +12,11 @@ import os
 import posixpath
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from operator import call
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,11 +25,18 @@ from pyarrow import fs
 from rich.console import Console
 from rich.progress import track
 
-from pipelines.dataset import DatasetInfo, missing_shards, open_split, read_info
+from pipelines.dataset import (
+    SCHEMA,
+    DatasetInfo,
+    length_of,
+    missing_shards,
+    open_split,
+    read_batch,
+    read_info,
+)
 from pipelines.errors import UserError, check_local, first_line, run_cli
 from pipelines.files import atomic_text, atomic_write, lock, sha256_of
-from tools.shards import Row
-from tools.verify import Tally, rows_by_shard
+from tools.verify import by_shard
 
 ATTEMPTS = 4
 UNLOCKED = "two stage commands would disturb each other, so run one stage command at a time"
@@ -77,23 +84,24 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
         catalogue, checksum = info.catalogue(split), info.catalogue_sha256[split]
         if not catalogue.is_file() or sha256_of(catalogue) != checksum:
             came += fetch(store, f"{top}/{split}.arrow", catalogue, checksum)
-        open_split(info, split)  # raises UserError for a damaged catalogue
-        missing = {*missing_shards(info, split)}
+        rows = by_shard(open_split(info, split), read_batch(catalogue, SCHEMA.names))
+        missing = missing_shards(info, split)
         # Of a tar that another split has copied, the samples of this split are still to be checked.
         shared = {n for n, path in enumerate(info.tars.get(split, ())) if not path.startswith(f"{split}/")}
-        kept += len(lengths) - len(missing | shared)
+        todo = sorted({*missing} | shared)
+        kept += len(lengths) - len(todo)
         check_space(target, split, sum(lengths[shard] for shard in missing))
-        listed = enumerate(rows_by_shard(catalogue, len(lengths), Tally()))
-        copy = fetch_foreign if info.tars else fetch_shard
-        jobs = (
-            partial(
-                copy if shard in missing else fetch_damaged, store, place, info.tar_path(split, shard), rows
-            )
-            for (shard, rows), place in zip(listed, places_in(store, top, source, split), strict=True)
-            if shard in missing | shared
-        )
-        done_jobs, count = in_parallel(jobs, workers), len(missing | shared)
-        came += sum(track(done_jobs, split, count, transient=True, console=Console(stderr=True)))
+        places = list(places_in(store, top, source, split))
+        jobs = [
+            partial(copy_shard, store, places[n], info.tar_path(split, n), rows[n], lengths[n], not info.tars)
+            for n in todo
+        ]
+        pool = ThreadPoolExecutor(workers)
+        try:
+            sizes = pool.map(call, jobs)
+            came += sum(track(sizes, split, len(jobs), transient=True, console=Console(stderr=True)))
+        finally:
+            pool.shutdown(cancel_futures=True)
         for leftover in (target / split).glob(".*.tmp-*"):  # of killed commands
             leftover.unlink()
     (waiting / "dataset.json").replace(done)
@@ -129,7 +137,7 @@ def has_file(store: fs.FileSystem, path: str) -> bool:
 
 
 def fetch(
-    store: fs.FileSystem, source: str, target: Path, checksum: str = "", rows: Sequence[Row] = ()
+    store: fs.FileSystem, source: str, target: Path, checksum: str = "", rows: pa.RecordBatch | None = None
 ) -> int:
     """Copy one file; return its size in bytes.
 
@@ -139,13 +147,15 @@ def fetch(
     reason = ""
     for attempt in range(ATTEMPTS):
         try:
+            if (kind := store.get_file_info(source).type) != fs.FileType.File:  # a device would never end
+                what = "does not exist" if kind == fs.FileType.NotFound else "is not a file"
+                raise UserError(f"{source} {what}; restore it, or pack or copy the source again")
             with atomic_write(target) as temporary:
-                with open_source(store, source) as reader, temporary.open("wb") as writer:
-                    while block := reader.read(BLOCK):
-                        writer.write(block)
+                with store.open_input_stream(source) as reader, temporary.open("wb") as writer:
+                    shutil.copyfileobj(reader, writer, BLOCK)
                 if checksum and sha256_of(temporary) != checksum:
                     raise OSError("it does not have its checksum in dataset.json: is the source damaged?")
-                if damaged := damaged_sample(temporary, rows):
+                if rows and (damaged := damaged_sample(temporary, rows)):
                     raise OSError(f"sample {damaged} does not have its checksum: is the source damaged?")
                 return temporary.stat().st_size
         except (OSError, pa.ArrowException) as error:
@@ -157,30 +167,31 @@ def fetch(
     )
 
 
-def open_source(store: fs.FileSystem, source: str) -> pa.NativeFile:
-    """Open a file of the source. Raises UserError if it does not exist."""
-    try:
-        return store.open_input_stream(source)
-    except FileNotFoundError as error:
-        raise UserError(f"{source} does not exist; pack or copy the source again") from error
-
-
-def damaged_sample(tar: Path, rows: Sequence[Row]) -> str | None:
-    """The key of the first sample whose frames are not those of the catalogue."""
+def damaged_sample(tar: Path, rows: pa.RecordBatch) -> str:
+    """The key of the first sample whose frames are not those of the catalogue; "" if there is none."""
     with tar.open("rb") as file:  # not every file system can map files into memory
-        for row in rows:
+        for row in rows.to_pylist():
             digest = hashlib.sha256()
             for offset, size in zip(row["offsets"], row["sizes"], strict=True):
                 digest.update(os.pread(file.fileno(), size, offset))
             if digest.hexdigest() != row["sha256"]:
-                return row["key"]
-    return None
+                return str(row["key"])
+    return ""
 
 
-def fetch_shard(store: fs.FileSystem, source: str, target: Path, rows: list[Row]) -> int:
-    """Copy a shard's index, then its tar: if the tar exists, both are complete. Returns bytes copied."""
-    index = fetch(store, source.removesuffix(".tar") + ".idx", target.with_suffix(".idx"))
-    return index + fetch(store, source, target, rows=rows)
+def copy_shard(
+    store: fs.FileSystem, source: str, target: Path, rows: pa.RecordBatch, length: int, with_index: bool
+) -> int:
+    """Copy a shard, unless its copy has this length (bytes) and its samples; return the bytes copied.
+
+    The index comes first: if the tar exists, both are complete.
+    """
+    if length_of(target) == length and not damaged_sample(target, rows):
+        return 0
+    copied = 0
+    if with_index:
+        copied = fetch(store, source.removesuffix(".tar") + ".idx", target.with_suffix(".idx"))
+    return copied + fetch(store, source, target, rows=rows)
 
 
 # ---- tars that another program wrote ---------------------------------------------------------------------
@@ -207,37 +218,6 @@ def places_in(store: fs.FileSystem, top: str, info: DatasetInfo, split: str) -> 
         if store.type_name != "local" and (path.startswith("/") or ".." in path.split("/")):
             raise UserError(f"{path} is outside {top}; copy its tars there, or stage from a local folder")
         yield posixpath.join(top, path)
-
-
-def fetch_foreign(store: fs.FileSystem, source: str, target: Path, rows: list[Row]) -> int:
-    """Copy a tar; returns bytes copied. Raises UserError if it is not a file: a device would never end."""
-    try:
-        kind = store.get_file_info(source).type
-    except OSError:
-        kind = fs.FileType.NotFound
-    if kind != fs.FileType.File:
-        raise UserError(f"{source} is not a file; restore it or index the source again")
-    return fetch(store, source, target, rows=rows)
-
-
-def fetch_damaged(store: fs.FileSystem, source: str, target: Path, rows: list[Row]) -> int:
-    """Copy a tar again if a sample in its copy is damaged; returns bytes copied."""
-    return fetch_foreign(store, source, target, rows) if damaged_sample(target, rows) else 0
-
-
-def in_parallel(jobs: Iterable[Callable[[], int]], workers: int) -> Iterator[int]:
-    """Results of the jobs in order; at most 2 * `workers` are submitted, so that memory stays small."""
-    pending: deque[Future[int]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for job in jobs:
-            pending.append(pool.submit(job))
-            if len(pending) >= 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def check_space(target: Path, split: str, needed: int) -> None:

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -51,14 +51,9 @@ with without_torch():
 # ---- writing ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def tar_writer(path: Path) -> Iterator[TarWriter]:
+def tar_writer(file: BinaryIO) -> TarWriter:
     """A new tar whose members have a fixed time, owner and mode, so that its bytes depend on them alone."""
-    with (
-        path.open("wb") as file,
-        TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer,
-    ):
-        yield writer
+    return TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
 
 def add_member(tar: TarWriter, key: str, suffix: str, data: bytes) -> int:

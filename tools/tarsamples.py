@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.errors import UserError
-from tools.images import COPIED, CUT, BadImage, Packed, Part, fitted, prepare
+from tools.images import COPIED, CUT, BadImage, Packed, fitted, prepare
 from tools.shards import Packing, readable
+from tools.sources import Part
 from tools.tarfiles import ForeignTar, Place, samples_in
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")

@@ -7,32 +7,29 @@ counted.
 
 import hashlib
 import sys
-import tarfile
 import zlib
-from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
-from itertools import chain, combinations, groupby, islice
+from itertools import combinations, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tyro
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from pipelines.dataset import SCHEMA, DatasetInfo, missing_shards, open_split, read_batch, read_info
-from pipelines.errors import UserError, first_line, run_cli
+from pipelines.dataset import SCHEMA, Dataset, DatasetInfo, missing_shards, open_split, read_batch, read_info
+from pipelines.errors import UserError, run_cli
 from pipelines.machine import usable_cores
 from tools.images import BadImage
-from tools.shards import Row, index_line, members, readable
-from tools.tarfiles import ForeignTar, samples_in
+from tools.shards import Row, append_sample, readable
+from tools.tarfiles import ForeignTar, samples_in, tar_writer
 from tools.tarsamples import frames_of, label_in
 
 if TYPE_CHECKING:
@@ -42,31 +39,27 @@ SHOWN = 10  # faults that are printed
 FRAMES_AT_ONCE = 64
 COMPARED = 16  # the pixels of one frame in so many are compared
 LEVELS = 6  # by which two correct decoders may differ on average, of 255
-BLOCK = tarfile.BLOCKSIZE
-
-
-@dataclass
-class Tally:
-    """Counts of the catalogue of one split."""
-
-    samples: int = 0
-    rejected: int = 0
-    frames: int = 0
-    labels: Counter[int] = field(default_factory=Counter)
-    digests: array = field(default_factory=lambda: array("Q"))  # the first 64 bits of each sample's sha256
 
 
 def verify(root: tyro.conf.Positional[Path]) -> int:
     """Check the packed dataset in the folder `root`; return 1 if there is any fault, else 0."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     info = read_info(root)
-    tallies = {split: Tally() for split in info.splits}
     faults: list[str] = []
-    for split, tally in tallies.items():
-        found = list(check_split(info, split, tally))
+    named: dict[str, pa.RecordBatch] = {}
+    for split in info.splits:
+        try:
+            catalogue = open_split(info, split)
+        except UserError as error:
+            faults.append(str(error))
+            console.print(f"{split}: its catalogue cannot be read")
+            continue
+        rows = read_batch(catalogue.catalogue, SCHEMA.names)
+        found = [*check_split(catalogue, rows)]
+        named[split] = rows[: len(catalogue)].select(["sha256", "key", "source"])
+        console.print(f"{split}: {describe(catalogue, named[split])}; faults: {len(found)}")
         faults += found
-        console.print(f"{split}: {describe(info, tally)}; faults: {len(found)}")
-    faults += leaks(info, tallies)
+    faults += leaks(named)
     for fault in faults[:SHOWN]:
         console.print(f"fault: {fault}")
     if len(faults) > SHOWN:
@@ -74,118 +67,98 @@ def verify(root: tyro.conf.Positional[Path]) -> int:
     return int(bool(faults))
 
 
-def describe(info: DatasetInfo, tally: Tally) -> str:
+def describe(catalogue: Dataset, named: pa.RecordBatch) -> str:
     """Counts, class balance and repeated samples of a split, in one line."""
-    parts = [f"{tally.samples} samples, {tally.rejected} rejected, {tally.frames} frames"]
-    if info.classes and tally.samples:
-        counts = [tally.labels[label] for label in range(len(info.classes))]
-        empty = f", {counts.count(0)} of them empty" if not all(counts) else ""
-        several = "classes" if len(counts) > 1 else "class only, so nothing to classify:"
-        parts.append(f"{len(counts)} {several} of {min(counts)} to {max(counts)} samples{empty}")
-    if twice := len(tally.digests) - len(set(tally.digests)):
+    expected, classes = catalogue.info.splits[catalogue.split], len(catalogue.info.classes)
+    parts = ["{samples} samples, {rejected} rejected, {frames} frames".format_map(expected)]
+    if classes and len(catalogue):
+        counts = np.bincount(catalogue.label[catalogue.label >= 0], minlength=classes)
+        empty = f", {(counts == 0).sum()} of them empty" if not counts.all() else ""
+        several = "classes" if classes > 1 else "class only, so nothing to classify:"
+        parts.append(f"{classes} {several} of {counts.min()} to {counts.max()} samples{empty}")
+    if twice := len(named) - pc.count_distinct(named["sha256"]).as_py():  # pyrefly: ignore
         parts.append(f"repeated samples: {twice}")
     return "; ".join(parts)
 
 
-def check_split(info: DatasetInfo, split: str, tally: Tally) -> Iterator[str]:
-    """Check every shard of a split; yield one sentence per fault; fill `tally`."""
+def check_split(catalogue: Dataset, rows: pa.RecordBatch) -> Iterator[str]:
+    """Check every shard of a split, whose catalogue has these rows [SCHEMA]; yield one sentence per fault."""
+    info, split = catalogue.info, catalogue.split
     expected = info.splits[split]
-    path = info.catalogue(split)
     tars = [info.tar_path(split, shard) for shard in range(expected["shards"])]
     files = {*tars, *(tar.with_suffix(".idx") for tar in tars)}
     for tar in (tars[shard] for shard in missing_shards(info, split)):
         yield f"{tar} is missing or does not have the length that was packed; pack this dataset again"
     for unknown in sorted({*(info.root / split).glob("[!.]*")} - files) if not info.tars else ():
         yield f"{unknown} belongs to no shard; delete it"
-    try:
-        open_split(info, split)
-        shards = track(tars, split, transient=True, console=Console(stderr=True))
-        for tar, rows in zip(shards, rows_by_shard(path, len(tars), tally), strict=True):
-            yield from (check_foreign if info.tars else check_shard)(info, tar, rows)
-    except UserError as error:
-        yield str(error)
+    packed = pc.equal(rows["status"], "ok").to_numpy(zero_copy_only=False)  # pyrefly: ignore
+    holes = any(column.null_count for column in rows.columns)
+    if holes or (packed != (np.arange(len(rows)) < len(catalogue))).any():
+        yield f"{catalogue.catalogue} has rows that are incomplete or out of order; pack this dataset again"
         return
-    for name in ("samples", "rejected", "frames"):
-        if expected[name] != (count := getattr(tally, name)):
-            yield f"{path} has {count} {name}, dataset.json {expected[name]}; pack this dataset again"
+    shards = track(tars, split, transient=True, console=Console(stderr=True))
+    for tar, samples in zip(shards, by_shard(catalogue, rows), strict=True):
+        yield from (check_foreign if info.tars else check_shard)(info, tar, samples.to_pylist())
+    if expected["frames"] != (frames := catalogue.first_frame[-1]):
+        wanted = f"{frames} frames, dataset.json {expected['frames']}"
+        yield f"{catalogue.catalogue} has {wanted}; pack this dataset again"
 
 
-def rows_by_shard(path: Path, shards: int, tally: Tally) -> Iterator[list[Row]]:
-    """The rows of `read_rows` shard by shard; empty for a shard whose samples were all rejected."""
-    listed = groupby(read_rows(path, tally), key=lambda row: row["shard"])
-    number, rows = next(listed, (-1, iter(())))
-    for shard in range(shards):
-        if shard != number:
-            yield []
-            continue
-        yield list(rows)
-        number, rows = next(listed, (-1, iter(())))
+def by_shard(catalogue: Dataset, rows: pa.RecordBatch) -> list[pa.RecordBatch]:
+    """The packed samples of each shard in order."""
+    ends = np.searchsorted(catalogue.shard, np.arange(catalogue.info.splits[catalogue.split]["shards"] + 1))
+    return [rows[start:end] for start, end in pairwise(ends.tolist())]
 
 
-def read_rows(path: Path, tally: Tally) -> Iterator[Row]:
-    """The packed samples of a catalogue in order; all rows are counted in `tally`.
+def leaks(named: dict[str, pa.RecordBatch]) -> Iterator[str]:
+    """Name every sample that is in two splits: with it, a validation score means nothing.
 
-    Raises UserError if the catalogue opens but cannot be read to its end.
+    named: by split, sha256, key and source of each packed sample.
     """
-    try:
-        batch = read_batch(path, SCHEMA.names)
-        parts = (batch.slice(first, 256).to_pylist() for first in range(0, len(batch), 256))
-        for row in chain.from_iterable(parts):
-            if row["status"] != "ok":
-                tally.rejected += 1
-                continue
-            tally.samples += 1
-            tally.frames += row["frames"]
-            tally.labels[row["label"]] += 1
-            tally.digests.append(int(row["sha256"][:16], 16))
-            yield row
-    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}); pack this dataset again") from error
+    for one, other in combinations(named, 2):
+        first, second = holders(named[one], named[other]), holders(named[other], named[one])
+        for digest in sorted(first):
+            same = f"{second[digest]} in {other} has the same frames as {first[digest]} in {one}"
+            yield f"{same}; remove one of them from the source and pack it again"
 
 
-def leaks(info: DatasetInfo, tallies: dict[str, Tally]) -> Iterator[str]:
-    """Name every sample that is in two splits: with it, a validation score means nothing."""
-    for one, other in combinations(tallies, 2):
-        if common := set(tallies[one].digests) & set(tallies[other].digests):
-            first, second = (holders(info.catalogue(split), common) for split in (one, other))
-            for digest in sorted(common):
-                same = f"{second[digest]} in {other} has the same frames as {first[digest]} in {one}"
-                yield f"{same}; remove one of them from the source and pack it again"
-
-
-def holders(path: Path, digests: set[int]) -> dict[int, str]:
-    """For each digest, a sample that has it, as "KEY (SOURCE)"."""
-    rows = ((int(row["sha256"][:16], 16), row) for row in read_rows(path, Tally()))
-    return {digest: f"{row['key']} ({row['source']})" for digest, row in rows if digest in digests}
+def holders(named: pa.RecordBatch, others: pa.RecordBatch) -> dict[str, str]:
+    """For each digest that `others` also has, a sample that has it, as "KEY (SOURCE)"."""
+    common = named.filter(pc.is_in(named["sha256"], others["sha256"]))  # pyrefly: ignore
+    return {row["sha256"]: f"{row['key']} ({row['source']})" for row in common.to_pylist()}
 
 
 def check_shard(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterator[str]:
-    """Check a tar and its index against the catalogue's rows, which are its samples in order."""
-    index, good, at = [f"v1.2 {len(rows)}\n"], [], 0
+    """Check a tar and its index: the tar's frames, packed again with the catalogue's rows, must give both."""
+    index, good, ends, again = [f"v1.2 {len(rows)}\n"], [], [0], BytesIO()
     try:
         data = path.read_bytes()
         indexed = path.with_suffix(".idx").read_text(errors="replace")
-        for row in rows:
-            ends = zip(row["offsets"], row["sizes"], strict=True)
-            frames, places = [data[start : start + size] for start, size in ends], []
-            for name, content in members(row, frames, info.kind):
-                size = member_size(data, at, f"{row['key']}.{name}")
-                places.append((name, at + BLOCK, size))
-                if data[at + BLOCK : at + BLOCK + size] != content:
-                    yield f"{path}: {row['key']}.{name} differs from the catalogue; pack this dataset again"
-                at += BLOCK + size + -size % BLOCK
-            faults = list(sample_faults(info, row, frames))
-            yield from (f"{path}: {row['key']}: {fault}" for fault in faults)
-            good += [] if faults else [row]
-            index.append(index_line(row["key"], places))
     except OSError as error:
         yield f"{path} or its .idx cannot be read: {error.strerror}; pack this dataset again"
         return
-    except ValueError as error:
-        yield f"{path}: {error}; pack this dataset again"
+    if sum(sum(row["sizes"]) for row in rows) > len(data):
+        yield f"{path} is cut off: it is shorter than its samples; pack this dataset again"
         return
-    if data[at:] != bytes(2 * BLOCK + -(at + 2 * BLOCK) % tarfile.RECORDSIZE):
-        yield f"{path} does not end at byte {at}, it is cut off or damaged; pack this dataset again"
+    with tar_writer(again) as tar:
+        for row in rows:
+            if info.kind == "image" and row["frames"] != 1:
+                yield f"{path}: {row['key']} is a picture of {row['frames']} frames; pack this dataset again"
+                return
+            places = zip(row["offsets"], row["sizes"], strict=True)
+            frames = [data[start : start + size] for start, size in places]
+            index.append(append_sample(tar, row, frames, info.kind)[0])
+            ends.append(tar.tarstream.offset)
+            faults = list(sample_faults(info, row, frames))
+            yield from (f"{path}: {row['key']}: {fault}" for fault in faults)
+            good += [] if faults else [row]
+    packed = again.getbuffer()
+    for row, (start, end) in zip(rows, pairwise(ends), strict=True):
+        if data[start:end] != packed[start:end]:
+            what = f"its files or labels differ from the catalogue at byte {start} or later"
+            yield f"{path}: {row['key']}: {what}; pack this dataset again"
+    if data[ends[-1] :] != packed[ends[-1] :]:
+        yield f"{path} does not end at byte {len(packed)}, it is cut off or damaged; pack this dataset again"
     if indexed != "".join(index):
         yield f"{path.with_suffix('.idx')} does not match its tar; pack this dataset again"
     yield from (f"{path}: {fault}" for fault in decode_faults(np.frombuffer(data, np.uint8), good))
@@ -220,20 +193,6 @@ def check_foreign(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterato
             yield from (f"{path}: {fault}" for fault in decode_faults(tar, good))
     except OSError as error:
         yield f"{path} cannot be read: {error.strerror}; restore it or index this dataset again"
-
-
-def member_size(data: bytes, at: int, name: str) -> int:
-    """Size of the file `name`, whose header is at byte `at`. Raises ValueError if it is not there."""
-    block, header = data[at : at + BLOCK], tarfile.TarInfo(name)
-    try:
-        header.size = tarfile.TarInfo.frombuf(block, "ascii", "strict").size
-        end, padding = at + BLOCK + header.size, bytes(-header.size % BLOCK)
-        as_packed = block == header.tobuf(tarfile.USTAR_FORMAT)
-        if as_packed and end <= len(data) and data[end : end + len(padding)] == padding:
-            return header.size
-    except (tarfile.HeaderError, ValueError):
-        pass
-    raise ValueError(f"{name} is not at byte {at}, the tar is cut off, damaged or another one")
 
 
 def sample_faults(info: DatasetInfo, row: Row, frames: Sequence[bytes]) -> Iterator[str]:

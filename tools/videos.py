@@ -20,10 +20,10 @@ import av
 from av.container import InputContainer
 
 from tools.clips import on_grid, part_length, parts_of
-from tools.encode import JpegWriter
-from tools.images import BadImage, Packed, Part, mode_of
+from tools.images import BadImage, Packed, mode_of
 from tools.shards import Packing, VideoPacking
-from tools.streams import Run, Shot, declared_seconds, good_run, picture_stream, timed_frames
+from tools.sources import Part
+from tools.streams import JpegWriter, Run, Shot, declared_seconds, good_run, picture_stream, timed_frames
 
 # Without playlists, scripts and streams, which open other files or the network.
 FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,rm,mxf,dv,nut,mpegvideo,h264,hevc"

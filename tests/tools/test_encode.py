@@ -6,8 +6,8 @@ import pytest
 from av.video.reformatter import VideoReformatter
 
 from tests.tools.test_pack import pixels
-from tools.encode import ACCURATE, JpegWriter
 from tools.images import encode
+from tools.streams import ACCURATE, JpegWriter
 
 FORMATS = [
     "yuv420p",

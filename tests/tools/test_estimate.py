@@ -11,8 +11,9 @@ import pytest
 from pipelines.errors import UserError
 from tests.tools.test_pack import clip_tree, encoded, image_tree, pack_clips, pack_images, pixels, write
 from tools import estimate
-from tools.images import BadImage, Packed, Part
+from tools.images import BadImage, Packed
 from tools.shards import Job, Load, Packing, Sample
+from tools.sources import Part
 
 LINE = re.compile(
     r"estimate from (\d+) of (\d+) sources: ([\d.]+) (bytes|kB|MB|GB) in (\d+) tars, "

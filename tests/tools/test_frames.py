@@ -10,7 +10,7 @@ from pipelines.dataset import read_info
 from pipelines.errors import UserError
 from tests.tools.test_pack import clip_tree, encoded, frames_of, rows_of, write
 from tests.tools.test_pack_videos import number_of, numbered
-from tools.frames import in_order, load_clip
+from tools.clips import in_order, load_clip
 from tools.images import BadImage
 from tools.pack import ClipOptions, pack_clips
 

@@ -12,10 +12,11 @@ from PIL import Image
 from tests.tools.test_pack import ROOT, encoded, frames_of, rows_of, sums, write
 from tests.tools.test_pack_videos import PACKING, damaged, make, number_of, numbered, pack_tree, tree, zeros
 from tools import predict
-from tools.frames import load_clip
-from tools.images import BadImage, Packed, Part
+from tools.clips import load_clip
+from tools.images import BadImage, Packed
 from tools.pack import ClipOptions
 from tools.shards import VideoPacking
+from tools.sources import Part
 from tools.verify import verify
 from tools.videos import load_video
 from train.presets import FINETUNE_PRESETS

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from pipelines.errors import UserError, run_cli
 from tests.pipelines_fixtures import read_rows
 from tools import pack, packing
-from tools.frames import longest_run
+from tools.clips import longest_run
 from tools.pack import ClipOptions, ImageOptions, ListOptions
 
 ROOT = Path(__file__).resolve().parents[2]

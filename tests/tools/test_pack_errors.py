@@ -10,7 +10,7 @@ import pytest
 
 from tests.tools.test_pack import CLIPS, clip_tree, image_tree, pack_clips, pack_images, rows_of, sums
 from tests.tools.test_pack_videos import pack_tree, tree
-from tools import images
+from tools import sources
 
 Pack = Callable[..., int]
 
@@ -18,7 +18,7 @@ Pack = Callable[..., int]
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch) -> list[float]:
     slept: list[float] = []
-    monkeypatch.setattr(images.time, "sleep", slept.append)
+    monkeypatch.setattr(sources.time, "sleep", slept.append)
     return slept
 
 
@@ -65,7 +65,7 @@ def test_a_read_that_fails_for_a_while_is_repeated(kind, number, tmp_path, monke
     Storage(monkeypatch, word, 2, number)
     assert pack(source, tmp_path / "out") == 0
     assert sums(tmp_path / "out") == sums(tmp_path / "calm")
-    assert short_pauses == [*images.PAUSES[:2]] and short_pauses == sorted(short_pauses)
+    assert short_pauses == [*sources.PAUSES[:2]] and short_pauses == sorted(short_pauses)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,7 +93,7 @@ def test_a_shard_waits_for_an_outage_once(tmp_path, monkeypatch, capsys, short_p
     Storage(monkeypatch, "train_", float("inf"), errno.ESTALE)
     assert pack_images(source, tmp_path / "out", shard_size=9) == 1
     assert "18 samples could not be read" in " ".join(capsys.readouterr().out.split())
-    assert short_pauses == [*images.PAUSES] * 2
+    assert short_pauses == [*sources.PAUSES] * 2
 
 
 def test_a_file_that_stays_unreadable_can_be_rejected(tmp_path, monkeypatch):
@@ -129,13 +129,13 @@ def test_a_failing_stat_does_not_count_as_a_missing_file(tmp_path, monkeypatch):
             return stat(path, *rest, **options)
 
         with monkeypatch.context() as patch:
-            load = images.repeated
+            load = sources.repeated
 
             def load_with_flicker(*words, patch=patch, load=load):
                 patch.setattr(os, "stat", flicker)
                 return load(*words)
 
-            patch.setattr(images, "repeated", load_with_flicker)
+            patch.setattr(sources, "repeated", load_with_flicker)
             assert pack(source, tmp_path / "out" / kind) == 0
             assert len(failed) == 1
         assert sums(tmp_path / "out" / kind) == sums(tmp_path / "calm" / kind)

@@ -17,8 +17,8 @@ import pytest
 from pipelines.errors import INTERRUPTED, UserError
 from tests.test_project import requirements
 from tests.tools.test_pack import ROOT, clip_tree, image_tree, pack_images, sums
+from tools.clips import load_image
 from tools.executors import pack_on_node, wait_until_seen
-from tools.frames import load_image
 from tools.pack import ImageOptions, plan_images
 from tools.packing import begin
 from tools.shards import PLAN_FILE, Job, jobs_of

@@ -689,7 +689,8 @@ def test_a_wrong_list_of_tars_ends_with_one_line(case, tmp_path):
     assert not (tmp_path / "evil").exists() and not (tmp_path / "out").exists()
 
 
-def test_dataset_json_cannot_point_at_devices(tmp_path):
+def test_dataset_json_cannot_point_at_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.stage.time.sleep", lambda _: None)
     index(shard_writer(tmp_path / "data", 12), tmp_path / "out")
     info = json.loads((tmp_path / "out/dataset.json").read_text())
     os.mkfifo(tmp_path / "pipe")
@@ -700,7 +701,7 @@ def test_dataset_json_cannot_point_at_devices(tmp_path):
             check_shards(read_info(tmp_path / "out"))
         with contextlib.suppress(UserError):  # for one that does not exist; the others count as damaged
             assert not len(open_dataset(tmp_path / "out", "train").read(np.array([11]), np.array([[0]]))[0])
-        with pytest.raises(UserError, match="is not a file"):
+        with pytest.raises(UserError, match=r"is not a file|File name too long"):
             stage(str(tmp_path / "out"), tmp_path / "copy")
         shutil.rmtree(tmp_path / "copy")
     for tars in (

@@ -120,11 +120,11 @@ TRAIN = "train/000001"
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "cut tar": (
         lambda root: (root / f"{TRAIN}.tar").write_bytes((root / f"{TRAIN}.tar").read_bytes()[:6000]),
-        f"{TRAIN}.tar: .* is not at byte .*, the tar is cut off",
+        f"{TRAIN}.tar is cut off",
     ),
     "tar without its closing blocks": (
         lambda root: (root / f"{TRAIN}.tar").write_bytes((root / f"{TRAIN}.tar").read_bytes().rstrip(b"\0")),
-        f"{TRAIN}.tar: .*is cut off",
+        f"{TRAIN}.tar does not end at byte .*is cut off",
     ),
     "tar with more zeros at its end": (
         lambda root: os.truncate(root / f"{TRAIN}.tar", 1 << 20),
@@ -132,14 +132,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "stray bytes in a header whose sum stays right": (  # tar allows a sum of signed bytes
         lambda root: overwrite(root / f"{TRAIN}.tar", 475, b"\x10\xf0"),
-        f"{TRAIN}.tar: .* is not at byte 0",
+        f"{TRAIN}.tar: .*differ from the catalogue at byte 0 or later",
     ),
     "crc": (lambda root: change_row(root, "val", 0, crcs=[7]), "val/.*its checksum differs"),
     "sha256 that is none": (
         lambda root: change_row(root, "val", 0, sha256=""),
-        "val.arrow cannot be read .*invalid literal",
+        "val/.*its checksum differs",
     ),
-    "empty tar": (lambda root: (root / f"{TRAIN}.tar").write_bytes(b""), f"{TRAIN}.tar: .*is cut off"),
+    "empty tar": (lambda root: (root / f"{TRAIN}.tar").write_bytes(b""), f"{TRAIN}.tar is cut off"),
     "missing tar": (lambda root: (root / f"{TRAIN}.tar").unlink(), f"{TRAIN}.tar or its .idx cannot be read"),
     "missing index": (lambda root: (root / f"{TRAIN}.idx").unlink(), f"{TRAIN}.tar or its .idx cannot"),
     "wrong offset in the index": (
@@ -157,20 +157,20 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
             shutil.copy(root / f"train/000000{suffix}", root / f"{TRAIN}{suffix}")
             for suffix in (".tar", ".idx")
         ],
-        f"{TRAIN}.tar: .* is not at byte 0, .* or another one",
+        f"{TRAIN}.tar: .*differ from the catalogue at byte 0 or later",
     ),
     "label": (
         lambda root: change_row(root, "train", 3, label=(rows_of(root)[3]["label"] + 1) % 3),
-        r"\.cls differs from the catalogue",
+        "labels differ from the catalogue",
     ),
     "class name": (
         lambda root: change_row(root, "train", 3, class_name="cat"),
         "has no class 'cat' with label",
     ),
-    "source": (lambda root: change_row(root, "train", 3, source="x"), r"\.json differs from the catalogue"),
+    "source": (lambda root: change_row(root, "train", 3, source="x"), "labels differ from the catalogue"),
     "offset": (
         lambda root: change_row(root, "train", 3, offsets=[512 * 3]),
-        r"\.jpg differs from the catalogue|is not at byte",
+        "differ from the catalogue",
     ),
     "checksum": (lambda root: change_row(root, "val", 0, sha256="0" * 64), "val/.*its checksum differs"),
     "shard": (
@@ -214,7 +214,7 @@ def test_a_frame_that_does_not_decode_is_named(clips, capsys):
 
 def test_a_wrong_size_in_the_catalogue_is_found(images, capsys):
     before = change_row(images, "val", 2, width=99)
-    assert any(".json differs" in fault for fault in faults(images, capsys))
+    assert any("differ from the catalogue" in fault for fault in faults(images, capsys))
     tar = np.fromfile(images / "val/000000.tar", np.uint8)
     assert list(module.decode_faults(tar, [before])) == []
     (fault,) = module.decode_faults(tar, [before | {"width": 99}])
