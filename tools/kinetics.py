@@ -163,7 +163,7 @@ def _clip(row: dict[str, str | None], where: str) -> Clip:
         raise UserError(
             f"{where}: time_start and time_end must be seconds, not {start!r} {end!r}."
         ) from error
-    if not clip.label or not clip.video or "/" in clip.label + clip.video:
+    if {clip.label, clip.video} & {"", ".", ".."} or "/" in clip.label + clip.video:
         raise UserError(f"{where}: label {label!r} or youtube_id {video!r} cannot name a folder.")
     return clip
 

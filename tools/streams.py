@@ -33,7 +33,7 @@ class Run:
     over: bool = False  # no frames follow
 
 
-def picture_stream(container: InputContainer) -> VideoStream:
+def picture_stream(container: InputContainer, max_pixels: int) -> VideoStream:
     """The main video stream: default, then largest; no cover pictures. It decodes in this thread."""
     streams = [
         stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
@@ -50,6 +50,9 @@ def picture_stream(container: InputContainer) -> VideoStream:
     if best.codec_context is None:
         raise BadImage("no decoder for its codec")
     best.codec_context.thread_count = 1
+    best.codec_context.options = {"max_pixels": str(max_pixels)}  # FFmpeg checks it before it allocates
+    if best.width * best.height > max_pixels:
+        raise BadImage(f"more than --max-pixels {max_pixels}")
     return best
 
 
