@@ -31,8 +31,9 @@ from tools.convert import convert
 from tools.folders import PICTURES
 from tools.images import BadImage
 from tools.kinetics import ClipOptions, read_annotations
+from tools.predict import write_table
 from tools.report import report
-from tools.videos import load_video
+from tools.videos import FORMATS, load_video
 from train import checkpoint, replay
 from train.config import to_dict
 from train.evaluate import read_config
@@ -292,12 +293,17 @@ def test_a_compressed_catalogue_is_refused(small_memory: None, tmp_path: Path):
             open_dataset(root, "train")
 
 
-def test_the_frames_of_a_video_have_at_most_max_pixels(small_memory: None, tmp_path: Path):
-    with av.open(str(tmp_path / "a.avi"), "w") as container:
+def video(path: Path) -> None:
+    """A frame of 320 x 240 pixels."""
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("mjpeg", rate=30)
         stream.width, stream.height, stream.pix_fmt = 320, 240, "yuvj420p"
         for packet in (*stream.encode(av.VideoFrame(320, 240, "yuvj420p")), *stream.encode()):
             container.mux(packet)
+
+
+def test_the_frames_of_a_video_have_at_most_max_pixels(small_memory: None, tmp_path: Path):
+    video(tmp_path / "a.avi")
     whole = (tmp_path / "a.avi").read_bytes()
     packing = ClipOptions(workers=1).packing(videos=True)
     assert len(list(load_video(tmp_path, "a.avi", packing))) == 1
@@ -312,23 +318,20 @@ def test_the_frames_of_a_video_have_at_most_max_pixels(small_memory: None, tmp_p
 
 
 def test_a_playlist_opens_no_other_file(tmp_path: Path):
-    with av.open(str(tmp_path / "secret.ts"), "w") as container:
-        stream = container.add_stream("mpeg2video", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        for packet in (*stream.encode(av.VideoFrame(64, 64, "yuv420p")), *stream.encode()):
-            container.mux(packet)
-    secret = tmp_path / "secret.ts"
-    texts = {
-        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n",
-        "concat": f"ffconcat version 1.0\nfile '{secret}'\n",
-        "dash": f'<?xml version="1.0"?><MPD><BaseURL>{secret}</BaseURL></MPD>',
-    }
+    secret = tmp_path / "secret.avi"
+    video(secret)
     packing = ClipOptions(workers=1).packing(videos=True)
-    assert list(load_video(tmp_path, "secret.ts", packing))
-    for text in texts.values():
+    for text in (
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{secret}\n#EXT-X-ENDLIST\n",
+        f"ffconcat version 1.0\nfile {secret.name}\n",
+        f'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><BaseURL>{secret}</BaseURL></MPD>',
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+    ):
         (tmp_path / "a.mp4").write_text(text)
         with pytest.raises(BadImage, match="not a video"):
             list(load_video(tmp_path, "a.mp4", packing))
+    others = {"hls", "concat", "dash", "sdp", "rtsp", "rtp", "image2", "lavfi", "tedcaptions", "applehttp"}
+    assert not others & {*FORMATS.split(",")}
 
 
 def test_a_list_names_no_folder_outside(tmp_path: Path):
