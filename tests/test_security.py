@@ -307,14 +307,13 @@ def test_the_frames_of_a_video_have_at_most_max_pixels(small_memory: None, tmp_p
     whole = (tmp_path / "a.avi").read_bytes()
     packing = ClipOptions(workers=1).packing(videos=True)
     assert len(list(load_video(tmp_path, "a.avi", packing))) == 1
-    size, huge = struct.pack("<II", 320, 240), struct.pack("<II", 16_000, 16_000)
+    with pytest.raises(BadImage, match="more than --max-pixels 1000"):
+        list(load_video(tmp_path, "a.avi", replace(packing, max_pixels=1000)))
     frame = whole.index(b"\xff\xc0") + 5  # the size in the frame's own header
-    in_frame = whole[:frame] + struct.pack(">HH", 16_000, 16_000) + whole[frame + 4 :]
-    for data in (whole.replace(size, huge), in_frame):
-        assert data != whole
-        (tmp_path / "a.avi").write_bytes(data)
-        with pytest.raises(BadImage):
-            list(load_video(tmp_path, "a.avi", packing))
+    huge = struct.pack(">HH", 16_000, 16_000)
+    (tmp_path / "a.avi").write_bytes(whole[:frame] + huge + whole[frame + 4 :])
+    with pytest.raises(BadImage):
+        list(load_video(tmp_path, "a.avi", packing))
 
 
 def test_a_playlist_opens_no_other_file(tmp_path: Path):
