@@ -50,7 +50,6 @@ def picture_stream(container: InputContainer, max_pixels: int) -> VideoStream:
     if best.codec_context is None:
         raise BadImage("no decoder for its codec")
     best.codec_context.thread_count = 1
-    best.codec_context.options = {"max_pixels": str(max_pixels)}  # FFmpeg checks it before it allocates
     if best.width * best.height > max_pixels:
         raise BadImage(f"more than --max-pixels {max_pixels}")
     return best

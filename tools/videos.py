@@ -132,7 +132,7 @@ class SourceFile(FileIO):
 def _decode_file(file: SourceFile, packing: VideoPacking) -> Iterator[Part]:
     """`load_video` of an open file. Raises `BadImage`."""
     try:
-        with _open(file, packing.max_pixels) as container:
+        with _open(file) as container:
             yield from _convert(container, packing)
     except BadImage:
         raise
@@ -143,10 +143,10 @@ def _decode_file(file: SourceFile, packing: VideoPacking) -> Iterator[Part]:
         raise BadImage("damaged: it cannot be decoded") from error
 
 
-def _open(file: SourceFile, max_pixels: int) -> InputContainer:
-    allowed = {"format_whitelist": FORMATS, "max_pixels": str(max_pixels)}
+def _open(file: SourceFile) -> InputContainer:
+    allowed = {"format_whitelist": FORMATS}
     try:
-        return av.open(file, "r", metadata_errors="ignore", options=allowed)
+        return av.open(file, "r", metadata_errors="ignore", container_options=allowed)
     except av.FFmpegError as error:
         raise BadImage("not a video, or its header is damaged or missing") from error
 
