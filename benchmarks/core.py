@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.results import Results, show
 from models.hiera import HieraConfig
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.dataset import open_dataset
 from pipelines.errors import run_cli
 from pipelines.loader import Batch, blank_batch

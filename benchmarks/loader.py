@@ -29,7 +29,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from benchmarks.results import Race, Results, show
-from models.inputs import IMAGE_STATS
+from models.layers import IMAGE_STATS
 from pipelines import order
 from pipelines.config import DataConfig, DecodeConfig
 from pipelines.dataset import Dataset as Packed

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.parity import timm_model, transformers_model
 from models.hiera import Hiera
-from models.inputs import IMAGE_STATS, VIDEO_STATS
+from models.layers import IMAGE_STATS, VIDEO_STATS
 from models.mae import MaskedAutoencoder
 from models.zoo import config_of
 

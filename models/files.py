@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from models.formats import State, unwrap
+from models.formats import State, check_stored, unwrap
 from models.zoo import CONFIGS, PUBLISHED
 from pipelines.errors import UserError
-from pipelines.files import atomic_text, atomic_write, lock, sha256_of
+from pipelines.files import atomic_text, atomic_write, check_pickle, lock, sha256_of
 
 URL = "https://dl.fbaipublicfiles.com/hiera"
 LICENSE = "weights by Meta Platforms under CC BY-NC 4.0: not for commercial use"
@@ -62,6 +62,7 @@ def read_weights(source: str | Path) -> Weights:
     path = find_weights(path_of(str(source)))
     content = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
     state, note = unwrap(content, str(path))
+    check_stored(state, str(path))
     return Weights(path, state, note, classes_of(path), decoder_heads_of(path))
 
 
@@ -189,6 +190,7 @@ def _read_file(path: Path) -> object:
             return load_file(path)
         if zipped and not zipfile.is_zipfile(path):  # its directory is at the end
             raise EOFError
+        check_pickle(path)
         # Torch would decide by the suffix of a path, so it gets an open file.
         with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -236,9 +238,10 @@ def _read_shards(index: Path) -> State:
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index} is not an index of weights, or it is damaged; download it again")
     parts: dict[str, State] = {}
-    for name in dict.fromkeys(places.values()):
+    for name in places.values():
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
             raise UserError(f"{index} names {name!r} as a shard; every shard must be in its own folder")
+    for name in dict.fromkeys(places.values()):
         if not index.with_name(name).is_file():
             raise UserError(f"{name}, a shard of {index}, is missing; download it")
         parts[name] = unwrap(_read_file(index.with_name(name)), str(index.with_name(name)))[0]
@@ -264,7 +267,7 @@ def classes_of(weights: Path) -> tuple[str, ...]:
     """Class names from a run's data.json or a transformers config.json; empty if unknown."""
     names = read_json(weights.with_name("data.json")).get("classes")
     labels = read_json(weights.with_name("config.json")).get("id2label")
-    if not names and isinstance(labels, dict) and all(number.isdecimal() for number in labels):
+    if not names and isinstance(labels, dict) and all(n.isdecimal() and len(n) < 10 for n in labels):
         names = [labels[number] for number in sorted(labels, key=int)]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return ()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pipelines.errors import UserError
@@ -81,6 +82,14 @@ def unwrap(content: object, label: str) -> tuple[State, str]:
     if found is None:
         raise UserError(f"{label} has no state dict of names and tensors; save model.state_dict()")
     return found
+
+
+def check_stored(state: State, label: str) -> None:
+    """Raise UserError for a tensor that is larger than its file: expanded, sparse or without values."""
+    for name, value in state.items():
+        stored = value.layout == torch.strided and value.device.type == "cpu"
+        if not stored or value.nbytes > value.untyped_storage().nbytes():
+            raise UserError(f"{label} does not store every value of {name}; save contiguous tensors")
 
 
 def _find_state(content: object, depth: int) -> tuple[State, str] | None:

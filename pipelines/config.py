@@ -9,6 +9,7 @@ from typing import Literal
 from pipelines.errors import UserError
 
 ABOVE_0, BELOW_1, ANY = 1e-9, 1 - 1e-9, float("inf")  # limits of ranges
+PIXELS = 1 << 26  # most pixels of an input: a configuration from elsewhere must not fill the memory
 
 Range = tuple[float, float]  # from, to
 
@@ -116,6 +117,7 @@ class DataConfig:
         at_least_1 = dict.fromkeys(("size", "frames", "stride", "repeats", "window"), (1, ANY))
         shares = {"flip": (0, 1), "max_bad": (0, 1), "crop": (ABOVE_0, 1)}
         check_settings(self, "data.", **at_least_1, **shares, stride_fps=(ABOVE_0, ANY))
+        check_range("data.frames * data.size * data.size", self.frames * self.size**2, (1, PIXELS))
         for name in ("clip_start", "eval_clip_start"):
             check_range(f"data.{name}", getattr(self, name) or 0, (0, ANY))
         check_range("data.scale's first", self.scale[0], (ABOVE_0, self.scale[1]))

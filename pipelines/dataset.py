@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import UserError, check_local, first_line
-from pipelines.files import length_of, open_regular, sha256_of
+from pipelines.files import arrow_messages, length_of, open_regular, sha256_of
 
 FORMAT_VERSION = 3
 
@@ -266,10 +266,10 @@ def read_batch(path: Path, columns: Sequence[str]) -> pa.RecordBatch:
     if path.stat().st_size >= MAPPED:
         with suppress(OSError):  # some network file systems cannot map files
             source = pa.memory_map(str(path))
-    reader = pa.ipc.open_file(source or pa.BufferReader(path.read_bytes()))
-    if reader.schema != SCHEMA or reader.num_record_batches != 1:
+    schema, rows = arrow_messages(source or pa.BufferReader(path.read_bytes()))
+    if pa.ipc.read_schema(schema) != SCHEMA:
         raise ValueError("its columns are not those of a catalogue")
-    batch = reader.get_batch(0).select(columns)
+    batch = pa.ipc.read_record_batch(rows, SCHEMA).select(columns)
     batch.validate(full=True)
     return batch
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
+from typing import Any
 
 NO_PLACE = {  # errors of the place written to, and what to do about them
     errno.ENOSPC: "free some space, then run the same command again",
@@ -30,6 +31,8 @@ DEVICE = re.compile(  # what CUDA, DALI and nvJPEG say when the driver or the GP
 INTERRUPTED = "interrupted; run the same command again to go on"
 # The path of a remote file, also as `Path` writes it: with one slash.
 REMOTE = re.compile(r"(?:s3a?|gs|gcs|hf|hdfs|abfss?|az|ftps?|https?):/")
+# Escape sequences other than colours and cursor movements, and control characters other than line ends.
+CONTROLS = re.compile(r"\x1b(?!\[[0-9;?]*[A-HJKhlm])|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
 WRITTEN = ("--out", "--run.root", "target")  # flags of what a command writes
 UNTIL_ENDED = 10.0  # seconds that torchrun may take to end a process after another one failed
 
@@ -84,6 +87,18 @@ def once_per_machine() -> Iterator[None]:
         sys.exit(2)
 
 
+def printable(text: str) -> str:
+    """The text without what could control a terminal: names in files of others may hold escape sequences."""
+    return CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def _guard(stream: Any) -> None:
+    """Let a stream write only printable text; a second call changes nothing."""
+    if not getattr(stream, "guarded", False):
+        write = stream.write
+        stream.guarded, stream.write = True, lambda text: write(printable(text))
+
+
 def cause(error: BaseException) -> str:
     """What an error says, in one line, without what DALI puts around it."""
     text = str(error).rpartition("encountered:")[2]
@@ -131,6 +146,8 @@ def run_cli(main: Callable[[], object], remote: bool = False) -> None:
     """
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    _guard(sys.stdout)
+    _guard(sys.stderr)
     spec = sys.modules["__main__"].__spec__
     sys.argv[0] = f"python -m {spec.name}" if spec else sys.argv[0]  # what help texts call the command
     try:

@@ -9,14 +9,20 @@ import hashlib
 import os
 import shutil
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from stat import S_ISREG
-from typing import IO
+from struct import error as StructError
+from struct import unpack_from
+from typing import IO, TYPE_CHECKING
 
 from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # What file systems answer to a call that they do not have: NFS, Lustre, CIFS and FUSE differ in it.
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM})
@@ -35,6 +41,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     the disk is full it says so. Raises UserError where the file system cannot rename.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # a link of this name would lead the writer elsewhere
     try:
         yield temporary
         with ignored(UNSUPPORTED):
@@ -79,6 +86,48 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def arrow_messages(source: "pa.NativeFile") -> "tuple[pa.Message, pa.Message]":
+    """The schema and the only record batch of an Arrow file, which are no larger than the file.
+
+    Raises ArrowException, or ValueError for another number of batches and for a compressed one: a few bytes
+    could become gigabytes.
+    """
+    import pyarrow as pa
+
+    def field(table: int, number: int) -> int:
+        """The place of a table's field in a flatbuffer; the table itself if it lacks the field."""
+        fields = table - unpack_from("<i", meta, table)[0]
+        at = 4 + 2 * number
+        return table + (
+            unpack_from("<H", meta, fields + at)[0] if at < unpack_from("<H", meta, fields)[0] else 0
+        )
+
+    source.seek(8)  # after the file's mark, it is a stream
+    messages = [*pa.ipc.MessageReader.open_stream(source)]
+    if [message.type for message in messages] != ["schema", "record batch"]:
+        raise ValueError("it has not one record batch")
+    meta = messages[1].metadata
+    try:
+        header = field(unpack_from("<I", meta)[0], 2)
+        batch = header + unpack_from("<I", meta, header)[0]
+        if field(batch, 3) != batch:
+            raise ValueError("it is compressed")
+    except StructError as error:
+        raise ValueError("its record batch is damaged") from error
+    return messages[0], messages[1]
+
+
+def check_pickle(path: Path) -> None:
+    """Raise UserError if reading a PyTorch file could take much more memory than the file has bytes."""
+    with path.open("rb") as file:
+        bomb = b"bytearray\n" in file  # a line of pickles that allocates any number of bytes
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # torch.save does not compress
+            bomb |= sum(part.file_size for part in archive.infolist()) > path.stat().st_size
+    if bomb:
+        raise UserError(f"{path} takes more memory than its size; save it again with torch.save")
 
 
 def sync(path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from models.files import Weights, read_json, read_weights
 from models.formats import State, from_ours, is_autoencoder, to_ours
 from models.hiera import Hiera
-from models.inputs import IMAGE_STATS, VIDEO_STATS
+from models.layers import IMAGE_STATS, VIDEO_STATS
 from models.weights import load_weights
 from models.zoo import CONFIGS, config_of_weights
 from pipelines.errors import UserError, run_cli

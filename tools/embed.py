@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.augment import to_device
 from pipelines.dataset import Dataset, open_split, read_batch, read_info
 from pipelines.errors import UserError, once_per_machine, run_cli

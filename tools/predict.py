@@ -22,7 +22,7 @@ import torch
 import tyro
 from pyarrow import csv
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.dataset import Dataset, open_dataset, read_batch, read_info
 from pipelines.errors import UserError, first_line, run_cli
 from pipelines.files import atomic_write

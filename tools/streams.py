@@ -55,7 +55,7 @@ class Run:
     over: bool = False  # no frames follow
 
 
-def picture_stream(container: InputContainer) -> VideoStream:
+def picture_stream(container: InputContainer, max_pixels: int) -> VideoStream:
     """The main video stream: default, then largest; no cover pictures. It decodes in this thread."""
     streams = [
         stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic
@@ -72,6 +72,8 @@ def picture_stream(container: InputContainer) -> VideoStream:
     if best.codec_context is None:
         raise BadImage("no decoder for its codec")
     best.codec_context.thread_count = 1
+    if best.width * best.height > max_pixels:
+        raise BadImage(f"more than --max-pixels {max_pixels}")
     return best
 
 

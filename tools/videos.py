@@ -129,7 +129,7 @@ def _open(file: SourceFile) -> InputContainer:
 
 def _convert(container: InputContainer, packing: VideoPacking) -> Iterator[Part]:
     """The video as one clip, or a long one as several. Raises `BadImage`."""
-    stream = picture_stream(container)
+    stream = picture_stream(container, packing.max_pixels)
     declared, fps = declared_seconds(container, stream), Fraction(packing.fps)
     to_jpeg = JpegWriter(stream.codec_context.name, packing.short_side)
     pieces = _joined(_pieces(timed_frames(container, stream, packing), declared, packing, to_jpeg))

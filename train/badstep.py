@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.dataset import read_batch
 from pipelines.errors import UserError, first_line
 from pipelines.files import atomic_text

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.dataset import Dataset, check_shards, read_info
 from pipelines.errors import UserError, first_line
 from pipelines.loader import Batch, TrainLoader

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models.files import LICENSE, is_official, official_names
-from models.inputs import IMAGE_STATS, VIDEO_STATS
+from models.layers import IMAGE_STATS, VIDEO_STATS
 from pipelines.dataset import DatasetInfo
 from pipelines.files import atomic_text, atomic_write
 from train.config import Config, flatten, to_dict

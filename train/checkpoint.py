@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.errors import UserError
-from pipelines.files import atomic_text, atomic_write, sha256_of
+from pipelines.files import atomic_text, atomic_write, check_pickle, sha256_of
 from train.console import log
 from train.distributed import World
 from train.meters import Meters
@@ -196,6 +196,7 @@ def load(path: Path, device: torch.device) -> dict:
     device: where its values will be copied. For a GPU the file is memory-mapped, so that the processes of a
     machine share one copy.
     """
+    check_pickle(path)
     return torch.load(path, map_location="cpu", mmap=device.type == "cuda", weights_only=True)
 
 

@@ -19,7 +19,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pipelines.errors import UserError, once_per_machine
+from pipelines.errors import UserError, once_per_machine, printable
 from train.config import Config, flatten, hint, to_dict
 
 BARS, CURVE = "▁▂▃▄▅▆▇█", 16
@@ -111,7 +111,7 @@ class Screen:
     def copy(self, text: str) -> None:
         """Append text to the log file if one is open."""
         if self._file is not None:
-            self._file.write(text)
+            self._file.write(printable(text))
 
     @property
     def _active(self) -> bool:

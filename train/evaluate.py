@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 from torch import nn
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.errors import UserError, once_per_machine, run_cli
 from pipelines.views import clip_notes
 from train import distributed, ending, finetune, mae, rundir
@@ -41,11 +41,14 @@ class Arguments:
 
 
 def read_config(run: Path, data: Path | None = None) -> Config:
-    """A run's configuration, with other shards if given. Raises UserError if the folder has none."""
+    """A run's configuration, with other shards if given. Raises UserError without a valid one."""
     path = run / "config.json"
     if not path.exists():
         raise UserError(f"{path} does not exist; name a run folder made by train.mae or train.finetune")
-    config = from_dict(json.loads(path.read_text()))
+    try:
+        config = from_dict(json.loads(path.read_text()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is no configuration ({error!r}); restore it") from error
     return replace(config, data=replace(config.data, path=data)) if data else config
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines import order
 from pipelines.augment import to_device
 from pipelines.dataset import Dataset, read_batch

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.augment import to_device
 from pipelines.dataset import Dataset
 from pipelines.loader import Batch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.errors import UserError
 from pipelines.loader import Batch, blank_batch
 from train import badstep, build, checkpoint, distributed, ending, rundir, track

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.augment import to_device
 from pipelines.dataset import Dataset
 from pipelines.errors import UserError, run_cli

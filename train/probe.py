@@ -14,7 +14,7 @@ import tyro
 from torch import Tensor
 from torch.nn import functional
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UserError, once_per_machine, run_cli
 from pipelines.views import clip_notes

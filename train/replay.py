@@ -133,7 +133,7 @@ def compare(run: Path, folder: Path, report: Report) -> Report:
 
 def show(report: Report) -> None:
     """Print the first place that is not finite, the rows with the highest loss, and the gradient norms."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     rows = sorted(report["rows"], key=lambda row: (math.isfinite(row["loss"]), -row["loss"]))
     worst = Table("epoch", "id", "loss", "source", title=f"rows with the highest loss, of {len(rows)}")
     for row in rows[:ROWS_SHOWN]:

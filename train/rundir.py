@@ -68,6 +68,7 @@ class Run:
             temporary = self.folder / ".heartbeat.tmp"
             values = {"step": row["step"], "time": time.time(), "state": state}
             with suppress(OSError):  # the run can do without it
+                temporary.unlink(missing_ok=True)  # it may be a link
                 temporary.write_text(json.dumps(values) + "\n")
                 temporary.replace(self.folder / "heartbeat.json")
 

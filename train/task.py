@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.config import DataConfig
 from pipelines.dataset import Dataset, open_dataset, read_info
 from pipelines.errors import UserError

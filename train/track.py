@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.errors import UserError, first_line
 from pipelines.files import atomic_text
 from train.config import Config, flatten, to_dict

@@ -258,7 +258,7 @@ def forward_backward(config: Config) -> None:
 
 def passes(config: Config, compiled: bool) -> tuple[Callable[[], None], Callable[[], None]]:
     """A training step's forward and backward, and a forward of the evaluation, of a recipe's model."""
-    from models.inputs import NormalizedInput
+    from models.layers import NormalizedInput
     from train.build import autocast_for, set_precision
     from train.distributed import World
     from train.evaluate import TASKS

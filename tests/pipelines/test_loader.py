@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models import inputs
+from models import layers
 from pipelines import machine, order
 from pipelines.config import Augment, DataConfig, DecodeConfig
 from pipelines.dataset import open_dataset
@@ -309,8 +309,8 @@ def test_an_abandoned_loader_ends_its_thread(images):
 
 def test_normalize_subtracts_the_mean_and_divides_by_the_deviation():
     clips = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8)
-    for frames, pixels, stats in ((1, clips[:, 0], inputs.IMAGE_STATS), (3, clips, inputs.VIDEO_STATS)):
-        model = inputs.NormalizedInput(torch.nn.Identity(), frames)
+    for frames, pixels, stats in ((1, clips[:, 0], layers.IMAGE_STATS), (3, clips, layers.VIDEO_STATS)):
+        model = layers.NormalizedInput(torch.nn.Identity(), frames)
         out = model(pixels)
         assert out.shape == (2, 3, *pixels.shape[1:-1]) and out.dtype == torch.float32
         for channel, (mean, std) in enumerate(zip(*stats, strict=True)):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import create, load_weights
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.dataset import open_dataset, read_batch
 from pipelines.errors import UserError
 from pipelines.machine import World

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import models
 from benchmarks.parity import randomise
-from models.inputs import IMAGE_STATS, VIDEO_STATS, NormalizedInput
+from models.layers import IMAGE_STATS, VIDEO_STATS, NormalizedInput
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tools.convert import convert, export

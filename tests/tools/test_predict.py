@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models import load_weights
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.pipelines_fixtures import read_rows

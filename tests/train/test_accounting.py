@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from models.zoo import bf16_peak
 from pipelines.dataset import open_dataset, read_batch
 from pipelines.errors import UserError

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from timm.data import mixup as timm_mixup
 from torch._dynamo.testing import CompileCounter
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.config import Augment
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import models
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from tests.test_project import call_make

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.dataset import open_dataset
 from pipelines.machine import World
 from tests.train_helpers import small

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import models
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.config import Augment
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from models.inputs import NormalizedInput
+from models.layers import NormalizedInput
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.loader import Batch
 from tests.train_helpers import CLASSES, picture, small
