@@ -41,8 +41,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     the disk is full it says so. Raises UserError where the file system cannot rename.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.unlink(missing_ok=True)  # a link of this name would lead the writer elsewhere
     try:
+        temporary.unlink(missing_ok=True)  # a link of this name would lead the writer elsewhere
         yield temporary
         with ignored(UNSUPPORTED):
             temporary.chmod(MODE)  # some writers make files that only their owner can read

@@ -14,6 +14,7 @@ import torch
 
 from pipelines.errors import UserError
 from pipelines.files import atomic_text, atomic_write
+from tests import LONG
 from tests.test_project import call_make
 from tests.tools.test_pack import CLIPS, clip_tree, encoded, pack_images, pixels, write
 from tests.train_helpers import call, make_images, small
@@ -26,8 +27,6 @@ from train.distributed import World
 from train.rundir import Run
 
 ALONE = World(0, 1, torch.device("cpu"))
-
-LONG = (pytest.mark.fault, pytest.mark.long)  # a row of `make faults`, not in `make test`
 
 
 # ---- packed data ------------------------------------------------------------------------------------------
@@ -186,7 +185,8 @@ def test_a_value_of_the_wrong_type_gives_a_box_without_a_traceback():
 
 
 @pytest.mark.parametrize(
-    "words", [pytest.param(("--optim.batch", "0"), marks=LONG), ("--data.path", "s3://b/x")]
+    "words",
+    [pytest.param(words, marks=LONG) for words in (("--optim.batch", "0"), ("--data.path", "s3://b/x"))],
 )
 def test_under_torchrun_a_wrong_word_prints_its_error_once(words: tuple[str, str]):
     torchrun = ("--nproc-per-node", "2", "--master-port", "0", "--standalone", "-m", "train.mae")

@@ -248,7 +248,6 @@ def hostile_run(folder: Path) -> Path:
     (folder / "metrics.csv").write_text(heading + "1,1.0,1,1,0,1\n2,2.0,1,1,0,1\n")
     table = {"id": [0, 1], "source": [HOSTILE, "b"], "label": [0, 1], "class_1": ["b", HOSTILE]}
     pq.write_table(pa.table(table | {"probability_1": [0.9, 0.8]}), folder / "predictions.parquet")
-    table = {"class_name": [HOSTILE, "b"], "samples": [1, 1], "correct": [1, 0], "correct5": [1, 1]}
     return folder
 
 

@@ -33,15 +33,15 @@ KINDS = (
     Kind(
         name="images",
         pack="tools.pack images --source data/demo/images",
-        pretrain="image-mae-pico --optim.epochs 16 --run.eval-every 20",
-        finetune="image-ft-pico --optim.epochs 10",
+        pretrain="image-mae-pico --optim.epochs 12 --run.eval-every 20",
+        finetune="image-ft-pico --optim.epochs 8",
     ),
     Kind(
         name="clips",
         pack="tools.pack clips --frames data/demo/clips/data_30fps_frames"
         " --annotations data/demo/clips/annotations",
-        pretrain="video-mae-pico --optim.epochs 5 --run.eval-every 20",
-        finetune="video-ft-pico --optim.epochs 8",
+        pretrain="video-mae-pico --optim.epochs 4 --run.eval-every 20",
+        finetune="video-ft-pico --optim.epochs 5",
     ),
 )
 

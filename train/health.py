@@ -66,14 +66,16 @@ def measure(
     stages = queries.split(widths, dim=1)
     ranks, deviations = [list(map(one, stages)) for one in (effective_rank, deviation)]
     highest[:] = map(max, highest, deviations)
-    for stage, (rank, std, top) in enumerate(zip(ranks, deviations, highest, strict=True), start=1):
-        collapsed = rank < LEAST_RANK or std < max(LEAST_STD, LEAST_SHARE * top)
-        if collapsed and len(queries) >= FEWEST:
-            log(
-                f"warning: stage {stage} has collapsed: its features hardly tell samples apart (effective "
-                f"rank {rank:.3g}, standard deviation {std:.2g}); train again with a lower optim.lr or a "
-                "longer optim.warmup_epochs"
-            )
+    collapsed = [
+        f"stage {stage} (effective rank {rank:.3g}, standard deviation {std:.2g})"
+        for stage, (rank, std, top) in enumerate(zip(ranks, deviations, highest, strict=True), start=1)
+        if rank < LEAST_RANK or std < max(LEAST_STD, LEAST_SHARE * top)
+    ]
+    if collapsed and len(queries) >= FEWEST:
+        log(
+            f"warning: the features of {', '.join(collapsed)} have collapsed, they hardly tell samples "
+            "apart; train again with a lower optim.lr or a longer optim.warmup_epochs"
+        )
     row = dict(zip(HEALTH_COLUMNS, (*ranks, *deviations), strict=False))
     if min(part.label.min() for part in parts) < 0:
         return row

@@ -9,6 +9,7 @@ from benchmarks import model as bench_model
 from benchmarks.results import markdown
 from models import zoo
 from models.zoo import CONFIGS, forward_macs
+from tests import LONG
 
 torch.set_num_threads(2)
 KINDS = ["hiera_pico_96", "mae_hiera_pico_96", "hiera_pico_16x64", "mae_hiera_pico_16x64"]
@@ -94,9 +95,6 @@ def test_the_training_forward_compiles_as_one_graph(name):
     assert explained.graph_count == 1
     assert explained.graph_break_count == 0
     torch._dynamo.reset()
-
-
-LONG = (pytest.mark.fault, pytest.mark.long)  # a row of `make faults`, not in `make test`
 
 
 @pytest.mark.parametrize(

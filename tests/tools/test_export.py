@@ -19,6 +19,7 @@ from benchmarks.parity import randomise
 from models.layers import IMAGE_STATS, VIDEO_STATS, NormalizedInput
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
+from tests import LONG
 from tools.convert import convert, export
 from tools.predict import pack
 from train.distributed import World
@@ -27,7 +28,6 @@ from train.task import batches_of
 
 torch.set_num_threads(2)
 CLASSES = ["ant", "bee", "cat"]
-LONG = (pytest.mark.fault, pytest.mark.long)  # a row of `make faults`, not in `make test`
 PICTURE = {"size": 64, "frames": 1, "crop": 0.8, "interpolation": "triangular"}
 CLIP = {**PICTURE, "size": 32, "frames": 4, "sampling": "stride", "stride": 3, "stride_fps": 25.0}
 

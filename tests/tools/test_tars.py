@@ -25,6 +25,7 @@ from PIL import Image
 from pipelines.config import DataConfig
 from pipelines.dataset import check_shards, open_dataset, read_info
 from pipelines.errors import UserError
+from tests import LONG
 from tests.pipelines_fixtures import evaluation, read_rows, train
 from tests.tools.test_pack import (
     CLIPS,
@@ -40,7 +41,7 @@ from tests.tools.test_pack import (
 )
 from tests.train.test_runs import assert_same, fit, kill_at_row
 from tests.train_helpers import ROOT, arguments, call, module, picture, small
-from tools import images
+from tools import sources
 from tools.stage import stage
 from tools.tars import TarOptions, pack_tars
 from tools.tarsamples import NO_PICTURE
@@ -48,7 +49,6 @@ from tools.verify import verify
 from train import finetune
 
 Member = tuple[str, bytes] | tarfile.TarInfo
-LONG = (pytest.mark.fault, pytest.mark.long)  # a row of `make faults`, not in `make test`
 
 
 def index(train: Path | str, out: Path | None = None, *, val: Path | str = "", **options) -> int:
@@ -445,7 +445,7 @@ def test_a_read_that_fails_for_a_while_is_repeated(tmp_path, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return whole(descriptor, size, offset)
 
-    monkeypatch.setattr(images.time, "sleep", lambda _: None)
+    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
     monkeypatch.setattr(os, "pread", pread)
     assert index(pattern, tmp_path / "out") == 0
     assert sums(tmp_path / "out") == sums(tmp_path / "calm")

@@ -17,6 +17,7 @@ from pipelines.config import Augment
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from pipelines.loader import blank_batch
+from tests import LONG
 from tests.fault_helpers import two_ranks
 from tests.train_helpers import small
 from train import build, finetune, loop, mae
@@ -26,7 +27,6 @@ from train.rundir import Run
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
-LONG = (pytest.mark.fault, pytest.mark.long)  # a row of `make faults`, not in `make test`
 
 
 def everything_on(preset: str, data: Path, runs: Path) -> FinetuneConfig:

@@ -19,6 +19,7 @@ from pipelines.config import Augment
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from pipelines.views import eval_rows, train_rows
+from tests import LONG
 from tests.train_helpers import call, make_images, small
 from tools.report import report
 from train import build, checkpoint, evaluate, finetune, loop, mae, optim
@@ -272,7 +273,7 @@ def test_the_screen_shows_a_loss_curve():
 # ---- learning --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["image-mae-pico", "video-ft-pico"])
+@pytest.mark.parametrize("preset", [pytest.param("image-mae-pico", marks=LONG), "video-ft-pico"])
 def test_training_overfits_sixteen_samples(preset, images, clips, tmp_path):
     """The training loss gets close to zero."""
     video, pretraining = "video" in preset, "mae" in preset

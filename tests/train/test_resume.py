@@ -15,6 +15,7 @@ import torch
 
 from pipelines.config import Augment
 from pipelines.errors import UserError, run_cli
+from tests import LONG
 from tests.fault_helpers import CLEAN, redirect_output, task_of, two_ranks
 from tests.pipelines_fixtures import read_rows, write_rows
 from tests.train.test_runs import assert_same, descendants, results
@@ -377,7 +378,7 @@ def test_a_step_is_saved_before_it_is_evaluated(images, tmp_path):
     assert seen[0] == [4]
 
 
-@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("ignored", [False, pytest.param(True, marks=LONG)])
 def test_a_closed_terminal_saves_and_with_nohup_training_continues(images, tmp_path, ignored: bool):
     settings = quick(images, tmp_path, "run")
     process = CLEAN.Process(target=hang_up, args=(settings, ignored, tmp_path / "out"))

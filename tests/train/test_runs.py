@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from pipelines.config import Augment
 from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
+from tests import LONG
 from tests.fault_helpers import two_ranks
 from tests.train_helpers import ROOT, arguments, call, module, small
 from tools.plot import plot
@@ -27,8 +28,6 @@ from train import build, evaluate, finetune, loop, mae
 from train.config import FinetuneConfig
 from train.metrics import TIMING_COLUMNS, read_csv
 from train.presets import FINETUNE_PRESETS
-
-LONG = (pytest.mark.fault, pytest.mark.long)  # a row of `make faults`, not in `make test`
 
 
 def fit(config, task) -> Path:
