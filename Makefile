@@ -36,7 +36,7 @@ help:  ## print this list
 	@echo "make TARGET [VARIABLE=value ...]   (ARGS=\"...\" adds flags to the command)"
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 14
 
-demo: env  ## generate pictures and clips, pack, pretrain, finetune, evaluate and plot; needs no GPU
+demo: env  ## generate pictures and clips, pack, pretrain, finetune, evaluate and report; needs no GPU
 	$(PY) -m tools.demo $(ARGS)
 
 shards: env  ## pack IMAGES=DIR and FRAMES=DIR or VIDEOS=DIR (TRAIN_LIST= VAL_LIST=FILE) into OUT=shards, or index TARS='a-{0..9}.tar' VAL_TARS=; EXECUTOR=ray RAY=HOST:PORT

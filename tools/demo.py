@@ -1,4 +1,4 @@
-"""Pack, train, evaluate and plot generated data on any machine: python -m tools.demo (= make demo).
+"""Pack, train on and evaluate generated data on any machine: python -m tools.demo (= make demo).
 
 Every command is printed before it runs and can be pasted. After an interruption, the demo continues.
 """
@@ -33,15 +33,15 @@ KINDS = (
     Kind(
         name="images",
         pack="tools.pack images --source data/demo/images",
-        pretrain="image-mae-pico --optim.epochs 12 --run.eval-every 20",
-        finetune="image-ft-pico --optim.epochs 8",
+        pretrain="image-mae-pico --optim.epochs 12 --run.eval-every 25",
+        finetune="image-ft-pico --optim.epochs 8 --run.eval-every 50",
     ),
     Kind(
         name="clips",
         pack="tools.pack clips --frames data/demo/clips/data_30fps_frames"
         " --annotations data/demo/clips/annotations",
-        pretrain="video-mae-pico --optim.epochs 4 --run.eval-every 20",
-        finetune="video-ft-pico --optim.epochs 5",
+        pretrain="video-mae-pico --optim.epochs 4 --run.eval-every 32",
+        finetune="video-ft-pico --optim.epochs 5 --run.eval-every 80",
     ),
 )
 
@@ -56,7 +56,7 @@ def commands(kind: Kind) -> list[str]:
         f"train.finetune {kind.finetune} --data.path {shards} --run.name {finetune}"
         f" --model.init runs/{mae}/model.safetensors",
         f"train.evaluate runs/{finetune}",
-        *(f"{tool} runs/{run}" for tool in ("tools.plot", "tools.report") for run in (mae, finetune)),
+        *(f"tools.report runs/{run}" for run in (mae, finetune)),
     ]
 
 
