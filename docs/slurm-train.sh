@@ -27,7 +27,7 @@ export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 NCCL_DEBUG=INFO
 
 if [ -n "${STAGE:-}" ]; then
-    srun "$PY" -m tools.stage "$STAGE" "$TO" || exit
+    srun "$PY" -m tools.stage "$STAGE" "${TO:?is not set; name the local folder of the copy}" || exit
 fi
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -37,10 +37,11 @@ srun --kill-on-bad-exit=1 "$PY" -m torch.distributed.run --nnodes "$SLURM_JOB_NU
     --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id "$SLURM_JOB_ID" \
     --shutdown-timeout 240 -m "$@" &
 
-wait $!
+training=$!
+wait "$training"
 code=$?
 if [ -n "$stopped" ]; then
-    wait
+    wait "$training"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -117,6 +117,28 @@ def test_the_page_has_the_size_of_the_checkpoints_of_a_model():
         assert f"| `{size}` | {' | '.join(f'{one / 1e9:.2f}' for one in sizes)} |" in page
 
 
+@pytest.mark.parametrize(("written", "cancels"), [(None, 3), (-9000, 3), (1500, 1)])
+def test_the_watchdog_cancels_a_job_that_writes_nothing(written, cancels, tmp_path):
+    """Each `sleep` lasts 1,000 s here, and the fourth is the last; `written`: when, after the job's start."""
+    page, begin = (ROOT / "docs/cluster.md").read_text(), 1_700_000_000
+    blocks = [text.partition("```")[0] for text in page.split("```sh\n")[1:]]
+    loop = next(block for block in blocks if "heartbeat.json" in block)
+    standins = {
+        "date": "cat clock",
+        "sleep": f"echo $(($(cat clock) + 1000)) > clock; [ $(cat clock) -le {begin + 4000} ]",
+        "scancel": "echo $1 >> cancelled",
+    }
+    functions = "\n".join(f"{name}() {{ {text}; }}" for name, text in standins.items())
+    (tmp_path / "clock").write_text(str(begin))
+    if written is not None:
+        (tmp_path / "runs/big").mkdir(parents=True)
+        (tmp_path / "runs/big/heartbeat.json").touch()
+        os.utime(tmp_path / "runs/big/heartbeat.json", (begin + written,) * 2)
+    script = f"set -uo pipefail\n{functions}\n{loop}\nwait"
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env={**os.environ, "SLURM_JOB_ID": "7"}, check=True)
+    assert (tmp_path / "cancelled").read_text() == "7\n" * cancels
+
+
 def test_an_array_packs_the_bytes_of_one_run(tmp_path):
     source = image_tree(tmp_path / "source", train=6, val=2)
     pack_images(source, tmp_path / "one", shard_size=2)
