@@ -93,6 +93,23 @@ def test_training_that_fails_is_not_queued_again(tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
+def test_a_job_that_is_warned_while_it_stages_is_requeued(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "$@" > "$NOTES/started"\nexec sleep 60\n')
+    python.chmod(0o755)
+    env = slurm(tmp_path, **JOB, STAGE="/network", TO="/local", PY=python)
+    command = ["bash", ROOT / "docs/slurm-train.sh", "train.mae", "image-mae-pico"]
+    with subprocess.Popen(command, env=env) as job:
+        end = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert job.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(60) == 128 + signal.SIGUSR1
+    assert (tmp_path / "started").read_text() == "-m tools.stage /network /local\n", "no training"
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+
+
 def test_a_run_prints_its_cores_and_warns_if_a_process_has_one(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
