@@ -1,6 +1,6 @@
 """Pretraining and finetuning against training from scratch: python -m benchmarks.learning images --data DIR
 
-For every seed, a small marguments autoencoder is pretrained and finetuned, and the same classifier is trained
+For every seed, a small masked autoencoder is pretrained and finetuned, and the same classifier is trained
 from scratch for the time of the finetuning. Images are also pretrained at other mask ratios and probed
 during training. Clips are also evaluated in 5 x 3 views and with frames in another order. `playback`
 finetunes the autoencoders of `clips` on the clips of benchmarks/playback.py, whose class is the order of

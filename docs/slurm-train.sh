@@ -17,30 +17,36 @@ cd "$SLURM_SUBMIT_DIR" || exit 2
 PY=${PY:-.venv/bin/python}
 
 stopped=
-save_and_requeue() {
+stop() {
     stopped=1
     scancel --signal=TERM "$SLURM_JOB_ID"
 }
-trap save_and_requeue USR1
+trap stop USR1
+
+# Run a step of the job. If the job was warned meanwhile, requeue it after the step has ended.
+step() {
+    srun "$@" &
+    local task=$!
+    wait "$task"
+    local code=$?
+    if [ -n "$stopped" ]; then
+        wait "$task"
+        scontrol requeue "$SLURM_JOB_ID"
+        exit "$code"
+    fi
+    [ "$code" -eq 0 ] || exit "$code"
+}
 
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5 NCCL_DEBUG=INFO
 
 if [ -n "${STAGE:-}" ]; then
-    srun "$PY" -m tools.stage "$STAGE" "$TO" || exit
+    step "$PY" -m tools.stage "$STAGE" "${TO:?is not set; name the local folder of the copy}"
 fi
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --kill-on-bad-exit=1 "$PY" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" \
+step --kill-on-bad-exit=1 "$PY" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node "${GPUS:-$SLURM_GPUS_ON_NODE}" --rdzv-backend c10d \
     --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id "$SLURM_JOB_ID" \
-    --shutdown-timeout 240 -m "$@" &
-
-wait $!
-code=$?
-if [ -n "$stopped" ]; then
-    wait
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$code"
+    --shutdown-timeout 240 -m "$@"

@@ -93,6 +93,23 @@ def test_training_that_fails_is_not_queued_again(tmp_path):
     assert not (tmp_path / "requeued").exists()
 
 
+def test_a_job_that_is_warned_while_it_stages_is_requeued(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "$@" > "$NOTES/started"\nexec sleep 60\n')
+    python.chmod(0o755)
+    env = slurm(tmp_path, **JOB, STAGE="/network", TO="/local", PY=python)
+    command = ["bash", ROOT / "docs/slurm-train.sh", "train.mae", "image-mae-pico"]
+    with subprocess.Popen(command, env=env) as job:
+        end = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert job.poll() is None and time.monotonic() < end
+            time.sleep(0.02)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(60) == 128 + signal.SIGUSR1
+    assert (tmp_path / "started").read_text() == "-m tools.stage /network /local\n", "no training"
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+
+
 def test_a_run_prints_its_cores_and_warns_if_a_process_has_one(monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
@@ -115,6 +132,28 @@ def test_the_page_has_the_size_of_the_checkpoints_of_a_model():
                 models.append(create(name))
         sizes = [checkpoint_bytes(model, replace(adamw, ema=ema)) for model in models for ema in (0.0, 0.9)]
         assert f"| `{size}` | {' | '.join(f'{one / 1e9:.2f}' for one in sizes)} |" in page
+
+
+@pytest.mark.parametrize(("written", "cancels"), [(None, 3), (-9000, 3), (1500, 1)])
+def test_the_watchdog_cancels_a_job_that_writes_nothing(written, cancels, tmp_path):
+    """Each `sleep` lasts 1,000 s here, and the fourth is the last; `written`: when, after the job's start."""
+    page, begin = (ROOT / "docs/cluster.md").read_text(), 1_700_000_000
+    blocks = [text.partition("```")[0] for text in page.split("```sh\n")[1:]]
+    loop = next(block for block in blocks if "heartbeat.json" in block)
+    standins = {
+        "date": "cat clock",
+        "sleep": f"echo $(($(cat clock) + 1000)) > clock; [ $(cat clock) -le {begin + 4000} ]",
+        "scancel": "echo $1 >> cancelled",
+    }
+    functions = "\n".join(f"{name}() {{ {text}; }}" for name, text in standins.items())
+    (tmp_path / "clock").write_text(str(begin))
+    if written is not None:
+        (tmp_path / "runs/big").mkdir(parents=True)
+        (tmp_path / "runs/big/heartbeat.json").touch()
+        os.utime(tmp_path / "runs/big/heartbeat.json", (begin + written,) * 2)
+    script = f"set -uo pipefail\n{functions}\n{loop}\nwait"
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env={**os.environ, "SLURM_JOB_ID": "7"}, check=True)
+    assert (tmp_path / "cancelled").read_text() == "7\n" * cancels
 
 
 def test_an_array_packs_the_bytes_of_one_run(tmp_path):

@@ -107,8 +107,8 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
     (waiting / "dataset.json").replace(done)
     shutil.rmtree(waiting)
     seconds = time.perf_counter() - start
-    speed = f"{came / 1e6:.0f} MB came in {seconds:.1f} s ({came / 1e6 / seconds:.0f} MB/s)"
-    print(f"{target}: {speed}, checked; {kept} shards were there already")
+    speed = f"{came / 1e6:.0f} MB in {seconds:.1f} s ({came / 1e6 / seconds:.0f} MB/s)"
+    print(f"{target}: copied {speed}, checksums correct; {kept} shards existed already")
 
 
 def open_store(source: str) -> tuple[fs.FileSystem, str]:

@@ -219,13 +219,13 @@ def set_precision(speed: SpeedConfig, device: torch.device) -> None:
     """Set TF32 and the kernels of this process, and log the precision with its reason."""
     name, cuda = speed.precision, device.type == "cuda"
     if name == "bf16" or (name == "auto" and cuda):
-        reason = "asked for" if name == "bf16" else "the default on CUDA; no loss scaling needed"
+        reason = "set by speed.precision" if name == "bf16" else "the default on CUDA; no loss scaling needed"
         log(f"precision bf16 autocast: {reason}")
     else:
         # By default PyTorch uses TF32 for convolutions and not for matrix products: here for both or neither.
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = name == "tf32"
-        reason = "the default on the CPU" if name == "auto" else "asked for"
+        reason = "the default on the CPU" if name == "auto" else "set by speed.precision"
         log(f"precision {'tf32' if name == 'tf32' else 'fp32'}: {reason}")
     choose_kernels(speed, device)
 

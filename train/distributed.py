@@ -69,7 +69,7 @@ def resolve_device(name: str, processes: int) -> str:
     if processes > gpus and not one_each(gpus):
         why = "" if gpus else f" ({cuda_problem()}; CUDA 13 requires driver 580 or newer)"
         raise UserError(
-            f"{processes} GPUs were asked for and this machine has {gpus}{why}; ask for fewer, or add "
+            f"the run needs {processes} GPUs, and this machine has {gpus}{why}; use fewer processes, or add "
             f"DEVICE=cpu (--speed.device cpu) to run the same {processes} processes on the CPU"
         )
     return "cuda"

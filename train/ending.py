@@ -197,8 +197,8 @@ def explained(error: RuntimeError | MemoryError, speed: SpeedConfig) -> str:
     """A sentence for an error of the machine, with what to do about it; empty for an error of the code."""
     if out_of_memory(error):
         return (
-            f"memory does not hold a step ({cause(error).partition('. ')[0].rstrip('.')}); lower "
-            f"speed.micro_batch ({speed.micro_batch}), which leaves the result as it is, or set "
+            f"a step does not fit into memory ({cause(error).partition('. ')[0].rstrip('.')}); lower "
+            f"speed.micro_batch ({speed.micro_batch}), which does not change the result, or set "
             f"model.checkpoint_stages{', or lower speed.threads' if in_loader(error) else ''}"
         )
     if isinstance(error, dist.DistError) or "gloo" in str(error):

@@ -293,7 +293,7 @@ def test_if_the_loader_runs_out_of_memory_the_message_names_settings_to_lower():
         RuntimeError(DALI_ERROR.format("std::bad_alloc")),
     ):
         sentence = ending.explained(error, MAE_PRESETS["image-mae-pico"].speed)
-        assert sentence.startswith("memory does not hold a step (") and "\n" not in sentence, sentence
+        assert sentence.startswith("a step does not fit into memory (") and "\n" not in sentence, sentence
         assert "lower speed.micro_batch" in sentence and "lower speed.threads" in sentence
     assert "Can't allocate 1073741824 bytes on device 0)" in ending.explained(
         RuntimeError(DALI_ERROR.format(MACHINE_ERRORS[0])), MAE_PRESETS["image-mae-pico"].speed

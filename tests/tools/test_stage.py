@@ -36,7 +36,7 @@ def test_a_copy_is_complete_and_a_second_run_copies_nothing(clips, tmp_path, cap
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "copy").rglob("*.tar")}
     capsys.readouterr()
     stage.stage(f"{clips}/", tmp_path / "copy")
-    assert "0 MB came" in capsys.readouterr().out
+    assert "copied 0 MB in" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

@@ -193,7 +193,7 @@ def test_verify_and_stage_check_the_tars_of_others(tmp_path, capsys):
     assert len([*copy.rglob("*.tar")]) == 3, "the two splits share the tars"
     capsys.readouterr()
     stage(str(data), copy)
-    assert "0 MB came" in capsys.readouterr().out
+    assert "copied 0 MB in" in capsys.readouterr().out
     whole = (data / "t-0001.tar").read_bytes()
     row = next(row for row in read_rows(data) if row["source"].startswith("t-0001.tar"))
     damaged = bytearray(whole)

@@ -164,7 +164,7 @@ def test_processes_do_not_share_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match="2 GPUs were asked for and this machine has 1"):
+    with pytest.raises(UserError, match="the run needs 2 GPUs, and this machine has 1"):
         distributed.resolve_device("cuda", 2)
 
 
