@@ -26,7 +26,7 @@ from train.rundir import environment, versions
 
 Part = Literal["loader", "model", "training", "packing", "core"]
 COMPARED: tuple[Part, ...] = get_args(Part)
-OTHERS = ("memory", "catalogue", "scale", "learning", "video_packing")
+OTHERS = ("memory", "catalogue", "scale", "growth", "learning", "video_packing")
 PEERS = ("hiera-transformer", "transformers", "opencv-python-headless", "pillow")
 BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 

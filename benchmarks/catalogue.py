@@ -1,9 +1,9 @@
 """Open catalogues of the size of Kinetics-400 and ImageNet-21k: python -m benchmarks catalogue
 
 The rows are synthetic: 240,000 clips of 300 frames, and 14 million pictures. Shards are not needed. The
-tables show the time to open a catalogue (cold, and from the page cache), the memory of one process and of
-eight, the time to draw the order of an epoch, and how much a cache of some of the shards would fetch per
-epoch. The last number is the reason why tools.stage copies all shards.
+tables show the time to open a catalogue (cold, and from the page cache), to plan a first batch of 64 and to
+draw the order of an epoch, the memory of one process and of eight, and how much a cache of some of the shards
+would fetch per epoch. The last number is the reason why tools.stage copies all shards.
 """
 
 import json
@@ -22,7 +22,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import order
+from pipelines import order, views
+from pipelines.config import DataConfig
 from pipelines.dataset import FORMAT_VERSION, SCHEMA, open_dataset
 from pipelines.errors import run_cli
 from pipelines.files import sha256_of
@@ -84,24 +85,31 @@ def use(root: Path, rank: int, report: multiprocessing.Queue, end: Event) -> Non
     start = time.perf_counter()
     catalogue = open_dataset(root, "train")
     opened = time.perf_counter() - start
+    config = DataConfig(frames=1 if catalogue.info.kind == "image" else 16)
+    start = time.perf_counter()
+    arrange = order.make_order("random", catalogue.shard, 0, config.window)
+    epochs, ids = arrange(order.batch_positions(0, 64 * PROCESSES, rank, PROCESSES, 1).ravel())
+    views.train_rows(catalogue, config, 0, ids, epochs)
+    planned = time.perf_counter() - start
     for step in range(200):
         positions = order.batch_positions(step, 8192, rank, PROCESSES, 1)[0]
         _, ids = order.sample_at(positions, len(catalogue), 0)
         first = catalogue.first_frame[ids]
         for values in (catalogue.offset[first], catalogue.size[first], catalogue.label[ids]):
             values.sum()
-    report.put(opened)
+    report.put((opened, planned))
     end.wait()
 
 
-def measure(root: Path, processes: int) -> tuple[float, float, float]:
-    """Seconds until all processes have it open; MB per process with shared pages in full and as a share."""
+def measure(root: Path, processes: int) -> tuple[float, float, float, float]:
+    """Seconds until all have it open, and for a first plan; MB each, shared pages in full and as a share."""
     context = multiprocessing.get_context("spawn")
     report, end = context.Queue(), context.Event()
     started = [context.Process(target=use, args=(root, rank, report, end)) for rank in range(processes)]
     for process in started:
         process.start()
-    opened = max(report.get(timeout=300) for _ in started)
+    times = [report.get(timeout=300) for _ in started]
+    opened, planned = (max(column) for column in zip(*times, strict=True))
     held = {"Rss": 0.0, "Pss": 0.0}
     for process in started:
         for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
@@ -111,7 +119,7 @@ def measure(root: Path, processes: int) -> tuple[float, float, float]:
     end.set()
     for process in started:
         process.join()
-    return opened, held["Rss"], held["Pss"]
+    return opened, planned, held["Rss"], held["Pss"]
 
 
 def order_seconds(samples: int) -> float:
@@ -154,7 +162,17 @@ def bench(work: Path = Path("/tmp/hiera-train-bench")) -> None:
     table = Table(
         title=f"catalogues; memory is of one process, and each of {PROCESSES} counting shared pages once"
     )
-    for head in ("", "samples", "frames", "first open (s)", "open (s)", "one (MB)", "each (MB)", "order (s)"):
+    for head in (
+        "",
+        "samples",
+        "frames",
+        "first open (s)",
+        "open (s)",
+        "plan (s)",
+        "one (MB)",
+        "each (MB)",
+        "order (s)",
+    ):
         table.add_column(head, justify="right" if head else "left")
     caches = Table(title="shards fetched in an epoch by a cache of a share of all, per shard there is")
     for head in ("", "order", "5 %", "25 %", "50 %"):
@@ -164,11 +182,11 @@ def bench(work: Path = Path("/tmp/hiera-train-bench")) -> None:
         root = work / name
         try:
             make(root, samples, frames, per_shard)
-            first, alone, _ = measure(root, 1)
-            again, _, each = measure(root, PROCESSES)
+            first, plan, alone, _ = measure(root, 1)
+            again, _, _, each = measure(root, PROCESSES)
         finally:
             shutil.rmtree(root, ignore_errors=True)
-        numbers = [f"{x:.2f}" for x in (first, again)] + [f"{x:.0f}" for x in (alone, each)]
+        numbers = [f"{x:.2f}" for x in (first, again, plan)] + [f"{x:.0f}" for x in (alone, each)]
         table.add_row(
             name, f"{samples:,}", f"{samples * frames:,}", *numbers, f"{order_seconds(samples):.2f}"
         )
