@@ -1,4 +1,4 @@
-"""Augmentation of uint8 batches where they lie, CPU or GPU: RandAugment, colour jitter, random erasing.
+"""Augmentation of uint8 batches in place, on CPU or GPU: RandAugment, color jitter, random erasing.
 
 Parameters are drawn on the host from (seed, epoch, sample), one set per row, so a clip's frames all get
 the same treatment. Nothing waits for the device: constants are made on it, because an upload from pageable

@@ -101,7 +101,7 @@ class DataConfig:
     crop: float = 224 / 256
     """Evaluation: side of the centre window as a share of the short side."""
     augment: Augment = field(default_factory=Augment)
-    """RandAugment, colour jitter and random erasing of training rows, alike in all frames of a clip."""
+    """RandAugment, color jitter and random erasing of training rows, alike in all frames of a clip."""
     repeats: int = 1
     """Rows made of each sample drawn (repeated sampling); optim.batch and epochs count rows."""
     same_clip: bool = False

@@ -28,7 +28,7 @@ MEMORY = re.compile(  # what torch, CUDA, DALI, nvJPEG and nvImageCodec call an 
 DEVICE = re.compile(  # what CUDA, DALI and nvJPEG say when the driver or the GPU failed
     r"CUDA (runtime|driver) API error|CUDA error|cudaError[A-Z]|driver version|nvJPEG error", re.IGNORECASE
 )
-INTERRUPTED = "interrupted; run the same command again to go on"
+INTERRUPTED = "interrupted; run the same command again to continue"
 # The path of a remote file, also as `Path` writes it: with one slash.
 REMOTE = re.compile(r"(?:s3a?|gs|gcs|hf|hdfs|abfss?|az|ftps?|https?):/")
 # Escape sequences other than colours and cursor movements, and control characters other than line ends.

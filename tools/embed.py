@@ -89,6 +89,8 @@ def read(arguments: Arguments) -> tuple[Config, Path, list[Dataset]]:
         raise UserError(f"{info.root} has no samples; pack it again, or give other --data")
     if min(views) < 1:
         raise UserError(f"--views is {views[0]} {views[1]}; both must be at least 1")
+    if out.suffix.lower() != ".parquet":
+        raise UserError(f"{out} does not end in .parquet; name such a file with OUT= (--out)")
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out} cannot be written; name a file in a folder that exists")
     return config, weights, [open_split(info, name) for name in names]

@@ -230,8 +230,9 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
     for what, (count, example) in sorted(plan.left_out.items(), key=lambda item: -item[1][0])[:LEFT_OUT]:
         table.add_row("", f"left out: {what}", str(count), readable(example))
     console.print(table)
-    if rejected <= max_reject * total:
+    if rejected < total:
         console.print(next_commands(out), soft_wrap=True)
+    if rejected <= max_reject * total:
         return 0
     enough = math.ceil(1000 * rejected / total) / 1000
     console.print(

@@ -137,6 +137,8 @@ def enter(config: Config, data: Mapping[str, object]) -> tuple[IO[str], bool, Pa
             f"{folder} has final weights and no checkpoint to resume from; choose another RUN, "
             "with INIT= (--model.init) for these weights"
         )
+    if newest is None and (folder / "metrics.csv").exists():
+        log(f"{folder} has no checkpoint: training begins again at step 0, and replaces the rows there")
     return held, False, newest
 
 

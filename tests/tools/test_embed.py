@@ -110,6 +110,7 @@ def damage(root: Path, *samples: int) -> None:
     ("given", "message"),
     [
         ({"out": Path("nowhere/f.parquet")}, "nowhere/f.parquet cannot be written; name a file in a folder"),
+        ({"out": Path("f.csv")}, "f.csv does not end in .parquet; name such a file with OUT="),
         ({"views": (0, 1)}, "--views is 0 1; both must be at least 1"),
         ({"split": "test"}, "has no split 'test', only train, val"),
     ],

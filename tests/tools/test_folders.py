@@ -207,6 +207,19 @@ def test_a_class_keeps_a_video_in_train():
     assert len(train) == 3 and not val
 
 
+def test_classes_without_validation_samples_are_counted(capsys):
+    items = [
+        Listed(f"{label}/{n}", label) for label, count in (("many", 20), ("few", 5)) for n in range(count)
+    ]
+    plan_of("image", Listing(items), 0.1, ImageOptions().packing(), "here")
+    assert (
+        "2 of 25 samples become it; classes without a sample in it: 1, such as few" in capsys.readouterr().out
+    )
+    for fraction, few in ((0.0, items), (0.1, items[:20])):  # no validation is wanted; every class has one
+        plan_of("image", Listing(few), fraction, ImageOptions().packing(), "here")
+        assert capsys.readouterr().out.endswith("samples become it\n")
+
+
 def test_files_of_one_video_are_one_sample(tmp_path):
     """They were two samples, of which one could fall into each split."""
     names = [f"{label}/c{n}{suffix}" for label in "ab" for n in range(10) for suffix in (".mp4", ".mkv")]

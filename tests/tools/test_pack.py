@@ -509,6 +509,7 @@ def test_too_many_rejected_ends_with_exit_code_1_and_a_table(tmp_path, capsys):
     assert pack_images(tmp_path / "source", tmp_path / "out", max_reject=0.05) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "1 of 10 samples were rejected, more than --max-reject 5.00% allows" in out
+    assert "to pretrain: make train-mae" in out  # the rest can be used
     assert "rejected: empty file" in out and "bad.jpg" in out
     assert pack_images(tmp_path / "source", tmp_path / "out", max_reject=0.1) == 0
 

@@ -302,6 +302,8 @@ def test_a_run_with_only_skipped_steps_does_not_finish(images, tmp_path):
     with pytest.raises(UserError, match=r"last 10 steps up to step 10 .*no checkpoint was saved"):
         loop.fit(settings, infinite_loss_from(1))
     assert not (tmp_path / "run/model.safetensors").exists() and saved_steps(tmp_path / "run") == []
+    rundir.enter(settings, {})[0].close()  # what the same command does first
+    assert "run has no checkpoint: training begins again at step 0" in (tmp_path / "run/log.txt").read_text()
 
 
 # ---- signals, closed terminals
