@@ -125,7 +125,9 @@ def check_pickle(path: Path) -> None:
         bomb = b"bytearray\n" in file  # a line of pickles that allocates any number of bytes
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:  # torch.save does not compress
-            bomb |= sum(part.file_size for part in archive.infolist()) > path.stat().st_size
+            parts = archive.infolist()
+        bomb |= any(part.compress_type for part in parts)
+        bomb |= sum(part.file_size for part in parts) > path.stat().st_size  # they may overlap
     if bomb:
         raise UserError(f"{path} takes more memory than its size; save it again with torch.save")
 

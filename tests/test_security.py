@@ -94,6 +94,16 @@ def bytes_of_length(path: Path) -> None:
     )
 
 
+def padded(path: Path) -> None:
+    """A compressed pickle that allocates, in a file that is as large as its content."""
+    bytes_of_length(path)
+    pickled = path.read_bytes()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", pickled, zipfile.ZIP_DEFLATED)
+        archive.writestr("a/version", b"3\n")
+        archive.writestr("a/padding", bytes(1000))
+
+
 def expanded(path: Path) -> None:
     torch.save(state() | {"norm.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, path)
 
@@ -110,7 +120,7 @@ def sparse(path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*parse")
-@pytest.mark.parametrize("make", [compressed, bytes_of_length, expanded, without_values, sparse])
+@pytest.mark.parametrize("make", [compressed, bytes_of_length, padded, expanded, without_values, sparse])
 def test_weights_take_no_more_memory_than_their_file(make: Callable, small_memory: None, tmp_path: Path):
     make(tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"takes more memory than its size|does not store every value"):
