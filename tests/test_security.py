@@ -39,7 +39,7 @@ from train import checkpoint, replay
 from train.config import to_dict
 from train.evaluate import read_config
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
-from train.rundir import Run
+from train.rundir import Run, data_of
 
 MODEL = "hiera_pico_96"
 
@@ -198,8 +198,15 @@ def test_a_configuration_is_checked_before_it_is_used(small_memory: None, tmp_pa
                 group, _, key = name.partition(".")
                 settings[group][key] = value
             (tmp_path / "config.json").write_text(str(value) if name == "text" else json.dumps(settings))
-            with pytest.raises(UserError):
+            with pytest.raises(UserError, match=r"config\.json is no configuration"):
                 read_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "[" * 100_000])
+def test_a_damaged_record_of_the_data_is_named(tmp_path: Path, text: str):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(UserError, match=r"data\.json cannot be read"):
+        data_of(tmp_path)
 
 
 def test_links_in_a_folder_do_not_lead_a_write_outside(tmp_path: Path):
