@@ -104,6 +104,14 @@ def padded(path: Path) -> None:
         archive.writestr("a/padding", bytes(1000))
 
 
+def of_shape(path: Path) -> None:
+    """A tensor of 256 MiB without values: the pickle has only its shape."""
+    with zipfile.ZipFile(path, "w") as archive:
+        call = b"ctorch\nTensor\n\x8a\x05" + (1 << 26).to_bytes(5, "little") + b"\x85R"
+        archive.writestr("a/data.pkl", b"\x80\x02}X\x0b\0\0\0norm.weight" + call + b"s.")
+        archive.writestr("a/version", b"3\n")
+
+
 def expanded(path: Path) -> None:
     torch.save(state() | {"norm.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, path)
 
@@ -120,7 +128,9 @@ def sparse(path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*parse")
-@pytest.mark.parametrize("make", [compressed, bytes_of_length, padded, expanded, without_values, sparse])
+@pytest.mark.parametrize(
+    "make", [compressed, bytes_of_length, padded, of_shape, expanded, without_values, sparse]
+)
 def test_weights_take_no_more_memory_than_their_file(make: Callable, small_memory: None, tmp_path: Path):
     make(tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"takes more memory than its size|does not store every value"):
