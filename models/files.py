@@ -60,9 +60,7 @@ def read_weights(source: str | Path) -> Weights:
     Raises UserError if there are no weights, or if a file is damaged or has other objects than tensors.
     """
     path = find_weights(path_of(str(source)))
-    content = _read_shards(path) if path.name.endswith(".index.json") else _read_file(path)
-    state, note = unwrap(content, str(path))
-    check_stored(state, str(path))
+    state, note = (_read_shards(path), "") if path.name.endswith(".index.json") else _read_state(path)
     return Weights(path, state, note, classes_of(path), decoder_heads_of(path))
 
 
@@ -176,6 +174,13 @@ def find_weights(path: Path) -> Path:
     return found[0]
 
 
+def _read_state(path: Path) -> tuple[State, str]:
+    """The state dict of one file, and which of several it is."""
+    state, note = unwrap(_read_file(path), str(path))
+    check_stored(state, path)
+    return state, note
+
+
 def _read_file(path: Path) -> object:
     """The content of one safetensors or PyTorch file; its first bytes decide which it is.
 
@@ -244,7 +249,7 @@ def _read_shards(index: Path) -> State:
     for name in dict.fromkeys(places.values()):
         if not index.with_name(name).is_file():
             raise UserError(f"{name}, a shard of {index}, is missing; download it")
-        parts[name] = unwrap(_read_file(index.with_name(name)), str(index.with_name(name)))[0]
+        parts[name] = _read_state(index.with_name(name))[0]
     for tensor, name in places.items():
         if tensor not in parts[name]:
             raise UserError(f"{index.with_name(name)} lacks {tensor}, which its index names; download both")

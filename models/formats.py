@@ -8,6 +8,7 @@ timm has the classifier, transformers the image classifier and the image autoenc
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -84,12 +85,15 @@ def unwrap(content: object, label: str) -> tuple[State, str]:
     return found
 
 
-def check_stored(state: State, label: str) -> None:
-    """Raise UserError for a tensor that is larger than its file: expanded, sparse or without values."""
+def check_stored(state: State, path: Path) -> None:
+    """Raise UserError for tensors that are larger than their file: expanded, sparse or without values."""
     for name, value in state.items():
         stored = value.layout == torch.strided and value.device.type == "cpu"
         if not stored or value.nbytes > value.untyped_storage().nbytes():
-            raise UserError(f"{label} does not store every value of {name}; save contiguous tensors")
+            raise UserError(f"{path} does not store every value of {name}; save contiguous tensors")
+    storages = (value.untyped_storage() for value in state.values())  # tensors may share one
+    if sum({one.data_ptr(): one.nbytes() for one in storages}.values()) > path.stat().st_size:
+        raise UserError(f"{path} does not store every value of its tensors; save them with torch.save")
 
 
 def _find_state(content: object, depth: int) -> tuple[State, str] | None:

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from stat import S_ISREG
 from struct import error as StructError
@@ -121,11 +122,13 @@ def arrow_messages(source: "pa.NativeFile") -> "tuple[pa.Message, pa.Message]":
 
 def check_pickle(path: Path) -> None:
     """Raise UserError if reading a PyTorch file could take much more memory than the file has bytes."""
-    with path.open("rb") as file:
-        bomb = b"bytearray\n" in file  # a line of pickles that allocates any number of bytes
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        bomb = data.find(b"\nbytearray\n") >= 0  # a line of pickles that allocates any number of bytes
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:  # torch.save does not compress
-            bomb |= sum(part.file_size for part in archive.infolist()) > path.stat().st_size
+            parts = archive.infolist()
+        bomb |= any(part.compress_type for part in parts)
+        bomb |= sum(part.file_size for part in parts) > path.stat().st_size  # they may overlap
     if bomb:
         raise UserError(f"{path} takes more memory than its size; save it again with torch.save")
 

@@ -39,7 +39,7 @@ from train import checkpoint, replay
 from train.config import to_dict
 from train.evaluate import read_config
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
-from train.rundir import Run
+from train.rundir import Run, data_of
 
 MODEL = "hiera_pico_96"
 
@@ -94,6 +94,24 @@ def bytes_of_length(path: Path) -> None:
     )
 
 
+def padded(path: Path) -> None:
+    """A compressed pickle that allocates, in a file that is as large as its content."""
+    bytes_of_length(path)
+    pickled = path.read_bytes()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", pickled, zipfile.ZIP_DEFLATED)
+        archive.writestr("a/version", b"3\n")
+        archive.writestr("a/padding", bytes(1000))
+
+
+def of_shape(path: Path) -> None:
+    """A tensor of 256 MiB without values: the pickle has only its shape."""
+    with zipfile.ZipFile(path, "w") as archive:
+        call = b"ctorch\nTensor\n\x8a\x05" + (1 << 26).to_bytes(5, "little") + b"\x85R"
+        archive.writestr("a/data.pkl", b"\x80\x02}X\x0b\0\0\0norm.weight" + call + b"s.")
+        archive.writestr("a/version", b"3\n")
+
+
 def expanded(path: Path) -> None:
     torch.save(state() | {"norm.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, path)
 
@@ -110,7 +128,9 @@ def sparse(path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*parse")
-@pytest.mark.parametrize("make", [compressed, bytes_of_length, expanded, without_values, sparse])
+@pytest.mark.parametrize(
+    "make", [compressed, bytes_of_length, padded, of_shape, expanded, without_values, sparse]
+)
 def test_weights_take_no_more_memory_than_their_file(make: Callable, small_memory: None, tmp_path: Path):
     make(tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"takes more memory than its size|does not store every value"):
@@ -188,8 +208,15 @@ def test_a_configuration_is_checked_before_it_is_used(small_memory: None, tmp_pa
                 group, _, key = name.partition(".")
                 settings[group][key] = value
             (tmp_path / "config.json").write_text(str(value) if name == "text" else json.dumps(settings))
-            with pytest.raises(UserError):
+            with pytest.raises(UserError, match=r"config\.json is no configuration"):
                 read_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "[" * 100_000])
+def test_a_damaged_record_of_the_data_is_named(tmp_path: Path, text: str):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(UserError, match=r"data\.json cannot be read"):
+        data_of(tmp_path)
 
 
 def test_links_in_a_folder_do_not_lead_a_write_outside(tmp_path: Path):

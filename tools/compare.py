@@ -16,7 +16,8 @@ from markupsafe import Markup
 from models.files import read_json
 from pipelines.errors import UserError
 from tools.plot import COLOURS, Panel, Tables, draw, names_of, panels_of
-from train.config import Config, MaeConfig, flatten, from_dict, to_dict
+from train.config import Config, MaeConfig, flatten, to_dict
+from train.evaluate import read_config
 from train.metrics import Row, best_of, read_csv, score
 from train.optim import total_steps
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
@@ -37,15 +38,6 @@ NUMBERS = {  # column -> (name, format)
 }
 
 
-def config_of(run: Path) -> Config:
-    """The run's settings. Raises ValueError, which names the file, if config.json is damaged."""
-    path = run / "config.json"
-    try:
-        return from_dict(json.loads(path.read_text()))
-    except (ValueError, LookupError, TypeError, AttributeError, UserError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
 def starts_of(run: Path) -> list[dict[str, Any]]:
     """The entries of env.json, one for each start, the last one last."""
     return json.loads((run / "env.json").read_text())
@@ -62,13 +54,13 @@ def summary(*runs: Path) -> dict[str, list[str]]:
     """Task, data, model, hardware and progress: a value for each run."""
     every = [facts(run) for run in runs]
     if len(every) == 1:  # of several runs, the ranking has the results
-        every[0] |= results(_rows(runs[0]))
+        every[0] |= evaluations(_rows(runs[0]))
     return {fact: [facts.get(fact, "–") for facts in every] for fact in dict.fromkeys(chain(*every))}
 
 
 def facts(run: Path) -> dict[str, str]:
     """What a run is and how far it is, as far as its files tell."""
-    config, start, found = config_of(run), last_start(run), {}
+    config, start, found = read_config(run), last_start(run), {}
     kind = "images" if config.data.frames == 1 else "clips"
     task = "pretraining (masked autoencoder)" if isinstance(config, MaeConfig) else "finetuning"
     found["Task"] = f"{task} on {kind}, from {config.model.init or 'random weights'}"
@@ -94,7 +86,7 @@ def state(run: Path) -> str:
     """The step of the run, or its end."""
     last, total, exported = (_rows(run) or [{}])[-1], 0, 0
     if samples := read_json(run / "data.json").get("splits", {}).get("train", {}).get("samples"):
-        total = total_steps(config_of(run).optim, samples)
+        total = total_steps(read_config(run).optim, samples)
     with suppress(UserError):  # half-written weights are not the end
         exported = exported_step(run)
     step = last.get("step", 0)
@@ -104,7 +96,7 @@ def state(run: Path) -> str:
     return f"{'finished' if step and exported == step else 'not finished'}: {steps}{_epoch(last)}{minutes}"
 
 
-def results(rows: list[dict]) -> dict[str, str]:
+def evaluations(rows: list[dict]) -> dict[str, str]:
     """The best and the last evaluation."""
 
     def text(row: Row) -> str:
@@ -125,7 +117,7 @@ def numbers(*runs: Path) -> dict[str, Any]:
     columns: names; rows: (place in `runs`, texts).
     """
     tables = [_rows(run) for run in runs]
-    every = [last_numbers(rows) | results(rows) for rows in tables]
+    every = [last_numbers(rows) | evaluations(rows) for rows in tables]
     names = dict.fromkeys(name for found in every for name in found if name not in ("Best", "Last"))
     if not names:
         return {}
@@ -188,7 +180,7 @@ def settings(*runs: Path) -> dict[str, Any]:
 
     columns: names of what is compared; rows: (setting, texts); others: number of settings without a row.
     """
-    configs = [config_of(run) for run in runs]
+    configs = [read_config(run) for run in runs]
     names, compared = names_of(runs), configs
     presets = {preset_of(run) for run in runs}
     if len(presets) == 1:  # runs of several presets are compared with each other only

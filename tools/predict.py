@@ -44,6 +44,7 @@ from tools.shards import (
 from tools.videos import load_video
 from train.config import Config, FinetuneConfig
 from train.evaluate import load_model, open_task, read_config, weights_of
+from train.rundir import data_of
 from train.task import Task
 from train.words import shown
 
@@ -167,22 +168,20 @@ def write_table(
 
 def read_run(run: Path) -> tuple[Config, Sequence[str], Mapping[str, Any]]:
     """Configuration, classes and packing settings of a run; the latter are empty if its data is missing."""
-    config, recorded = read_config(run), run / "data.json"
+    config, recorded = read_config(run), data_of(run)
     classes, packing = (), {}
     try:
         info = read_info(config.data.path)
         classes, packing = info.classes, info.packing
     except UserError as error:
-        if isinstance(config, FinetuneConfig) and not recorded.exists():
+        if isinstance(config, FinetuneConfig) and "classes" not in recorded:
             raise UserError(
                 f"{run} has no data.json with its classes, and its data cannot be read: {error}"
             ) from error
         print(f"{config.data.path} cannot be read: inputs are packed with the default options")
-    if recorded.exists():
-        classes = json.loads(recorded.read_text())["classes"]
-    elif classes:
+    if classes and "classes" not in recorded:
         print(f"{run} has no data.json with its classes: they are read from {config.data.path}")
-    return config, classes, packing
+    return config, recorded.get("classes", classes), packing
 
 
 def pack(

@@ -17,10 +17,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
-from tools.compare import as_text, config_of, curves, numbers, preset_of, settings, starts_of, summary
+from tools.compare import as_text, curves, numbers, preset_of, settings, starts_of, summary
 from tools.plot import COLOURS, DARK_COLOURS, names_of
 from tools.results import results
 from train.config import MaeConfig, flatten
+from train.evaluate import read_config
 
 LOG_LINES = 40
 
@@ -118,7 +119,7 @@ def reconstructions(run: Path) -> list[tuple[int, str]]:
 
 def usage(run: Path) -> tuple[str, str]:
     """A command and the model card's code, both with the path of the weights."""
-    weights, config = run / "model.safetensors", config_of(run)
+    weights, config = run / "model.safetensors", read_config(run)
     words = ["tools.predict", run, "FILE"]
     if isinstance(config, MaeConfig):
         preset = preset_of(run).replace("-mae-", "-ft-") or "PRESET"

@@ -6,7 +6,6 @@ probabilities are not finite, counts as wrong.
 
 import base64
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import pyarrow.parquet as pq
 
 from pipelines.dataset import open_split, read_info
 from pipelines.errors import UserError, first_line
-from tools.compare import config_of
-from train.rundir import is_data_of
+from train.evaluate import read_config
+from train.rundir import data_of, is_data_of
 from train.words import shown
 
 MATRIX = 50  # classes up to which the confusion matrix is drawn
@@ -51,7 +50,7 @@ class ClassScores:
 def read_results(run: Path) -> Results:
     """The run's predictions.parquet, with the classes of its data.json. Raises OSError or ArrowException."""
     table = pq.read_table(run / "predictions.parquet")
-    classes = json.loads((run / "data.json").read_text())["classes"]
+    classes = data_of(run)["classes"]
     places = {name: place for place, name in enumerate(classes)}
     return Results(
         shown(classes),
@@ -153,7 +152,7 @@ def thumbnails(run: Path, ids: np.ndarray) -> dict[int, str]:
     """
     from PIL import Image
 
-    data = config_of(run).data
+    data = read_config(run).data
     info = read_info(data.path)
     if not is_data_of(run, info):
         raise UserError(f"{data.path} has changed since the run; restore it, then repeat the report")

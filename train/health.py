@@ -30,7 +30,7 @@ from train.distributed import World
 from train.metrics import HEALTH_COLUMNS
 from train.task import Check, batches_of
 
-SAMPLES, CLASSES = 512, 32  # of each split: 16 samples of each class fit a linear layer
+CLASSES, PER_CLASS = 32, 16  # of each split, at most; so many samples of a class fit a linear layer
 LEAST_RANK, LEAST_STD, LEAST_SHARE = 2.0, 0.05, 0.5  # docs/training.md gives the reason
 FEWEST = 8  # samples: fewer have a low rank even with random weights
 DECAY = 1e-3  # of the linear layer
@@ -48,8 +48,8 @@ def measure(
 ) -> dict[str, float]:
     """The columns of the health of an autoencoder; warns of a stage that has collapsed.
 
-    parts: `fixed_part` of the training and of the evaluation split; the first is used only if all samples of
-    both have a class. highest: the highest deviation of each stage since the command began, which is updated.
+    parts: `fixed_parts` of the two splits; that of training is used only if all samples of both have a class.
+    highest: the highest deviation of each stage since the command began, which is updated.
     check: called once per batch. Columns are NaN where features are not finite.
     """
     encoder = model.model
@@ -126,12 +126,23 @@ def encoded(
         yield batch, found.unflatten(0, (-1, views[0] * views[1])).mean(1)
 
 
-def fixed_part(dataset: Dataset) -> Dataset:
-    """The same at most SAMPLES samples of at most CLASSES classes at every call, evenly spaced."""
+def fixed_parts(training: Dataset, evaluated: Dataset) -> tuple[Dataset, Dataset]:
+    """The samples that the linear layer is fitted to, and those that it is evaluated on.
+
+    Of a small evaluation split the first are not more than the second, if each class has enough: otherwise
+    they would take longer than the evaluation.
+    """
+    queries = fixed_part(evaluated, PER_CLASS * CLASSES)
+    fitting = PER_CLASS * min(CLASSES, len(training.info.classes))
+    return fixed_part(training, max(fitting, len(queries))), queries
+
+
+def fixed_part(dataset: Dataset, samples: int) -> Dataset:
+    """The same at most `samples` samples of at most CLASSES classes at every call, evenly spaced."""
     every = max(1, math.ceil(len(dataset.info.classes) / CLASSES))
     ids = np.flatnonzero(dataset.label % every == 0)
     ids = ids if len(ids) else np.arange(len(dataset))
-    ids = ids[np.linspace(0, len(ids) - 1, min(SAMPLES, len(ids))).round().astype(np.int64)]
+    ids = ids[np.linspace(0, len(ids) - 1, min(samples, len(ids))).round().astype(np.int64)]
     counts, starts = dataset.frame_counts(ids), dataset.first_frame[ids]
     first = np.concatenate([[0], np.cumsum(counts)])
     frames = np.arange(first[-1]) + np.repeat(starts - first[:-1], counts)

@@ -54,7 +54,7 @@ def make_task(config: MaeConfig, run: Run) -> Task:
     task = replace(task, train=train, validation=validation, operations=operations)
     if not config.health or validation is None:
         return task
-    parts = health.fixed_part(train), health.fixed_part(validation)
+    parts = health.fixed_parts(train, validation)
     highest = [0.0] * 4
 
     def evaluate_with_health(model: NormalizedInput, dataset: Dataset, check: Check) -> dict[str, float]:

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from pipelines.dataset import DatasetInfo, read_info
-from pipelines.errors import UserError
+from pipelines.errors import UserError, first_line
 from pipelines.files import atomic_text, lock
 from pipelines.machine import usable_cores
 from train import checkpoint, distributed
@@ -208,9 +208,12 @@ def is_data_of(folder: Path, info: DatasetInfo) -> bool:
 
 
 def data_of(folder: Path) -> dict[str, Any]:
-    """The contents of a run's data.json, empty if there is none."""
+    """The contents of a run's data.json, empty if there is none. Raises UserError if it is damaged."""
     path = folder / "data.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return {**json.loads(path.read_text())} if path.exists() else {}
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}); restore it") from error
 
 
 def lock_run(folder: Path) -> IO[str]:

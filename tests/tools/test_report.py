@@ -208,7 +208,7 @@ def test_one_page_compares_runs(run: Path):
     assert section(page, "Log").count("<details><summary>") == 2
     (started / "config.json").write_text("{")
     text = words(report(started, run).read_text())
-    assert f"Settings (config.json cannot be read: {started}/config.json: " in text, "not the other run's"
+    assert f"Settings (config.json cannot be read: {started}/config.json is no" in text, "not the other run's"
 
 
 def test_text_and_curves_have_contrast_in_both_modes(page: str):

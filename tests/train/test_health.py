@@ -85,7 +85,7 @@ def test_a_stage_that_loses_half_of_its_deviation_is_reported(
 ):
     config = settings(images, healthy.parent, "again")
     task = mae.make_task(config, Run(World(0, 1, torch.device("cpu"))))
-    parts = (health.fixed_part(open_dataset(images, "train")), health.fixed_part(open_dataset(images, "val")))
+    parts = health.fixed_parts(open_dataset(images, "train"), open_dataset(images, "val"))
     model, highest = NormalizedInput(task.model, 1), [0.0] * 4
     capsys.readouterr()
     world = World(0, 1, torch.device("cpu"))
@@ -102,16 +102,24 @@ def test_a_stage_that_loses_half_of_its_deviation_is_reported(
 
 
 def test_a_part_has_evenly_spaced_samples_and_their_frames(images: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(health, "SAMPLES", 3)
     whole = open_dataset(images, "train")
     counts, ids = np.array([2, 1, 3, 1, 4]), np.array([0, 2, 4])
     first = np.concatenate([[0], np.cumsum(counts)])
     columns = {name: getattr(whole, name)[:5] for name in ("shard", "label", "width", "height")}
     columns |= {name: getattr(whole, name)[:11] for name in ("offset", "size", "crc")}
     clips = replace(whole, first_frame=first, **columns)
-    part = health.fixed_part(clips)
+    part = health.fixed_part(clips, 3)
     assert part.frame_counts(np.arange(3)).tolist() == [2, 3, 4]
     assert part.offset.tolist() == clips.offset[[0, 1, 3, 4, 5, 7, 8, 9, 10]].tolist()
     assert part.label.tolist() == clips.label[ids].tolist()
     monkeypatch.setattr(health, "CLASSES", 1)
-    assert set(health.fixed_part(whole).label.tolist()) == {0}
+    assert set(health.fixed_part(whole, 3).label.tolist()) == {0}
+
+
+@pytest.mark.parametrize(("per_class", "fitted"), [(1, 14), (16, 32), (100, 40)])
+def test_a_small_evaluation_split_needs_few_training_samples(
+    images: Path, monkeypatch: pytest.MonkeyPatch, per_class: int, fitted: int
+):
+    monkeypatch.setattr(health, "PER_CLASS", per_class)  # the splits have 40 and 14 samples, of 2 classes
+    parts = health.fixed_parts(open_dataset(images, "train"), open_dataset(images, "val"))
+    assert [len(part) for part in parts] == [fitted, 14]
