@@ -107,8 +107,7 @@ def _write_folder(read: Weights, state: State, converted: State, folder: Path) -
 def _data_settings(read: Weights) -> tuple[dict[str, Any], list[str]]:
     """Settings `data` of the weights' run, or the released models' and a line that they are assumed."""
     data = read_json(read.path.with_name("config.json")).get("data")
-    known = isinstance(data, dict) and "crop" in data and str(data.get("interpolation")) in RESIZE
-    if known:
+    if isinstance(data, dict) and "crop" in data and str(data.get("interpolation")) in RESIZE:
         return data, []
     crop, interpolation = RELEASED_DATA["crop"], RELEASED_DATA["interpolation"]
     return RELEASED_DATA, [
