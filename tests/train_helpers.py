@@ -68,7 +68,7 @@ def small(preset: str, data: Path, runs: Path, name: str, **optim: object) -> Co
     frames = config.data.frames
     values = {"batch": 12, "lr_batch": 12, "epochs": 3.0, "warmup_epochs": 1.0, **optim}
     if isinstance(config, MaeConfig):
-        config = replace(config, health=False)  # it takes half of the time: tests/train/test_health.py
+        config = replace(config, health=False)  # a fifth of a short run; see tests/train/test_health.py
     return replace(
         config,
         data=replace(config.data, path=data, size=64, frames=8 if frames > 1 else 1),
