@@ -40,6 +40,7 @@ class HieraConfig:
     decoder_depth: int = 8
     decoder_heads: int = 16
     decode_ratio: float = 1.0  # share of the masked tokens that are decoded in training
+    normalize_targets: bool = True  # of the autoencoder: each patch by its own mean and deviation
     mae_pools: int = 2  # poolings of the autoencoder; with 3 it predicts patches of 32 pixels, not 16
 
     @property

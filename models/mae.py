@@ -98,7 +98,7 @@ class MaskedAutoencoder(Encoder):
         Without mask and keep, a random share `mask_ratio` of the units is masked.
         row_keys: int64 [B], keys of the rows' drop path and decoded tokens in training; None draws from
         torch's generator.
-        The loss is the mean squared error over masked pixels, which are normalized per patch.
+        The loss is the mean squared error over masked pixels, by default normalized per patch.
         """
         if keep is None:
             keep = random_keep(x, self.num_mask_units, mask_ratio) if mask is None else mask_to_keep(mask)
@@ -137,8 +137,13 @@ class MaskedAutoencoder(Encoder):
         return self.decoder_pred(self.decoder_norm(x[:, 0, kept.shape[1] :]))
 
     def labels(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels of patches `ids` [B, M], normalized per patch [B, M, P]; their means; their deviations."""
+        """The targets of patches `ids` [B, M]: [B, M, P]; the means and deviations that restore their pixels.
+
+        Without `normalize_targets` the targets are the pixels, the means 0 and the deviations 1.
+        """
         patches = gather_cells(self.patches(x), ids).flatten(2)
+        if not self.config.normalize_targets:
+            return patches, patches.new_zeros(()), patches.new_ones(())
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         deviation = (variance + VARIANCE_EPS).sqrt()
         return (patches - mean) / deviation, mean, deviation
@@ -197,7 +202,7 @@ def mask_to_keep(mask: Tensor) -> Tensor:
 def reconstruct(model: MaskedAutoencoder, x: Tensor, keep: Tensor) -> Tensor:
     """The input with predictions in its masked patches: [B, C, H, W], or [B, C, T / 2, H, W] for clips.
 
-    The model predicts normalized patches; the means and deviations of the true patches restore the pixels.
+    A model that predicts normalized patches gets the means and deviations of the true ones.
     """
     kept, masked = model.split_tokens(keep)
     pred = model.decode(model.fuse(model.encode(x, keep)), kept, masked)

@@ -40,7 +40,14 @@ PUBLISHED = {
     "huge": (86.9, 87.8),
 }
 CLASSIFIER_ONLY = {"num_classes", "head_dropout"}
-DECODER_ONLY = {"decoder_width", "decoder_depth", "decoder_heads", "decode_ratio", "mae_pools"}
+DECODER_ONLY = {
+    "decoder_width",
+    "decoder_depth",
+    "decoder_heads",
+    "decode_ratio",
+    "normalize_targets",
+    "mae_pools",
+}
 # Dense bf16 operations per second with fp32 accumulation, without sparsity, from NVIDIA's data sheets and
 # architecture papers. The keys are the exact names that torch.cuda.get_device_name returns: variants of one
 # chip differ by a factor of up to 2, and a MIG slice has its own name.

@@ -190,6 +190,8 @@ class MaeConfig(Groups):
     """Share of mask units hidden."""
     decode_ratio: float = 1.0
     """Share of the masked tokens that training decodes (dual masking, arXiv 2303.16727); 1 = the paper."""
+    normalize_targets: bool = True
+    """Predict patches that are normalized each by its own mean and deviation, or the pixels themselves."""
     decoder_heads: int = 0
     """0 = the model's own: 16, as released; the paper says 8 for video."""
     health: bool = True

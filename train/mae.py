@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # Of the pictures of reconstructions:
 SHOWN_FRAMES = 4
 TITLES = ("input", "visible patches", "reconstruction")
-NOTE = "patches have their true mean and deviation"
+NOTES = {True: "patches have their true mean and deviation", False: "hidden patches as predicted"}
 GAP, HEADER, WIDTH = 4, 22, 576  # pixels; pictures are enlarged up to about this width
 STRIP, NEAREST = "#30363d", Image.Resampling.NEAREST
 
@@ -71,8 +71,13 @@ def task_of(config: MaeConfig, run: Run, classes: Sequence[str]) -> Task:
             f"MAE pretraining wants a mae_hiera_* model, not {config.model.name}; python -m models.zoo lists "
             "them"
         )
-    heads = config.decoder_heads or None
-    model = create_model(config.data, config.model, decode_ratio=config.decode_ratio, decoder_heads=heads)
+    model = create_model(
+        config.data,
+        config.model,
+        decode_ratio=config.decode_ratio,
+        normalize_targets=config.normalize_targets,
+        decoder_heads=config.decoder_heads or None,
+    )
     masking = masking_of(config.mask_ratio, model)
     encoder = replace(config.model, name=config.model.name.removeprefix("mae_"))
     return Task(
@@ -177,8 +182,8 @@ def draw(
 def save_reconstructions(path: Path, model: NormalizedInput, batch: Batch, keep: Tensor) -> None:
     """Write a PNG with the input, kept patches and reconstruction of each valid sample; clips as strips.
 
-    keep: int64 [b, kept], the mask units that the model sees. It predicts each patch up to its mean and
-    deviation, so the picture uses the true ones, and says so in its last line.
+    keep: int64 [b, kept], the mask units that the model sees. A model that predicts each patch up to its mean
+    and deviation gets the true ones, and the last line of the picture says so.
     """
     from models.mae import reconstruct
 
@@ -191,7 +196,7 @@ def save_reconstructions(path: Path, model: NormalizedInput, batch: Batch, keep:
     seen = visible(model.model, keep, inputs)
     columns = [_pixels(model.restore(x)) for x in (inputs, torch.where(seen, inputs, 0.0), filled)]
     with atomic_write(path) as temporary:
-        sheet, info = _sheet(columns)
+        sheet, info = _sheet(columns, NOTES[model.model.config.normalize_targets])  # pyrefly: ignore
         sheet.save(temporary, format="png", pnginfo=info)
 
 
@@ -211,7 +216,7 @@ def _pixels(x: Tensor) -> np.ndarray:
     return x.clamp(0, 255).round().byte().cpu().numpy()
 
 
-def _sheet(columns: list[np.ndarray]) -> tuple[Image.Image, PngInfo]:
+def _sheet(columns: list[np.ndarray], note: str) -> tuple[Image.Image, PngInfo]:
     """The samples below each other, and for a reader who takes them apart: "part height" and "zoom".
 
     The three pictures of an image are next to each other, the three strips of a clip below each other. Small
@@ -237,7 +242,7 @@ def _sheet(columns: list[np.ndarray]) -> tuple[Image.Image, PngInfo]:
             write(title, x, y, width * zoom)
             picture = Image.fromarray(column[sample])
             sheet.paste(picture.resize((width * zoom, height * zoom), NEAREST), (x, y + HEADER))
-    write(NOTE, 0, samples * part, size[0])
+    write(note, 0, samples * part, size[0])
     info = PngInfo()
     info.add_text("part height", str(part))
     info.add_text("zoom", str(zoom))

@@ -137,11 +137,12 @@ def test_init_weights_initializes_every_parameter(name):
     assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if n.endswith("weight"))
 
 
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
     ("name", "pools"), [("mae_hiera_pico_96", 2), ("mae_hiera_pico_96", 3), ("mae_hiera_pico_16x64", 2)]
 )
-def test_reconstruct_changes_only_masked_patches(name, pools):
-    model = models.create(name, mae_pools=pools).eval()
+def test_reconstruct_changes_only_masked_patches(name, pools, normalize):
+    model = models.create(name, mae_pools=pools, normalize_targets=normalize).eval()
     x = torch.rand(2, 3, *model.input_size)
     keep = keep_of(model, 2, 4)
     picture = reconstruct(model, x, keep)
@@ -154,6 +155,16 @@ def test_reconstruct_changes_only_masked_patches(name, pools):
     # A model that predicts the labels exactly must reconstruct the input.
     model.decode = lambda latent, kept, masked: model.labels(x, masked)[0]
     torch.testing.assert_close(reconstruct(model, x, keep), frames)
+
+
+def test_targets_are_pixels_unless_they_are_normalized():
+    x, ids = torch.rand(2, 3, 96, 96), torch.tensor([[0, 7], [35, 3]])
+    plain = models.create("mae_hiera_pico_96", normalize_targets=False).labels(x, ids)[0]
+    patch = x[0, :, 16:32, 16:32]  # of the 6 x 6 patches, number 7
+    assert torch.equal(plain[0, 1], patch.flatten())
+    normalized = models.create("mae_hiera_pico_96").labels(x, ids)[0]
+    variance, mean = torch.var_mean(patch)
+    torch.testing.assert_close(normalized[0, 1], ((patch - mean) / (variance + 1e-6).sqrt()).flatten())
 
 
 def test_decode_ratio_applies_only_in_training():

@@ -76,7 +76,7 @@ def test_runs_of_the_same_name_are_told_apart():
 def test_small_reconstructions_are_sharp_and_twice_as_large(frames: int, tmp_path: Path):
     columns = [np.full((3, 32, 32 * frames, 3), 80 * c, np.uint8) for c in range(3)]
     columns[0][:, :, 0] = 255  # the left column of pixels
-    sheet, info = _sheet(columns)
+    sheet, info = _sheet(columns, "")
     sheet.save(tmp_path / "reconstruction.png", pnginfo=info)
     image = Image.open(tmp_path / "reconstruction.png")
     zoom, height = int(image.info["zoom"]), int(image.info["part height"])
