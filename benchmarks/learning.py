@@ -2,9 +2,10 @@
 
 For every seed, a small masked autoencoder is pretrained and finetuned, and the same classifier is trained
 from scratch for the time of the finetuning. Images are also pretrained at other mask ratios and probed
-during training. Clips are also evaluated in 5 x 3 views and with frames in another order. `playback`
-finetunes the autoencoders of `clips` on the clips of benchmarks/playback.py, whose class is the order of
-their frames. Each core runs one training at a time. After an interruption, the same command continues.
+during training. Clips are also evaluated in 5 x 3 views and with frames in another order. `playback` and
+`letters` finetune the autoencoders of `clips` on other clips or labels: those of benchmarks/playback.py, whose
+class is the order of their frames, and the letter that a speaker says. Each core runs one training at a time.
+After an interruption, the same command continues.
 """
 
 import json
@@ -31,12 +32,12 @@ from pipelines.files import atomic_write
 from pipelines.machine import usable_cores
 from train.config import FinetuneConfig
 from train.evaluate import load_model, open_task, read_config
-from train.metrics import read_csv
+from train.metrics import HEALTH_COLUMNS, read_csv
 from train.probe import Arguments as ProbeArguments
 from train.probe import probe
 from train.task import open_validation
 
-Kind = Literal["images", "clips", "playback"]
+Kind = Literal["images", "clips", "playback", "letters"]
 RUNS = Path("runs/learning")
 
 
@@ -71,6 +72,10 @@ RECIPES["playback"] = Recipe(
     "",
     f"{RECIPES['clips'].finetune} --data.stride 1",
     f"{RECIPES['clips'].scratch} --data.stride 1",
+)
+LONGER = "--optim.epochs 16 --optim.warmup-epochs 2 --run.eval-every 130 --data.stride 1"
+RECIPES["letters"] = Recipe(
+    "", f"{RECIPES['clips'].finetune} {LONGER}", f"{RECIPES['clips'].scratch} {LONGER}"
 )
 
 
@@ -193,6 +198,12 @@ def curve(name: str) -> list[tuple[int, float]]:
     return [(row["step"], row["loss_val"]) for row in rows if row["loss_val"] is not None]
 
 
+def health(name: str) -> dict[str, list[float]]:
+    """The health columns of a pretraining run, and the steps of its evaluations."""
+    rows = [row for row in read_csv(RUNS / name / "metrics.csv") if row["loss_val"] is not None]
+    return {column: [row[column] for row in rows] for column in ("step", *HEALTH_COLUMNS)}
+
+
 def image_results(arguments: Arguments) -> dict[str, list[float]]:
     """Probes of the encoders: during pretraining, after each seed, and at other mask ratios."""
     run = RUNS / "images-mae-0"
@@ -237,9 +248,10 @@ def main() -> None:
     found = results(arguments)
     pretrained = range(arguments.seeds if RECIPES[arguments.kind].pretrain else 0)
     losses = {f"seed {seed}": curve(f"{arguments.kind}-mae-{seed}") for seed in pretrained}
+    features = {f"seed {seed}": health(f"{arguments.kind}-mae-{seed}") for seed in pretrained}
     before = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     commands = [f"python -m {command}" for chain in chains for command in chain]
-    mine = {"accuracy": found, "mae_validation_loss": losses, "commands": commands}
+    mine = {"accuracy": found, "mae_validation_loss": losses, "health": features, "commands": commands}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(arguments.out) as temporary:
         temporary.write_text(json.dumps(before | {arguments.kind: mine}, indent=1))

@@ -66,7 +66,7 @@ def test_every_model_trains_in_the_plain_loop(model: plain_loop.Model, mae: bool
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("kind", ["images", "clips", "playback"])
+@pytest.mark.parametrize("kind", ["images", "clips", "playback", "letters"])
 def test_the_commands_of_learning_are_accepted(kind: learning.Kind, monkeypatch: pytest.MonkeyPatch):
     chains = learning.chains_of(learning.Arguments(kind, Path("shards/x"), seeds=2))
     commands = [shlex.split(command) for chain in chains for command in chain]
@@ -79,7 +79,8 @@ def test_the_commands_of_learning_are_accepted(kind: learning.Kind, monkeypatch:
         pretrained = "images" if kind == "images" else "clips"
         init = f"runs/learning/{pretrained}-mae-{read.run.name.rpartition('-')[2]}/model.safetensors"
         assert read.model.init in ("", init)
-    assert len(names) == len(commands) == {"images": 2 * 3 + 2, "clips": 2 * 3, "playback": 2 * 2}[kind]
+    counts = {"images": 2 * 3 + 2, "clips": 2 * 3, "playback": 2 * 2, "letters": 2 * 2}
+    assert len(names) == len(commands) == counts[kind]
 
 
 def test_playback_differs_only_in_the_order_of_frames(tmp_path: Path):
