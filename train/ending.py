@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipelines.errors import answer, cause, in_loader, out_of_memory
+from pipelines.errors import UserError, answer, cause, in_loader, out_of_memory
 from train.config import SpeedConfig
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -114,23 +114,26 @@ class Watch:
 
     def __init__(self, rank: int, store: dist.Store) -> None:
         self._rank, self._store, self._over = rank, store, threading.Event()
+        self._first = ""  # the rank and the error of the process that failed first
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
     def stop(self) -> None:
         """Stop watching, because this process ends by itself."""
         self._over.set()
 
-    def report(self) -> None:
-        """Tell the other processes that this one failed."""
+    def report(self, error: str) -> bool:
+        """Tell the other processes that this one failed; return whether another failed first, equally."""
         self.stop()
         # The store or its network may be gone; this process must end all the same.
-        thread = threading.Thread(target=self._report, daemon=True)
+        thread = threading.Thread(target=self._report, args=(error,), daemon=True)
         thread.start()
         thread.join(GRACE)
+        rank, _, first = self._first.partition(" ")
+        return first == error and rank != str(self._rank)
 
-    def _report(self) -> None:
+    def _report(self, error: str) -> None:
         with suppress(RuntimeError):
-            self._store.set(FAILED, str(self._rank))
+            self._first = self._store.compare_set(FAILED, "", f"{self._rank} {error}").decode()
 
     def _run(self) -> None:
         while not self._over.wait(POLL):
@@ -174,8 +177,9 @@ def end_together(main: Callable[[], T]) -> T:
     """The result of `main`, after which the process leaves its process group.
 
     When `main` raises in one of several processes, the process cannot leave the group: NCCL would wait for
-    the others, and they wait for this one. The process prints the error, tells the others, and exits at once
-    with the code that `run_cli` gives. The others exit within POLL + GRACE.
+    the others, and they wait for this one. The process tells the others, prints the error, and exits at once
+    with the code that `run_cli` gives. The others exit within POLL + GRACE; one with the same error for the
+    user does not repeat it.
     """
     global _watch
     try:
@@ -211,12 +215,12 @@ def explained(error: RuntimeError | MemoryError, speed: SpeedConfig) -> str:
 
 
 def _fail(error: BaseException) -> NoReturn:
+    if _watch is not None and _watch.report(str(error)) and isinstance(error, UserError):
+        _exit(2)  # the first process with this error prints it
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else answer(error)
     if code is None:
         traceback.print_exception(error)
         code = 1
-    if _watch is not None:
-        _watch.report()
     _exit(code)
 
 

@@ -17,11 +17,12 @@ from train import finetune, loop
 from train.config import Config
 from train.task import Task
 
-ERRORS = {"user": UserError("the disk is gone; find it"), "code": AssertionError("a mistake in the code")}
+GONE = UserError("the disk is gone; find it")
+ERRORS = {"user": GONE, "both": GONE, "code": AssertionError("a mistake in the code")}
 
 
 def train_and_fail(rank: int, port: int, settings: Config, kind: str, log: Path) -> None:
-    """Rank 1 fails in its third step; rank 0 waits there forever, as for a lost NCCL kernel."""
+    """Rank 1, or both, fail in the third step; else rank 0 waits there, as for a lost NCCL kernel."""
     redirect_output(log)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     os.environ |= dict(zip(names, map(str, (rank, rank, 2, 2, "127.0.0.1", port)), strict=True))
@@ -33,7 +34,7 @@ def train_and_fail(rank: int, port: int, settings: Config, kind: str, log: Path)
 
         def loss(*batch) -> torch.Tensor:
             if next(calls) == 3:
-                if rank == 1:
+                if rank == 1 or kind == "both":
                     raise ERRORS[kind]
                 hang()
             return task.loss(*batch)
@@ -75,3 +76,12 @@ def test_a_failing_process_prints_its_error_and_ends_the_others(images, tmp_path
     logged = (tmp_path / "run/logs/rank-1.txt").read_text()
     assert "CPU cores per process: " in logged and str(ERRORS[kind]) in logged and "[rank" not in logged
     assert ("Traceback" in logged) == (kind == "code")
+
+
+def test_processes_with_the_same_error_print_it_once(images, tmp_path):
+    settings = quick(images, tmp_path, "run")
+    settings = replace(settings, speed=replace(settings.speed, micro_batch=2))
+    codes, seconds = run_both(train_and_fail, settings, "both", tmp_path / "out")
+    printed = (tmp_path / "out").read_text()
+    assert codes == [2, 2], (seconds, printed)
+    assert printed.count(str(GONE)) == 1 and "another process failed" not in printed
