@@ -3,9 +3,9 @@
 For every seed, a small masked autoencoder is pretrained and finetuned, and the same classifier is trained
 from scratch for the time of the finetuning. Images are also pretrained at other mask ratios and probed
 during training. Clips are also evaluated in 5 x 3 views and with frames in another order. `playback` and
-`letters` finetune the autoencoders of `clips` on other clips or labels: those of benchmarks/playback.py, whose
-class is the order of their frames, and the letter that a speaker says. Each core runs one training at a time.
-After an interruption, the same command continues.
+`letters` finetune the autoencoders of `clips` on other clips or labels: those of benchmarks/playback.py,
+whose class is the order of their frames, and the letter that a speaker says. Each core runs one training at a
+time. After an interruption, the same command continues.
 """
 
 import json

@@ -63,7 +63,7 @@ def make_data(images: Path, work: Path, pictures: int = 512, clips: int = 24) ->
     found = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     if len(found) < pictures:
         raise UserError(
-            f"{images} holds {len(found)} JPEG pictures, fewer than {pictures}; give another --images"
+            f"{images} contains {len(found)} JPEG pictures, fewer than {pictures}; give another --images"
         )
     chosen = random.Random(0).sample(found, pictures)
     for index, path in enumerate(chosen):

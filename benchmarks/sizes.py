@@ -45,7 +45,9 @@ def run(images: Path, work: Path = Path("/tmp/hiera-train-sizes"), count: int = 
     """
     found = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     if len(found) < 640:
-        raise UserError(f"{images} holds {len(found)} JPEG pictures, fewer than 640; give another --images")
+        raise UserError(
+            f"{images} contains {len(found)} JPEG pictures, fewer than 640; give another --images"
+        )
     chosen = random.Random(0).sample(found, 640)
     table = Table("data", "bytes per sample", "per frame", "total", "catalogue")
     add_pictures(table, chosen, work, side)

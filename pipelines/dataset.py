@@ -179,9 +179,9 @@ def read_info(root: Path | str) -> DatasetInfo:
         raise UserError(f"{root} does not exist; pack a dataset there with `make shards` or `make demo`")
     if not path.is_file():
         for inner in sorted(root.glob("*/dataset.json")):
-            raise UserError(f"{root} holds no dataset.json; is {inner.parent} meant?")
+            raise UserError(f"{root} has no dataset.json; is {inner.parent} meant?")
         raise UserError(
-            f"{root} holds no dataset.json: if these are pictures or frames, pack them first (`make shards`) "
+            f"{root} has no dataset.json: if these are pictures or frames, pack them first (`make shards`) "
             "and name the result; if these are shards, their packing did not finish, so run it again"
         )
     try:
@@ -235,7 +235,7 @@ def check_shards(info: DatasetInfo) -> None:
     for split in info.splits:
         for shard in missing_shards(info, split):
             tar = info.tar_path(split, shard)
-            what = "is not of the length it was packed with" if length_of(tar) >= 0 else "is missing"
+            what = "has another length than when it was packed" if length_of(tar) >= 0 else "is missing"
             raise UserError(f"{tar} {what}; restore it, or pack {info.root} again")
 
 

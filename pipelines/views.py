@@ -223,7 +223,7 @@ def check_info(info: DatasetInfo, config: DataConfig, temporal: int = 1) -> None
     wanted = "image" if config.frames == 1 else "video"
     if info.kind != wanted:
         raise UserError(
-            f"{info.root} holds {info.kind} shards, but this run reads {wanted} input; "
+            f"{info.root} contains {info.kind} shards, but this run reads {wanted} input; "
             f"choose a preset {info.kind}-* or shards of the other kind"
         )
     if config.frames == 1:

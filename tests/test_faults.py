@@ -186,7 +186,9 @@ def test_a_process_is_killed_or_stopped(
     assert process.wait(limit) != 0
     seconds = time.monotonic() - begin
     printed = (tmp_path / "run.out").read_text()
-    assert printed.count("another process ended, or gave no sign for 5 s") == 1 and "Traceback" not in printed
+    assert (
+        printed.count("another process ended, or did not answer for 5 s") == 1 and "Traceback" not in printed
+    )
     assert start(config).wait(120) == 0
     assert "resumed from step" in (tmp_path / "run" / "log.txt").read_text()
     assert_same(tmp_path / "run", undisturbed.run.root / "whole")

@@ -208,7 +208,7 @@ def test_a_configuration_is_checked_before_it_is_used(small_memory: None, tmp_pa
                 group, _, key = name.partition(".")
                 settings[group][key] = value
             (tmp_path / "config.json").write_text(str(value) if name == "text" else json.dumps(settings))
-            with pytest.raises(UserError, match=r"config\.json is no configuration"):
+            with pytest.raises(UserError, match=r"config\.json is not a configuration"):
                 read_config(tmp_path)
 
 

@@ -61,7 +61,7 @@ def convert(
     read = read_weights(source)
     state = to_ours(read.state)
     if "patch_embed.proj.weight" not in state:
-        raise UserError(f"{source} holds no Hiera weights, such as patch_embed.proj.weight; give others")
+        raise UserError(f"{source} contains no Hiera weights, such as patch_embed.proj.weight; give others")
     if target.exists() and (target.samefile(read.path) or target.samefile(read.path.parent)):
         raise UserError(f"{target} is the source itself; give another file or folder to write")
     notes = [read.note] if read.note else []

@@ -130,12 +130,13 @@ def by_folder(found: Found) -> Listing:
     root, sources = found.root, found.sources
     if not sources:
         raise UserError(
-            f"{root} holds no {found.kind.what} ({' '.join(sorted(found.kind.suffixes))}); check the folder."
+            f"{root} contains no {found.kind.what} ({' '.join(sorted(found.kind.suffixes))}); check "
+            "the folder."
         )
     _reject_nested(found)
     below = _descend(sources)
     if below:
-        print(f"{root} holds nothing but {below[:-1]}: its folders are used")
+        print(f"{root} contains only {below[:-1]}: its folders are used")
     where, left_out = root / below, dict(found.left_out)
     for path in found.empty:
         _count(left_out, NO_SAMPLES, path)
@@ -176,7 +177,7 @@ def _reject_nested(found: Found) -> None:
 
 def _mixed(folder: Path) -> UserError:
     return UserError(
-        f"{folder} holds both pictures and folders of pictures; a clip is one folder of pictures, so move "
+        f"{folder} contains both pictures and folders of pictures; a clip is one folder of pictures, so move "
         "one kind."
     )
 
@@ -210,7 +211,7 @@ def _folders_of_splits(where: Path, heads: Iterable[str], empty: Sequence[str]) 
     others = folders.pop("", [])
     for path in empty:
         if folders and split_of(name := path.rpartition("/")[2]) and (where / name).is_dir():
-            raise UserError(f"{where / name} holds no samples; fill the folder or remove it.")
+            raise UserError(f"{where / name} contains no samples; fill the folder or remove it.")
     for split, names in folders.items():
         if len(names) > 1 and not all(map(PART.fullmatch, names)):
             raise UserError(f"{where} has several {split} folders, {' and '.join(names)}; keep one of them.")
@@ -248,7 +249,7 @@ def _labelled(
     if len({not item.label for item in listed}) == 2:
         loose = min(item.source for item in listed if not item.label)
         raise UserError(
-            f"{found.root / below} holds both class folders and loose {found.kind.what}, such as "
+            f"{found.root / below} contains both class folders and loose {found.kind.what}, such as "
             f"{readable(loose)}; move one kind."
         )
     return listed

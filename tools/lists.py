@@ -107,7 +107,7 @@ def read_text(path: Path, flag: str) -> str:
             f"iconv -f GB18030 -t UTF-8 {path.name} (for Chinese; for other languages, with their encoding)."
         ) from error
     if "\0" in text:
-        raise UserError(f"{flag} {path} is not a text file: it holds zero bytes.")
+        raise UserError(f"{flag} {path} is not a text file: it contains zero bytes.")
     if not text.strip():
         raise UserError(f"{flag} {path} is empty.")
     return text
@@ -296,6 +296,6 @@ def _class_number(where: str, label: str, numbers: bool) -> str:
     if numbers and 0 <= value < LARGEST and value == int(value):
         return str(int(value))
     raise UserError(
-        f"{where}: {label!r} is no class; write classes as 0, 1, 2 ... or as names, and remove the lines of "
-        "samples without a class."
+        f"{where}: {label!r} is not a class; write classes as 0, 1, 2 ... or as names, and remove the lines "
+        "of samples without a class."
     )

@@ -147,10 +147,11 @@ def find_list(folder: Path, split: str) -> Path | None:
     found = sorted(path for path in folder.iterdir() if named.fullmatch(path.name))
     if len(found) > 1:
         few = ", ".join(path.name for path in found[:3])
-        raise UserError(f"{folder} holds several lists for {split}: {few}; name one with --{split}-list.")
+        raise UserError(f"{folder} contains several lists for {split}: {few}; name one with --{split}-list.")
     if not found and split == "train":
         raise UserError(
-            f"{folder} holds neither {names[0]} nor {names[1]} nor another list for it; check --annotations."
+            f"{folder} contains neither {names[0]} nor {names[1]} nor another list for it; check "
+            "--annotations."
         )
     return found[0] if found else None
 

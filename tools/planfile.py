@@ -27,7 +27,7 @@ def begin(plan: PackPlan, out: Path, alone: bool) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     note = out / PLAN_FILE
     if any(out.iterdir()) and not note.exists():  # checked last: another part may be creating it
-        raise UserError(f"--out {out} holds other files; give a new or an empty folder.")
+        raise UserError(f"--out {out} contains other files; give a new or an empty folder.")
     with note.open("a+") as file:  # NFS locks only files that are open for writing
         _lock(file, alone)
         if os.fstat(file.fileno()).st_size == 0:

@@ -42,7 +42,7 @@ def report(*runs: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
     """
     for run in runs or [Path("runs")]:
         if not (run / "config.json").is_file():
-            what = f"{run} is no run folder, it has no config.json"
+            what = f"{run} is not a run folder, it has no config.json"
             raise UserError(f"{what}; name one, as in RUN=image-mae-pico")
     sections, left_out = [], []
     for title, file, make in SECTIONS:

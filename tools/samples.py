@@ -92,7 +92,7 @@ def _lines_of(path: Path, text: str, split: str, index: Index, root: Path) -> tu
     seen: dict[str, str] = {}
     for (where, text, _), label in zip(lines, labels, strict=True):
         if not text or "\0" in text or any("\ud800" <= char < "\udc80" for char in text + label):
-            raise UserError(f"{where}: {text!r} is no path; correct it.")
+            raise UserError(f"{where}: {text!r} is not a path; correct it.")
         if not label and any(labels):
             raise UserError(f"{where}: {text!r} has no class, but other lines have; correct it.")
         source = source_of(where, text, index) or text.removeprefix("./").lstrip("/")
@@ -172,7 +172,7 @@ def _with_classes(listing: Listing, path: Path, synsets: Path | None, root: Path
     flat = listing.train if listing.val is None else listing.val
     classes = None if listing.val is None else {item.label for item in listing.train}
     if has_classes(flat) if classes is None else any(item.label in classes - {""} for item in flat):
-        raise UserError(f"{root}/val is no folder of loose pictures; leave --val-list out.")
+        raise UserError(f"{root}/val is not a folder of loose pictures; leave --val-list out.")
     found = flat_classes(path, synsets, [item.source for item in flat], classes)
     labelled = [item._replace(label=label) for item, label in zip(flat, found, strict=True)]
     if listing.val is not None:
@@ -225,7 +225,7 @@ def flat_classes(
 def _numbered(path: Path, lines: Sequence[tuple[str, str]], synsets: Path | None) -> list[tuple[str, str]]:
     """The lines with classes instead of class numbers, which count from 1."""
     if synsets is None:
-        raise UserError(f"{path} holds class numbers; give --synsets FILE with one class per line.")
+        raise UserError(f"{path} contains class numbers; give --synsets FILE with one class per line.")
     text = read_text(synsets, "--synsets")
     classes = [line.split()[0] for line in text.split("\n") if line.strip()]
     if len(classes) == 1000 and classes == sorted(classes):

@@ -76,7 +76,7 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
         raise UserError(str(error).replace(str(waiting), top)) from error
     info = replace(source, root=target, tars=own_places(source, waiting / "dataset.json"))
     if done.is_file() and done.read_bytes() != (waiting / "dataset.json").read_bytes():
-        raise UserError(f"{target} holds another dataset than {top}; choose an empty folder.")
+        raise UserError(f"{target} contains another dataset than {top}; choose an empty folder.")
     start, came, kept = time.perf_counter(), 0, 0
     for split in info.splits:
         lengths = info.tar_bytes[split]

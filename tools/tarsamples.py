@@ -143,6 +143,6 @@ def first_is_clip(tars: Sequence[Path]) -> bool:
                 if names := frames_of(found.files):
                     return is_clip(names)
     raise UserError(
-        f"no tar such as {tars[0]} holds KEY{' or KEY'.join(PICTURES)}; check --train, and that no key has a "
-        "dot, as in a.v1.jpg: WebDataset ends a key at its first dot."
+        f"no tar such as {tars[0]} contains KEY{' or KEY'.join(PICTURES)}; check --train, and that no key "
+        "has a dot, as in a.v1.jpg: WebDataset ends a key at its first dot."
     )

@@ -59,7 +59,7 @@ def check_init(config: Config) -> None:
         try:
             find_weights(path_of(init))
         except UserError as error:
-            raise UserError(f"starting weights {init}: {error}") from error
+            raise UserError(f"starting weights: {error}") from error
 
 
 def build(config: Config, task: Task, run: Run) -> State:
@@ -199,7 +199,7 @@ def warm_start(
             model, settings.init, reuse_encoder_norm=settings.reuse_encoder_norm, classes=classes, quiet=True
         )
     except UserError as error:
-        raise UserError(f"{'weights' if whole else 'starting weights'} {settings.init}: {error}") from error
+        raise UserError(f"{'weights' if whole else 'starting weights'}: {error}") from error
     if whole and report.fresh:
         raise UserError(f"{report}; these weights are of another kind of model or other classes")
     log(str(report))

@@ -305,7 +305,7 @@ def refused_changes(old: Config | None, new: Config) -> tuple[dict[str, str], di
     known = {"data", *flatten(to_dict(new))}
     allowed = {name.lstrip("-").replace("-", "_") for name in new.run.allow}
     for name in sorted(allowed - known):
-        raise UserError(f"run.allow names '{name}', which is no setting{hint(name, known)}")
+        raise UserError(f"run.allow names '{name}', which is not a setting{hint(name, known)}")
     changed = differences(old, new) if old else {}
     fixed = {key: change for key, change in changed.items() if key in FIXED}
     return fixed, {key: change for key, change in changed.items() if key not in allowed}

@@ -207,7 +207,7 @@ def explained(error: RuntimeError | MemoryError, speed: SpeedConfig) -> str:
         )
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return (
-            f"process {os.environ.get('RANK', 0)}: another process ended, or gave no sign for "
+            f"process {os.environ.get('RANK', 0)}: another process ended, or did not answer for "
             f"{speed.timeout:g} s (speed.timeout); see its error, then run the same command to resume from "
             "the last checkpoint"
         )

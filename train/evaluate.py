@@ -48,7 +48,7 @@ def read_config(run: Path, data: Path | None = None) -> Config:
     try:
         config = from_dict(json.loads(path.read_text()))
     except (UserError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is no configuration ({first_line(error)}); restore it") from error
+        raise UserError(f"{path} is not a configuration ({first_line(error)}); restore it") from error
     return replace(config, data=replace(config.data, path=data)) if data else config
 
 
@@ -115,8 +115,8 @@ def main() -> None:
     if distributed.rank() == 0:
         for name, value in scores.items():
             print(f"{name} {value:.6g}")
-        rows = arguments.run / "metrics.csv"
-        if rows.exists() and (best := best_text(best_of(read_csv(rows)))):
+        rows, other = arguments.run / "metrics.csv", arguments.weights or arguments.data
+        if not other and rows.exists() and (best := best_text(best_of(read_csv(rows)))):
             print(f"during training: {best} (best.safetensors)")
 
 

@@ -158,7 +158,7 @@ def check_config(config: Config) -> None:
         what = "; ".join(f"{key}: {change}" for key, change in changes.items())
         how = f", or name what may change with --run.allow {' '.join(refused)}"
         raise UserError(
-            f"{folder} holds a run with other settings ({what})"
+            f"{folder} contains a run with other settings ({what})"
             f"{', which cannot change within a run' if fixed else ''}; run the old command to resume it, "
             f"or choose another RUN (--run.name){'' if fixed else how}"
         )

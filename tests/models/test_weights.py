@@ -64,7 +64,7 @@ def test_clip_models_convert_to_timm_and_back():
 @pytest.mark.parametrize(
     ("weights", "target", "to", "message"),
     [
-        ({"a": torch.zeros(1)}, "out.pth", "ours", "holds no Hiera weights"),
+        ({"a": torch.zeros(1)}, "out.pth", "ours", "contains no Hiera weights"),
         ("hiera_pico_96", "out.bin", "timm", "must end in .safetensors or .pth"),
         ("hiera_pico_16x64", "out", "transformers", "images with plain position embeddings only"),
         ("hiera_pico_96", "out.pth", "sam2", r"train with --model.abs-win True"),

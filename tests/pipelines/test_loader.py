@@ -260,8 +260,8 @@ def test_short_clips_are_reported(clips):
 
 def test_wrong_settings_give_one_line(images, clips):
     for catalogue, view, options, match in [
-        (images, DataConfig(size=16, frames=4), {}, "holds image shards, but this run reads video input"),
-        (clips, DataConfig(size=16), {}, "holds video shards, but this run reads image input"),
+        (images, DataConfig(size=16, frames=4), {}, "contains image shards, but this run reads video input"),
+        (clips, DataConfig(size=16), {}, "contains video shards, but this run reads image input"),
         (
             images,
             DataConfig(size=16),

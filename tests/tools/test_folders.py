@@ -83,7 +83,7 @@ def test_class_folders_and_loose_pictures_without_splits(tmp_path):
 def test_a_dataset_one_folder_too_high_is_found(tmp_path, capsys):
     tree(tmp_path, "flowers/rose/1.jpg", "flowers/tulip/2.jpg", "notes/readme.txt", "license")
     assert listed(tmp_path) == {"train": [("flowers/rose/1.jpg", "rose"), ("flowers/tulip/2.jpg", "tulip")]}
-    assert "holds nothing but flowers: its folders are used" in capsys.readouterr().out
+    assert "contains only flowers: its folders are used" in capsys.readouterr().out
 
 
 def test_test_is_validation_only_without_val_and_with_the_same_labelling(tmp_path, capsys):
@@ -131,11 +131,11 @@ def test_what_systems_add_is_ignored_and_other_files_are_counted(tmp_path):
         (["train/a/1.jpg", "val/a/1.jpg", "valid/a/2.jpg"], "several val folders, val and valid"),
         (["train/1.jpg", "bus/1.jpg", "car/1.jpg"], "no val folder, but samples in train and car"),
         (["test/1.jpg", "rain/1.jpg"], "has a folder test but no train folder"),
-        (["train/a/1.jpg", "val/"], "val holds no samples"),
-        (["a/1.jpg", "2.jpg"], "holds both class folders and loose pictures, such as 2.jpg"),
+        (["train/a/1.jpg", "val/"], "val contains no samples"),
+        (["a/1.jpg", "2.jpg"], "contains both class folders and loose pictures, such as 2.jpg"),
         (["train/a/1.jpg", "train/2.jpg"], "loose pictures, such as train/2.jpg"),
-        (["a/1.mp4"], "holds no pictures (.bmp .gif"),
-        ([], "holds no pictures"),
+        (["a/1.mp4"], "contains no pictures (.bmp .gif"),
+        ([], "contains no pictures"),
     ],
 )
 def test_layouts_with_two_meanings_are_rejected(tmp_path, paths, words):
@@ -144,7 +144,7 @@ def test_layouts_with_two_meanings_are_rejected(tmp_path, paths, words):
 
 def test_a_folder_with_pictures_and_clips_is_no_clip(tmp_path):
     paths = ["cover.jpg", "one/1.jpg", "two/1.jpg"]
-    assert "holds both pictures and folders of pictures" in problem(tree(tmp_path, *paths), FRAMES)
+    assert "contains both pictures and folders of pictures" in problem(tree(tmp_path, *paths), FRAMES)
 
 
 # ---- clips -------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_videos_and_frame_folders_in_class_folders(tmp_path):
     tree(tmp_path / "high", "jpegs/a/x/1.jpg", "jpegs/b/y/1.jpg")
     assert listed(tmp_path / "high", FRAMES) == {"train": [("jpegs/a/x", "a"), ("jpegs/b/y", "b")]}
     nested = problem(tree(tmp_path / "nested", "a/x/1.jpg", "a/x/masks/1.jpg", "b/y/1.jpg"), FRAMES)
-    assert "a/x holds both pictures and folders of pictures" in nested
+    assert "a/x contains both pictures and folders of pictures" in nested
     assert "both class folders and loose" in problem(tree(tmp_path / "mixed", "a/x/1.jpg", "y/1.jpg"), FRAMES)
 
 

@@ -112,7 +112,7 @@ def test_absent_files_are_kept_for_the_catalogue(tmp_path):
     ("text", "words"),
     [
         ("", "list.txt is empty"),
-        ("\0\1", "it holds zero bytes"),
+        ("\0\1", "it contains zero bytes"),
         (
             "a/b.mp4 1\nc/d.mp4 2\n",
             r"none of its lines names one of the videos below .*, such as 'a/b.mp4 1'; give",
@@ -121,7 +121,7 @@ def test_absent_files_are_kept_for_the_catalogue(tmp_path):
         ("plain/78687.webm 1\nplain/v_Run_g01_c01.avi\n", "line 2: 'plain/v_Run_g01_c01.avi' has no class"),
         (
             "plain/78687.webm 0\nriding a bike/x.mp4 -1\n",
-            "line 2: '-1' is no class; write classes as 0",
+            "line 2: '-1' is not a class; write classes as 0",
         ),
         ("plain/78687.webm run\nriding a bike/x.mp4 -1\n", "list.txt line 2: '-1' is no class"),
         ("plain/78687.webm run\nriding a bike/x.mp4 1.0\n", "list.txt line 2: '1.0' is no class"),

@@ -466,7 +466,7 @@ def test_wrong_validation_labels_end_with_one_line(tmp_path):
     wrong = {
         (b"b\na\nb\n", None): "labels has 3 labels for 4 pictures; give one per picture.",
         (b"b\na\nq\nb", None): "labels line 3: 'q' is not a class folder of train; correct it.",
-        (b"1\n2\n1\n1", None): "labels holds class numbers; give --synsets FILE",
+        (b"1\n2\n1\n1", None): "labels contains class numbers; give --synsets FILE",
         (b"1\n2\n3\n1", b"b\na"): "labels line 3: '3' is not a number from 1 to 2",
         (b"1\n2\n0\n1", b"b\na"): "labels line 3: '0' is not a number from 1 to 2",
         (b"1\n2\n1\n" + b"1" * 5000, b"b\na"): "is not a number from 1 to 2",
@@ -497,7 +497,7 @@ def test_wrong_validation_labels_end_with_one_line(tmp_path):
     with pytest.raises(UserError, match="give --val-list too"):
         pack_images(source, out, synsets=synsets)
     for other in (image_tree(tmp_path / "labelled", 1, 1), source / "train"):
-        with pytest.raises(UserError, match=r"/val is no folder of loose pictures; leave --val-list out"):
+        with pytest.raises(UserError, match=r"/val is not a folder of loose pictures; leave --val-list out"):
             pack_images(other, out, val_list=labels)
     assert not out.exists()
 
@@ -552,11 +552,11 @@ def test_each_wrong_use_ends_with_one_line(tmp_path):
         "--max-reject is 2.0; it must be": lambda: pack_images(good, out, max_reject=2.0),
         "train": lambda: pack_images(tmp_path / "only val", out),
         "nowhere is not a folder": lambda: pack_images(tmp_path / "nowhere", out),
-        "empty holds no pictures": lambda: pack_images(empty, out),
+        "empty contains no pictures": lambda: pack_images(empty, out),
         "both class folders and loose pictures": lambda: pack_images(tmp_path / "mixed", out),
         "file: File exists": lambda: pack_images(good, tmp_path / "file"),
         "Not a directory": lambda: pack_images(good, tmp_path / "file/below"),
-        "holds other files; give a new": lambda: pack_images(good, tmp_path / "full"),
+        "contains other files; give a new": lambda: pack_images(good, tmp_path / "full"),
         "frames is not a folder": lambda: pack_clips(tmp_path / "nowhere", out),
         "has no column 'time_start'": lambda: pack_clips(tmp_path / "csv", out),
         "has none of the annotated clips": lambda: pack_clips(tmp_path / "absent", out),

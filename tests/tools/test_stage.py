@@ -137,7 +137,7 @@ def test_wrong_use_ends_with_one_line(clips, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="ftp://x cannot be opened"):
         stage.stage("ftp://x", tmp_path / "copy")
     other = image_dataset(tmp_path / "other")
-    with pytest.raises(UserError, match="holds another dataset"):
+    with pytest.raises(UserError, match="contains another dataset"):
         stage.stage(str(clips), other)
     full = stage.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: full)

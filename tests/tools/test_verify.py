@@ -251,7 +251,7 @@ def test_many_faults_are_cut_short_and_empty_classes_are_counted(images, capsys)
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere does not exist"):
         verify(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"holds no dataset\.json"):
+    with pytest.raises(UserError, match=r"has no dataset\.json"):
         verify(tmp_path)
 
 

@@ -225,7 +225,9 @@ def test_fixed_settings_cannot_change_and_unknown_ones_give_a_hint(images, tmp_p
         with pytest.raises(UserError, match=rf"{key}: .*cannot change within a run; .*choose another RUN"):
             loop.fit(other, finetune.make_task)
     wrong = changed(settings, run={"allow": ("optim.epoch",)})
-    with pytest.raises(UserError, match=r"'optim\.epoch', which is no setting; did you mean 'optim\.epochs'"):
+    with pytest.raises(
+        UserError, match=r"'optim\.epoch', which is not a setting; did you mean 'optim\.epochs'"
+    ):
         loop.fit(wrong, finetune.make_task)
 
 

@@ -272,7 +272,7 @@ def test_unsuitable_settings_give_one_line(images: Path, clips: Path, tmp_path: 
     cases = {
         "does not exist": changed("data", path=tmp_path / "nowhere"),
         "no dataset.json": changed("data", path=tmp_path / "empty"),
-        "holds video shards": changed("data", path=clips),
+        "contains video shards": changed("data", path=clips),
         "run.name is ''; it must name a folder": changed("run", name=""),
         r"val/000000\.tar is missing": changed("data", path=broken),
     }
