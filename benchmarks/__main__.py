@@ -19,6 +19,7 @@ from typing import Annotated, Literal, get_args
 
 import tyro
 
+from benchmarks.packing import processor
 from benchmarks.results import Results, markdown, show, summary
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
@@ -97,11 +98,12 @@ def compare_all(
         show(part_found)
         found |= part_found
     if not quick:
-        write(found, environment() | {"peers": versions(PEERS)}, pages)
+        where = environment() | {"processor": processor(), "peers": versions(PEERS)}
+        write(found, where, pages, keep=set(parts) != set(COMPARED))
 
 
-def write(found: Results, where: dict, pages: Pages) -> None:
-    """Write the results, keep those of other parts, and put the tables into the pages."""
+def write(found: Results, where: dict, pages: Pages, keep: bool) -> None:
+    """Write the results and put the tables into the pages; `keep` the last results of other comparisons."""
     new = list(found)
     gpus: list[str] = where["gpus"]
     hardware = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()) if gpus else f"{where['cpus']}-cores"
@@ -109,13 +111,14 @@ def write(found: Results, where: dict, pages: Pages) -> None:
     path = pages.results / f"{today}-{hardware}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = max(pages.results.glob(f"*-{hardware}.json"), default=None)  # names begin with the date
-    known = json.loads(earlier.read_text()) if earlier else {"results": {}, "measured": {}}
+    known = json.loads(earlier.read_text()) if earlier and keep else {"results": {}, "measured": {}}
     found = known["results"] | found
     measured = known["measured"] | dict.fromkeys(new, f"{today}, commit {where['commit']}")
     atomic_text(path, json.dumps({"environment": where, "measured": measured, "results": found}, indent=1))
     when = re.sub(r"([0-9a-f]{10})[0-9a-f]{30}", r"\1", "; ".join(sorted(set(measured.values()))))
     origin = f"*Measured on {hardware}: {when}. Every round is in [{path.name}](%s).*\n\n"
-    for page, tables in ((pages.speed, markdown(found)), (pages.readme, summary(found))):
+    machine = gpus[0] if gpus else f"{where['processor']}, {where['cpus']} cores"
+    for page, tables in ((pages.speed, markdown(found, machine)), (pages.readme, summary(found, machine))):
         link = os.path.relpath(path, page.parent)
         tables = origin % link + tables
         text = page.read_text()

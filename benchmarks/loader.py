@@ -342,7 +342,8 @@ def run(
             lambda: floor_race(pictures, 1, batch, workers),
         ),
         "clips, relative to the floor": (few, 16, lambda: floor_race(work / "clips", FRAMES, few, workers)),
-        "images, random crop": (batch, 12, lambda: image_race(work, batch, workers)),
+        "pictures of short side 256, random crop": (batch, 12, lambda: small_race(work, batch, workers)),
+        "pictures of 500 pixels, random crop": (batch, 12, lambda: original_race(work, batch, workers)),
         "clips, random crop": (few, 4, lambda: clip_race(work, Way(), few, workers)),
         "clips, centre crop": (few, 4, lambda: clip_race(work, Way(centre=True), few, workers)),
         "decoding windows": (batch, 20, lambda: decode_race(work, batch, workers)),
@@ -360,22 +361,33 @@ def floor_race(root: Path, frames: int, batch: int, threads: int) -> dict[str, B
     return {"ours": iter(loader), "decode and resize alone": decode_and_resize(loader, steps=96)}
 
 
-def image_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
-    originals = [[path] for path in sorted((work / "originals").rglob("*.JPEG"))]
+def small_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
     tars = sorted((work / "short256" / "train").glob("*.tar"))
-    racing = {
-        "ours, short side 256": ours(work / "short256", 1, False, batch, workers),
-        "ours, 500 px": ours(work / "as-is", 1, False, batch, workers),
-        "torchvision, 500 px": torchvision_batches(originals, Way(), batch, workers),
-        "torchvision, 500 px, uint8": torchvision_batches(originals, Way(floats=False), batch, workers),
-        "webdataset, short side 256": webdataset_batches(tars, Way(), batch, workers),
-        "DALI alone, short side 256": bare_dali(tars, batch, workers, resize=True),
+    files = [[path] for path in sorted((work / "short256-files").glob("*.jpg"))]
+    return {
+        "ours": ours(work / "short256", 1, False, batch, workers),
+        "torchvision": torchvision_batches(files, Way(), batch, workers),
+        "torchvision, uint8": torchvision_batches(files, Way(floats=False), batch, workers),
+        "webdataset": webdataset_batches(tars, Way(), batch, workers),
+        "DALI alone": bare_dali(tars, batch, workers, resize=True),
+        **opencv_race(files, batch, workers),
     }
-    if find_spec("cv2"):
-        small = [[path] for path in sorted((work / "short256-files").glob("*.jpg"))]
-        for name, samples in (("500 px", originals), ("short side 256", small)):
-            racing[f"OpenCV, {name}, uint8"] = folder_batches(Folder(samples, opencv_frames), batch, workers)
-    return racing
+
+
+def original_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
+    files = [[path] for path in sorted((work / "originals").rglob("*.JPEG"))]
+    return {
+        "ours": ours(work / "as-is", 1, False, batch, workers),
+        "torchvision": torchvision_batches(files, Way(), batch, workers),
+        "torchvision, uint8": torchvision_batches(files, Way(floats=False), batch, workers),
+        **opencv_race(files, batch, workers),
+    }
+
+
+def opencv_race(files: list[list[Path]], batch: int, workers: int) -> dict[str, Batches]:
+    if not find_spec("cv2"):
+        return {}
+    return {"OpenCV, uint8": folder_batches(Folder(files, opencv_frames), batch, workers)}
 
 
 def clip_race(work: Path, way: Way, batch: int, workers: int) -> dict[str, Batches]:

@@ -97,8 +97,13 @@ def adopt_and_wait() -> None:
 
 
 def processor() -> str:
-    """The name of the CPU."""
-    return re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() + "model name: unknown")[0]
+    """The CPU's name, and the numbers that tell its generation: the name may be that of a whole series."""
+    text = Path("/proc/cpuinfo").read_text()
+    family, model, name = (
+        (re.findall(rf"^{key}\s*: (.*)", text, re.M) or ["unknown"])[0]
+        for key in ("cpu family", "model", "model name")
+    )
+    return f"{name} (family {family}, model {model})"
 
 
 def cpu_of_children() -> float:

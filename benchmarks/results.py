@@ -23,7 +23,7 @@ def rows_of(race: Race) -> tuple[list[str], list[list[str]]]:
     columns = list(dict.fromkeys(column for rounds in race.values() for column in rounds))
     heads = ["contender"]
     for column in columns:
-        heads += [column, "ours / this"] if is_rate(column) else [column]
+        heads += [f"{column}, higher is better", "ours / this"] if is_rate(column) else [column]
     rows = []
     for name, rounds in race.items():
         row = [name]
@@ -54,29 +54,31 @@ def show(results: Results) -> None:
         console.print(table)
 
 
-def markdown(results: Results) -> str:
-    """The same as Markdown, with the name of each comparison in bold."""
+def markdown(results: Results, machine: str) -> str:
+    """The same as Markdown, with the name of each comparison in bold, and the machine."""
     parts = []
     for title, race in results.items():
         heads, rows = rows_of(race)
         lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-        parts.append("\n".join([f"**{title}**", "", *("| " + " | ".join(line) + " |" for line in lines)]))
+        parts.append(
+            "\n".join([f"**{title}** ({machine})", "", *("| " + " | ".join(line) + " |" for line in lines)])
+        )
     return "\n\n".join(parts) + "\n"
 
 
-def summary(results: Results) -> str:
+def summary(results: Results, machine: str) -> str:
     """One row per comparison, as Markdown: the ratio of ours to the fastest other contender.
 
-    Variants of ours, whose names begin with "ours", are left out.
+    Variants of ours and our model in another loop, whose names begin with "our", are left out.
     """
     lines = [
-        "| comparison, samples/s | fastest other | ours / other (least to greatest) |",
+        f"| samples/s, higher is better; {machine} | fastest other | ours / other (least to greatest) |",
         "| --- | --- | ---: |",
     ]
     for title, race in results.items():
         (_, first), *others = race.items()
         column = next(iter(first))
-        rates = {name: median(r[column]) for name, r in others if not name.startswith("ours")}
+        rates = {name: median(r[column]) for name, r in others if not name.startswith("our")}
         if is_rate(column) and rates:
             name = max(rates, key=rates.__getitem__)
             lines.append(f"| {title} | {name} | {ratio(first[column], race[name][column])} |")

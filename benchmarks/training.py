@@ -26,12 +26,13 @@ BATCH = {"images": 32, "clips": 8}
 def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[str]]]:
     """Module and arguments of all contenders, by comparison; ours is first."""
 
-    def ours(program: str, preset: str, shards: str, kind: str) -> list[str]:
+    def ours(program: str, preset: str, shards: str, kind: str, compiled: str = "no") -> list[str]:
         place = ["--data.path", str(work / shards), "--run.root", str(runs)]
         length = ["--optim.batch", str(BATCH[kind]), "--run.log-every", "1", "--optim.warmup-epochs", "0"]
         # Half a step less, so that the rounded quotient is exactly `steps`.
         epochs = ["--optim.epochs", str((steps - 0.5) * BATCH[kind] / samples(work / shards))]
-        return [program, preset, *place, *length, *epochs, "--speed.micro-batch", str(BATCH[kind])]
+        speed = ["--speed.micro-batch", str(BATCH[kind]), "--speed.compile", compiled]
+        return [program, preset, *place, *length, *epochs, *speed]
 
     def plain(model: str, folder: str, kind: str, *more: str) -> list[str]:
         counts = ["--batch", str(BATCH[kind]), "--steps", str(steps)]
@@ -45,6 +46,7 @@ def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[s
         },
         "images, MAE": {
             "ours": ours("train.mae", "image-mae-pico", "short256", "images"),
+            "ours, compiled": ours("train.mae", "image-mae-pico", "short256", "images", "yes"),
             "our model in a plain loop": plain("ours", "originals", "images", "--mae"),
             "transformers' model in a plain loop": plain("transformers", "originals", "images", "--mae"),
         },
@@ -54,6 +56,7 @@ def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[s
         },
         "clips, MAE": {
             "ours": ours("train.mae", "video-mae-pico", "clips", "clips"),
+            "ours, compiled": ours("train.mae", "video-mae-pico", "clips", "clips", "yes"),
             "our model in a plain loop": plain("ours", "frames", "clips", "--clips", "--mae"),
         },
     }

@@ -24,21 +24,22 @@ RACE = {
 
 def test_ratios_are_computed_within_a_round():
     assert ratio([10.0, 30.0, 20.0], [5.0, 10.0, 40.0]) == "2.00 (0.50 to 3.00)"
-    assert "| theirs | 10 | 2.00 (0.50 to 3.00) | - |" in markdown({"a race": RACE})
-    assert "| a race | theirs | 2.00 (0.50 to 3.00) |" in summary({"a race": RACE})
+    assert "| theirs | 10 | 2.00 (0.50 to 3.00) | - |" in markdown({"a race": RACE}, "a machine")
+    assert "| a race | theirs | 2.00 (0.50 to 3.00) |" in summary({"a race": RACE}, "a machine")
 
 
 def test_pages_keep_their_text_and_get_new_tables(tmp_path: Path):
     pages = [tmp_path / "speed.md", tmp_path / "README.md"]
     for page in pages:
         page.write_text(f"before\n{bench.BEGIN}old\n{bench.END}after\n")
-    where = {"gpus": [], "cpus": 2, "commit": "abc"}
-    for title in ("a race", "another", "a race"):
-        bench.write({title: RACE}, where, bench.Pages(*pages, tmp_path / "results"))
+    where = {"gpus": [], "cpus": 2, "processor": "Ours 3000", "commit": "abc"}
+    for title, keep in (("an old race", True), ("a race", False), ("another", True), ("a race", True)):
+        bench.write({title: RACE}, where, bench.Pages(*pages, tmp_path / "results"), keep)
     for page in pages:
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
         assert text.count("| theirs |") == 2 and "Measured on 2-cores" in text and "commit abc" in text
+        assert "Ours 3000, 2 cores" in text and "higher is better" in text
     (found,) = (tmp_path / "results").glob("*-2-cores.json")
     assert f"(results/{found.name})" in pages[0].read_text()
     written = json.loads(found.read_text())
