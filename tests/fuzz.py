@@ -28,15 +28,24 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
+from safetensors.torch import save_file
 
+from models.files import read_weights
 from pipelines.dataset import SCHEMA, check_shards, missing_shards, open_dataset, read_info
 from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from tests.pipelines_fixtures import read_rows
 from tests.train_helpers import make_clips, picture
-from tools.samples import flat_classes, read_annotations
+from tools.folders import VIDEOS
+from tools.samples import flat_classes, list_samples, read_annotations
 from tools.tars import TarOptions, pack_tars
 from tools.verify import check_shard, verify
+from train import rundir
+from train.config import to_dict
+from train.evaluate import read_config
+from train.metrics import read_csv
+from train.presets import FINETUNE_PRESETS
 
 SECONDS = 20  # a case may take, on a machine that does other things too
 MEMORY = 6 << 30  # bytes of address space
@@ -112,6 +121,8 @@ def json_of(rng: Random, data: bytes) -> bytes:
             keys = node.keys() if isinstance(node, dict) else range(len(node))
             places += [(node, key) for key in keys]
             todo += [node[key] for key in keys if isinstance(node[key], dict | list)]
+        if not places:
+            break  # a change before has left nothing
         node, key = rng.choice(places)
         if isinstance(node, dict) and rng.randrange(3) == 0:
             value = node.pop(key)
@@ -189,6 +200,33 @@ def annotations(root: Path) -> None:
         assert "/" not in clip.name() and clip.name() not in (".", "..")
 
 
+def lists(root: Path) -> None:
+    """A list in one of several formats; the JSON one is of Something-Something v2."""
+    refused = []
+    for name in LISTS:
+        try:
+            listing = list_samples(root / "videos", VIDEOS, root / name, None, None)
+            assert listing.train
+            for item in listing.train:
+                assert not Path(item.source).is_absolute() and "\0" not in item.source
+        except UserError as error:
+            refused.append(error)
+    if refused:
+        raise refused[0]
+
+
+def weights(root: Path) -> None:
+    for name in ("weights.safetensors", "weights.pth"):
+        read_weights(root / name)
+
+
+def run_folder(root: Path) -> None:
+    """What evaluate, report and predict read of a run before its weights."""
+    read_config(root / "run")
+    rundir.check_classes(root / "run", read_info(root))
+    read_csv(root / "run/metrics.csv")
+
+
 def foreign(root: Path) -> None:
     """What `tools.pack tars` accepts, `tools.verify` accepts too."""
     shutil.rmtree(root / "out", ignore_errors=True)
@@ -208,6 +246,7 @@ def foreign_tar(path: Path) -> None:
                 tar.addfile(header, io.BytesIO(data))
 
 
+LISTS = ("list.txt", "list.csv", "rawframes.txt", "list.json")
 READERS: dict[str, tuple[tuple[str, ...], tuple[Mutate, ...], Callable[[Path], object]]] = {
     "dataset": (("dataset.json",), (bytes_of, json_of, json_of), use),
     "catalogue": (("train.arrow",), (bytes_of, rows_of, rows_of), use),
@@ -216,6 +255,11 @@ READERS: dict[str, tuple[tuple[str, ...], tuple[Mutate, ...], Callable[[Path], o
     "tars": (("foreign.tar",), (bytes_of, tar_of, tar_of), foreign),
     "labels": (("labels.txt", "classes.txt", "numbers.txt"), (bytes_of,), labels),
     "annotations": (("train.csv",), (bytes_of,), annotations),
+    "lists": (LISTS, (bytes_of,), lists),
+    "json list": (("list.json",), (bytes_of, json_of, json_of), lists),
+    "weights": (("weights.safetensors", "weights.pth"), (bytes_of,), weights),
+    "run": (("run/config.json", "run/data.json"), (bytes_of, json_of, json_of), run_folder),
+    "metrics": (("run/metrics.csv",), (bytes_of,), run_folder),
 }
 
 
@@ -228,6 +272,21 @@ def make(root: Path) -> Path:
     (good / "numbers.txt").write_text("2\n1\n")
     shard = (good / "train/000000.tar").read_bytes() + (good / "train/000000.idx").read_bytes()
     foreign_tar(good / "foreign.tar")
+    (good / "list.txt").write_text("a/1.mp4 0\n./b/2.mp4 1\n/other/machine/videos/b/3.mp4 1\n")
+    (good / "list.csv").write_text("path,label,length\na/1.mp4,cat,3\nb/2,dog,4\n")
+    (good / "rawframes.txt").write_text("a/1 30 0\nb/2 28 1\n")
+    (good / "list.json").write_text('[{"id": "1", "template": "put [a] b"}, {"id": "2", "template": "c"}]')
+    for name in ("a/1.mp4", "b/2.mp4", "b/3.mp4"):
+        (good / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (good / "videos" / name).touch()
+    tensors = {"a.weight": torch.zeros(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+    save_file(tensors, good / "weights.safetensors", metadata={"classes": '["a", "b"]'})
+    torch.save({"model": tensors, "epoch": 3}, good / "weights.pth")
+    run = good / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(to_dict(FINETUNE_PRESETS["image-ft-pico"])))
+    (run / "data.json").write_text(json.dumps({"classes": list(read_info(good).classes)}))
+    (run / "metrics.csv").write_text("step,loss,acc\n1,2.5,\n2,nan,0.5\n")
     (good / "whole").write_text(hashlib.sha256(shard).hexdigest())
     return good
 

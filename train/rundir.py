@@ -211,7 +211,11 @@ def data_of(folder: Path) -> dict[str, Any]:
     """The contents of a run's data.json, empty if there is none. Raises UserError if it is damaged."""
     path = folder / "data.json"
     try:
-        return {**json.loads(path.read_text())} if path.exists() else {}
+        found = {**json.loads(path.read_text())} if path.exists() else {}
+        classes = found.get("classes", [])
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise TypeError("the classes are not a list of names")
+        return found
     except (ValueError, TypeError, RecursionError, OSError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); restore it") from error
 
