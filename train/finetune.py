@@ -184,6 +184,9 @@ def evaluate(
     hits = (best == labels.cpu()[ids, None]).numpy()
     if run.world.is_main and run.folder is not None:
         write_predictions(run.folder, dataset, ids.numpy(), best.numpy(), chances.numpy())
+    most = int(labels.cpu()[ids].bincount().max()) if len(ids) else 0
+    if hits[:, 0].sum() <= most < len(ids):
+        log(f"acc is not above {most / len(ids):.3g}, that of always answering the most frequent class")
     sums = {"acc": hits[:, 0].sum(), "acc5": hits.sum(), "loss_val": losses.double().sum()}
     if len(dataset.info.classes) <= KEPT:
         del sums["acc5"]

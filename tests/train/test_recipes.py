@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import models
@@ -147,8 +147,13 @@ def test_a_run_without_better_results_ends_early_and_its_best_one_is_shown(image
     log, best = (run / "log.txt").read_text(), f"best acc {rows[0]['acc']:.4g} at step 2"
     assert "stopped early after step 8 of 14" in log and log.count(best) == 5, "of 4 rows, and at the end"
     assert best.removeprefix("best acc ") in call("train.evaluate", str(run), "--device", "cpu").stdout
-    other = call("train.evaluate", str(run), "--weights", str(run / "best.safetensors"), "--device", "cpu")
-    assert "acc " in other.stdout and "during training" not in other.stdout
+    state = load_file(run / "model.safetensors")
+    save_file(state | {"head.projection.weight": torch.zeros(2, 384)}, tmp_path / "zero.safetensors")
+    other = call(
+        "train.evaluate", str(run), "--weights", str(tmp_path / "zero.safetensors"), "--device", "cpu"
+    )
+    assert "acc 0.5" in other.stdout and "during training" not in other.stdout
+    assert "acc is not above 0.5, that of always answering the most frequent class" in other.stdout
     assert f"{rows[0]['acc']:.1%} (step 2," in report(run).read_text()
     before = (run / "metrics.csv").read_bytes()
     fit(replace(config, run=settings), finetune.make_task)  # from the checkpoint of step 8: nothing is left
