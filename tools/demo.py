@@ -33,15 +33,15 @@ KINDS = (
     Kind(
         name="images",
         pack="tools.pack images --source data/demo/images",
-        pretrain="image-mae-pico --optim.epochs 12 --run.eval-every 25",
-        finetune="image-ft-pico --optim.epochs 8 --run.eval-every 50",
+        pretrain="image-mae-pico --optim.epochs 10 --run.eval-every 31",
+        finetune="image-ft-pico --optim.epochs 6 --run.eval-every 50",
     ),
     Kind(
         name="clips",
         pack="tools.pack clips --frames data/demo/clips/data_30fps_frames"
         " --annotations data/demo/clips/annotations",
-        pretrain="video-mae-pico --optim.epochs 4 --run.eval-every 32",
-        finetune="video-ft-pico --optim.epochs 5 --run.eval-every 80",
+        pretrain="video-mae-pico --optim.epochs 3 --run.eval-every 36",
+        finetune="video-ft-pico --optim.epochs 4 --run.eval-every 96",
     ),
 )
 
