@@ -3,7 +3,8 @@
 # or newer) and the NVIDIA Container Toolkit.
 FROM python:3.12-slim-bookworm
 
-# gcc: torch.compile compiles with it. make: runs the commands. procps and git: `ps`, and the commit in env.json.
+# gcc: torch.compile compiles with it. make: runs the commands. procps: `ps`. git: the commit in
+# env.json, if the checkout is mounted: the image does not contain `.git`.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev make procps git \
     && rm -rf /var/lib/apt/lists/*
 
