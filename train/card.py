@@ -66,7 +66,7 @@ Data, its {len(info.classes)} classes in the order of the outputs; recipe; last 
 ```
 Licence: {_licence(model.init)}
 
-Loading, from the folder of hiera-train's code:
+Loading, from the folder of hiera-train's code, with the path of model.safetensors:
 ```python
 from models import create, load_weights
 model = create({model.name!r}{settings})
