@@ -176,8 +176,9 @@ def tiny_kinetics_reference() -> FinetuneConfig:
     """The reference trainer's finetuning of Tiny-Kinetics-400, evaluated on the TRAINING videos as it does.
 
     15,000 steps of 8 clips x 10 accumulated (its own steps are micro batches of 8), AdamW at 1e-4, no
-    augmentation. Training clips begin at frame 10, and evaluation starts at frame 40. It reports 0.15 from scratch (`--freeze none`) and 0.8575 from K400
-    MAE weights with the trunk frozen (`--model.init mae_hiera_base_16x224:mae_k400`).
+    augmentation. Training clips begin at frame 10, and evaluation starts at frame 40. It reports 0.15 from
+    scratch (`--freeze none`) and 0.8575 from K400 MAE weights with the trunk frozen
+    (`--model.init mae_hiera_base_16x224:mae_k400`).
     """
     return FinetuneConfig(
         data=DataConfig(
