@@ -14,7 +14,8 @@ RUN pip install --no-cache-dir --require-hashes -r requirements.lock
 
 COPY . .
 # Containers also run as other users (--user), who have no home folder and no entry in /etc/passwd.
-RUN useradd --uid 1000 --create-home hiera && mkdir -p data runs shards && chmod 1777 data runs shards
+RUN useradd --uid 1000 --create-home hiera && mkdir -p data runs shards \
+    && chmod 1777 data runs shards benchmarks/results
 ENV PY=python HOME=/tmp USER=hiera PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER hiera

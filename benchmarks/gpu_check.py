@@ -175,6 +175,7 @@ def gpu_check(
         raise UserError(
             f"PyTorch sees no GPU ({why}); see docs/gpu.md, or run the CPU's checks with DEVICE=cpu"
         )
+    check_writable(out)
     console = Console()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
@@ -200,6 +201,17 @@ def gpu_check(
     failures = [row.name for row in rows if row.state == FAILED and row.required]
     console.print(f"{len(failures)} failed, {time.monotonic() - begin:.0f} s")
     sys.exit(1 if failures else 0)
+
+
+def check_writable(out: Path) -> None:
+    """Create the folder for results. Raises UserError if it cannot be written to: the checks take minutes."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written to ({error.strerror}); name another folder with OUT= (--out)"
+        ) from error
 
 
 def row_of(name: str, check: Check, place: Place, gpus: int, factor: float) -> Row:
@@ -276,7 +288,6 @@ def write(rows: list[Row], flags: dict[str, list[str]], device: str, out: Path, 
     name = torch.cuda.get_device_name(0) if device == "cuda" else "cpu"
     hardware = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = out / f"{datetime.date.today()}-{hardware}-gpu-check.json"
-    out.mkdir(parents=True, exist_ok=True)
     values = {
         row.name: {"state": row.state, "seconds": round(row.seconds, 1), "found": row.found}
         | ({"output": row.printed} if row.printed else {})

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import gpu_check, gpu_checks, gpu_models, gpu_runs
 from benchmarks.gpu_checks import Place
+from pipelines.errors import UserError
 from tests.test_project import call_make
 from train import console
 from train.build import ATTENTION
@@ -168,3 +169,11 @@ def test_cudnn_and_windows_are_recommended_if_they_are_faster():
 def test_data_is_generated_for_pictures_and_clips(tmp_path: Path):
     gpu_runs.draw_frames(tmp_path / "a" / "{}.jpg", (0, 1), 3)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["1.jpg", "2.jpg", "3.jpg"]
+
+
+def test_a_folder_for_results_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch):
+    """The checks take minutes."""
+    monkeypatch.setattr(gpu_check, "run", lambda *_: pytest.fail("a check ran"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/file/x cannot be written to \(Not a directory\); "):
+        gpu_check.gpu_check("cpu", tmp_path / "file/x")

@@ -162,5 +162,7 @@ def test_the_image_is_built_from_the_lock_and_runs_without_privileges():
     installs = order.index("RUN pip install --no-cache-dir --require-hashes -r requirements.lock")
     assert order.index("COPY requirements.lock .") < installs < order.index("COPY . .")
     assert order[-2:] == ["USER hiera", 'CMD ["make"]']
+    writable = next(words for name, words in steps if name == "RUN" and "chmod 1777" in words)
+    assert {"data", "runs", "shards", "benchmarks/results"} <= {*writable.rpartition("chmod 1777")[2].split()}
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", ".venv", "runs", "data", "shards/*"} <= {*ignored}
