@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 # Trains on all GPUs of all nodes, and queues itself again until the run is finished. docs/cluster.md explains it.
-#   sbatch docs/slurm-train.sh train.mae image-mae-large --data.path /network/imagenet --run.name big
+#   sbatch docs/slurm-train.sh train.mae image-mae-large --data.path /network/shards/imagenet --run.name big
 set -uo pipefail
 cd "$SLURM_SUBMIT_DIR" || exit 2
 PY=${PY:-.venv/bin/python}
