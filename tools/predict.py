@@ -43,6 +43,7 @@ from tools.shards import (
 )
 from tools.videos import load_video
 from train.config import Config, FinetuneConfig
+from train.console import command_of
 from train.evaluate import load_model, open_task, read_config, weights_of
 from train.rundir import data_of
 from train.task import Task
@@ -81,7 +82,8 @@ def predict(
     if top < 1:
         raise UserError(f"--top is {top}; it must be at least 1")
     if packed := next((path for path in inputs if os.access(path / "dataset.json", os.F_OK)), None):
-        raise UserError(f"{packed} is a packed dataset; use make eval RUN={run.name} DATA={packed}.")
+        how = command_of(run, "eval", "train.evaluate", data=packed)
+        raise UserError(f"{packed} is a packed dataset; use {how}.")
     config, classes, packing = read_run(run)
     check_out(out, TABLES if isinstance(config, FinetuneConfig) else (".png",))
     inputs = tuple(file for path in inputs for file in files_of(path, config.data.frames > 1))

@@ -24,7 +24,7 @@ from train import checkpoint, distributed
 from train.build import autocast_for, micro_batches, training_batches
 from train.checkpoint import State
 from train.config import Config
-from train.console import log
+from train.console import command_of, log
 from train.distributed import World
 from train.task import Task
 
@@ -46,7 +46,7 @@ def record(config: Config, task: Task, world: World, state: State, step: int, lo
     place = f"first in {place_of(report)}" if place_of(report) else "but with the current weights both are"
     log(
         f"step {step}: the loss or the gradient is not finite, {place}; {path} lists its rows, and "
-        f"`make replay RUN={config.run.name} STEP={step}` repeats it"
+        f"`{command_of(config.run.folder, 'replay', 'train.replay', step=step)}` repeats it"
     )
 
 

@@ -173,6 +173,15 @@ def curve(values: list[float]) -> str:
     return "".join(BARS[round((value - low) / step)] for value in values)
 
 
+def command_of(folder: Path, target: str, module: str, **options: object) -> str:
+    """A command for a run folder, to print: a target of make, which looks in runs/ only, or a module."""
+    if folder.is_relative_to("runs"):
+        flags = [f"{name.upper()}={value}" for name, value in options.items()]
+        return " ".join([f"make {target} RUN={folder.relative_to('runs')}", *flags])
+    flags = [f"--{name} {value}" for name, value in options.items()]
+    return " ".join([f"python -m {module} {folder}", *flags])
+
+
 screen = Screen()
 atexit.register(screen.close)  # after an error the run does not close it
 log = screen.line

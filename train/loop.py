@@ -16,7 +16,7 @@ from pipelines.loader import Batch, blank_batch
 from train import badstep, build, checkpoint, distributed, ending, rundir, track
 from train.build import Autocast
 from train.config import Config
-from train.console import log, screen, survive_closed_output
+from train.console import command_of, log, screen, survive_closed_output
 from train.meters import IN_A_ROW, Clock, Detail, Recorder
 from train.metrics import MetricsWriter, Row, best_of, best_text, score
 from train.optim import eval_interval, set_learning_rate, total_steps, update
@@ -277,7 +277,7 @@ def finish(trainer: Trainer) -> None:
         path = export(state.evaluated, config, "model.safetensors", state.step)  # last: it ends the run
         best = f"; {best_text(trainer.best)}: best.safetensors" if trainer.best else ""
         log(f"done: {path} after {trainer.clock.elapsed():.0f} s of training{best}")
-        log(f"to see the results: make report RUN={config.run.name}")
+        log(f"to see the results: {command_of(config.run.folder, 'report', 'tools.report')}")
     trainer.run.beat({"step": state.step}, "stopped" if trainer.signal else "finished")
     trainer.run.close()
     # torchrun sends SIGTERM to the others once a process has ended: none may end before rank 0 has saved.

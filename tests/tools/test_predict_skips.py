@@ -71,10 +71,9 @@ def test_a_folder_without_pictures_is_an_error(images: Path, tmp_path: Path, cap
 
 
 def test_a_packed_dataset_is_for_make_eval(images: Path, tmp_path: Path):
-    run = untrained(small("image-ft-pico", images, tmp_path, "run"), 2)
-    words = rf"^{images} is a packed dataset; use make eval RUN=run DATA={images}\.$"
+    words = rf"^{images} is a packed dataset; use python -m train\.evaluate {tmp_path} --data {images}\.$"
     with pytest.raises(UserError, match=words):
-        predict(run, (images,), device="cpu")
+        predict(tmp_path, (images,), device="cpu")
 
 
 def test_imagenet_classes_are_shown_with_words(images: Path, tmp_path: Path, capsys):

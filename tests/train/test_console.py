@@ -1,11 +1,13 @@
 """The panel on a terminal, and plain lines elsewhere."""
 
 import io
+from functools import partial
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from train.console import Screen
+from train.console import Screen, command_of
 
 ROW = {
     "loss": 1.25, "lr": 5e-4, "samples_per_s": 123.4, "data_wait_ms": 3.0, "step_ms": 100.0,
@@ -49,3 +51,10 @@ def test_without_a_terminal_there_are_only_lines(output: io.StringIO):
         screen.show(ROW, "loss", "")
         screen.line("step 1: loss 1.25")
     assert output.getvalue() == "step 1: loss 1.25\n"
+
+
+def test_printed_commands_name_the_folder_of_the_run():
+    """make looks in runs/ only."""
+    of = partial(command_of, target="replay", module="train.replay")
+    assert of(Path("runs/sweep/a"), step=3) == "make replay RUN=sweep/a STEP=3"
+    assert of(Path("/scratch/runs/a"), step=3) == "python -m train.replay /scratch/runs/a --step 3"

@@ -58,7 +58,8 @@ def test_pretraining_finetuning_and_evaluation_of_images(images: Path, tmp_path:
     config = small("image-ft-pico", images, tmp_path, "ft", epochs=6.0, lr=2e-3)
     config = replace(config, model=replace(config.model, init=str(pretrained / "model.safetensors")))
     tuned = fit(config, finetune.make_task)
-    assert "loaded" in (tuned / "log.txt").read_text()
+    log = (tuned / "log.txt").read_text()
+    assert "loaded" in log and f"to see the results: python -m tools.report {tuned}\n" in log
     last = results(tuned)[1][-1]
     assert last["acc"] > 0.9  # the classes are bright and dark
     assert [start["packages"]["torch"] for start in json.loads((tuned / "env.json").read_text())]
