@@ -153,7 +153,8 @@ def _objects(path: Path, text: str) -> Rows:
         raise UserError(f"{path} is not a list of objects; of SSv2, give train.json or validation.json.")
     names = [*dict.fromkeys(name for item in objects[:SAMPLED] for name in item)]
     rows = [[item.get(name) for name in names] for item in objects]
-    return [*enumerate([names, *([str(x) if isinstance(x, str | int) else "" for x in row] for row in rows)])]
+    texts = ([str(x) if isinstance(x, str | int | float) and x == x else "" for x in row] for row in rows)
+    return [*enumerate([names, *texts])]
 
 
 def cells_of(text: str, separator: str) -> Rows:

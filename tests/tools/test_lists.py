@@ -62,6 +62,19 @@ def test_quoted_cells_windows_lines_and_a_byte_order_mark(tmp_path):
     assert read(tmp_path, text) == {SOURCES[0]: "a, b", SOURCES[1]: 'c "d"'}
 
 
+def test_a_quoted_heading_of_kinetics_is_recognised(tmp_path):
+    (tmp_path / "list.csv").write_text('"label","youtube_id","time_start","time_end"\n"a b","abc",7,17\n')
+    index = Index([source := "x/abc_000007_000017.mp4"], VIDEOS)
+    (clip,) = read_list(tmp_path / "list.csv", "train", index, tmp_path)
+    assert (clip.source, clip.label) == (source, "a b")
+
+
+def test_class_numbers_in_json_may_have_a_decimal_point(tmp_path):
+    entries = [{"path": path, "label": float(number)} for number, path in enumerate(SOURCES)]
+    wanted = {path: str(number) for number, path in enumerate(SOURCES)}
+    assert read(tmp_path, json.dumps(entries)) == wanted
+
+
 def test_columns_are_found_by_content_and_heading(tmp_path, capsys):
     text = "id,label,video,split\n1,run,plain/78687.webm,train\n2,jump,riding a bike/x.mp4,train\n"
     assert read(tmp_path, text) == {SOURCES[2]: "run", SOURCES[0]: "jump"}
