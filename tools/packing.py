@@ -247,7 +247,7 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
 def next_commands(out: Path) -> str:
     """The commands that train on the packed dataset `out`: pretraining, and with classes finetuning."""
     info = read_info(out)
-    data = f"DATA={shlex.quote(str(out))}"
+    data = f"DATA={shlex.quote(str(out).replace('$', '$$'))}"  # make reads $ as a variable
     pretrained = f"{info.kind}-mae-base"
     lines = [f"to pretrain: make train-mae RECIPE={pretrained} {data}"]
     if len(info.classes) > 1:
