@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, answer
 from pipelines.files import atomic_text, atomic_write
 from tests import LONG
 from tests.test_project import call_make
@@ -22,6 +23,7 @@ from tools import pack
 from tools.format3 import convert
 from tools.pack import ClipOptions
 from tools.packing import next_commands
+from tools.stage import stage
 from train import build, evaluate, finetune, loop, mae
 from train.distributed import World
 from train.rundir import Run
@@ -38,7 +40,7 @@ def test_converting_a_folder_that_does_not_exist(tmp_path: Path):
         convert(tmp_path / "nope")
 
 
-def test_an_error_of_writing_names_the_file_and_not_its_temporary_one(tmp_path: Path):
+def test_an_error_of_writing_names_the_file_and_not_its_temporary_one(tmp_path: Path, capsys):
     def by_pyarrow(path: Path) -> None:
         with atomic_write(path) as temporary:
             pq.write_table(pa.table({"a": [1]}), temporary)
@@ -55,6 +57,14 @@ def test_an_error_of_writing_names_the_file_and_not_its_temporary_one(tmp_path: 
     with pytest.raises(IsADirectoryError, match=r"taken'$") as caught:  # of the rename at the end
         atomic_text(tmp_path / "taken", "text")
     assert ".tmp-" not in str(caught.value)
+    assert answer(caught.value) == 2
+    assert "taken: Is a directory; choose a file, not a folder\n" in capsys.readouterr().err
+    (tmp_path / "dataset.json").write_text("{}")
+    for target in (tmp_path / "file", tmp_path / "file/copy"):
+        with pytest.raises(OSError) as caught:
+            stage(str(tmp_path), target)
+        assert answer(caught.value) == 2
+        assert re.search(r"file(/copy)?: .*; choose a folder, not a file$", capsys.readouterr().err)
 
 
 def test_one_broken_picture_of_60_suggests_max_reject(tmp_path: Path, capsys):
