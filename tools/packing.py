@@ -155,7 +155,11 @@ def pack_part(
     unit: what the sources are called.
     """
     i, n = options.part or (1, 1)
-    if unreadable := _pack_missing(jobs[i - 1 :: n], options, unit):
+    mine = jobs[i - 1 :: n]
+    if kept := sum(map(is_done, mine)):
+        line = f"{kept} of {len(mine)} shards exist already and are kept; the contents of their source files"
+        console.print(f"{line} are not compared", soft_wrap=True)
+    if unreadable := _pack_missing(mine, options, unit):
         console.print(unreadable, soft_wrap=True)
         return 1
     if options.part:
