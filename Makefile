@@ -12,17 +12,19 @@ NODE_RANK ?= 0
 WORKERS ?= 3
 MASTER ?= localhost:29500
 
+# A value as one word of the shell.
+quoted = '$(subst ','\'',$(1))'
 # Flags of a training command. If a variable is empty, the value of the preset is used.
-SETTINGS = $(if $(RUN),--run.name '$(RUN)') $(if $(DATA),--data.path '$(DATA)') $(if $(MODEL),--model.name $(MODEL)) \
-	$(if $(INIT),--model.init '$(INIT)') $(if $(DEVICE),--speed.device $(DEVICE)) \
-	$(if $(TUNED),$(shell cat '$(TUNED)'))
+SETTINGS = $(if $(RUN),--run.name $(call quoted,$(RUN))) $(if $(DATA),--data.path $(call quoted,$(DATA))) $(if $(MODEL),--model.name $(MODEL)) \
+	$(if $(INIT),--model.init $(call quoted,$(INIT))) $(if $(DEVICE),--speed.device $(DEVICE)) \
+	$(if $(TUNED),$(or $(shell cat $(call quoted,$(TUNED))),$(error TUNED=$(TUNED) is empty or cannot be read)))
 NAMED = $(or $(RUN),$(error name a folder in runs/ with RUN=))
-OTHER = $(if $(WEIGHTS),--weights '$(WEIGHTS)') $(if $(DEVICE),--device $(DEVICE))
-PACKED = $(if $(TARS),tars --train '$(TARS)' $(if $(VAL_TARS),--val '$(VAL_TARS)'),all \
-	$(if $(IMAGES),--images '$(IMAGES)') $(if $(FRAMES),--frames '$(FRAMES)') $(if $(VIDEOS),--videos '$(VIDEOS)') $(if $(TRAIN_LIST),--train-list '$(TRAIN_LIST)') \
-	$(if $(VAL_LIST),--val-list '$(VAL_LIST)'))
-PACKING = $(if $(OUT),--out '$(OUT)') \
-	$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray '$(RAY)')
+OTHER = $(if $(WEIGHTS),--weights $(call quoted,$(WEIGHTS))) $(if $(DEVICE),--device $(DEVICE))
+PACKED = $(if $(TARS),tars --train $(call quoted,$(TARS)) $(if $(VAL_TARS),--val $(call quoted,$(VAL_TARS))),all \
+	$(if $(IMAGES),--images $(call quoted,$(IMAGES))) $(if $(FRAMES),--frames $(call quoted,$(FRAMES))) $(if $(VIDEOS),--videos $(call quoted,$(VIDEOS))) $(if $(TRAIN_LIST),--train-list $(call quoted,$(TRAIN_LIST))) \
+	$(if $(VAL_LIST),--val-list $(call quoted,$(VAL_LIST))))
+PACKING = $(if $(OUT),--out $(call quoted,$(OUT))) \
+	$(if $(EXECUTOR),--executor $(EXECUTOR)) $(if $(RAY),--ray $(call quoted,$(RAY)))
 # Without SIGHUP: torchrun would also handle it under nohup. 240 s to save: torchrun's default of 30 is too short.
 TORCHRUN = $(PY) -m torch.distributed.run --signals-to-handle SIGTERM,SIGINT,SIGQUIT --shutdown-timeout 240
 # On one machine the command itself starts GPUS processes. On several, torchrun's rendezvous connects them.
@@ -43,10 +45,11 @@ shards: env  ## pack IMAGES=DIR and FRAMES=DIR or VIDEOS=DIR (TRAIN_LIST= VAL_LI
 	$(PY) -m tools.pack $(PACKED) $(PACKING) $(ARGS)
 
 verify: env  ## check all checksums, indexes and labels of DATA=shards/imagenet, and decode every frame
-	$(PY) -m tools.verify '$(or $(DATA),shards/imagenet)' $(ARGS)
+	$(PY) -m tools.verify $(call quoted,$(or $(DATA),shards/imagenet)) $(ARGS)
 
 stage: env  ## copy the packed dataset DATA=FOLDER or DATA=s3://... to the local folder TO=, and check it
-	$(PY) -m tools.stage '$(or $(DATA),$(error name the packed dataset with DATA=))' '$(or $(TO),$(error name a local folder with TO=))' $(ARGS)
+	$(PY) -m tools.stage $(call quoted,$(or $(DATA),$(error name the packed dataset with DATA=))) \
+		$(call quoted,$(or $(TO),$(error name a local folder with TO=))) $(ARGS)
 
 train-mae: env  ## pretrain: RECIPE=image-mae-base GPUS= NODES= RUN= MODEL= DATA= INIT= TUNED=FILE DEVICE=cpu|cuda
 	$(START) train.mae $(or $(RECIPE),image-mae-base) $(SETTINGS) $(COUNT) $(ARGS)
@@ -55,39 +58,39 @@ train-ft: env  ## finetune: RECIPE=image-ft-base INIT=runs/NAME/model.safetensor
 	$(START) train.finetune $(or $(RECIPE),image-ft-base) $(SETTINGS) $(COUNT) $(ARGS)
 
 eval: env  ## evaluate RUN=NAME; WEIGHTS=FILE evaluates other weights, DATA=DIR other shards
-	$(PY) -m train.evaluate 'runs/$(NAMED)' $(OTHER) $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(PY) -m train.evaluate 'runs/$(NAMED)' $(OTHER) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
 
 probe: env  ## evaluate the frozen features of RUN=NAME with kNN and a linear classifier; WEIGHTS=FILE DATA=DIR
-	$(PY) -m train.probe 'runs/$(NAMED)' $(OTHER) $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(PY) -m train.probe 'runs/$(NAMED)' $(OTHER) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
 
 replay: env  ## repeat step STEP=K of RUN=NAME exactly, and print its rows, first non-finite layer and gradients; DATA=DIR GPUS=
-	$(PY) -m train.replay 'runs/$(NAMED)' --step $(or $(STEP),$(error name the step with STEP=)) $(if $(DATA),--data '$(DATA)') \
+	$(PY) -m train.replay 'runs/$(NAMED)' --step $(or $(STEP),$(error name the step with STEP=)) $(if $(DATA),--data $(call quoted,$(DATA))) \
 		$(if $(DEVICE),--device $(DEVICE)) $(if $(GPUS),--processes $(GPUS)) $(ARGS)
 
 plot: env  ## plot the curves of RUN="NAME [NAME ...]"; OUT=FILE.png
-	$(PY) -m tools.plot $(addprefix runs/,$(NAMED)) $(if $(OUT),--out '$(OUT)') $(ARGS)
+	$(PY) -m tools.plot $(addprefix runs/,$(NAMED)) $(if $(OUT),--out $(call quoted,$(OUT))) $(ARGS)
 
 report: env  ## write a page about RUN=NAME: runs/NAME/report.html; RUN="A B" compares runs: runs/report.html; OUT=FILE.html
-	$(PY) -m tools.report $(addprefix runs/,$(NAMED)) $(if $(OUT),--out '$(OUT)') $(ARGS)
+	$(PY) -m tools.report $(addprefix runs/,$(NAMED)) $(if $(OUT),--out $(call quoted,$(OUT))) $(ARGS)
 
 predict: env  ## classify INPUT="FILE [FOLDER ...]" with RUN=NAME (MAE: reconstruct): pictures, videos, folders of frames; OUT=FILE.csv|json|parquet
-	$(PY) -m tools.predict 'runs/$(NAMED)' $(or $(INPUT),$(error name files or folders with INPUT=)) $(OTHER) $(if $(OUT),--out '$(OUT)') $(ARGS)
+	$(PY) -m tools.predict 'runs/$(NAMED)' $(or $(INPUT),$(error name files or folders with INPUT=)) $(OTHER) $(if $(OUT),--out $(call quoted,$(OUT))) $(ARGS)
 
 preview: env  ## draw training rows and evaluation views of RECIPE=image-ft-base DATA=: runs/preview-RECIPE.png
 	$(PY) -m tools.preview $(or $(RECIPE),image-ft-base) $(SETTINGS) $(ARGS)
 
 embed: env  ## write the features of every sample of DATA= by RUN=NAME to OUT=features.parquet; GPUS= NODES= WEIGHTS=FILE
-	$(START) tools.embed 'runs/$(NAMED)' --out '$(or $(OUT),$(error name a Parquet file with OUT=))' $(OTHER) \
-		$(if $(DATA),--data '$(DATA)') $(if $(NODES),,$(if $(GPUS),--processes $(GPUS))) $(ARGS)
+	$(START) tools.embed 'runs/$(NAMED)' --out $(call quoted,$(or $(OUT),$(error name a Parquet file with OUT=))) $(OTHER) \
+		$(if $(DATA),--data $(call quoted,$(DATA))) $(if $(NODES),,$(if $(GPUS),--processes $(GPUS))) $(ARGS)
 
 bench: env  ## compare speed with other implementations: BENCH=all|loader|model|training|packing IMAGES=DIR
-	$(PY) -m benchmarks $(BENCH) $(if $(IMAGES),$(if $(filter all loader training packing,$(BENCH)),--images '$(IMAGES)')) $(ARGS)
+	$(PY) -m benchmarks $(BENCH) $(if $(IMAGES),$(if $(filter all loader training packing,$(BENCH)),--images $(call quoted,$(IMAGES)))) $(ARGS)
 
 test: check  ## run check, then the tests, WORKERS=3 at a time, without the long ones of make faults
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 gpu-check: env  ## check and measure this machine's GPU; DEVICE=cpu runs the checks that need none
-	$(PY) -m benchmarks.gpu_check $(if $(DEVICE),--device $(DEVICE)) $(if $(OUT),--out '$(OUT)') $(ARGS)
+	$(PY) -m benchmarks.gpu_check $(if $(DEVICE),--device $(DEVICE)) $(if $(OUT),--out $(call quoted,$(OUT))) $(ARGS)
 
 faults: env  ## all reliability tests, over an hour: kill, pause, starve and corrupt runs; KILLS=50 random kills per test
 	$(PY) -m pytest -m fault --kills $(or $(KILLS),50) $(ARGS)

@@ -18,6 +18,9 @@ NO_PLACE = {  # errors of the place written to, and what to do about them
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "choose a place that you may read and write",
     errno.ENOENT: "check the path, and that its folder exists",
+    errno.EEXIST: "choose a folder, not a file",
+    errno.ENOTDIR: "choose a folder, not a file",
+    errno.EISDIR: "choose a file, not a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 MEMORY = re.compile(  # what torch, CUDA, DALI, nvJPEG and nvImageCodec call an allocation that failed

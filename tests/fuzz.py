@@ -26,9 +26,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import av
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from models.files import read_weights
@@ -38,9 +41,14 @@ from pipelines.files import sha256_of
 from tests.pipelines_fixtures import read_rows
 from tests.train_helpers import make_clips, picture
 from tools.folders import VIDEOS
+from tools.images import BadImage, prepare
+from tools.pack import ClipOptions
+from tools.report import _data
+from tools.results import results
 from tools.samples import flat_classes, list_samples, read_annotations
 from tools.tars import TarOptions, pack_tars
 from tools.verify import check_shard, verify
+from tools.videos import load_video
 from train import rundir
 from train.config import to_dict
 from train.evaluate import read_config
@@ -215,6 +223,41 @@ def lists(root: Path) -> None:
         raise refused[0]
 
 
+def pictures(root: Path) -> None:
+    """What packing makes of a picture is a JPEG that decodes."""
+    refused = []
+    for path in (root / "pictures").iterdir():
+        try:
+            packed = prepare(path.read_bytes(), 16, 1_000_000)
+            with Image.open(io.BytesIO(packed.frames[0])) as made:
+                made.load()
+                assert made.format == "JPEG" and made.size == packed.size and min(made.size) <= 16
+        except BadImage as error:
+            refused.append(error)
+    if refused:
+        raise UserError(str(refused[0]))
+
+
+def videos(root: Path) -> None:
+    packing = ClipOptions(short_side=16, max_pixels=1_000_000).packing(videos=True)
+    refused = []
+    for path in (root / "films").iterdir():
+        try:
+            for part in load_video(path.parent, path.name, packing):
+                assert isinstance(part, BadImage) or all(part.frames)
+        except BadImage as error:
+            refused.append(error)
+    if refused:
+        raise UserError(str(refused[0]))
+
+
+def predictions(root: Path) -> None:
+    """A section of the report, which is left out if its file cannot be read."""
+    found, left_out = _data("Results", "predictions.parquet", results, [root / "run"], False)
+    if not found:
+        raise UserError(left_out[0])
+
+
 def weights(root: Path) -> None:
     for name in ("weights.safetensors", "weights.pth"):
         read_weights(root / name)
@@ -246,6 +289,7 @@ def foreign_tar(path: Path) -> None:
                 tar.addfile(header, io.BytesIO(data))
 
 
+KINDS = ("jpeg", "png", "gif", "bmp", "tiff", "webp", "ppm")
 LISTS = ("list.txt", "list.csv", "rawframes.txt", "list.json")
 READERS: dict[str, tuple[tuple[str, ...], tuple[Mutate, ...], Callable[[Path], object]]] = {
     "dataset": (("dataset.json",), (bytes_of, json_of, json_of), use),
@@ -260,6 +304,9 @@ READERS: dict[str, tuple[tuple[str, ...], tuple[Mutate, ...], Callable[[Path], o
     "weights": (("weights.safetensors", "weights.pth"), (bytes_of,), weights),
     "run": (("run/config.json", "run/data.json"), (bytes_of, json_of, json_of), run_folder),
     "metrics": (("run/metrics.csv",), (bytes_of,), run_folder),
+    "pictures": (tuple(f"pictures/a.{kind}" for kind in KINDS), (bytes_of,), pictures),
+    "videos": (("films/a.mp4", "films/a.avi"), (bytes_of,), videos),
+    "predictions": (("run/predictions.parquet",), (bytes_of,), predictions),
 }
 
 
@@ -287,6 +334,22 @@ def make(root: Path) -> Path:
     (run / "config.json").write_text(json.dumps(to_dict(FINETUNE_PRESETS["image-ft-pico"])))
     (run / "data.json").write_text(json.dumps({"classes": list(read_info(good).classes)}))
     (run / "metrics.csv").write_text("step,loss,acc\n1,2.5,\n2,nan,0.5\n")
+    for kind in KINDS:
+        (good / "pictures").mkdir(exist_ok=True)
+        Image.open(io.BytesIO(picture(0, 0, 24))).save(good / f"pictures/a.{kind}")
+    (good / "films").mkdir()
+    for suffix in ("mp4", "avi"):
+        with av.open(str(good / f"films/a.{suffix}"), "w") as film:
+            stream = film.add_stream("mpeg4", rate=30)
+            stream.width = stream.height = 32
+            for number in range(6):
+                frame = np.full((32, 32, 3), 40 * number, np.uint8)
+                film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+            film.mux(stream.encode())
+    names, count = read_info(good).classes, 2
+    columns = {"id": range(count), "source": ["a", "b"], "label": [0, 1], "class_1": [names[0]] * count}
+    table = pa.table({**{k: list(v) for k, v in columns.items()}, "probability_1": [0.9, 0.8]})
+    pq.write_table(table, run / "predictions.parquet")
     (good / "whole").write_text(hashlib.sha256(shard).hexdigest())
     return good
 

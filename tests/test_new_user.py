@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, answer
 from pipelines.files import atomic_text, atomic_write
 from tests import LONG
 from tests.test_project import call_make
@@ -22,6 +23,7 @@ from tools import pack
 from tools.format3 import convert
 from tools.pack import ClipOptions
 from tools.packing import next_commands
+from tools.stage import stage
 from train import build, evaluate, finetune, loop, mae
 from train.distributed import World
 from train.rundir import Run
@@ -38,7 +40,7 @@ def test_converting_a_folder_that_does_not_exist(tmp_path: Path):
         convert(tmp_path / "nope")
 
 
-def test_an_error_of_writing_names_the_file_and_not_its_temporary_one(tmp_path: Path):
+def test_an_error_of_writing_names_the_file_and_not_its_temporary_one(tmp_path: Path, capsys):
     def by_pyarrow(path: Path) -> None:
         with atomic_write(path) as temporary:
             pq.write_table(pa.table({"a": [1]}), temporary)
@@ -55,6 +57,14 @@ def test_an_error_of_writing_names_the_file_and_not_its_temporary_one(tmp_path: 
     with pytest.raises(IsADirectoryError, match=r"taken'$") as caught:  # of the rename at the end
         atomic_text(tmp_path / "taken", "text")
     assert ".tmp-" not in str(caught.value)
+    assert answer(caught.value) == 2
+    assert "taken: Is a directory; choose a file, not a folder\n" in capsys.readouterr().err
+    (tmp_path / "dataset.json").write_text("{}")
+    for target in (tmp_path / "file", tmp_path / "file/copy"):
+        with pytest.raises(OSError) as caught:
+            stage(str(tmp_path), target)
+        assert answer(caught.value) == 2
+        assert re.search(r"file(/copy)?: .*; choose a folder, not a file$", capsys.readouterr().err)
 
 
 def test_one_broken_picture_of_60_suggests_max_reject(tmp_path: Path, capsys):
@@ -76,12 +86,13 @@ def test_the_top_folder_of_tiny_kinetics_as_frames(tmp_path: Path):
 
 def test_packing_ends_with_commands_that_train_on_the_result(images: Path, clips: Path, tmp_path: Path):
     for number, (shards, kind) in enumerate(((images, "image"), (clips, "video"))):
-        shutil.copytree(shards, data := tmp_path / f"my data {number}")
+        shutil.copytree(shards, data := tmp_path / f"Bob's $data {number}")
         lines = next_commands(data).splitlines()
         assert [line.split(":")[0] for line in lines] == ["to pretrain", "to finetune", "without a GPU"]
         for line, task in zip(lines, ("mae", "ft"), strict=False):
-            printed = call_make("-n", *shlex.split(line.partition(": make ")[2]))
-            assert f"{kind}-{task}-base --data.path '{data}'" in " ".join(printed.split())
+            printed = shlex.split(call_make("-n", *shlex.split(line.partition(": make ")[2])))
+            preset = printed.index(f"{kind}-{task}-base")
+            assert printed[preset + 1 : preset + 3] == ["--data.path", str(data)]
     for number in range(10):
         write(tmp_path / "source" / f"{number}.jpg", encoded(pixels(number)))
     assert pack_images(tmp_path / "source", tmp_path / "out") == 0

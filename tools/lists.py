@@ -25,6 +25,7 @@ LABELS = ("template", "label", "class", "class_name", "classname", "category", "
 NUMBER = re.compile(r"[0-9]{1,9}")
 ANY_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?"  # as tables write it: -1, 01, 1.0
 NUMERIC = re.compile(ANY_NUMBER)
+SEVERAL = re.compile(rf"{ANY_NUMBER}(?:\s+{ANY_NUMBER})+")  # such as first frame, frames, class
 FRAMES_LABEL = re.compile(rf"[0-9]{{1,9}}\s+({ANY_NUMBER})")  # mmaction2's rawframes
 PRETRAINING = re.compile(r"[01]\s+(?:-1|[0-9]{1,9})()")  # VideoMAE V2: first frame, number of frames or -1
 BOXES = re.compile(r"(\S+)(?:\s+[0-9]+){4}(?:\s+\S+(?:\s+[0-9]+){4})*")  # Kaggle: classes with their boxes
@@ -153,7 +154,8 @@ def _objects(path: Path, text: str) -> Rows:
         raise UserError(f"{path} is not a list of objects; of SSv2, give train.json or validation.json.")
     names = [*dict.fromkeys(name for item in objects[:SAMPLED] for name in item)]
     rows = [[item.get(name) for name in names] for item in objects]
-    return [*enumerate([names, *([str(x) if isinstance(x, str | int) else "" for x in row] for row in rows)])]
+    texts = ([str(x) if isinstance(x, str | int | float) and x == x else "" for x in row] for row in rows)
+    return [*enumerate([names, *texts])]
 
 
 def cells_of(text: str, separator: str) -> Rows:
@@ -280,6 +282,8 @@ def plain_labels(lines: Sequence[Line]) -> tuple[str, list[str]]:
         if len(found) == len(labels):
             labels, what = found, kind
             break
+    if not what and labels and all(map(SEVERAL.fullmatch, labels)):
+        raise UserError(f"{lines[0].where}: {labels[0]!r} is not a class; keep one number, the class.")
     numbers = all(map(NUMERIC.fullmatch, labels))
     for n, label in enumerate(labels):
         if NUMERIC.fullmatch(label) and (numbers or not NUMBER.fullmatch(label)):

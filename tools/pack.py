@@ -115,6 +115,11 @@ class ClipOptions(ListOptions):
                 f"--fps {fps:g} is more than the frames have, --source-fps {self.source_fps:g}; lower --fps, "
                 "or give their true rate as --source-fps."
             )
+        if fps * min(self.clip_seconds, self.max_seconds) < 1:
+            raise UserError(
+                f"--clip-seconds {self.clip_seconds:g} or --max-seconds {self.max_seconds:g} is shorter than "
+                f"one frame at {fps:g} frames per second; raise it."
+            )
         sizes = self.short_side, self.shard_size, self.max_pixels
         times = fps, self.max_seconds, self.clip_seconds, self.source_fps
         clips = ClipPacking(*sizes, 0.0, PIL.__version__, *times)

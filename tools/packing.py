@@ -155,7 +155,11 @@ def pack_part(
     unit: what the sources are called.
     """
     i, n = options.part or (1, 1)
-    if unreadable := _pack_missing(jobs[i - 1 :: n], options, unit):
+    mine = jobs[i - 1 :: n]
+    if kept := sum(map(is_done, mine)):
+        line = f"{kept} of {len(mine)} shards exist already and are kept; the contents of their source files"
+        console.print(f"{line} are not compared", soft_wrap=True)
+    if unreadable := _pack_missing(mine, options, unit):
         console.print(unreadable, soft_wrap=True)
         return 1
     if options.part:
@@ -247,7 +251,7 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
 def next_commands(out: Path) -> str:
     """The commands that train on the packed dataset `out`: pretraining, and with classes finetuning."""
     info = read_info(out)
-    data = f"DATA={shlex.quote(str(out))}"
+    data = f"DATA={shlex.quote(str(out).replace('$', '$$'))}"  # make reads $ as a variable
     pretrained = f"{info.kind}-mae-base"
     lines = [f"to pretrain: make train-mae RECIPE={pretrained} {data}"]
     if len(info.classes) > 1:

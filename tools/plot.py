@@ -61,6 +61,8 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
 
     if not runs:
         raise UserError("there are no runs; name at least one run folder, such as runs/image-mae-pico")
+    if out and out.suffix.lower() != ".png":
+        raise UserError(f"{out} does not end in .png; name such a file with OUT= (--out)")
     tables = {name: _read(run) for name, run in zip(names_of(runs), runs, strict=True)}
     panels = panels_of(tables)
     lines = math.ceil(len(panels) / 2)
@@ -68,7 +70,8 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
     for number, panel in enumerate(panels, start=1):
         draw(figure.add_subplot(lines, 2, number), panel, tables)
     legend = [Line2D([], [], color=colour, lw=3) for _, colour in zip(tables, cycle(COLOURS), strict=False)]
-    figure.legend(legend, list(tables), loc="outside upper left", ncols=4, frameon=False)
+    names = [name.replace("$", r"\$") for name in tables]  # otherwise matplotlib reads formulas
+    figure.legend(legend, names, loc="outside upper left", ncols=4, frameon=False)
     path = out or (runs[0] if len(runs) == 1 else runs[0].parent) / "curves.png"
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -44,6 +44,8 @@ def report(*runs: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
         if not (run / "config.json").is_file():
             what = f"{run} is not a run folder, it has no config.json"
             raise UserError(f"{what}; name one, as in RUN=image-mae-pico")
+    if out and out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{out} does not end in .html; name such a file with OUT= (--out)")
     sections, left_out = [], []
     for title, file, make in SECTIONS:
         together = make in TOGETHER or len(runs) == 1

@@ -68,7 +68,7 @@ def list_samples(
 def read_list(path: Path, split: str, index: Index, root: Path) -> list[Listed]:
     """The samples of a split's list, in its order; print its format. Raises `UserError`."""
     text = read_text(path, f"--{split}-list")
-    if "youtube_id" in text.lstrip().partition("\n")[0].split(","):
+    if any(COLUMNS[1] in cells for _, cells in cells_of(text.lstrip().partition("\n")[0], ",")):
         what, listed = "Kinetics' clips; class names", _clips_of(read_annotations(path), split, index)
     else:
         what, listed = _lines_of(path, text, split, index, root)

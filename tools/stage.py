@@ -69,14 +69,18 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
     """`stage`, while the target is locked."""
     done, waiting = target / "dataset.json", target / ".staging"
     waiting.mkdir(exist_ok=True)
-    fetch(store, f"{top}/dataset.json", waiting / "dataset.json")
+    before = noted.read_bytes() if (noted := waiting / "dataset.json").is_file() else b""
+    fetch(store, f"{top}/dataset.json", noted)
     try:
         source = read_info(waiting)
     except UserError as error:
         raise UserError(str(error).replace(str(waiting), top)) from error
-    info = replace(source, root=target, tars=own_places(source, waiting / "dataset.json"))
-    if done.is_file() and done.read_bytes() != (waiting / "dataset.json").read_bytes():
+    info = replace(source, root=target, tars=own_places(source, noted))
+    if done.is_file() and done.read_bytes() != noted.read_bytes():
         raise UserError(f"{target} contains another dataset than {top}; choose an empty folder.")
+    if before not in (b"", noted.read_bytes()):  # tars of another dataset, perhaps with the same lengths
+        for tar in (tar for split in info.splits for tar in (target / split).glob("[0-9]*.tar")):
+            tar.unlink()
     start, came, kept = time.perf_counter(), 0, 0
     for split in info.splits:
         lengths = info.tar_bytes[split]
@@ -104,7 +108,7 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
             pool.shutdown(cancel_futures=True)
         for leftover in (target / split).glob(".*.tmp-*"):  # of killed commands
             leftover.unlink()
-    (waiting / "dataset.json").replace(done)
+    noted.replace(done)
     shutil.rmtree(waiting)
     seconds = time.perf_counter() - start
     speed = f"{came / 1e6:.0f} MB in {seconds:.1f} s ({came / 1e6 / seconds:.0f} MB/s)"

@@ -181,9 +181,10 @@ def expand(spec: str, flag: str) -> list[Path]:
         if re.match(r"[a-z0-9]+:", name):
             raise UserError(f"{flag} {name} is not a file; copy the tars to a disk first.")
         path = Path(name)
-        if not {*"*?["} & {*name}:
+        top, pattern = Path(path.anchor), str(path.relative_to(path.anchor))
+        if not {*"*?["} & {*name} or path.exists():
             paths.append(path)
-        elif found := sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))):
+        elif found := sorted(top.glob(pattern)) or sorted(top.glob(pattern.replace("[", "[[]"))):
             own = {WORK, REPACKED}
             tars = [path for path in found if path.suffix == ".tar" and not own & {*path.parts}] or found
             if others := sorted({*found} - {*tars}):

@@ -33,7 +33,7 @@ from tools.tarsamples import ANY_SIZE, MADE, TarPacking, first_is_clip, load_tar
 
 Indexed = tuple[tuple[Path, Path], pa.Table]  # a tar, the tar of its repacked samples, and their rows
 Classes = dict[tuple[int, str], str]  # (number or -1, name or "") of a class: a source that has it
-NO_CLASS = "it has no class, but other samples have one"
+NO_CLASS = "it has no class, but other samples have one (--unlabelled omits all)"
 
 
 @dataclass(frozen=True, kw_only=True)

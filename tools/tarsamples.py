@@ -2,8 +2,8 @@
 
 A sample's picture is KEY.jpg, .jpeg, .png or .webp; a clip is KEY.f0000.jpg, KEY.f0001.jpg ... Its class is
 the number or name in KEY.cls, else in "label" or "class" of KEY.json, else the number in KEY.txt, or a name
-there that --class-names lists; other text in KEY.txt is a caption. A number's name is in "class_name" of
-KEY.json.
+there that --class-names lists; other text in KEY.txt, and what KEY.json calls the caption, is not used. A
+number's name is in "class_name" of KEY.json.
 """
 
 import json
@@ -112,6 +112,8 @@ def label_in(tar: ForeignTar, files: Mapping[str, Place], names: frozenset[str])
         if isinstance(value, int | str) and not isinstance(value, bool):
             return class_of(str(value), name)
     text = texts.get(".txt", "")
+    if text == str(described.get("caption", "")).strip():  # some captions are numbers
+        return -1, readable(name)
     return class_of(text, name) if NUMBER.fullmatch(text) or text in names else (-1, name)
 
 

@@ -62,6 +62,19 @@ def test_quoted_cells_windows_lines_and_a_byte_order_mark(tmp_path):
     assert read(tmp_path, text) == {SOURCES[0]: "a, b", SOURCES[1]: 'c "d"'}
 
 
+def test_a_quoted_heading_of_kinetics_is_recognised(tmp_path):
+    (tmp_path / "list.csv").write_text('"label","youtube_id","time_start","time_end"\n"a b","abc",7,17\n')
+    index = Index([source := "x/abc_000007_000017.mp4"], VIDEOS)
+    (clip,) = read_list(tmp_path / "list.csv", "train", index, tmp_path)
+    assert (clip.source, clip.label) == (source, "a b")
+
+
+def test_class_numbers_in_json_may_have_a_decimal_point(tmp_path):
+    entries = [{"path": path, "label": float(number)} for number, path in enumerate(SOURCES)]
+    wanted = {path: str(number) for number, path in enumerate(SOURCES)}
+    assert read(tmp_path, json.dumps(entries)) == wanted
+
+
 def test_columns_are_found_by_content_and_heading(tmp_path, capsys):
     text = "id,label,video,split\n1,run,plain/78687.webm,train\n2,jump,riding a bike/x.mp4,train\n"
     assert read(tmp_path, text) == {SOURCES[2]: "run", SOURCES[0]: "jump"}
@@ -123,17 +136,18 @@ def test_absent_files_are_kept_for_the_catalogue(tmp_path):
             "plain/78687.webm 0\nriding a bike/x.mp4 -1\n",
             "line 2: '-1' is not a class; write classes as 0",
         ),
-        ("plain/78687.webm run\nriding a bike/x.mp4 -1\n", "list.txt line 2: '-1' is no class"),
-        ("plain/78687.webm run\nriding a bike/x.mp4 1.0\n", "list.txt line 2: '1.0' is no class"),
-        ("plain/78687.webm,0.5\nriding a bike/x.mp4,1\n", "list.txt line 1: '0.5' is no class"),
-        ("plain/78687.webm 12 0\nriding a bike/x.mp4 12 -1\n", "list.txt line 2: '-1' is no class"),
+        ("plain/78687.webm run\nriding a bike/x.mp4 -1\n", "list.txt line 2: '-1' is not a class"),
+        ("plain/78687.webm run\nriding a bike/x.mp4 1.0\n", "list.txt line 2: '1.0' is not a class"),
+        ("plain/78687.webm,0.5\nriding a bike/x.mp4,1\n", "list.txt line 1: '0.5' is not a class"),
+        ("plain/78687.webm 12 0\nriding a bike/x.mp4 12 -1\n", "list.txt line 2: '-1' is not a class"),
         ("plain/78687.webm 1\nnonsense\n", "line 2: 'nonsense' has no path and class"),
+        ("plain/78687.webm 0 30 1\nriding a bike/x.mp4 30 60 2\n", "line 1: '0 30 1' is not a class; keep"),
         ("x/a.mp4 1\n", "line 1: 'x/a.mp4' can be 1/x/a.mp4 or 2/x/a.mp4; give paths relative"),
         ('{"a": 1}', "is not a list of objects; of SSv2"),
         ("[1, 2]", "is not a list of objects"),
         ('[{"id": "78687"', "is not a JSON file"),
         ("[" * 100_000, "is not a JSON file"),
-        ('[{"id": "78687", "label": "\\ud800"}]', "is no path; correct it"),
+        ('[{"id": "78687", "label": "\\ud800"}]', "is not a path; correct it"),
         ('"plain/78687.webm",1\n"riding a bike/x.mp4",2,3\n', "line 2 has 3 columns, most lines have 2"),
         ("mine\n1,plain/78687.webm\n2,riding a bike/x.mp4\n", "line 1 has 1 columns, most lines have 2"),
         (

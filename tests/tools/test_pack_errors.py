@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,10 @@ def test_unreadable_samples_are_packed_when_the_command_runs_again(kind, tmp_pat
         assert len(done) == len([*(tmp_path / "calm").glob("*/*.tar")]) - 1
         assert pack(source, out, shard_range="1/1") == 1
     assert done.items() <= {path: path.stat().st_mtime_ns for path in out.glob("*/*.parquet")}.items()
+    capsys.readouterr()
     assert pack(source, out) == 0
+    kept = rf"{len(done)} of {len(done) + 1} shards exist already and are kept; the contents .* not compared"
+    assert re.search(kept, " ".join(capsys.readouterr().out.split()))
     assert sums(out) == sums(tmp_path / "calm")
 
 

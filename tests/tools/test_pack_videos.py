@@ -555,6 +555,7 @@ def test_each_wrong_use_ends_with_one_line(tmp_path, monkeypatch):
         "--fps is 0; it must be above 0": lambda: pack_tree(source, out, fps=0.0),
         "--fps is nan; it must be above 0 ": lambda: pack_tree(source, out, fps=float("nan")),
         "--max-seconds is inf; it must be": lambda: pack_tree(source, out, max_seconds=float("inf")),
+        "shorter than one frame at 0.05 frames per second": lambda: pack_tree(source, out, fps=0.05),
         "as bare/a_b/-id0_000007_000017.mp4; check": lambda: pack_clips(
             notes, out, options, videos=Path("bare")
         ),
@@ -577,4 +578,4 @@ def test_make_shards_takes_videos(tmp_path, monkeypatch, capsys):
     assert pack_all(ListOptions(workers=1), videos=Path("k400")) == 0
     assert rows_of(tmp_path / "shards/kinetics")[0]["frames"] == 4
     assert "is not packed" not in capsys.readouterr().out, "nobody named any"
-    assert "$(if $(VIDEOS),--videos '$(VIDEOS)')" in (ROOT / "Makefile").read_text()
+    assert "$(if $(VIDEOS),--videos $(call quoted,$(VIDEOS)))" in (ROOT / "Makefile").read_text()

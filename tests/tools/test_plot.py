@@ -7,8 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tools.plot import COLOURS, Panel, draw, names_of, panels_of
-from tools.report import reconstructions
+from pipelines.errors import UserError
+from tools.plot import COLOURS, Panel, draw, names_of, panels_of, plot
+from tools.report import reconstructions, report
 from train.mae import _sheet
 
 LOSS = Panel("loss", ("loss_train", "loss", "loss_val"))
@@ -70,6 +71,17 @@ def test_columns_without_a_panel_get_one_by_name():
 def test_runs_of_the_same_name_are_told_apart():
     assert names_of([Path("x/a"), Path("x/b")]) == ["a", "b"]
     assert names_of([Path("x/a"), Path("y/a")]) == ["x/a", "y/a"]
+
+
+def test_any_run_name_is_drawn_as_it_is_and_only_as_png(tmp_path: Path):
+    (run := tmp_path / "a$x^$b").mkdir()
+    (run / "metrics.csv").write_text("step,loss\n1,2.0\n2,1.0\n")
+    assert Image.open(plot((run,))).format == "PNG"
+    for command in (plot, lambda runs, out: report(*runs, out=out)):
+        (run / "config.json").touch()
+        with pytest.raises(UserError, match=r"curves\.pdf does not end in \.(png|html); name such a file"):
+            command((run,), out=tmp_path / "curves.pdf")
+    assert not (tmp_path / "curves.pdf").exists()
 
 
 @pytest.mark.parametrize("frames", [1, 4])

@@ -295,7 +295,7 @@ def test_accuracy_of_training_videos_is_marked(tmp_path: Path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     done = call("tools.report", str(tmp_path / "nowhere"))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is not a run folder" in done.stderr
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

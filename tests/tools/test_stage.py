@@ -15,6 +15,7 @@ from pipelines.dataset import open_dataset
 from pipelines.errors import UserError
 from pipelines.files import sha256_of
 from tests.pipelines_fixtures import image_dataset, keys_of
+from tests.tools.test_pack import encoded, pack_images, pixels, write
 from tests.train_helpers import ROOT, make_clips, make_images, module
 from tools import stage
 from tools.verify import verify
@@ -129,6 +130,22 @@ def test_after_a_kill_the_same_command_continues(tmp_path):
     assert kills == 2
     stage.stage(str(source), copy)
     assert contents(copy) == contents(source)
+
+
+def test_an_interrupted_copy_of_another_dataset_is_not_kept(tmp_path):
+    copy, lengths = tmp_path / "copy", []
+    for seed in (0, 100):
+        source, packed = tmp_path / f"source{seed}", tmp_path / f"packed{seed}"
+        for number in range(10):
+            write(source / f"{number}.jpg", encoded(pixels(seed + number)))
+        assert pack_images(source, packed) == 0
+        lengths.append(json.loads((packed / "dataset.json").read_text())["tar_bytes"])
+        stage.stage(str(packed), copy)
+        if seed == 0:  # as a command leaves it that is killed before its last step
+            (copy / ".staging").mkdir()
+            (copy / "dataset.json").rename(copy / ".staging/dataset.json")
+    assert lengths[0] == lengths[1], "only the lengths of the tars are compared otherwise"
+    assert contents(copy) == contents(packed) and verify(copy) == 0
 
 
 def test_wrong_use_ends_with_one_line(clips, tmp_path, monkeypatch):

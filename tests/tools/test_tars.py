@@ -43,7 +43,8 @@ from tests.train.test_runs import assert_same, fit, kill_at_row
 from tests.train_helpers import ROOT, arguments, call, module, picture, small
 from tools import sources
 from tools.stage import stage
-from tools.tars import TarOptions, pack_tars
+from tools.tarfiles import expand
+from tools.tars import NO_CLASS, TarOptions, pack_tars
 from tools.tarsamples import NO_PICTURE
 from tools.verify import verify
 from train import finetune
@@ -301,6 +302,7 @@ LABELS: dict[str, tuple[dict[str, bytes], int]] = {
     "deep json": ({"json": b"[" * 100_000}, -1),
     "txt": ({"txt": b"2"}, 2),
     "caption": ({"txt": b"2 cats"}, -1),
+    "number in a caption of img2dataset": ({"json": b'{"caption": " 2 ", "key": "0"}', "txt": b"2"}, -1),
     "nothing": ({}, -1),
 }
 LONG = "a file of more than 1,048,576 bytes in the tar"
@@ -323,7 +325,7 @@ def test_the_class_is_read_from_cls_json_or_txt(tmp_path):
     for number, (name, (_, label)) in enumerate(LABELS.items()):
         row = rows[f"{number:03d}"]
         assert row["label"] == label, name
-        assert row["reason"] == ("it has no class, but other samples have one" if label < 0 else ""), name
+        assert row["reason"] == (NO_CLASS if label < 0 else ""), name
     assert verify(tmp_path / "out") == 0
     index(tar, tmp_path / "all", unlabelled=True)
     assert read_info(tmp_path / "all").classes == () and verify(tmp_path / "all") == 0
@@ -645,6 +647,12 @@ def test_the_files_that_indexing_wrote_are_no_tars(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "already describes these tars" in out
     assert re.search(r"\*: \d other files are left out, such as \S+/dataset\.json\n", out)
+
+
+def test_brackets_in_the_names_of_folders_are_no_patterns(tmp_path):
+    tars = [write_tar(tmp_path / "set [v2]" / f"t-{n}.tar", GOOD) for n in range(2)]
+    for pattern in ("set [v2]/t-{0..1}.tar", "set [v2]/*.tar", "*/t-[01].tar"):
+        assert expand(f"{tmp_path}/{pattern}", "--train") == tars
 
 
 def test_keys_with_dots_are_explained(tmp_path):
