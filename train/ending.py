@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +15,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipelines.errors import UserError, answer, cause, in_loader, out_of_memory
+from pipelines.errors import UserError, answer, cause, in_loader, out_of_memory, printable
 from train.config import SpeedConfig
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -124,6 +125,7 @@ class Watch:
     def report(self, error: str) -> bool:
         """Tell the other processes that this one failed; return whether another failed first, equally."""
         self.stop()
+        error = printable(error)  # the store takes UTF-8 only
         # The store or its network may be gone; this process must end all the same.
         thread = threading.Thread(target=self._report, args=(error,), daemon=True)
         thread.start()
@@ -216,7 +218,8 @@ def explained(error: RuntimeError | MemoryError, speed: SpeedConfig) -> str:
 
 def _fail(error: BaseException) -> NoReturn:
     if _watch is not None and _watch.report(str(error)) and isinstance(error, UserError):
-        _exit(2)  # the first process with this error prints it
+        time.sleep(POLL)  # the first process prints it; if this one ended now, torchrun might end that one
+        _exit(2)
     code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else answer(error)
     if code is None:
         traceback.print_exception(error)

@@ -71,5 +71,7 @@ def test_probing_shards_without_labels_is_refused(images, tmp_path):
     assert pack_images(flat, tmp_path / "unlabelled", ImageOptions(workers=1)) == 0
     with pytest.raises(UserError, match="samples without a class"):
         probe.probe(probe.Arguments(tmp_path / "run", data=tmp_path / "unlabelled", device="cpu"))
+    with pytest.raises(UserError, match=r"--k is -1; it must be at least 1$"):
+        probe.probe(probe.Arguments(tmp_path / "run", k=-1))
     with pytest.raises(UserError, match="name a run folder"):
         probe.probe(probe.Arguments(tmp_path / "nowhere"))
