@@ -73,8 +73,10 @@ def check_local(path: object, flag: str = "") -> None:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """`check_local` of every value on a command line."""
+    """`check_local` of every value on a command line. Raises UserError for one that is not UTF-8."""
     for before, word in zip(("", *words), words, strict=False):
+        if word != word.encode(errors="replace").decode():  # pyarrow takes no such path
+            raise UserError(f"{word} is not in UTF-8; rename that file or folder")
         flag, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
         check_local(value, flag if flag.startswith("--") else "")
 

@@ -173,7 +173,7 @@ def exported_step(folder: Path) -> int:
     try:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {})["hiera-train"])["step"]
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, *UNREADABLE) as error:
         raise UserError(
             f"{path} cannot be read ({error}); delete it, and the same command resumes"
         ) from error
