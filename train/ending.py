@@ -21,6 +21,7 @@ from train.config import SpeedConfig
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 FAILED = "hiera-train/failed"  # a key of the store that all processes share
 POLL, GRACE = 1.0, 5.0  # seconds between two checks, and from another's failure to this process's end
+STAY = 2.0  # seconds that a failed process stays, for others that fail at the same time
 SENTENCE = "another process failed; see its error, then run the same command to resume"
 
 T = TypeVar("T")
@@ -179,9 +180,9 @@ def end_together(main: Callable[[], T]) -> T:
     """The result of `main`, after which the process leaves its process group.
 
     When `main` raises in one of several processes, the process cannot leave the group: NCCL would wait for
-    the others, and they wait for this one. The process tells the others, prints the error, and exits at once
-    with the code that `run_cli` gives. The others exit within POLL + GRACE; one with the same error for the
-    user does not repeat it.
+    the others, and they wait for this one. The process tells the others, prints the error, and exits after
+    STAY with the code that `run_cli` gives. The others exit within POLL + GRACE; one with the same error for
+    the user does not repeat it.
     """
     global _watch
     try:
@@ -217,13 +218,16 @@ def explained(error: RuntimeError | MemoryError, speed: SpeedConfig) -> str:
 
 
 def _fail(error: BaseException) -> NoReturn:
+    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else None
     if _watch is not None and _watch.report(str(error)) and isinstance(error, UserError):
-        time.sleep(POLL)  # the first process prints it; if this one ended now, torchrun might end that one
-        _exit(2)
-    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else answer(error)
-    if code is None:
+        code = 2  # the first process with this error prints it
+    elif code is None and (code := answer(error)) is None:
         traceback.print_exception(error)
         code = 1
+    if _watch is not None:
+        # If this process has the store, the others need it. If it printed nothing, torchrun could end the one
+        # that prints when this one ends.
+        time.sleep(STAY)
     _exit(code)
 
 

@@ -92,7 +92,8 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     dataset = open_validation(config.data)
     if dataset is None:
         raise UserError(f"{config.data.path} has no validation samples")
-    rundir.check_classes(arguments.run, dataset.info)
+    if isinstance(config, FinetuneConfig):  # a reconstruction has no classes
+        rundir.check_classes(arguments.run, dataset.info)
     # The run's own predictions.parquet is kept when something else is evaluated.
     folder = None if arguments.weights or arguments.data or arguments.views else arguments.run
     classes = dataset.info.classes
