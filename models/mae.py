@@ -41,6 +41,11 @@ class MaskedAutoencoder(Encoder):
             raise UserError(f"mae_pools is {config.mae_pools}; choose 2 or 3")
         if not 0 < config.decode_ratio <= 1:
             raise UserError(f"decode_ratio is {config.decode_ratio}; choose a share above 0 and at most 1")
+        if config.decoder_heads < 1 or config.decoder_width % config.decoder_heads:
+            raise UserError(
+                f"decoder_heads is {config.decoder_heads}; choose a divisor of the decoder's width, "
+                f"{config.decoder_width}"
+            )
         dim, pools = config.decoder_width, config.mae_pools
         self.patch = STRIDE << pools  # pixels along a predicted patch's side
         side = UNIT >> pools  # tokens along a unit's side in the coarsest map

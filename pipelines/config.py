@@ -29,11 +29,12 @@ def check_settings(settings: object, prefix: str, **ranges: Range) -> None:
 
 
 def check_range(name: str, value: float, limits: Range) -> None:
-    """Raise UserError unless the value lies within the limits."""
+    """Raise UserError unless the value is finite and within the limits."""
     low, high = limits
-    if not low <= value <= high:
+    if not low <= value <= high or value == ANY:
         least = "more than 0" if low == ABOVE_0 else f"at least {low:g}"
-        most = {ANY: "", BELOW_1: " and less than 1"}.get(high, f" and at most {high:g}")
+        finite = " and finite" if value == ANY else ""
+        most = {ANY: finite, BELOW_1: " and less than 1"}.get(high, f" and at most {high:g}")
         raise UserError(f"{name} is {value}; it must be {least}{most}")
 
 
@@ -63,7 +64,7 @@ class Augment:
     """Probability of random erasing (Zhong et al. 2020) by noise."""
 
     def __post_init__(self) -> None:
-        ranges = {"layers": (0, ANY), "jitter": (0, ANY), "magnitude": (0, 10)}
+        ranges = {**dict.fromkeys(("layers", "jitter", "magnitude_std"), (0, ANY)), "magnitude": (0, 10)}
         check_settings(self, "data.augment.", **ranges, probability=(0, 1), erase=(0, 1))
 
 
@@ -122,6 +123,7 @@ class DataConfig:
             check_range(f"data.{name}", getattr(self, name) or 0, (0, ANY))
         check_range("data.scale's first", self.scale[0], (ABOVE_0, self.scale[1]))
         check_range("data.scale's second", self.scale[1], (ABOVE_0, 1))
+        check_range("data.ratio's second", self.ratio[1], (ABOVE_0, ANY))
         check_range("data.ratio's first", self.ratio[0], (ABOVE_0, self.ratio[1]))
 
     @property

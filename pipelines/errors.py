@@ -34,14 +34,23 @@ DEVICE = re.compile(  # what CUDA, DALI and nvJPEG say when the driver or the GP
 INTERRUPTED = "interrupted; run the same command again to continue"
 # The path of a remote file, also as `Path` writes it: with one slash.
 REMOTE = re.compile(r"(?:s3a?|gs|gcs|hf|hdfs|abfss?|az|ftps?|https?):/")
-# Escape sequences other than colours and cursor movements, and control characters other than line ends.
-CONTROLS = re.compile(r"\x1b(?!\[[0-9;?]*[A-HJKhlm])|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]")
+# Escape sequences other than colours and cursor movements, control characters other than line ends, and the
+# bytes of paths that are not UTF-8, which no stream takes.
+CONTROLS = re.compile(
+    r"\x1b(?!\[[0-9;?]*[A-HJKhlm])|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\ud800-\udfff]"
+)
 WRITTEN = ("--out", "--run.root", "target")  # flags of what a command writes
 UNTIL_ENDED = 10.0  # seconds that torchrun may take to end a process after another one failed
 
 
 class UserError(Exception):
     """Something the user can put right; its text is one sentence that says what and how."""
+
+
+# What comes of reading settings from a damaged file.
+UNREADABLE = (
+    UserError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError,
+)  # fmt: skip
 
 
 def first_line(error: BaseException) -> str:
@@ -67,8 +76,10 @@ def check_local(path: object, flag: str = "") -> None:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """`check_local` of every value on a command line."""
+    """`check_local` of every value on a command line. Raises UserError for one that is not UTF-8."""
     for before, word in zip(("", *words), words, strict=False):
+        if word != word.encode(errors="replace").decode():  # pyarrow takes no such path
+            raise UserError(f"{word} is not in UTF-8; rename that file or folder")
         flag, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
         check_local(value, flag if flag.startswith("--") else "")
 

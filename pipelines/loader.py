@@ -285,7 +285,9 @@ class Replacements:
             sample, where = frame_at(dataset, rows, self.loader.layout().copies, place)
             if sample not in self.seen:
                 self.seen[sample] = f"{where} is not what was packed: its checksum differs"
-                warn_once(f"{self.seen[sample]}; another sample replaces it")
+                trains = rows.epochs[0] != order.EVALUATION
+                what = "another sample replaces it" if trains else "the evaluation leaves it out"
+                warn_once(f"{self.seen[sample]}; {what}")
         if len(self.seen) > (limit := damage_limit(dataset, self.loader.config.max_bad)):
             raise self.too_many(f"more than the {limit} allowed")
 

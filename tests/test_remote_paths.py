@@ -59,6 +59,8 @@ def test_the_flag_decides_what_an_address_needs():
             check_words(words.split())
     with pytest.raises(UserError, match=COPY):
         check_words(["--run.root", "s3://b/x"])
+    with pytest.raises(UserError, match="is not in UTF-8; rename that file or folder"):
+        check_words(["--data.path=b\udce4r"])
 
 
 def test_every_kind_of_address_is_recognised_and_no_path_or_other_word_is():

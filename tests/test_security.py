@@ -387,6 +387,7 @@ def test_names_cannot_control_a_terminal(capsys: pytest.CaptureFixture[str], mon
     out, err = capsys.readouterr()
     assert set(re.findall(r"\x1b.{0,3}", out)) == {"\x1b[31", "\x1b[0m"} and "\x1b" not in err
     assert r"\x1b]52;c;eA==\x07" in out and not re.search(r"[\x07\x9b]", out)
+    assert printable("b\udce4r") == r"b\udce4r"
     assert printable("a\tb\n\u00e9 \u4e2d") == "a\tb\n\u00e9 \u4e2d"
 
 

@@ -45,6 +45,8 @@ def check(config: Config) -> None:
     check_info(info, config.data, getattr(config, "views", (1, 1))[0])
     if "train" not in info.splits:
         raise UserError(f"{config.data.path} has no train split; pack one with tools.pack")
+    if not info.splits["train"]["samples"]:
+        raise UserError(f"{info.root} has no readable train sample; {info.catalogue('train')} says why")
     check_shards(info)
     check_init(config)
     distributed.resolve_device(config.speed.device, config.speed.processes)

@@ -47,6 +47,7 @@ def model_card(config: Config, info: DatasetInfo, last_row: Mapping[str, object]
     heads, classes = getattr(config, "decoder_heads", 0), 0 if autoencoder else len(info.classes)
     arguments = {"input_size": size, "abs_win": model.abs_win, "num_classes": classes, "decoder_heads": heads}
     settings = "".join(f", {key}={value!r}" for key, value in arguments.items() if value)
+    settings += "" if getattr(config, "normalize_targets", True) else ", normalize_targets=False"
     mean, deviation = IMAGE_STATS if data.frames == 1 else VIDEO_STATS
     recipe = {f"optim.{name}": getattr(config.optim, name) for name in MAIN}
     recipe |= {key: value for key, value in flatten(to_dict(config)).items() if "." not in key}

@@ -57,7 +57,7 @@ class State:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         order = [names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
         saved, optimizer = values["optimizer"], self.optimizer.state_dict()
-        optimizer["state"] = {number: saved[name] for number, name in enumerate(order) if name in saved}
+        optimizer["state"] |= {number: saved[name] for number, name in enumerate(order) if name in saved}
         self.optimizer.load_state_dict(optimizer)
         if self.ema is not None:
             self.ema.module.load_state_dict(values.get("ema", values["model"]))

@@ -17,6 +17,8 @@ from typing import Literal
 from pipelines.config import ABOVE_0, ANY, BELOW_1, DataConfig, DecodeConfig, check_range, check_settings
 from pipelines.errors import UserError
 
+SEED = (1 << 63) - 1  # the largest
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -73,8 +75,11 @@ class OptimConfig:
     min_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        ranges = {"epochs": (ABOVE_0, ANY), "clip_norm": (0, ANY), "layer_decay": (ABOVE_0, 1)}
+        ranges = dict.fromkeys(("lr", "min_lr", "warmup_epochs", "weight_decay", "clip_norm"), (0, ANY))
+        ranges |= {"epochs": (ABOVE_0, ANY), "layer_decay": (ABOVE_0, 1), "momentum": (0, BELOW_1)}
         check_settings(self, "optim.", batch=(1, ANY), lr_batch=(1, ANY), ema=(0, BELOW_1), **ranges)
+        for name, beta in zip(("first", "second"), self.betas, strict=True):
+            check_range(f"optim.betas' {name}", beta, (0, BELOW_1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +113,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         counts = ("log_every", "checkpoint_every", "keep", "max_skipped")
         ranges = {**dict.fromkeys(counts, (1, ANY)), "eval_every": (0, ANY), "patience": (0, ANY)}
-        check_settings(self, "run.", **ranges)
+        check_settings(self, "run.", **ranges, seed=(0, SEED))
         parts = self.name.split("/")
         # An absolute path starts with an empty part. make passes the name through a shell.
         if self.name and ({"", ".", ".."} & set(parts) or re.search(r"[\s'\"]", self.name)):
@@ -196,6 +201,9 @@ class MaeConfig(Groups):
     """0 = the model's own: 16, as released; the paper says 8 for video."""
     health: bool = True
     """Measure the features of every stage at each evaluation, and warn if a stage collapses."""
+
+    def __post_init__(self) -> None:
+        check_settings(self, "", mask_ratio=(0, 1), decoder_heads=(0, ANY))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,12 +15,13 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipelines.errors import UserError, answer, cause, in_loader, out_of_memory
+from pipelines.errors import UserError, answer, cause, in_loader, out_of_memory, printable
 from train.config import SpeedConfig
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 FAILED = "hiera-train/failed"  # a key of the store that all processes share
 POLL, GRACE = 1.0, 5.0  # seconds between two checks, and from another's failure to this process's end
+STAY = 2.0  # seconds that a failed process stays, for others that fail at the same time
 SENTENCE = "another process failed; see its error, then run the same command to resume"
 
 T = TypeVar("T")
@@ -124,6 +126,7 @@ class Watch:
     def report(self, error: str) -> bool:
         """Tell the other processes that this one failed; return whether another failed first, equally."""
         self.stop()
+        error = printable(error)  # the store takes UTF-8 only
         # The store or its network may be gone; this process must end all the same.
         thread = threading.Thread(target=self._report, args=(error,), daemon=True)
         thread.start()
@@ -177,9 +180,9 @@ def end_together(main: Callable[[], T]) -> T:
     """The result of `main`, after which the process leaves its process group.
 
     When `main` raises in one of several processes, the process cannot leave the group: NCCL would wait for
-    the others, and they wait for this one. The process tells the others, prints the error, and exits at once
-    with the code that `run_cli` gives. The others exit within POLL + GRACE; one with the same error for the
-    user does not repeat it.
+    the others, and they wait for this one. The process tells the others, prints the error, and exits after
+    STAY with the code that `run_cli` gives. The others exit within POLL + GRACE; one with the same error for
+    the user does not repeat it.
     """
     global _watch
     try:
@@ -215,12 +218,16 @@ def explained(error: RuntimeError | MemoryError, speed: SpeedConfig) -> str:
 
 
 def _fail(error: BaseException) -> NoReturn:
+    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else None
     if _watch is not None and _watch.report(str(error)) and isinstance(error, UserError):
-        _exit(2)  # the first process with this error prints it
-    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else answer(error)
-    if code is None:
+        code = 2  # the first process with this error prints it
+    elif code is None and (code := answer(error)) is None:
         traceback.print_exception(error)
         code = 1
+    if _watch is not None:
+        # If this process has the store, the others need it. If it printed nothing, torchrun could end the one
+        # that prints when this one ends.
+        time.sleep(STAY)
     _exit(code)
 
 

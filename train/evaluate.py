@@ -12,7 +12,7 @@ import tyro
 from torch import nn
 
 from models.layers import NormalizedInput
-from pipelines.errors import UserError, first_line, once_per_machine, run_cli
+from pipelines.errors import UNREADABLE, UserError, first_line, once_per_machine, run_cli
 from pipelines.views import clip_notes
 from train import distributed, ending, finetune, mae, rundir
 from train.build import set_precision, warm_start
@@ -47,7 +47,7 @@ def read_config(run: Path, data: Path | None = None) -> Config:
         raise UserError(f"{path} does not exist; name a run folder made by train.mae or train.finetune")
     try:
         config = from_dict(json.loads(path.read_text()))
-    except (UserError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} is not a configuration ({first_line(error)}); restore it") from error
     return replace(config, data=replace(config.data, path=data)) if data else config
 
@@ -92,7 +92,8 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     dataset = open_validation(config.data)
     if dataset is None:
         raise UserError(f"{config.data.path} has no validation samples")
-    rundir.check_classes(arguments.run, dataset.info)
+    if isinstance(config, FinetuneConfig):  # a reconstruction has no classes
+        rundir.check_classes(arguments.run, dataset.info)
     # The run's own predictions.parquet is kept when something else is evaluated.
     folder = None if arguments.weights or arguments.data or arguments.views else arguments.run
     classes = dataset.info.classes

@@ -108,7 +108,7 @@ class Trainer:
             evaluated = [row for row in self.metrics.kept if row["loss_val"] is not None]
             self.best = best_of(evaluated)
             self.since = sum(row["step"] > self.best.get("step", 0) for row in evaluated)
-            if any(row["step"] == state.step for row in self.metrics.kept):
+            if task.validation is None or any(row["step"] == state.step for row in self.metrics.kept):
                 state.row = None
         state.row, self.best, self.since = distributed.broadcast((state.row, self.best, self.since))
         self.writer = checkpoint.Writer(folder / "checkpoints", config.run.keep)

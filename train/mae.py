@@ -187,8 +187,8 @@ def save_reconstructions(path: Path, model: NormalizedInput, batch: Batch, keep:
     """
     from models.mae import reconstruct
 
-    count = int(batch.valid.sum())
-    inputs, keep = model.normalize(batch.pixels)[:count], keep[:count]
+    shown = to_device(batch.valid.nonzero()[0], keep.device)
+    inputs, keep = model.normalize(batch.pixels)[shown], keep[shown]
     model.eval()
     filled = reconstruct(model.model, inputs, keep)  # pyrefly: ignore
     if inputs.ndim == 5:

@@ -25,7 +25,11 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     lr = scaled_lr(config)
     if config.name == "sgd":
         nesterov = config.nesterov and config.momentum > 0
-        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+        for parameter in (p for group in sgd.param_groups for p in group["params"] if config.momentum > 0):
+            # PyTorch would leave its memory as it found it if the first step is skipped.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True)
 
 

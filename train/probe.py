@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from models.layers import NormalizedInput
+from pipelines.config import ANY, check_range
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.errors import UserError, once_per_machine, run_cli
 from pipelines.views import clip_notes
@@ -53,6 +54,8 @@ def probe(arguments: Arguments) -> dict[str, float]:
     A validation sample whose features are not all finite counts as wrong. Raises UserError when there is
     nothing to probe, or when features of the training split are not finite.
     """
+    check_range("--k", arguments.k, (1, ANY))
+    check_range("--decay", arguments.decay, (0, ANY))
     config = read_config(arguments.run, arguments.data)
     splits = [open_dataset(config.data.path, split) for split in ("train", "val")]
     if any((dataset.label < 0).any() or not len(dataset) for dataset in splits):

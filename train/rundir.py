@@ -21,11 +21,11 @@ from typing import IO, Any
 import torch
 
 from pipelines.dataset import DatasetInfo, read_info
-from pipelines.errors import UserError, first_line
+from pipelines.errors import UNREADABLE, UserError, first_line
 from pipelines.files import atomic_text, lock
 from pipelines.machine import usable_cores
 from train import checkpoint, distributed
-from train.config import Config, from_dict, refused_changes, shared_settings, to_dict
+from train.config import Config, FinetuneConfig, from_dict, refused_changes, shared_settings, to_dict
 from train.console import log, screen
 from train.distributed import World
 from train.metrics import Row
@@ -149,10 +149,9 @@ def check_config(config: Config) -> None:
     if path.exists() and (exported_step(folder) or any(folder.glob("checkpoints/step-*.pt*"))):
         try:
             old = from_dict(json.loads(path.read_text()))
-        except (ValueError, LookupError, TypeError, OSError, UserError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}); move the folder away or use another RUN"
-            ) from error
+        except UNREADABLE as error:
+            how = "move the folder away or use another RUN"
+            raise UserError(f"{path} cannot be read ({first_line(error)}); {how}") from error
     fixed, refused = refused_changes(old, config)
     if changes := fixed or refused:
         what = "; ".join(f"{key}: {change}" for key, change in changes.items())
@@ -174,7 +173,7 @@ def exported_step(folder: Path) -> int:
     try:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {})["hiera-train"])["step"]
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, *UNREADABLE) as error:
         raise UserError(
             f"{path} cannot be read ({error}); delete it, and the same command resumes"
         ) from error
@@ -246,11 +245,22 @@ def data_identity(info: DatasetInfo) -> dict[str, object]:
 
 
 def check_data(config: Config, data: Mapping[str, object]) -> None:
-    """Raise UserError if the run has checkpoints of other data and run.allow does not name "data"."""
+    """Raise UserError if the run has checkpoints of other data and run.allow does not name "data".
+
+    A classifier's checkpoints need the same number of classes in any case.
+    """
     folder = config.run.folder
-    if {"data", "--data"} & set(config.run.allow) or not any(folder.glob("checkpoints/step-*.pt*")):
+    if not any(folder.glob("checkpoints/step-*.pt*")):
         return
-    if data_of(folder).get("sha256", data["sha256"]) != data["sha256"]:
+    known = data_of(folder)
+    before, now = (len(one.get("classes", data["classes"])) for one in (known, data))  # pyrefly: ignore
+    if before != now and isinstance(config, FinetuneConfig):
+        raise UserError(
+            f"{config.data.path} has {now} classes, and the model of {folder} has {before}; choose another "
+            "RUN, with INIT= (--model.init) for its weights"
+        )
+    allowed = {"data", "--data"} & set(config.run.allow)
+    if not allowed and known.get("sha256", data["sha256"]) != data["sha256"]:
         raise UserError(
             f"{config.data.path} is not the data that {folder} was trained on so far (see its data.json); "
             "restore it, choose another RUN, or add --run.allow data"

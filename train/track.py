@@ -1,7 +1,8 @@
 """Live trackers (run.track): TensorBoard, Weights & Biases, MLflow, Trackio; each is imported only when used.
 
 trackers.json in the run folder has each tracker's id of this run and the last step that it got. A resumed run
-continues there, and steps that are done again are not sent again.
+continues there, and steps that are done again are not sent again. A run that begins again at step 0, perhaps
+with other settings, is a new one in the tracker.
 """
 
 import json
@@ -158,7 +159,9 @@ class Tracks:
 
     def _open(self, name: str, config: Config, step: int) -> Tracker:
         make, package = TRACKERS[name]
-        before = self._sent.get(name, {"id": "", "step": 0})
+        before: dict = {"id": "", "step": 0}
+        if step or name == "tensorboard":  # the others cannot replace the rows of a start from step 0
+            before |= self._sent.get(name, {})
         try:
             tracker = make(config, before["id"], step)
         except UserError:

@@ -68,10 +68,11 @@ def test_replacements_do_not_depend_on_the_first_step_or_the_ranks(images):
         assert torch.equal(batch.pixels, torch.cat([part.pixels for part in parts]))
 
 
-def test_evaluation_skips_damaged_samples(images):
+def test_evaluation_skips_damaged_samples(images, capfd):
     batches = evaluation(images, config(size=24), 8)
     seen = np.concatenate([batch.ids[batch.valid] for batch in batches])
     assert sorted(seen) == sorted(set(range(30)) - {4, 17}) and sum(batch.bad for batch in batches) == 2
+    assert capfd.readouterr().err.count("; the evaluation leaves it out\n") == 2
 
 
 def test_too_much_damage_stops_with_a_list_of_samples(images):

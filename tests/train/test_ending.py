@@ -15,6 +15,7 @@ from tests.fault_helpers import CLEAN, free_port, redirect_output
 from tests.train.test_resume import quick
 from train import finetune, loop
 from train.config import Config
+from train.ending import Watch
 from train.task import Task
 
 GONE = UserError("the disk is gone; find it")
@@ -85,3 +86,10 @@ def test_processes_with_the_same_error_print_it_once(images, tmp_path):
     printed = (tmp_path / "out").read_text()
     assert codes == [2, 2], (seconds, printed)
     assert printed.count(str(GONE)) == 1 and "another process failed" not in printed
+
+
+def test_an_error_that_is_not_utf_8_is_reported_and_compared():
+    store = dist.HashStore()
+    first, equal, other = (Watch(rank, store) for rank in range(3))
+    assert not first.report("no file b\udce4r")
+    assert equal.report("no file b\udce4r") and not other.report("no file b\udcf6r")

@@ -1,19 +1,26 @@
 """Unit tests of the training core: configuration, metrics, checkpoints, optimizer."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import models
+from models.layers import NormalizedInput
 from pipelines.config import Augment, DataConfig
+from pipelines.dataset import read_info
 from pipelines.errors import UserError
+from pipelines.loader import blank_batch
 from tests.train_helpers import small
-from train import build, checkpoint, config, console, optim
+from train import build, checkpoint, config, console, mae, optim
+from train.card import model_card
 from train.metrics import FINETUNE_COLUMNS, MAE_COLUMNS, MetricsWriter, read_csv
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 
@@ -307,3 +314,28 @@ def test_starting_weights_that_do_not_exist_are_refused_before_processes_start(i
     checkpoints.mkdir(parents=True)
     (checkpoints / "step-000000004.pt").touch()
     build.check(run)  # a run that resumes does not read them
+
+
+def test_the_code_in_a_model_card_makes_the_model_of_the_run(images: Path):
+    preset = MAE_PRESETS["image-mae-pico"]
+    for pixels in (False, True):
+        settings = replace(preset, normalize_targets=not pixels, decoder_heads=8)
+        line = re.search(
+            r"^model = (create.*)$", model_card(settings, read_info(images), {}, 1), re.MULTILINE
+        )
+        assert line is not None
+        made = eval(line[1], {"create": models.create}).config
+        assert (made.normalize_targets, made.decoder_heads) == (not pixels, 8)
+
+
+def test_a_damaged_sample_is_not_drawn(tmp_path: Path):
+    model = models.create("mae_hiera_pico_96", input_size=32 * 2)
+    batch = blank_batch(replace(MAE_PRESETS["image-mae-pico"].data, size=64), 3, torch.device("cpu"))
+    batch.pixels[:] = torch.tensor([10, 100, 200], dtype=torch.uint8).view(3, 1, 1, 1)
+    batch = replace(batch, rows=batch.rows._replace(valid=np.array([True, False, True])))
+    keep = torch.tensor([[0, 1]] * 3)
+    mae.save_reconstructions(tmp_path / "drawn.png", NormalizedInput(model, 1), batch, keep)
+    with Image.open(tmp_path / "drawn.png") as picture:
+        part = int(picture.info["part height"])
+        drawn = [picture.getpixel((9, y + mae.HEADER + 9))[0] for y in range(0, picture.height - part, part)]
+    assert drawn == [10, 200]

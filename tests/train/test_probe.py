@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from pipelines.errors import UserError
 from tests.train_helpers import small
 from tools.pack import ImageOptions, pack_images
-from train import finetune, loop, mae, probe
+from train import evaluate, finetune, loop, mae, probe
 
 
 def test_neighbors_vote_with_weights_by_similarity():
@@ -69,7 +69,11 @@ def test_probing_shards_without_labels_is_refused(images, tmp_path):
     for number, picture in enumerate(sorted((images.parent / "source").rglob("*.JPEG"))):
         (flat / f"{number}.jpg").write_bytes(picture.read_bytes())
     assert pack_images(flat, tmp_path / "unlabelled", ImageOptions(workers=1)) == 0
+    there = evaluate.Arguments(tmp_path / "run", data=tmp_path / "unlabelled", device="cpu")
+    assert evaluate.evaluate(there)["loss_val"] > 0
     with pytest.raises(UserError, match="samples without a class"):
         probe.probe(probe.Arguments(tmp_path / "run", data=tmp_path / "unlabelled", device="cpu"))
+    with pytest.raises(UserError, match=r"--k is -1; it must be at least 1$"):
+        probe.probe(probe.Arguments(tmp_path / "run", k=-1))
     with pytest.raises(UserError, match="name a run folder"):
         probe.probe(probe.Arguments(tmp_path / "nowhere"))

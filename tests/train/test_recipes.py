@@ -48,8 +48,17 @@ def pico(**settings) -> nn.Module:
 # ---- optimizers ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def filled_memory(monkeypatch):
+    """Memory that is not initialized is NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_sgd_with_momentum_equals_torchs_and_skips_non_finite_gradients(nesterov):
+def test_sgd_with_momentum_equals_torchs_and_skips_non_finite_gradients(filled_memory, nesterov):
     model, oracle = nn.Linear(3, 2), nn.Linear(3, 2)
     oracle.load_state_dict(model.state_dict())
     model.no_weight_decay = set
@@ -57,7 +66,7 @@ def test_sgd_with_momentum_equals_torchs_and_skips_non_finite_gradients(nesterov
     settings = replace(settings, nesterov=nesterov)
     ours = optim.make_optimizer(model, settings)
     theirs = torch.optim.SGD(oracle.parameters(), lr=0.1, momentum=0.8, nesterov=nesterov)
-    for value in (1.0, float("nan"), 2.0, float("inf"), -1.0):
+    for value in (float("nan"), 1.0, float("nan"), 2.0, float("inf"), -1.0):
         for net in (model, oracle):
             (net(torch.ones(1, 3)) * value).sum().backward()
         _, skipped = optim.update(model, ours, clip_norm=0.0)
@@ -182,6 +191,17 @@ def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images,
     (data / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=r"other classes than .* class 0 is tench \(n01440764\), the run's"):
         evaluate.evaluate(evaluate.Arguments(run, device="cpu"))
+    info["classes"].append("third")
+    (data / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"has 3 classes, and the model of .*run has 2; choose another RUN"):
+        loop.fit(replace(allowed, optim=replace(config.optim, epochs=4.0)), finetune.make_task)
+    (run / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        loop.fit(allowed, finetune.make_task)
+    info["splits"]["train"]["samples"] = 0
+    (data / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"has no readable train sample; .*train\.arrow says why"):
+        build.check(config)
 
 
 def test_unusual_settings_give_a_warning(images, tmp_path, capsys):

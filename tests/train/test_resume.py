@@ -382,6 +382,26 @@ def test_a_step_is_saved_before_it_is_evaluated(images, tmp_path):
     assert seen[0] == [4]
 
 
+def test_without_validation_data_a_resumed_run_evaluates_no_step(images, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    settings = quick(data, tmp_path, "run", epochs=0.6)
+
+    def interrupted(*_: object) -> dict[str, float]:
+        raise ending.Stopped(signal.SIGTERM)
+
+    def make(*given) -> Task:
+        return replace(finetune.make_task(*given), evaluate=interrupted)
+
+    assert loop.fit(settings, make) == signal.SIGTERM
+    info = json.loads((data / "dataset.json").read_text())
+    for name in ("splits", "tar_bytes", "catalogue_sha256"):
+        del info[name]["val"]
+    (data / "dataset.json").write_text(json.dumps(info))
+    run = fit(changed(settings, run={"allow": ("data",)}))
+    assert read_csv(run / "metrics.csv")[-1]["step"] == 6
+
+
 @pytest.mark.parametrize("ignored", [False, pytest.param(True, marks=LONG)])
 def test_a_closed_terminal_saves_and_with_nohup_training_continues(images, tmp_path, ignored: bool):
     settings = quick(images, tmp_path, "run")

@@ -250,6 +250,19 @@ def test_under_torchrun_other_settings_are_refused_too(images: Path, tmp_path: P
         ("", {"smoothing": 2.0}, "smoothing is 2"),
         ("", {"mixup": -1.0}, "mixup is -1"),
         ("", {"views": (0, 3)}, "views is 0"),
+        ("optim", {"epochs": float("inf")}, "optim.epochs is inf; it must be more than 0 and finite$"),
+        ("optim", {"warmup_epochs": float("nan")}, "optim.warmup_epochs is nan; it must be at least 0$"),
+        ("optim", {"lr": -1.0}, "optim.lr is -1"),
+        ("optim", {"weight_decay": float("nan")}, "optim.weight_decay is nan"),
+        ("optim", {"momentum": -1.0}, "optim.momentum is -1"),
+        (
+            "optim",
+            {"betas": (0.9, 1.0)},
+            "optim.betas' second is 1.0; it must be at least 0 and less than 1$",
+        ),
+        ("run", {"seed": -1}, "run.seed is -1"),
+        ("run", {"seed": 1 << 64}, "run.seed is 18446744073709551616; it must be at least 0 and at most 9.2"),
+        ("data", {"ratio": (1.0, float("inf"))}, "data.ratio's second is inf"),
         ("", {"freeze": "all"}, "freeze is 'all'; it can be none, trunk"),
     ],
 )
@@ -286,12 +299,16 @@ def test_unsuitable_settings_give_one_line(images: Path, clips: Path, tmp_path: 
     for expected, config in {
         "wants a mae_hiera_\\*": changed("model", name="hiera_pico_96"),
         "keeps 0 of 4 mask units": replace(good, mask_ratio=0.9),
+        "decoder_heads is 7; choose a divisor of the decoder's width, 128": replace(good, decoder_heads=7),
         "multiples of 32 pixels": changed("data", size=50),
         "no weights file": changed("model", init="missing.safetensors"),
         "hiera_pico": changed("model", name="mae_hiera_pixo_96"),
     }.items():
         with pytest.raises(UserError, match=expected):
             loop.fit(config, mae.make_task)
+    for values in ({"mask_ratio": float("nan")}, {"decoder_heads": -1}):
+        with pytest.raises(UserError, match="must be at least 0"):
+            replace(good, **values)
 
 
 def test_damage_is_replaced_counted_and_limited_on_every_rank(images: Path, tmp_path: Path):

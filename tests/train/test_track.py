@@ -189,6 +189,20 @@ def test_a_tracker_that_fails_is_reported_once_and_does_not_end_the_run(images, 
     assert capsys.readouterr().out.count("mlflow failed (") == 1
 
 
+def test_a_run_that_begins_again_at_step_0_is_a_new_one_in_the_tracker(images, home):
+    from mlflow.tracking import MlflowClient
+
+    config = settings(images, home / "again", "run", "mlflow")
+    config.run.folder.mkdir(parents=True)
+    for loss in (2.0, 1.0):  # with other settings, before the first checkpoint
+        tracks = track.Tracks(config, 0)
+        tracks.row({"step": 3, "loss": loss})
+        tracks.close()
+    known = json.loads((config.run.folder / "trackers.json").read_text())["mlflow"]["id"]
+    client = MlflowClient((config.run.root / "mlruns").as_uri())
+    assert [m.value for m in client.get_metric_history(known, "train/loss")] == [1.0]
+
+
 def test_a_missing_package_or_login_is_an_error_before_the_first_step(images, home, monkeypatch):
     import wandb
 
