@@ -132,7 +132,7 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_weights_to_evaluate_are_not_called_starting_weights(trained: Path, tmp_path: Path):
     (tmp_path / "bad.pth").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=rf"^weights {tmp_path}/bad\.pth: "):
+    with pytest.raises(UserError, match=rf"^weights: {tmp_path}/bad\.pth "):
         evaluate.evaluate(evaluate.Arguments(trained, weights=tmp_path / "bad.pth", device="cpu"))
 
 
