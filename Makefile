@@ -20,7 +20,8 @@ SETTINGS = $(if $(RUN),--run.name $(call quoted,$(RUN))) $(if $(DATA),--data.pat
 	$(if $(TUNED),$(or $(shell cat $(call quoted,$(TUNED))),$(error TUNED=$(TUNED) is empty or cannot be read)))
 NAMED = $(or $(RUN),$(error name a folder in runs/ with RUN=))
 OTHER = $(if $(WEIGHTS),--weights $(call quoted,$(WEIGHTS))) $(if $(DEVICE),--device $(DEVICE))
-PACKED = $(if $(TARS),tars --train $(call quoted,$(TARS)) $(if $(VAL_TARS),--val $(call quoted,$(VAL_TARS))),all \
+ALONE = $(if $(IMAGES)$(FRAMES)$(VIDEOS)$(TRAIN_LIST)$(VAL_LIST),$(error index TARS= alone, without IMAGES= FRAMES= VIDEOS= or lists))
+PACKED = $(if $(TARS),$(ALONE)tars --train $(call quoted,$(TARS)) $(if $(VAL_TARS),--val $(call quoted,$(VAL_TARS))),all \
 	$(if $(IMAGES),--images $(call quoted,$(IMAGES))) $(if $(FRAMES),--frames $(call quoted,$(FRAMES))) $(if $(VIDEOS),--videos $(call quoted,$(VIDEOS))) $(if $(TRAIN_LIST),--train-list $(call quoted,$(TRAIN_LIST))) \
 	$(if $(VAL_LIST),--val-list $(call quoted,$(VAL_LIST))))
 PACKING = $(if $(OUT),--out $(call quoted,$(OUT))) \

@@ -77,9 +77,13 @@ def test_make_lists_its_targets_and_a_command_can_be_pasted():
     command = call_make("-n", "train-mae", *settings).splitlines()[-1]
     wanted = "train.mae image-mae-pico --speed.device cpu --speed.processes 2 --optim.epochs 1"
     assert " ".join(command.split()) == f".venv/bin/python -m {wanted}"
-    with pytest.raises(subprocess.CalledProcessError) as caught:
-        call_make("-n", "train-mae", "TUNED=nowhere.txt")
-    assert "TUNED=nowhere.txt is empty or cannot be read" in caught.value.stderr
+    for words, message in (
+        (("train-mae", "TUNED=nowhere.txt"), "TUNED=nowhere.txt is empty or cannot be read"),
+        (("shards", "TARS=a.tar", "IMAGES=b"), "index TARS= alone"),
+    ):
+        with pytest.raises(subprocess.CalledProcessError) as caught:
+            call_make("-n", *words)
+        assert message in caught.value.stderr
 
 
 def call_make(*words: str) -> str:

@@ -53,7 +53,7 @@ def model_card(config: Config, info: DatasetInfo, last_row: Mapping[str, object]
     recipe |= {key: value for key, value in flatten(to_dict(config)).items() if "." not in key}
     source = {"path": str(data.path), "splits": info.splits, "classes": info.classes}
     other = "other.safetensors --to timm" if data.frames == 1 or autoencoder else "other.onnx --to onnx"
-    seen = ", of the TRAINING videos, nothing was held out" if last_row.get("held_out") == 0 else ""
+    seen = ", of the training samples, nothing was held out" if last_row.get("held_out") == 0 else ""
     return f"""# {config.run.name}
 
 {model.name}, {kind}, trained by hiera-train: {steps} steps.

@@ -108,6 +108,8 @@ class Trainer:
             evaluated = [row for row in self.metrics.kept if row["loss_val"] is not None]
             self.best = best_of(evaluated)
             self.since = sum(row["step"] > self.best.get("step", 0) for row in evaluated)
+            if task.validation is None and config.run.patience:
+                log("run.patience has no effect: the data has no validation split")
             if task.validation is None or any(row["step"] == state.step for row in self.metrics.kept):
                 state.row = None
         state.row, self.best, self.since = distributed.broadcast((state.row, self.best, self.since))

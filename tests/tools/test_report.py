@@ -339,7 +339,7 @@ def test_the_card_describes_the_weights():
     config = FINETUNE_PRESETS["image-ft-pico"]
     assert recipe["optim.lr"] == config.optim.lr and recipe["smoothing"] == config.smoothing
     assert metrics == {"step": 7, "acc": 0.5} and "TRAINING" not in text
-    assert "TRAINING videos" in model_card(config, INFO, {"held_out": 0}, 7)
+    assert "training samples" in model_card(config, INFO, {"held_out": 0}, 7)
 
 
 def test_the_card_names_the_licence():

@@ -398,8 +398,9 @@ def test_without_validation_data_a_resumed_run_evaluates_no_step(images, tmp_pat
     for name in ("splits", "tar_bytes", "catalogue_sha256"):
         del info[name]["val"]
     (data / "dataset.json").write_text(json.dumps(info))
-    run = fit(changed(settings, run={"allow": ("data",)}))
+    run = fit(changed(settings, run={"allow": ("data",), "patience": 1}))
     assert read_csv(run / "metrics.csv")[-1]["step"] == 6
+    assert "run.patience has no effect" in (run / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("ignored", [False, pytest.param(True, marks=LONG)])
