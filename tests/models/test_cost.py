@@ -142,6 +142,6 @@ def test_the_benchmark_compares_with_other_implementations():
         for race in races
         for rounds in race.values()
     )
-    text = markdown({"a step": races[0]})
+    text = markdown({"a step": races[0]}, "a machine")
     ours, _, theirs = (next(iter(race.values()))[0] for race in races[0].values())
     assert f"| hiera-transformer | {theirs:.4g} | {ours / theirs:.2f} ({ours / theirs:.2f} to" in text
