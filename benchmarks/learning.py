@@ -192,16 +192,19 @@ def last_accuracy(name: str) -> float:
     return read_csv(RUNS / name / "metrics.csv")[-1]["acc"]
 
 
+def evaluated(name: str) -> list[dict]:
+    """The metric rows of a run that have an evaluation."""
+    return [row for row in read_csv(RUNS / name / "metrics.csv") if row["loss_val"] is not None]
+
+
 def curve(name: str) -> list[tuple[int, float]]:
     """(step, validation loss) of a pretraining run."""
-    rows = read_csv(RUNS / name / "metrics.csv")
-    return [(row["step"], row["loss_val"]) for row in rows if row["loss_val"] is not None]
+    return [(row["step"], row["loss_val"]) for row in evaluated(name)]
 
 
 def health(name: str) -> dict[str, list[float]]:
     """The health columns of a pretraining run, and the steps of its evaluations."""
-    rows = [row for row in read_csv(RUNS / name / "metrics.csv") if row["loss_val"] is not None]
-    return {column: [row[column] for row in rows] for column in ("step", *HEALTH_COLUMNS)}
+    return {column: [row[column] for row in evaluated(name)] for column in ("step", *HEALTH_COLUMNS)}
 
 
 def image_results(arguments: Arguments) -> dict[str, list[float]]:

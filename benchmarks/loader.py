@@ -366,11 +366,9 @@ def small_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
     files = [[path] for path in sorted((work / "short256-files").glob("*.jpg"))]
     return {
         "ours": ours(work / "short256", 1, False, batch, workers),
-        "torchvision": torchvision_batches(files, Way(), batch, workers),
-        "torchvision, uint8": torchvision_batches(files, Way(floats=False), batch, workers),
+        **file_race(files, Way(), batch, workers),
         "webdataset": webdataset_batches(tars, Way(), batch, workers),
         "DALI alone": bare_dali(tars, batch, workers, resize=True),
-        **opencv_race(files, batch, workers),
     }
 
 
@@ -378,16 +376,8 @@ def original_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:
     files = [[path] for path in sorted((work / "originals").rglob("*.JPEG"))]
     return {
         "ours": ours(work / "as-is", 1, False, batch, workers),
-        "torchvision": torchvision_batches(files, Way(), batch, workers),
-        "torchvision, uint8": torchvision_batches(files, Way(floats=False), batch, workers),
-        **opencv_race(files, batch, workers),
+        **file_race(files, Way(), batch, workers),
     }
-
-
-def opencv_race(files: list[list[Path]], batch: int, workers: int) -> dict[str, Batches]:
-    if not find_spec("cv2"):
-        return {}
-    return {"OpenCV, uint8": folder_batches(Folder(files, opencv_frames), batch, workers)}
 
 
 def clip_race(work: Path, way: Way, batch: int, workers: int) -> dict[str, Batches]:
@@ -395,10 +385,20 @@ def clip_race(work: Path, way: Way, batch: int, workers: int) -> dict[str, Batch
     tars = sorted((work / "clips" / "train").glob("*.tar"))
     return {
         "ours": ours(work / "clips", FRAMES, way.centre, batch, workers),
-        "torchvision": torchvision_batches(folders, way, batch, workers),
-        "torchvision, uint8": torchvision_batches(folders, replace(way, floats=False), batch, workers),
+        **file_race(folders, way, batch, workers),
         "webdataset": webdataset_batches(tars, way, batch, workers),
     }
+
+
+def file_race(samples: list[list[Path]], way: Way, batch: int, workers: int) -> dict[str, Batches]:
+    """Loaders of files; OpenCV's, if it is installed, for pictures only."""
+    racing = {
+        "torchvision": torchvision_batches(samples, way, batch, workers),
+        "torchvision, uint8": torchvision_batches(samples, replace(way, floats=False), batch, workers),
+    }
+    if len(samples[0]) == 1 and find_spec("cv2"):
+        racing["OpenCV, uint8"] = folder_batches(Folder(samples, opencv_frames), batch, workers)
+    return racing
 
 
 def decode_race(work: Path, batch: int, workers: int) -> dict[str, Batches]:

@@ -46,14 +46,9 @@ def plan_of(kind: str, listing: Listing, val_fraction: float, packing: Packing, 
     train, val, where = listing.train, listing.val, listing.where or where
     if val is None:
         train, val = split_off(train, val_fraction)
-        absent = (
-            {item.label for item in train} - {item.label for item in val} - {""} if val_fraction else None
-        )
-        note = (
-            f"; classes without a sample in it: {len(absent)}, such as {readable(min(absent))}"
-            if absent
-            else ""
-        )
+        note = ""
+        if val_fraction and (absent := {x.label for x in train} - {x.label for x in val} - {""}):
+            note = f"; classes without a sample in it: {len(absent)}, such as {readable(min(absent))}"
         share = f"{len(val)} of {len(train) + len(val)} samples become it"
         print(f"no validation split in {where}: {share}{note}")
     elif val and has_classes(train) != has_classes(val):

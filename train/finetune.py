@@ -181,10 +181,11 @@ def evaluate(
     ids = table[:, -1].nonzero()[:, 0]  # not those of damaged samples
     check_damage(config.data, dataset, len(ids))
     best, chances, losses = table[ids, :top].int(), table[ids, top:-2], table[ids, -2]
-    hits = (best == labels.cpu()[ids, None]).numpy()
+    answers = labels.cpu()[ids]
+    hits = (best == answers[:, None]).numpy()
     if run.world.is_main and run.folder is not None:
         write_predictions(run.folder, dataset, ids.numpy(), best.numpy(), chances.numpy())
-    most = int(labels.cpu()[ids].bincount().max()) if len(ids) else 0
+    most = int(answers.bincount().max()) if len(ids) else 0
     if hits[:, 0].sum() <= most < len(ids):
         log(f"acc is not above {most / len(ids):.3g}, that of always answering the most frequent class")
     sums = {"acc": hits[:, 0].sum(), "acc5": hits.sum(), "loss_val": losses.double().sum()}
