@@ -65,7 +65,7 @@ def replay(arguments: Arguments) -> Report:
     if isinstance(config, MaeConfig):
         config = replace(config, health=False)
     try:
-        report = _repeat(config, step)
+        report = _repeat(config, run, step)
         if distributed.rank() == 0:
             report |= compare(run, folder, report)
             badstep.write(run / f"replay-{step}.json", report)
@@ -76,21 +76,25 @@ def replay(arguments: Arguments) -> Report:
 
 
 def _prepare(folder: Path, checkpoints: list[Path]) -> None:
-    """An empty run folder, with a link to the newest of the checkpoints."""
+    """An empty run folder, with links to the checkpoints: the newest may be damaged."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "checkpoints").mkdir(parents=True)
-    for path in checkpoints[-1:]:
+    for path in checkpoints:
         for file in (path, path.with_suffix(".sha256")):
             name = file.name.removeprefix(checkpoint.KEPT)
             (folder / "checkpoints" / name).symlink_to(file.resolve())
 
 
-def _repeat(config: Config, last: int) -> Report:
-    """Train to step `last` as `loop.fit` does, without evaluating and saving, and inspect it."""
+def _repeat(config: Config, folder: Path, last: int) -> Report:
+    """Train to step `last` as `loop.fit` does, without evaluating and saving, and inspect it.
+
+    The metric rows are those of the run in `folder`, whose intervals may have changed since.
+    """
     run = rundir.start_run(config)
     with run.starting():
         trainer = loop.Trainer(config, MAKE_TASK[type(config)], run)
     state, world = trainer.state, trainer.run.world
+    rows = distributed.broadcast({row["step"] for row in read_csv(folder / "metrics.csv")})
     report: Report = {"step": last, "from_step": state.step, "processes": world.size}
     trainer.recorder.inspect = None
     log(f"replay: steps {state.step + 1} to {last}")
@@ -101,7 +105,7 @@ def _repeat(config: Config, last: int) -> Report:
             loop.train_step(trainer, step)
             if step == last:
                 report["loss"], report["skipped"] = state.meters.last_step()
-            if trainer.due(step, config.run.log_every) or trainer.due(step, trainer.eval_every):
+            if step in rows:
                 loop.begin_row(trainer)
             if step == last:
                 break

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,25 @@ def test_a_replay_equals_the_run_in_every_bit(run: Path, capsys: pytest.CaptureF
 def test_a_replay_without_a_checkpoint_begins_at_the_start(run: Path):
     report = replay.replay(replay.Arguments(run, 2, device="cpu"))
     assert (report["from_step"], report["rows_compared"], report["rows_equal"]) == (0, 1, 1)
+
+
+def test_a_replay_has_the_rows_of_the_run_also_if_its_intervals_have_changed(run: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    config = json.loads((copy / "config.json").read_text())
+    config["run"]["log_every"] = 1  # the last command's, when nothing was left to train
+    (copy / "config.json").write_text(json.dumps(config))
+    report = replay.replay(replay.Arguments(copy, 6, device="cpu"))
+    assert (report["from_step"], report["rows_compared"], report["rows_equal"]) == (4, 1, 1)
+
+
+def test_a_replay_begins_at_the_newest_valid_checkpoint(run: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    damaged = copy / "checkpoints/step-000000008.pt"
+    damaged.write_bytes(b"no checkpoint")
+    before = listing(copy)
+    report = replay.replay(replay.Arguments(copy, 9, device="cpu"))
+    assert (report["from_step"], report["rows_compared"], report["rows_equal"]) == (4, 3, 3)
+    assert listing(copy) == {**before, "replay-9.json": sha256_of(copy / "replay-9.json")}
 
 
 @pytest.mark.parametrize("step", [0, 10])
