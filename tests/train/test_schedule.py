@@ -51,9 +51,9 @@ def test_steps_are_counted_exactly(samples, batch, epochs, warmup_epochs, steps,
     ("samples", "batch", "epochs", "interval"),
     [
         (IMAGENET, 4096, 40, 313),  # one epoch
-        (IMAGENET, 4096, 400, 1251),  # 100 evaluations, one every 4 epochs
-        (270, 32, 10, 8),  # 85 steps of 8.4 to an epoch: 10 evaluations
-        (270, 32, 3, 3),  # 26 steps: at least 10 evaluations
+        (IMAGENET, 4096, 400, 1252),  # 100 evaluations, one every 4 epochs
+        (270, 32, 10, 8),  # 85 steps of 8.4 to an epoch: 11 evaluations, the last one at the end
+        (270, 32, 3, 2),  # 26 steps: at least 10 evaluations
         (60, 12, 1, 1),  # fewer steps than 10
         (100, 1000, 100, 1),  # an epoch is less than a step
     ],
@@ -62,6 +62,14 @@ def test_a_run_is_evaluated_once_per_epoch_at_least_10_and_at_most_100_times(
     samples: int, batch: int, epochs: float, interval: int
 ):
     assert optim.eval_interval(OptimConfig(batch=batch, epochs=epochs), samples) == interval
+
+
+def test_no_length_has_fewer_than_10_or_more_than_100_evaluations():
+    for steps in range(10, 320):
+        for epoch in (1, 2, 3, 7, 11, 50, 300):  # steps
+            settings = OptimConfig(batch=1, epochs=steps / epoch, warmup_epochs=0.0)
+            length = optim.total_steps(settings, epoch)
+            assert 10 <= math.ceil(length / optim.eval_interval(settings, epoch)) <= 100, (length, epoch)
 
 
 def test_steps_are_the_smallest_number_that_covers_the_epochs():
