@@ -209,12 +209,11 @@ def resample_positions(state: State, model: Encoder) -> tuple[State, list[str]]:
     changed = [n for n in grids if n in state and n in own and state[n].shape != own[n].shape]
     for name in changed:
         if state[name].ndim != own[name].ndim:
-            raise UserError(
-                "the weights have another kind of position embeddings than the model; "
-                "give the model their setting of abs_win"
-            )
+            fix = "a clip model has plain ones only" if model.config.video else "give it their abs_win"
+            raise UserError(f"the weights have another kind of position embeddings than the model; {fix}")
         if own[name].ndim == 4:
-            state[name] = F.interpolate(state[name], own[name].shape[2:], mode="bicubic", antialias=True)
+            table = state[name].float()  # torch has no such kernel for half precision
+            state[name] = F.interpolate(table, own[name].shape[2:], mode="bicubic", antialias=True)
         else:
             state[name] = resample(state[name], *grids[name])
     return state, changed

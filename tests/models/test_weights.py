@@ -259,6 +259,17 @@ def test_resampling_of_position_embeddings():
         resample(torch.rand(1, 12, 4), 1, (1, 3, 4))
 
 
+def test_absolute_window_embeddings_in_half_precision_are_resampled_and_clip_models_refuse_them():
+    source = random_model("hiera_pico_96", abs_win=True, global_pos_size=(7, 7))
+    state = {name: value.half() for name, value in source.state_dict().items()}
+    target, whole = (models.create("hiera_pico_96", abs_win=True) for _ in range(2))
+    assert models.load_weights(target, state, quiet=True).resampled == ("pos_embed",)
+    models.load_weights(whole, {name: value.float() for name, value in state.items()}, quiet=True)
+    assert torch.equal(target.pos_embed, whole.pos_embed)
+    with pytest.raises(UserError, match="another kind of position embeddings .*; a clip model has plain"):
+        models.load_weights(models.create("hiera_pico_16x64"), state, quiet=True)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "resampled"),
     [
