@@ -163,10 +163,10 @@ def log_plan(config: Config, task: Task, world: World) -> None:
         f"{f', {repeats} rows of each sample' if repeats > 1 else ''}; lr {scaled_lr(optim):.3g} = "
         f"{optim.lr:.3g} x {optim.batch} / {optim.lr_batch}; {steps} step{'s' * (steps != 1)} = {length}"
     )
-    if optim.batch > samples:
+    if optim.batch > (rows := samples * repeats):
         log(
-            f"a batch is {optim.batch / samples:.1f} times the training data: lower optim.batch to at most "
-            f"{samples} (the learning rate is scaled with it), or every step sees samples more than once"
+            f"a batch is {optim.batch / rows:.1f} times the training data: lower optim.batch to at most "
+            f"{rows} (the learning rate is scaled with it), or every step sees samples more than once"
         )
     if warmup_steps(optim, samples) >= steps or optim.warmup_epochs >= optim.epochs:
         log(

@@ -141,8 +141,8 @@ class Trainer:
 
     @property
     def stops_early(self) -> bool:
-        """Whether the last `run.patience` evaluations gave no better result."""
-        return 0 < self.config.run.patience <= self.since
+        """Whether steps are left, and the last `run.patience` evaluations gave no better result."""
+        return self.state.step < self.steps and 0 < self.config.run.patience <= self.since
 
     def due(self, step: int, every: int) -> bool:
         """Whether something that happens every `every` steps, and after the last one, happens now."""

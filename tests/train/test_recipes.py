@@ -169,6 +169,9 @@ def test_a_run_without_better_results_ends_early_and_its_best_one_is_shown(image
     assert (run / "metrics.csv").read_bytes() == before
     fit(replace(config, run=replace(settings, patience=0)), finetune.make_task)
     assert read_csv(run / "metrics.csv")[-1]["step"] == 14, "without patience it continues to its end"
+    (run / "model.safetensors").unlink()
+    fit(replace(config, run=replace(settings, patience=1)), finetune.make_task)
+    assert "stopped early after step 14" not in (run / "log.txt").read_text(), "no step was left"
 
 
 def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images, tmp_path):
@@ -205,8 +208,9 @@ def test_other_data_is_refused_on_resume_and_other_classes_in_evaluation(images,
 
 
 def test_unusual_settings_give_a_warning(images, tmp_path, capsys):
-    def logged(**optim: object) -> str:
+    def logged(repeats: int = 1, **optim: object) -> str:
         config = small("image-mae-pico", images, tmp_path, "plan", **optim)
+        config = replace(config, data=replace(config.data, repeats=repeats))
         build.log_plan(config, mae.make_task(config, Run(ALONE)), ALONE)
         return capsys.readouterr().out
 
@@ -216,7 +220,9 @@ def test_unusual_settings_give_a_warning(images, tmp_path, capsys):
     assert "11 steps = 3.1 epochs, rounded up" in logged(epochs=3.1)
     assert "4 steps = 1 epoch, rounded up" in logged(epochs=1.0)
     assert "; 1 step = 0.3 epochs" in logged(epochs=0.3)
-    assert "a batch is 1.5 times the training data: lower optim.batch" in logged(batch=60)
+    assert "a batch is 1.5 times the training data: lower optim.batch to at most 40 " in logged(batch=60)
+    assert "times the training data" not in logged(repeats=2, batch=60), "30 of the 40 samples, twice each"
+    assert "1.2 times the training data: lower optim.batch to at most 80 " in logged(repeats=2, batch=96)
     assert "warmup takes 3 epochs: the learning rate rises to the very end" in logged(warmup_epochs=3.0)
 
 
