@@ -266,7 +266,7 @@ def test_absolute_window_embeddings_in_half_precision_are_resampled_and_clip_mod
     assert models.load_weights(target, state, quiet=True).resampled == ("pos_embed",)
     models.load_weights(whole, {name: value.float() for name, value in state.items()}, quiet=True)
     assert torch.equal(target.pos_embed, whole.pos_embed)
-    with pytest.raises(UserError, match="another kind of position embeddings .*; a clip model has plain"):
+    with pytest.raises(UserError, match=r"another kind of position embeddings .*; a clip model has plain"):
         models.load_weights(models.create("hiera_pico_16x64"), state, quiet=True)
 
 
