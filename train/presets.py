@@ -120,12 +120,20 @@ def video_ft(size: str, pretrained_epochs: int = 3200) -> FinetuneConfig:
     Published top-1, 15 views: base 84.0, base-plus 85.0, large 87.3, huge 87.8.
     RandAugment (7, 0.5) is the paper's. It names neither the crop area nor the number of operations, and
     follows MAE-st: area 0.08 to 1, 2 operations. Every clip that is decoded gives two augmented rows.
+    As there, the side of the three spatial views is the clip's short side. For `--views 5 1`, MAE-st takes
+    the centre at 224 / 256 (`--data.crop 0.875`).
     make train-ft RECIPE=video-ft-base INIT=mae_hiera_base_16x224:mae_k400 DATA=shards/kinetics GPUS=8
     """
     big = size in ("large", "huge")
     return FinetuneConfig(
         data=DataConfig(
-            path=CLIPS, frames=16, scale=(0.08, 1.0), repeats=2, same_clip=True, augment=VIDEO_AUGMENT
+            path=CLIPS,
+            frames=16,
+            scale=(0.08, 1.0),
+            crop=1.0,
+            repeats=2,
+            same_clip=True,
+            augment=VIDEO_AUGMENT,
         ),
         model=ModelConfig(
             name=f"hiera_{size}_16x224", drop_path=0.3 if size == "huge" else 0.2, dropout=0.5 if big else 0.3
@@ -151,6 +159,7 @@ def video_ft_ssv2(frames: int = 16) -> FinetuneConfig:
 
     One frame from each of `frames` equal parts of a clip: 16 at batch 256, or 32 at batch 128 without mixing
     and smoothing. Nesterov momentum is SlowFast's default, the crop area MAE-st's; the paper names neither.
+    The side of the views is the clip's short side, as in SlowFast.
     Published top-1: 75.1 after pretraining on SSv2, 74.7 after K400; with 32 frames 76.5.
     make train-ft RECIPE=video-ft-ssv2-large INIT=runs/video-mae-ssv2-large/model.safetensors GPUS=8
     """
@@ -158,7 +167,13 @@ def video_ft_ssv2(frames: int = 16) -> FinetuneConfig:
     batch, lr = (256, 0.16) if short else (128, 0.08)
     return FinetuneConfig(
         data=DataConfig(
-            path=SSV2, frames=frames, sampling="segments", scale=(0.08, 1.0), flip=0.0, augment=VIDEO_AUGMENT
+            path=SSV2,
+            frames=frames,
+            sampling="segments",
+            scale=(0.08, 1.0),
+            crop=1.0,
+            flip=0.0,
+            augment=VIDEO_AUGMENT,
         ),
         model=ModelConfig(name="hiera_large_16x224", drop_path=0.1 if short else 0.2, dropout=0.5),
         optim=at_batch(

@@ -50,6 +50,7 @@ WHERE = {  # cell of the paper -> setting
     "cutmix": "cutmix",
     "smoothing": "smoothing",
     "views": "views",
+    "view_side": "data.crop",  # share of the short side
     "pretrained": "pretrained_epochs",
 }
 COLUMNS = [
