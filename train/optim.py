@@ -67,7 +67,8 @@ def warmup_steps(optim: OptimConfig, samples: int) -> int:
 def eval_interval(optim: OptimConfig, samples: int) -> int:
     """Steps between evaluations: an epoch, or what gives at least 10 and at most 100 evaluations per run."""
     steps = total_steps(optim, samples)
-    return max(1, min(max(round(samples / optim.batch), math.ceil(steps / 100)), steps // 10))
+    longest = (steps - 1) // 9  # with which there are 10; the last step is always evaluated
+    return max(1, min(max(round(samples / optim.batch), math.ceil(steps / 100)), longest))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, samples: int) -> None:

@@ -52,6 +52,7 @@ def test_steps_are_counted_exactly(samples, batch, epochs, warmup_epochs, steps,
     [
         (IMAGENET, 4096, 40, 313),  # one epoch
         (IMAGENET, 4096, 400, 1252),  # 100 evaluations, one every 4 epochs
+        (IMAGENET, 1024, 10, 1251),  # one epoch: 10 evaluations, the last one at the end of the tenth
         (270, 32, 10, 8),  # 85 steps of 8.4 to an epoch: 11 evaluations, the last one at the end
         (270, 32, 3, 2),  # 26 steps: at least 10 evaluations
         (60, 12, 1, 1),  # fewer steps than 10
