@@ -86,8 +86,10 @@ def evaluate(arguments: Arguments) -> dict[str, float]:
     Under torchrun the processes share the samples, and all return the same scores.
     """
     config = read_config(arguments.run, arguments.data)
-    if arguments.views and hasattr(config, "views"):
-        config = replace(config, views=arguments.views)  # pyrefly: ignore
+    if arguments.views:
+        if not isinstance(config, FinetuneConfig):
+            raise UserError(f"{arguments.run} is an autoencoder, which has no views; leave out --views")
+        config = replace(config, views=arguments.views)
     weights = weights_of(arguments.run, arguments.weights)
     dataset = open_validation(config.data)
     if dataset is None:

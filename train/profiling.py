@@ -37,6 +37,8 @@ def profile(steps: Iterator[int], chosen: range, folder: Path, device: torch.dev
                 break
             if profiler is not None:
                 profiler.step()  # marks the next step in the trace
+    if profiler is None:
+        log(f"no step was profiled: the run ended before step {chosen[0]} or resumed after step {chosen[-1]}")
     yield from steps
 
 

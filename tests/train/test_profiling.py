@@ -49,6 +49,9 @@ def test_after_the_last_chosen_step_the_profiler_is_not_called(tmp_path: Path, m
     assert len(marks) == 1, "between steps 2 and 3 only"
 
 
-def test_steps_that_are_over_are_not_profiled(tmp_path: Path):
+def test_steps_that_are_over_are_not_profiled_and_this_is_reported(tmp_path: Path, capsys):
     assert list(profiling.profile(iter(range(5, 7)), range(2, 4), tmp_path, CPU)) == [5, 6]
     assert list(tmp_path.iterdir()) == []
+    assert (
+        "no step was profiled: the run ended before step 2 or resumed after step 3" in capsys.readouterr().out
+    )

@@ -23,7 +23,7 @@ from tests import LONG
 from tests.train_helpers import call, make_images, small
 from tools.report import report
 from train import build, checkpoint, evaluate, finetune, loop, mae, optim
-from train.config import OptimConfig
+from train.config import MaeConfig, OptimConfig, to_dict
 from train.console import curve
 from train.distributed import World
 from train.metrics import read_csv
@@ -145,6 +145,12 @@ def test_best_weights_predictions_and_steps_are_kept(images, tmp_path):
     assert [int(row["step"]) for row in steps] == list(range(1, rows[-1]["step"] + 1))
     first = [float(row["loss"]) for row in steps[: rows[0]["step"]]]
     assert rows[0]["loss"] == pytest.approx(sum(first) / len(first))
+
+
+def test_views_of_an_autoencoder_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(MaeConfig())))
+    with pytest.raises(UserError, match="is an autoencoder, which has no views; leave out --views"):
+        evaluate.evaluate(evaluate.Arguments(tmp_path, views=(5, 3), device="cpu"))
 
 
 def test_a_run_without_better_results_ends_early_and_its_best_one_is_shown(images, tmp_path):
