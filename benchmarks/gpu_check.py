@@ -28,7 +28,7 @@ from rich.text import Text
 
 import train  # sets how OpenMP waits  # noqa: F401
 from benchmarks import gpu_checks, gpu_models, gpu_process, gpu_runs
-from benchmarks.gpu_checks import Place
+from benchmarks.gpu_place import Place, Problem
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
 from train.rundir import environment
@@ -127,7 +127,7 @@ def child(name: str, values: dict[str, str], flags: list[str]) -> None:
             result = gpu_runs.training_rates(name, place, flags)
         else:
             result = (CHECKS | RATES)[name].run(place)
-    except gpu_checks.Problem as problem:
+    except Problem as problem:
         print(problem, file=sys.stderr)
         sys.exit(1)
     print(f"{RESULT}{json.dumps(result)}", flush=True)

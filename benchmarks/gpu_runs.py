@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.gpu_checks import Place, batches, fed, need
+from benchmarks.gpu_place import Place, need
 from benchmarks.gpu_process import last_line
 from benchmarks.memory import need_of
 from pipelines.machine import usable_cores
@@ -226,6 +226,8 @@ def nonfinite_steps(place: Place) -> str:
 
 def loading_rates(place: Place, path: Path, frames: int, rows: int, decode: Decode) -> Rates:
     """Frames per second of the loading pipeline at 224 pixels, by "threads, engine share, decoding"."""
+    from benchmarks.gpu_checks import batches, fed
+
     rates: Rates = {}
     feed = fed(path, rows, frames, size=224)
     grid = ((4, 0.65), (8, 0.65), (12, 0.65), (12, 0.0), (12, 0.9))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, gpu_checks, gpu_models, gpu_runs
-from benchmarks.gpu_checks import Place
+from benchmarks.gpu_place import Place, Problem
 from pipelines.errors import UserError
 from tests.test_project import call_make
 from train import console
@@ -86,7 +86,7 @@ def test_a_check_finds_other_pixels(place: Place, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         gpu_checks, "decode", lambda *words: [p // 2 + next(shift) for p in decode(*words)[:1]]
     )
-    with pytest.raises(gpu_checks.Problem, match=r"differs by 9\.00 levels"):
+    with pytest.raises(Problem, match=r"differs by 9\.00 levels"):
         gpu_checks.whole_decoding(place)
 
 
@@ -237,5 +237,5 @@ def test_a_training_whose_compilation_failed_is_no_compiled_rate(place: Place, m
     flags = ["--speed.micro-batch", "64"]
     assert gpu_runs.training_rates("image-ft-base", place, flags)["MFU (%)"] == 50
     monkeypatch.setattr(gpu_runs, "run", lambda *_: "torch.compile: FAILED (no gcc); going on without it")
-    with pytest.raises(gpu_checks.Problem, match=r"torch\.compile: FAILED \(no gcc\).*'samples/s': 9\.0"):
+    with pytest.raises(Problem, match=r"torch\.compile: FAILED \(no gcc\).*'samples/s': 9\.0"):
         gpu_runs.training_rates("image-ft-base", place, flags)
