@@ -117,7 +117,9 @@ def write(found: Results, where: dict, pages: Pages, keep: bool) -> None:
     atomic_text(path, json.dumps({"environment": where, "measured": measured, "results": found}, indent=1))
     when = re.sub(r"([0-9a-f]{10})[0-9a-f]{30}", r"\1", "; ".join(sorted(set(measured.values()))))
     origin = f"*Measured on {hardware}: {when}. Every round is in [{path.name}](%s).*\n\n"
-    machine = gpus[0] if gpus else f"{where['processor']}, {where['cpus']} cores"
+    machine = f"{where['processor']}, {where['cpus']} cores"
+    if gpus:  # only benchmarks/model.py uses it
+        machine = f"{gpus[0]} (a step of a model); {machine} (all others)"
     for page, tables in ((pages.speed, markdown(found, machine)), (pages.readme, summary(found, machine))):
         link = os.path.relpath(path, page.parent)
         tables = origin % link + tables

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ from rich.text import Text
 
 import train  # sets how OpenMP waits  # noqa: F401
 from benchmarks import gpu_checks, gpu_models, gpu_process, gpu_runs
-from benchmarks.gpu_checks import Place
+from benchmarks.gpu_place import Place, Problem
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
 from train.rundir import environment
@@ -86,6 +87,13 @@ RATES: dict[str, Check] = {
         f"steps of {recipe} (samples/s)": Check(functools.partial(gpu_runs.step_rates, recipe), 90, gpus=1)
         for recipe in gpu_runs.RECIPES
     },
+    # In processes of their own: if cuDNN's attention fails, the rates above are still measured.
+    **{
+        f"steps of {recipe} by cuDNN (samples/s)": Check(
+            functools.partial(gpu_runs.step_rates, recipe, attention="cuDNN"), 90, gpus=1, required=False
+        )
+        for recipe in gpu_runs.RECIPES
+    },
 }
 
 
@@ -112,12 +120,14 @@ def child(name: str, values: dict[str, str], flags: list[str]) -> None:
         torch.cuda.set_device(place.device)
     try:
         if name == "data":
-            result: object = list(map(str, gpu_runs.draw_data(place.work)))
+            gpu_runs.draw_data(place.work)
+            # The parent does not ask: it would take a part of the GPU from the checks.
+            result: object = torch.cuda.get_device_name(place.device) if place.gpu else "cpu"
         elif name in gpu_runs.RECIPES:
             result = gpu_runs.training_rates(name, place, flags)
         else:
             result = (CHECKS | RATES)[name].run(place)
-    except gpu_checks.Problem as problem:
+    except Problem as problem:
         print(problem, file=sys.stderr)
         sys.exit(1)
     print(f"{RESULT}{json.dumps(result)}", flush=True)
@@ -187,20 +197,28 @@ def gpu_check(
             work,
         )
         rows = [show(console, run("data", place, 180 * factor))]
+        results = Results(out, str(rows[0].found) if rows[0].state == "ok" else device, gpus)
+        results.write(rows)
         chosen = CHECKS | (RATES if rates else {}) if rows[0].state == "ok" else {}
         for name, check in chosen.items():
-            if not only or any(word in name for word in only):
+            if is_wanted(name, only):
                 rows.append(show(console, row_of(name, check, place, gpus, factor)))
+                results.write(rows)
         flags = recommended({row.name: row.found for row in rows if isinstance(row.found, dict)})
-        if rates and gpus and not only:
-            rows += [
-                show(console, run(recipe, place, 180 * factor, tuned)) for recipe, tuned in flags.items()
-            ]
+        settings = results.write_settings(flags)
+        for recipe, tuned in flags.items() if rates and gpus else ():
+            if is_wanted(recipe, only):
+                rows.append(show(console, run(recipe, place, 180 * factor, tuned)))
+                results.write(rows, flags)
     console.print(table_of(rows, device))
-    write(rows, flags, device, out, console)
+    console.print("\n".join([f"written: {results.path}", *settings]), markup=False)
     failures = [row.name for row in rows if row.state == FAILED and row.required]
     console.print(f"{len(failures)} failed, {time.monotonic() - begin:.0f} s")
     sys.exit(1 if failures else 0)
+
+
+def is_wanted(name: str, only: tuple[str, ...]) -> bool:
+    return not only or any(word in name for word in only)
 
 
 def check_writable(out: Path) -> None:
@@ -243,13 +261,16 @@ def recommended(rates: dict[str, dict[str, float]]) -> dict[str, list[str]]:
     """Flags for each base recipe from the measured rates; empty without rates of steps."""
     found = {}
     for recipe in gpu_runs.RECIPES:
-        what = "loading clips" if "video" in recipe else "loading pictures"
-        loading: dict[str, float] = {}
-        for name in (name for name in rates if name.startswith(what)):
-            loading |= rates[name]
-        if steps := rates.get(f"steps of {recipe} (samples/s)"):
-            found[recipe] = step_flags(steps) + loading_flags(loading)
+        steps = measured(rates, f"steps of {recipe} ")
+        if ours := {name: rate for name, rate in steps.items() if "upstream" not in name}:
+            loading = measured(rates, "loading clips" if "video" in recipe else "loading pictures")
+            found[recipe] = step_flags(ours) + loading_flags(loading)
     return found
+
+
+def measured(rates: dict[str, dict[str, float]], start: str) -> dict[str, float]:
+    """The rates of all rows whose name begins with `start`."""
+    return {name: rate for row in rates if row.startswith(start) for name, rate in rates[row].items()}
 
 
 def step_flags(rates: dict[str, float]) -> list[str]:
@@ -257,7 +278,7 @@ def step_flags(rates: dict[str, float]) -> list[str]:
 
     cuDNN's attention has open bugs, so it is chosen only if it is 3 % faster than flash.
     """
-    ours = {name: re.findall(r"micro (\d+), (\w+)", name)[0] for name in rates if "upstream" not in name}
+    ours = {name: re.findall(r"micro (\d+), (\w+)", name)[0] for name in rates}
     best = {kind: max(rates[name] for name in ours if ours[name][1] == kind) for _, kind in ours.values()}
     chosen = max(best, key=lambda kind: best[kind] * (1.03 if kind == "flash" else 1))
     near = [ours[name][0] for name in ours if ours[name][1] == chosen and rates[name] >= 0.97 * best[chosen]]
@@ -283,34 +304,46 @@ def table_of(rows: list[Row], device: str) -> Table:
     return table
 
 
-def write(rows: list[Row], flags: dict[str, list[str]], device: str, out: Path, console: Console) -> None:
-    """Write the JSON file, and a file of settings per recipe for TUNED=."""
-    name = torch.cuda.get_device_name(0) if device == "cuda" else "cpu"
-    hardware = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = out / f"{datetime.date.today()}-{hardware}-gpu-check.json"
-    values = {
-        row.name: {"state": row.state, "seconds": round(row.seconds, 1), "found": row.found}
-        | ({"output": row.printed} if row.printed else {})
-        for row in rows
-    }
-    content = {
-        "environment": environment(),
-        "driver": gpu_checks.driver(),
-        "device": name,
-        "checks": values,
-        "settings": flags,
-    }
-    atomic_text(path, json.dumps(content, indent=1) + "\n")
-    console.print(f"written: {path}")
-    for recipe, settings in flags.items():
-        tuned = out / f"tuned-{recipe}.txt"
-        atomic_text(tuned, " ".join(settings) + "\n")
-        console.print(f"recommended for {recipe}: {' '.join(settings)} (TUNED={tuned})")
+class Results:
+    """The JSON file of a gpu-check, and the files of settings for TUNED=."""
+
+    def __init__(self, out: Path, name: str, gpus: int) -> None:
+        """name: of the device; gpus: how many there are."""
+        hardware = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        self.out = out
+        # With the time: a repeated check does not replace the others' results.
+        self.path = out / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}-{hardware}-gpu-check.json"
+        self.about = {
+            "environment": environment([name] * gpus),
+            "driver": gpu_checks.driver(),
+            "device": name,
+        }
+
+    def write(self, rows: list[Row], flags: dict[str, list[str]] | None = None) -> None:
+        """Write the rows so far, so that an end of the machine's time loses none."""
+        checks = {
+            row.name: {"state": row.state, "seconds": round(row.seconds, 1), "found": row.found}
+            | ({"output": row.printed} if row.printed else {})
+            for row in rows
+        }
+        content = self.about | {"checks": checks, "settings": flags or {}}
+        atomic_text(self.path, json.dumps(content, indent=1) + "\n")
+
+    def write_settings(self, flags: dict[str, list[str]]) -> list[str]:
+        """Write a file of settings per recipe; return a line about each."""
+        lines = []
+        for recipe, settings in flags.items():
+            tuned = self.out / f"tuned-{recipe}.txt"
+            atomic_text(tuned, " ".join(settings) + "\n")
+            lines.append(f"recommended for {recipe}: {' '.join(settings)} (TUNED={tuned})")
+        return lines
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         child(*json.loads(sys.argv[2]))
+    # As after Ctrl-C, the check that runs and its processes are killed.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     tyro.cli(gpu_check)
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.gpu_place import Place, need
 from pipelines.config import DataConfig, DecodeConfig
 from pipelines.dataset import open_dataset
 from pipelines.decode import FILTERS, Decoder, Encoded, encode, gpu_index
@@ -29,29 +30,6 @@ from pipelines.views import Rows, train_rows
 
 LIBRARIES = ("torch", "triton", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "timm")
 LEAST_DRIVER = 580  # CUDA 13
-
-
-class Problem(Exception):
-    """A check failed; the text goes into the table."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Device and data of all checks."""
-
-    device: torch.device
-    images: Path  # packed shards of pictures
-    clips: Path  # packed shards of clips
-    work: Path  # folder for the files of checks
-
-    @property
-    def gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-
-def need(condition: object, text: str) -> None:
-    if not condition:
-        raise Problem(text)
 
 
 # ---- machine

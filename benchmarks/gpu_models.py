@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu_checks import Place, need
+from benchmarks.gpu_place import Place, need
 from models.mae import MaskedAutoencoder
 
 # What training uses by default. cuDNN's attention, which it does not use, is a check of its own.

@@ -1,9 +1,9 @@
 """Compare the speed of training with plain loops: python -m benchmarks training
 
 Ours is `python -m train.mae` or `train.finetune` on packed shards; the others are benchmarks/plain_loop.py
-on the unpacked files. All train a model of pico size on the same pictures with the same crops, batch and
-threads, and print every step. Each runs in a new process; they take turns. The first step is timed from the
-start of the process.
+on the unpacked files. All train a model of pico size on the CPU, on the same pictures with the same crops,
+batch and threads, and print every step. Each runs in a new process; they take turns. The first step is timed
+from the start of the process.
 """
 
 import os
@@ -32,7 +32,8 @@ def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[s
         # Half a step less, so that the rounded quotient is exactly `steps`.
         epochs = ["--optim.epochs", str((steps - 0.5) * BATCH[kind] / samples(work / shards))]
         speed = ["--speed.micro-batch", str(BATCH[kind]), "--speed.compile", compiled]
-        return [program, preset, *place, *length, *epochs, *speed]
+        # The plain loops do not use a GPU.
+        return [program, preset, *place, *length, *epochs, *speed, "--speed.device", "cpu"]
 
     def plain(model: str, folder: str, kind: str, *more: str) -> list[str]:
         counts = ["--batch", str(BATCH[kind]), "--steps", str(steps)]

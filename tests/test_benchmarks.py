@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import benchmarks.__main__ as bench
-from benchmarks import learning, loader, plain_loop, playback
+from benchmarks import learning, loader, plain_loop, playback, training
 from benchmarks.results import markdown, ratio, summary
 from tests.pipelines_fixtures import jpeg, picture
 from tools.samples import read_annotations
@@ -45,6 +45,25 @@ def test_pages_keep_their_text_and_get_new_tables(tmp_path: Path):
     written = json.loads(found.read_text())
     assert written["environment"] == where and list(written["measured"]) == ["a race", "another"]
     assert written["results"] == {"a race": RACE, "another": RACE}
+
+
+def test_trainings_are_compared_on_the_cpu_and_a_gpu_is_named_for_what_used_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A training would take a GPU by default; the loops that it is compared with cannot."""
+    monkeypatch.setattr(training, "samples", lambda _: 64)
+    for racing in training.contenders(tmp_path, tmp_path, 9).values():
+        for program, preset, *flags in (
+            command for name, command in racing.items() if name.startswith("ours")
+        ):
+            monkeypatch.setattr("sys.argv", [program, preset, *flags])
+            presets = MAE_PRESETS if program == "train.mae" else FINETUNE_PRESETS
+            assert console.parse(presets, program).speed.device == "cpu"
+    page = tmp_path / "page.md"
+    page.write_text(f"{bench.BEGIN}{bench.END}")
+    where = {"gpus": ["An H100"], "cpus": 2, "processor": "Ours 3000", "commit": "abc"}
+    bench.write({"a race": RACE}, where, bench.Pages(page, page, tmp_path), keep=False)
+    assert "An H100 (a step of a model); Ours 3000, 2 cores (all others)" in page.read_text()
 
 
 @pytest.mark.parametrize(

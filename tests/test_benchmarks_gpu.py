@@ -1,7 +1,9 @@
 """make gpu-check on the CPU: its checks run, and failures become rows of the table."""
 
 import json
+import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, gpu_checks, gpu_models, gpu_runs
-from benchmarks.gpu_checks import Place
+from benchmarks.gpu_place import Place, Problem
 from pipelines.errors import UserError
 from tests.test_project import call_make
 from train import console
@@ -84,7 +86,7 @@ def test_a_check_finds_other_pixels(place: Place, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         gpu_checks, "decode", lambda *words: [p // 2 + next(shift) for p in decode(*words)[:1]]
     )
-    with pytest.raises(gpu_checks.Problem, match=r"differs by 9\.00 levels"):
+    with pytest.raises(Problem, match=r"differs by 9\.00 levels"):
         gpu_checks.whole_decoding(place)
 
 
@@ -147,7 +149,9 @@ def test_settings_are_the_smallest_micro_batch_near_the_best_and_training_accept
     flags = gpu_check.recommended(RATES)
     assert {recipe: " ".join(words) for recipe, words in flags.items()} == {"image-mae-base": FLAGS}
     rows = [gpu_check.Row("machine", "ok", "fine"), gpu_check.Row("no", gpu_check.FAILED, "", printed="why")]
-    gpu_check.write(rows, flags, "cpu", tmp_path, gpu_check.Console(quiet=True))
+    results = gpu_check.Results(tmp_path, "cpu", 0)
+    results.write(rows, flags)
+    results.write_settings(flags)
     (path,) = tmp_path.glob("*-cpu-gpu-check.json")
     checks = json.loads(path.read_text())["checks"]
     assert checks["machine"]["state"] == "ok" and checks["no"]["output"] == "why"
@@ -160,8 +164,12 @@ def test_settings_are_the_smallest_micro_batch_near_the_best_and_training_accept
 
 
 def test_cudnn_and_windows_are_recommended_if_they_are_faster():
-    rates = {"micro 64, flash": 900.0, "micro 64, cuDNN": 950.0, "micro 128, cuDNN": 960.0}
-    assert gpu_check.step_flags(rates) == ["--speed.attention", "cudnn", "--speed.micro-batch", "64"]
+    rates = {
+        "steps of video-ft-base (samples/s)": {"micro 64, flash": 900.0},
+        "steps of video-ft-base by cuDNN (samples/s)": {"micro 64, cuDNN": 950.0, "micro 128, cuDNN": 960.0},
+    }
+    flags = gpu_check.recommended(rates)
+    assert flags == {"video-ft-base": ["--speed.attention", "cudnn", "--speed.micro-batch", "64"]}
     loading = {"8 threads, engine share 0.65, whole": 1.0, "12 threads, engine share 0.65, window": 2.0}
     assert gpu_check.loading_flags(loading)[-1] == "window"
 
@@ -177,3 +185,57 @@ def test_a_folder_for_results_that_cannot_be_written_is_refused_first(tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=rf"^{tmp_path}/file/x cannot be written to \(Not a directory\); "):
         gpu_check.gpu_check("cpu", tmp_path / "file/x")
+
+
+def test_an_interrupted_gpu_check_keeps_its_rows_and_those_of_earlier_ones(tmp_path: Path, monkeypatch):
+    """A machine's time may end before the checks do."""
+
+    def end_at_windows(name: str, *_):
+        if name == "windows by slicing":
+            raise KeyboardInterrupt
+        return gpu_check.Row(name, "ok", "cpu")
+
+    earlier = tmp_path / "2026-01-01-000000-cpu-gpu-check.json"
+    earlier.write_text("{}")
+    monkeypatch.setattr(gpu_check, "run", end_at_windows)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.gpu_check("cpu", tmp_path)
+    (path,) = set(tmp_path.iterdir()) - {earlier}
+    content = json.loads(path.read_text())
+    assert list(content["checks"]) == ["data", "machine", "whole decoding"] and earlier.read_text() == "{}"
+    assert content["device"] == "cpu" and content["environment"]["packages"]["torch"]
+
+
+def test_one_check_or_training_can_be_repeated():
+    assert gpu_check.is_wanted("image-mae-base", ()) and gpu_check.is_wanted("image-mae-base", ("mae",))
+    assert not gpu_check.is_wanted("image-mae-base", ("whole decoding",))
+
+
+def test_sigterm_ends_the_check_that_runs(monkeypatch: pytest.MonkeyPatch):
+    """Its process has a session of its own, so that nothing else would end it."""
+
+    def command(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("sys.argv", ["gpu_check"])
+    monkeypatch.setattr(gpu_check.tyro, "cli", command)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            gpu_check.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+
+
+def test_a_training_whose_compilation_failed_is_no_compiled_rate(place: Place, monkeypatch):
+    """Training then continues without it."""
+    row = {"samples_per_s": "9", "max_mem_gb": "1", "data_wait_ms": "1", "step_ms": "2", "mfu": "0.5"}
+    monkeypatch.setattr(gpu_runs, "rows_of", lambda *_: [row])
+    monkeypatch.setattr(gpu_runs, "run", lambda *_: "torch.compile: on, ready after 9 s")
+    flags = ["--speed.micro-batch", "64"]
+    assert gpu_runs.training_rates("image-ft-base", place, flags)["MFU (%)"] == 50
+    monkeypatch.setattr(gpu_runs, "run", lambda *_: "torch.compile: FAILED (no gcc); going on without it")
+    with pytest.raises(Problem, match=r"torch\.compile: FAILED \(no gcc\).*'samples/s': 9\.0"):
+        gpu_runs.training_rates("image-ft-base", place, flags)

@@ -36,6 +36,7 @@ RESIZE = {  # how other libraries call the setting `interpolation`
 }
 RESAMPLE = {"linear": 2, "triangular": 2, "cubic": 3}  # Pillow's numbers; transformers always antialiases
 FUSION = re.compile(r"multi_scale_fusion_heads\.\d+\.weight")  # one for each pooling
+LOSS = {"normalize_targets": "normalize_pixel_loss", "mask_ratio": "mask_ratio"}  # ours -> transformers'
 LIMIT = 1e-4  # largest allowed difference of a program's logit from the model's
 BATCHES = (1, 3)  # sizes that are compared; the program is traced with another
 OPSETS = range(18, 24)
@@ -94,6 +95,9 @@ def _write_folder(read: Weights, state: State, converted: State, folder: Path) -
             "if the model has another number, correct config.json"
         )
     config = transformers_config(state, read.classes, heads)
+    if is_autoencoder(state):  # settings of its loss, which weights do not contain
+        run = read_json(read.path.with_name("config.json"))
+        config |= {theirs: run[name] for name, theirs in LOSS.items() if name in run}
     data, assumed = _data_settings(read)
     notes += assumed
     processor = preprocessor_config(config_of_weights(state).input_size[0], data)

@@ -15,6 +15,7 @@ from pathlib import Path
 from posixpath import normpath
 from statistics import mode
 from typing import NamedTuple
+from unicodedata import normalize
 
 from pipelines.errors import UserError
 from tools.folders import VIDEOS, Kind, stem_of
@@ -56,7 +57,7 @@ class Index:
         self.sources, self.kind = {*sources}, kind
         self.by_name: dict[str, list[str]] = {}
         for source in sources:
-            self.by_name.setdefault(stem_of(source).rpartition("/")[2], []).append(source)
+            self.by_name.setdefault(_composed(source).rpartition("/")[2], []).append(source)
 
     def find(self, text: str) -> list[str]:
         """Sources that a path relative to the root, an absolute path, or a name can mean.
@@ -66,24 +67,30 @@ class Index:
         text = normpath(text) if text else text  # a/./b and a//b are a/b
         if text in self.sources:
             return [text]
-        stem = stem_of(text).strip("/")
+        stem = _composed(text).strip("/")
         found = []
         for source in self.by_name.get(stem.rpartition("/")[2], ()):
-            other = stem_of(source)
+            other = _composed(source)
             above = f"/{stem}".endswith(f"/{other}") and ("/" in other or text.startswith("/"))
             if stem == other or above or other.endswith(f"/{stem}"):
                 found.append(source)
-        exact = [source for source in found if stem_of(source) == stem] or found
-        same = [source for source in exact if source.endswith(text.rpartition("/")[2])] or exact
+        exact = [source for source in found if _composed(source) == stem] or found
+        suffix = text[len(stem_of(text)) :]
+        same = [source for source in exact if source.endswith(suffix)] or exact
         if len({*map(stem_of, same)}) == 1 and self.kind is VIDEOS:
             return [min(same)]
         return same
 
     def twins(self, source: str) -> list[str]:
         """The other files of a video: in its folder, with another suffix."""
-        stem = stem_of(source)
-        files = self.by_name.get(stem.rpartition("/")[2], ()) if self.kind is VIDEOS else ()
-        return [file for file in files if file != source and stem_of(file) == stem]
+        name = _composed(source).rpartition("/")[2]
+        files = self.by_name.get(name, ()) if self.kind is VIDEOS else ()
+        return [file for file in files if file != source and stem_of(file) == stem_of(source)]
+
+
+def _composed(path: str) -> str:
+    """A path without its suffix, in the composed form of Unicode: the files of a Mac have the other form."""
+    return normalize("NFC", stem_of(path))
 
 
 def source_of(where: str, text: str, index: Index) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from models.files import read_json
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
 from tools.compare import as_text, curves, numbers, preset_of, settings, starts_of, summary
@@ -98,10 +99,11 @@ def _data(
 # ---- sections of one run ----------------------------------------------------------------------------------
 
 
-def reconstructions(run: Path) -> list[tuple[int, str]]:
-    """(width in pixels, PNG in base64) of each sample's part of reconstruction.png, if the file is complete.
+def reconstructions(run: Path) -> dict[str, Any]:
+    """Of each sample's part of reconstruction.png, if the file is complete: (width in pixels, PNG in base64).
 
-    The width is at least twice that of the sample's pixels.
+    The width is at least twice that of the sample's pixels. normalized: whether the model predicts patches up
+    to their mean and deviation.
     """
     from PIL import Image
 
@@ -116,7 +118,8 @@ def reconstructions(run: Path) -> list[tuple[int, str]]:
             image.crop((0, top, image.width, top + height)).save(buffer, "PNG")
             size = image.width * (1 if zoom > 1 else 2)
             found.append((size, base64.b64encode(buffer.getvalue()).decode()))
-    return found
+    normalized = read_json(run / "config.json").get("normalize_targets", True)  # older runs lack it
+    return {"pictures": found, "normalized": normalized}
 
 
 def usage(run: Path) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from pipelines.errors import UserError
 from tools.folders import PICTURES, VIDEOS, Kind, by_folder, find_sources, listed_as, stem_of
@@ -205,12 +206,14 @@ def flat_classes(
         raise UserError(f"{path} has no class numbers, and --synsets is for those; leave it out.")
     print(f"{path}: {what}")
     plain = plain_labels(lines)[1] if classes is None else [""] * len(lines)
+    spelled = {normalize("NFC", label): label for label in classes or ()}
     found: dict[str, str] = {}
     for (where, name, rest), label in zip(lines, plain, strict=True):
         if classes is not None:  # in Kaggle's file, boxes follow the class
-            label = rest if rest in classes else (rest.split() or [""])[0]
-            if label not in classes:
-                raise UserError(f"{where}: {label!r} is not a class folder of train; correct it.")
+            word = (rest.split() or [""])[0]
+            label = spelled.get(normalize("NFC", rest)) or spelled.get(normalize("NFC", word), "")
+            if not label:
+                raise UserError(f"{where}: {word!r} is not a class folder of train; correct it.")
         if not (source := source_of(where, name, index)):
             raise UserError(f"{where}: {name!r} is not a picture of val; correct it.")
         if source in found:

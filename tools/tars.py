@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
+from unicodedata import normalize
 
 import numpy as np
 import PIL
@@ -23,7 +24,7 @@ from rich.console import Console
 
 from pipelines.dataset import SCHEMA, read_info
 from pipelines.errors import UserError
-from tools.listing import note_gaps
+from tools.listing import note_gaps, unite
 from tools.lists import read_text
 from tools.packing import PackOptions, pack_part, report, writing_to
 from tools.planfile import begin, check_same
@@ -202,19 +203,22 @@ def classes_of(train: Classes, val: Classes, listed: Sequence[str]) -> tuple[lis
     every = val | train
     numbers = {number: source for (number, _), source in every.items() if number >= 0}
     named = {name: source for (number, name), source in every.items() if number < 0 and name}
+    united = unite([*listed, *named])
     if numbers and named and not listed:
         both = f"{min(named.values())} has class {min(named)!r}, {min(numbers.values())} {min(numbers)}"
         raise UserError(
             f"{both}; give the name of each number with --class-names, or omit all (--unlabelled)."
         )
-    names = sorted({name for number, name in train if number < 0 and name})
+    names = sorted({united[name] for number, name in train if number < 0 and name})
     used = range(len(listed)) if listed else sorted({number for number, _ in train if number >= 0})
     note_gaps(used)
     labels = {number: label for label, number in enumerate(used)}
     classes = list(listed) or names or names_of({pair for pair in train if pair[0] >= 0}, labels)
+    known_names = {normalize("NFC", name) for name in classes}
     for (number, name), source in every.items():
         own = str(number) if number >= 0 else name
-        if (number >= 0 and number not in labels) or (number < 0 and name and name not in classes):
+        unknown = number < 0 and name and normalize("NFC", name) not in known_names
+        if (number >= 0 and number not in labels) or unknown:
             where = "--class-names has" if listed else "training has"
             raise UserError(f"{source} has class {own!r}, which {where} not; remove it.")
         if number >= 0 and not listed and name and (known := classes[labels[number]]) not in (name, own):
@@ -237,9 +241,10 @@ def labelled(rows: pa.Table, classes: Sequence[str], labels: Mapping[int, int]) 
 
     labels: of the class numbers.
     """
-    named = {name: label for label, name in enumerate(classes)}
+    named = {normalize("NFC", name): label for label, name in enumerate(classes)}
     pairs = zip(rows["label"].to_pylist(), rows["class_name"].to_pylist(), strict=True)
-    label = np.array([(labels.get(n, -1) if n >= 0 else named.get(name, -1)) for n, name in pairs], np.int32)
+    found = [labels.get(n, -1) if n >= 0 else named.get(normalize("NFC", name), -1) for n, name in pairs]
+    label = np.array(found, np.int32)
     columns = {"label": label, "class_name": np.array(["", *classes], object)[label + 1]}
     for name, values in columns.items():
         rows = rows.set_column(

@@ -97,7 +97,7 @@ def read_sample(tar: ForeignTar, files: Mapping[str, Place], packing: TarPacking
 def label_in(tar: ForeignTar, files: Mapping[str, Place], names: frozenset[str]) -> tuple[int, str]:
     """The class of a sample: its number, -1 if there is none, and its name, "" if there is none."""
     texts = {
-        name: tar.content(files[name], LABEL_BYTES).decode("utf-8", "replace").strip()
+        name: tar.content(files[name], LABEL_BYTES).decode("utf-8-sig", "replace").strip()
         for name in (".cls", ".json", ".txt")
         if name in files
     }

@@ -15,6 +15,7 @@ from io import BytesIO
 from itertools import combinations, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
@@ -169,7 +170,7 @@ def check_foreign(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterato
     try:
         with ForeignTar(path) as tar:
             names = frozenset(str(info.packing.get("class_names", "")).splitlines())
-            numbers = {name: n for n, name in enumerate(info.classes)}
+            numbers = {normalize("NFC", name): n for n, name in enumerate(info.classes)}
             listed: dict[tuple[str, tuple[int, ...]], int] = {}
             for found in samples_in(tar):
                 offsets = tuple(found.files[name].offset for name in frames_of(found.files))
@@ -177,7 +178,7 @@ def check_foreign(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterato
                 with suppress(BadImage):  # of a sample that was rejected
                     if not info.packing.get("unlabelled"):
                         number, name = label_in(tar, found.files, names)
-                        known = numbers.get(name, numbers.get(str(number), -1))
+                        known = numbers.get(normalize("NFC", name), numbers.get(str(number), -1))
                         label = number if names and number >= 0 else known
                     listed[readable(found.key), offsets] = label
             good = []

@@ -75,8 +75,7 @@ def build(config: Config, task: Task, run: Run) -> State:
     size = checkpoint_bytes(task.model, config.optim) / 1e6
     log(f"model {config.model.name}: {parameters / 1e6:.1f} M parameters, {size:,.0f} MB per checkpoint")
     model = task.model.to(device)
-    optimizer = make_optimizer(model, config.optim)
-    return State(model, optimizer, make_ema(model, config.optim), Meters(device))
+    return State(model, make_optimizer(model, config.optim), make_ema(model, config.optim), Meters(device))
 
 
 # ---- batches
@@ -241,6 +240,7 @@ def choose_kernels(speed: SpeedConfig, device: torch.device) -> None:
     torch.backends.cuda.enable_flash_sdp(flash)
     torch.backends.cuda.enable_mem_efficient_sdp(efficient)
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    torch._C._set_sdp_priority_order([3, 1, 2, 0, 4])  # cuDNN first; by default math is before it on an A100
     torch.use_deterministic_algorithms(speed.deterministic, warn_only=True)
     torch.backends.cudnn.deterministic = speed.deterministic
     if speed.deterministic:

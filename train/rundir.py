@@ -284,9 +284,13 @@ def record_start(config: Config, data: Mapping[str, object], start: Mapping[str,
         atomic_text(folder / name, json.dumps(values, indent=2) + "\n")
 
 
-def environment() -> dict[str, object]:
-    """Versions, hardware and commit, which a reader needs to reproduce a number."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+def environment(gpus: list[str] | None = None) -> dict[str, object]:
+    """Versions, hardware and commit, which a reader needs to reproduce a number.
+
+    gpus: their names, if CUDA must not start in this process.
+    """
+    if gpus is None:
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),

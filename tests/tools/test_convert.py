@@ -65,6 +65,21 @@ def test_a_runs_decoder_keeps_its_heads(images, tmp_path, capsys):
         load_weights(default, tmp_path / "hf-0", quiet=True)
 
 
+def test_an_autoencoder_of_plain_pixels_has_the_same_loss_in_transformers(tmp_path):
+    source = wide_decoder(tmp_path / "run")
+    config = small("image-mae-pico", tmp_path, tmp_path, "run")
+    assert isinstance(config, MaeConfig)
+    config = replace(config, decoder_heads=8, normalize_targets=False, mask_ratio=0.75)
+    (tmp_path / "run/config.json").write_text(json.dumps(to_dict(config)))
+    convert(str(source), tmp_path / "hf", to="transformers")
+    ours = models.create("mae_hiera_pico_96", input_size=64, decoder_heads=8, normalize_targets=False).eval()
+    load_weights(ours, source, quiet=True)
+    theirs = transformers.HieraForPreTraining.from_pretrained(tmp_path / "hf").eval()
+    x, mask = torch.rand(1, 3, 64, 64), torch.tensor([[True, False, False, False]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x, noise=(~mask).float()).loss, ours(x, mask).loss)
+
+
 def test_decoder_heads_are_read_from_the_folder(tmp_path, capsys):
     source = wide_decoder(tmp_path / "run")
     config = small("image-mae-pico", tmp_path, tmp_path, "run")

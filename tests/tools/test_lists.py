@@ -4,6 +4,7 @@ import json
 import random
 import re
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given, settings
@@ -36,6 +37,19 @@ def test_other_spellings_of_a_path_are_the_same_sample(tmp_path: Path):
         assert read(tmp_path, f"{spelling} 1\nplain/v_Run_g01_c01.avi 0\n")["plain/78687.webm"] == "1"
         with pytest.raises(UserError, match=r"line 2"):
             read(tmp_path, f"plain/78687.webm 0\n{spelling} 1\n")
+
+
+@pytest.mark.parametrize(("on_disk", "in_list"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_list_and_the_files_may_compose_letters_differently(tmp_path: Path, capsys, on_disk, in_list):
+    """As files that come from a Mac: the two names look the same."""
+    sources = [normalize(on_disk, f"café/é {n}.jpg") for n in range(2)]
+    text = normalize(in_list, "café/é 0.jpg,thé\n/elsewhere/café/é 1.jpg,thé\n")
+    assert {*read(tmp_path, text, sources, PICTURES)} == {
+        *sources
+    } and "absent" not in capsys.readouterr().out
+    classes = {normalize(on_disk, "thé")}
+    write(tmp_path / "val.csv", text.encode())
+    assert flat_classes(tmp_path / "val.csv", None, sources, classes) == [*classes] * 2
 
 
 def lines(*cells: tuple[str, ...], by: str) -> str:

@@ -96,4 +96,4 @@ def test_small_reconstructions_are_sharp_and_twice_as_large(frames: int, tmp_pat
     pixels = np.asarray(image)[30]
     assert (pixels[:zoom, :3] == 255).all() and (pixels[zoom : 32 * zoom * frames] == (0, 0, 0, 255)).all()
     assert {0, 255} == {*np.asarray(image)[..., 3].flat}, "the gaps are transparent"
-    assert [width for width, _ in reconstructions(tmp_path)] == [image.width] * 3
+    assert [width for width, _ in reconstructions(tmp_path)["pictures"]] == [image.width] * 3

@@ -135,6 +135,14 @@ def test_the_report_of_a_finished_run_is_complete(page: str):
     assert "9.9" in text
 
 
+def test_reconstructions_from_plain_pixels_have_no_true_colours(tmp_path: Path):
+    config = replace(MAE_PRESETS["image-mae-pico"], normalize_targets=False)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    (tmp_path / "reconstruction.png").write_bytes(PNG)
+    text = words(report(tmp_path).read_text())
+    assert "visible patches, and reconstruction" in text and "true patch statistics" not in text
+
+
 def test_the_summary_names_task_data_model_hardware_and_results(page: str):
     text = " ".join(words(page).split())
     for fact in (

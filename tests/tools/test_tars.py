@@ -300,6 +300,8 @@ LABELS: dict[str, tuple[dict[str, bytes], int]] = {
     "no number": ({"json": b'{"label": true}'}, -1),
     "damaged json": ({"json": b'{"label": '}, -1),
     "deep json": ({"json": b"[" * 100_000}, -1),
+    "byte order mark": ({"cls": b"\xef\xbb\xbf2\r\n"}, 2),
+    "json with a byte order mark": ({"json": b'\xef\xbb\xbf{"label": 2}'}, 2),
     "txt": ({"txt": b"2"}, 2),
     "caption": ({"txt": b"2 cats"}, -1),
     "number in a caption of img2dataset": ({"json": b'{"caption": " 2 ", "key": "0"}', "txt": b"2"}, -1),
@@ -355,6 +357,9 @@ def test_names_of_classes(tmp_path):
     assert classes("gaps", "7", "0", "3") == ([2, 0, 1], ("0", "3", "7"))  # as in lists
     named = [{"label": n, "class_name": name} for n, name in ((9, "owl"), (4, "cat"))]
     assert classes("named gaps", *named) == ([1, 0], ("cat", "owl"))
+    composed, parted = "café", "cafe\u0301"  # two spellings in Unicode
+    assert classes("spelled", composed, parted, "owl") == ([0, 0, 1], (composed, "owl"))
+    assert classes("spelled alike", parted, "owl") == ([0, 1], (parted, "owl"))
     assert classes("listed", "dog", "0", class_names=names) == ([1, 0], ("cat", "dog", "owl"))
     both = [{"label": 1, "class_name": "dog"}, {"label": 0, "class_name": "cat"}]
     assert classes("both", *both) == ([1, 0], ("cat", "dog"))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
 import models
@@ -213,6 +214,8 @@ def test_flash_attention_is_the_default_on_a_gpu(capsys):
     build.choose_kernels(replace(PICO.speed, attention="cudnn"), GPU)
     assert "cudnn, as asked" in capsys.readouterr().out
     assert cuda.cudnn_sdp_enabled() and not cuda.flash_sdp_enabled()
+    order = torch._C._get_sdp_priority_order()  # PyTorch takes the first that is enabled, and math always is
+    assert order.index(SDPBackend.CUDNN_ATTENTION.value) < order.index(SDPBackend.MATH.value)
     build.choose_kernels(PICO.speed, CPU)
     assert capsys.readouterr().out == "" and cuda.flash_sdp_enabled()
     with pytest.raises(UserError, match=r"speed\.attention is 'fast'; it can be auto, flash"):
