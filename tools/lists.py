@@ -62,8 +62,11 @@ class Index:
     def find(self, text: str) -> list[str]:
         """Sources that a path relative to the root, an absolute path, or a name can mean.
 
-        The suffix may be absent or differ. A path may begin above the root, or below it.
+        The suffix may be absent or differ. A path may begin above the root, or below it. It may have Windows'
+        backslashes.
         """
+        if text not in self.sources:
+            text = text.replace("\\", "/")
         text = normpath(text) if text else text  # a/./b and a//b are a/b
         if text in self.sources:
             return [text]

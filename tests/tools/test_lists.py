@@ -39,6 +39,15 @@ def test_other_spellings_of_a_path_are_the_same_sample(tmp_path: Path):
             read(tmp_path, f"plain/78687.webm 0\n{spelling} 1\n")
 
 
+@pytest.mark.parametrize("separator", [" ", ",", "\t"])
+def test_paths_of_windows_are_found(tmp_path: Path, capsys, separator: str):
+    sources = ["pets/a.jpg", "pets/b.jpg", "odd\\name.jpg"]
+    text = f"pets\\a.jpg{separator}0\r\nD:\\data\\pets\\b.jpg{separator}1\r\nodd\\name.jpg{separator}1\r\n"
+    found = read(tmp_path, text, sources, PICTURES)
+    assert found == {"pets/a.jpg": "0", "pets/b.jpg": "1", "odd\\name.jpg": "1"}
+    assert "absent" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("on_disk", "in_list"), [("NFD", "NFC"), ("NFC", "NFD")])
 def test_a_list_and_the_files_may_compose_letters_differently(tmp_path: Path, capsys, on_disk, in_list):
     """As files that come from a Mac: the two names look the same."""
