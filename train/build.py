@@ -250,7 +250,7 @@ def choose_kernels(speed: SpeedConfig, device: torch.device) -> None:
         log("deterministic kernels: on, slower; PyTorch warns of an operation that has none")
     if speed.attention != "auto":
         fallback = "" if speed.attention == "math" else "; math where it cannot"
-        log(f"attention: {speed.attention}, as asked{fallback}")
+        log(f"attention: {speed.attention}, as set{fallback}")
     elif device.type == "cuda":
         log("attention: flash, the default; cuDNN's is off (--speed.attention cudnn turns it on)")
 
@@ -266,7 +266,7 @@ def compile_model(
     trial: one forward pass on a blank batch, giving the loss.
     """
     if not (speed.compile == "yes" or (speed.compile == "auto" and device.type == "cuda")):
-        log(f"torch.compile: off, {'as asked' if speed.compile == 'no' else 'the default on the CPU'}")
+        log(f"torch.compile: off, {'as set' if speed.compile == 'no' else 'the default on the CPU'}")
         return
     share_compile_workers()
     model.compile(fullgraph=True)
@@ -281,7 +281,7 @@ def compile_model(
     except Exception as error:  # Dynamo, Inductor, Triton, ptxas and their subprocesses have no common class
         model._compiled_call_impl = None
         reason = first_line(error).strip() or type(error).__name__
-        log(f"torch.compile: FAILED ({reason}); going on without it, slower")
+        log(f"torch.compile: FAILED ({reason}); training continues without it, which is slower")
     finally:
         model.zero_grad(set_to_none=True)
 

@@ -212,7 +212,7 @@ def test_flash_attention_is_the_default_on_a_gpu(capsys):
     assert "flash" in capsys.readouterr().out
     assert cuda.flash_sdp_enabled() and not cuda.cudnn_sdp_enabled()
     build.choose_kernels(replace(PICO.speed, attention="cudnn"), GPU)
-    assert "cudnn, as asked" in capsys.readouterr().out
+    assert "cudnn, as set" in capsys.readouterr().out
     assert cuda.cudnn_sdp_enabled() and not cuda.flash_sdp_enabled()
     order = torch._C._get_sdp_priority_order()  # PyTorch takes the first that is enabled, and math always is
     assert order.index(SDPBackend.CUDNN_ATTENTION.value) < order.index(SDPBackend.MATH.value)
