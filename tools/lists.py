@@ -47,6 +47,7 @@ class Line(NamedTuple):
 
 
 Find = Callable[[str], Sequence[str]]
+JSON_START = re.compile(r'\s*(\[\s*([\[{"\]]|\d+\s*,)|\{\s*["}])')  # file names may begin with brackets too
 Rows = Sequence[tuple[int, list[str]]]  # line numbers and cells
 
 
@@ -132,7 +133,7 @@ def parse(path: Path, text: str, find: Find) -> tuple[str, list[Line]]:
 
     Raises `UserError` if a line has another format than most lines.
     """
-    if text.lstrip()[0] in "[{":
+    if JSON_START.match(text):
         rows = _objects(path, text)
         column, share, _ = _path_column(rows, find)
         return _table(path, rows, column, "", find) if share else (" ".join(rows[1][1]), [])

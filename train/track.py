@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from models.layers import NormalizedInput
-from pipelines.errors import UserError, first_line
+from pipelines.errors import UNREADABLE, UserError, first_line
 from pipelines.files import atomic_text
 from train.config import Config, flatten, to_dict
 from train.console import log
@@ -151,8 +151,9 @@ class Tracks:
         self._path = config.run.folder / "trackers.json"
         self._sent: dict[str, dict] = {}
         self._failed: set[str] = set()
-        with suppress(OSError, ValueError):
-            self._sent = json.loads(self._path.read_text())
+        with suppress(*UNREADABLE):
+            for name, one in json.loads(self._path.read_text()).items():
+                self._sent[name] = {"id": str(one["id"]), "step": int(one["step"])}
         self._trackers = {name: self._open(name, config, step) for name in dict.fromkeys(config.run.track)}
         atomic_text(self._path, json.dumps(self._sent) + "\n")
         self._thread = ThreadPoolExecutor(1, "track")

@@ -39,6 +39,13 @@ def test_other_spellings_of_a_path_are_the_same_sample(tmp_path: Path):
             read(tmp_path, f"plain/78687.webm 0\n{spelling} 1\n")
 
 
+def test_a_name_may_begin_with_a_bracket(tmp_path: Path):
+    assert read(tmp_path, "[1] a.mp4 0\n{y}.mp4 1\n", ["[1] a.mp4", "{y}.mp4"]) == {
+        "[x] 1.mp4": "0",
+        "{y}.mp4": "1",
+    }
+
+
 @pytest.mark.parametrize("separator", [" ", ",", "\t"])
 def test_paths_of_windows_are_found(tmp_path: Path, capsys, separator: str):
     sources = ["pets/a.jpg", "pets/b.jpg", "odd\\name.jpg"]

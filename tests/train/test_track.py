@@ -189,6 +189,16 @@ def test_a_tracker_that_fails_is_reported_once_and_does_not_end_the_run(images, 
     assert capsys.readouterr().out.count("mlflow failed (") == 1
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"tensorboard": {"step": "x"}}', '{"tensorboard": 3}'])
+def test_a_damaged_list_of_trackers_begins_new_ones(images, home, text: str):
+    config = settings(images, home / "damaged", "run", "tensorboard")
+    config.run.folder.mkdir(parents=True, exist_ok=True)
+    (config.run.folder / "trackers.json").write_text(text)
+    track.Tracks(config, 4).close()
+    known = json.loads((config.run.folder / "trackers.json").read_text())
+    assert known == {"tensorboard": {"id": known["tensorboard"]["id"], "step": 4}}
+
+
 def test_a_run_that_begins_again_at_step_0_is_a_new_one_in_the_tracker(images, home):
     from mlflow.tracking import MlflowClient
 
