@@ -41,7 +41,7 @@ def test_other_spellings_of_a_path_are_the_same_sample(tmp_path: Path):
 
 def test_a_name_may_begin_with_a_bracket(tmp_path: Path):
     assert read(tmp_path, "[1] a.mp4 0\n{y}.mp4 1\n", ["[1] a.mp4", "{y}.mp4"]) == {
-        "[x] 1.mp4": "0",
+        "[1] a.mp4": "0",
         "{y}.mp4": "1",
     }
 
