@@ -214,7 +214,7 @@ def test_a_damaged_dataset_of_format_2_is_not_converted_and_stays_as_it_is(tmp_p
     pq.write_table(pa.Table.from_pylist(read_rows(root), old), root / "train.parquet")
     info = json.loads((root / "dataset.json").read_text()) | {"format": 2}
     for change, message in (
-        ({"catalogue_sha256": {"train": "0" * 64}}, "its checksum is not the one in"),
+        ({"catalogue_sha256": {"train": "0" * 64}}, "checksum of train.parquet is not the one in"),
         ({"catalogue_sha256": {}, "splits": {"../x": info["splits"]["train"]}}, "cannot be converted"),
         ({"catalogue_sha256": {}, "classes": info["classes"][:1]}, "cannot be read"),
     ):
