@@ -61,7 +61,7 @@ class Augment:
     jitter: float = 0.0
     """Brightness, contrast and saturation factors are drawn from 1 +- jitter."""
     erase: float = 0.0
-    """Probability of random erasing (Zhong et al. 2020) by noise."""
+    """Probability of random erasing (Zhong et al. 2020) with noise."""
 
     def __post_init__(self) -> None:
         ranges = {**dict.fromkeys(("layers", "jitter", "magnitude_std"), (0, ANY)), "magnitude": (0, 10)}
@@ -80,23 +80,23 @@ class DataConfig:
     """Frames per clip; 1 means images."""
     sampling: Literal["stride", "segments"] = "stride"
     """stride: a window of frames at `stride`; segments: a frame from each of `frames` equal parts of the clip
-    (SSv2), drawn in training, the middle in testing."""
+    (SSv2), random in training, the middle one in evaluation."""
     stride: int = 4
-    """Frames from one clip frame to the next, at `stride_fps`; converted to the dataset's own frame rate."""
+    """Distance between the frames of a clip, in frames at `stride_fps`; converted to the dataset's rate."""
     stride_fps: float = 30.0
-    """Frames per second that `stride`, `clip_start` and `eval_clip_start` are stated for."""
+    """Frames per second to which `stride`, `clip_start` and `eval_clip_start` refer."""
     clip_start: int | None = None
-    """First frame of every training clip, at `stride_fps`; None = drawn."""
+    """First frame of every training clip, at `stride_fps`; None = random."""
     eval_clip_start: int | None = None
     """First frame of every clip in evaluation, at `stride_fps`; None = centred."""
     eval_split: Literal["val", "train"] = "val"
-    """Split that is evaluated. With train nothing is held out."""
+    """Split that is evaluated. With train, nothing is held out."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Area share of the random resized crop."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect range of the random resized crop."""
+    """Range of aspect ratios of the random resized crop."""
     flip: float = 0.5
-    """Probability of a horizontal flip; 0 where left and right mean something (SSv2)."""
+    """Probability of a horizontal flip; set it to 0 if classes differ in left and right (SSv2)."""
     interpolation: Literal["triangular", "cubic", "linear"] = "triangular"
     """Resize filter: triangular (antialiased, as torchvision), cubic or linear."""
     crop: float = 224 / 256
@@ -104,9 +104,9 @@ class DataConfig:
     augment: Augment = field(default_factory=Augment)
     """RandAugment, color jitter and random erasing of training rows, alike in all frames of a clip."""
     repeats: int = 1
-    """Rows made of each sample drawn (repeated sampling); optim.batch and epochs count rows."""
+    """Augmented copies (rows) of each sample (repeated augmentation); optim.batch and epochs count rows."""
     same_clip: bool = False
-    """The repeats of a clip share its frames, and one decode; else each is a clip of its own."""
+    """The repeats of a clip have the same frames, decoded once; otherwise each has frames of its own."""
     order: Literal["random", "local"] = "random"
     """random (all samples permuted), or local (shards, then windows: for disks and network file systems)."""
     window: int = 4096
@@ -139,7 +139,7 @@ class DecodeConfig:
     threads: int = 0
     """DALI threads per process; 0 = chosen from the machine."""
     hw_decoder_load: float = 0.65
-    """Share of the JPEGs for the GPU's decoding engines, if it has them."""
+    """Share of the JPEGs for the GPU's hardware JPEG decoder, if it has one."""
     decode: Literal["whole", "window"] = "whole"
     """What a GPU decodes: whole pictures, or each window alone (window); the CPU always decodes windows."""
 

@@ -253,7 +253,7 @@ def open_split(info: DatasetInfo, split: str) -> Dataset:
         raise UserError(f"{path} is missing; pack this dataset again")
     try:
         if sha256_of(path) != info.catalogue_sha256[split]:
-            raise ValueError("it does not have its checksum in dataset.json")
+            raise ValueError("its checksum is not the one in dataset.json")
         numbers = numbers_of(read_batch(path, (*PER_SAMPLE, "frames", *PER_FRAME.values())), info, split)
     except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); pack this dataset again") from error
@@ -282,12 +282,12 @@ def numbers_of(batch: pa.RecordBatch, info: DatasetInfo, split: str) -> dict[str
     counts = info.splits[split]
     samples = counts["samples"]
     if len(batch) != (rows := samples + counts["rejected"]):
-        raise ValueError(f"it has {len(batch)} rows, dataset.json says {rows}")
+        raise ValueError(f"it has {len(batch)} rows, but dataset.json has {rows}")
     found = {name: batch[name].to_numpy() for name in (*PER_SAMPLE, "frames")}
     lists, frames = [batch[column] for column in PER_FRAME.values()], found.pop("frames")
     starts = [values.offsets.to_numpy() for values in lists]
     if any(at[0] or (np.diff(at) != frames).any() for at in starts) or any(x.null_count for x in lists):
-        raise ValueError("its lists are not as long as its frames are many")
+        raise ValueError("its lists do not have one entry per frame")
     first_frame = starts[0][: samples + 1]
     if (found["shard"][:samples] < 0).any() or (found["shard"][samples:] >= 0).any():
         raise ValueError(f"its packed samples are not its first {samples} rows")
@@ -302,7 +302,7 @@ def check_numbers(numbers: dict[str, np.ndarray], classes: int, tar_bytes: np.nd
     """Raise ValueError for numbers that cannot be; `tar_bytes` [shards] is the length of each tar."""
     shard, label, width, height = (numbers[name] for name in PER_SAMPLE)
     if (np.diff(shard) < 0).any() or (shard >= len(tar_bytes)).any():
-        raise ValueError("its shards are out of order or beyond the last")
+        raise ValueError("its shard numbers are out of order or too large")
     if ((label < -1) | (label >= classes)).any():
         raise ValueError(f"it has labels beyond the {classes} classes in dataset.json")
     sides = all(((side >= 1) & (side <= LONGEST)).all() for side in (width, height))

@@ -108,7 +108,7 @@ def arrow_messages(source: "pa.NativeFile") -> "tuple[pa.Message, pa.Message]":
     source.seek(8)  # after the file's mark, it is a stream
     messages = [*pa.ipc.MessageReader.open_stream(source)]
     if [message.type for message in messages] != ["schema", "record batch"]:
-        raise ValueError("it has not one record batch")
+        raise ValueError("it does not have exactly one record batch")
     meta = messages[1].metadata
     try:
         header = field(unpack_from("<I", meta)[0], 2)

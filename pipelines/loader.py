@@ -142,8 +142,8 @@ class TrainLoader(Loader):
         parts = self.world.size * self.accumulate
         if self.batch % (parts * self.config.repeats):
             raise UserError(
-                f"a batch of {self.batch} does not divide into {self.world.size} processes x "
-                f"{self.accumulate} micro batches x {self.config.repeats} repeats; make it a multiple of "
+                f"a batch of {self.batch} is not divisible by {self.world.size} processes x "
+                f"{self.accumulate} micro batches x {self.config.repeats} repeats; use a multiple of "
                 f"{parts * self.config.repeats}"
             )
 

@@ -185,7 +185,7 @@ def clip_offsets(counts: Ints, frames: int, stride: Fraction | int) -> Ints:
     """Each clip frame's distance from the first, [n, frames], in clips of counts [n] frames.
 
     Frame k is at k * stride, rounded to a whole frame, halves up. In a clip that is too short for that, the
-    stride shrinks to the largest whole number that fits, at least 1.
+    stride is reduced to the largest whole number that fits, at least 1.
     """
     steps = np.arange(frames, dtype=np.int64)
     whole = np.array([rounded(k * stride) for k in range(frames)], np.int64)
@@ -230,7 +230,7 @@ def check_info(info: DatasetInfo, config: DataConfig, temporal: int = 1) -> None
         return
     if config.sampling == "segments":
         if temporal > 1:
-            raise UserError(f"sampling by segments has one view in time, not {temporal}; set --views 1 3")
+            raise UserError(f"sampling by segments has one temporal view, not {temporal}; set --views 1 3")
     elif (stride := stored_frames(info, config, config.stride)) < 1:
         rate = stored_frames(info, config, 1)
         raise UserError(
@@ -278,7 +278,7 @@ def short_clip_note(dataset: Dataset, config: DataConfig) -> str:
         stride = stored_frames(dataset.info, config, config.stride)
         span = rounded((config.frames - 1) * stride) + 1
         what = f"{config.frames} frames x stride {float(stride):.4g} ({span} frames)"
-        how = "their stride shrinks to what fits, then the last frame repeats"
+        how = "their stride is reduced to what fits, then the last frame is repeated"
     short = int((np.diff(dataset.first_frame) < span).sum())
     clips = f"{short} of {len(dataset)} {dataset.split} clips"
     return f"{clips} are shorter than {what}: {how}" if short else ""

@@ -176,7 +176,8 @@ def test_a_learning_rate_of_0_and_a_batch_above_the_data_say_what_to_change(
 
 def test_a_small_validation_split_is_reported(images: Path, tmp_path: Path, capsys, monkeypatch):
     words = (
-        "warning: only 14 samples are evaluated: acc changes in steps of 0.071; small differences are chance"
+        "warning: only 14 samples are evaluated: acc changes in steps of 0.071; "
+        "small differences may be chance"
     )
     config = small("image-ft-pico", images, tmp_path, "few")
     finetune.make_task(config, Run(ALONE))

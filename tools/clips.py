@@ -24,7 +24,7 @@ HALF = Fraction(1, 2)
 TIME_STEP = Fraction(1, 1000)  # seconds; many containers round their times to it
 CUT = "part of a longer clip"
 
-DIFFERENT = "two numbers that count differently"
+DIFFERENT = "two numbers that give different orders"
 INTEGERS, DECIMALS = re.compile(r"(\d+)", re.ASCII), re.compile(r"(\d+(?:\.\d+)?)", re.ASCII)
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ def _clip(files: Sequence[Path], notes: Sequence[str], packing: Packing) -> Pack
     first, last = longest_run([isinstance(frame, Packed) for frame in read])
     if 2 * (last - first) < len(files):
         reasons = Counter(str(frame) for frame in read if isinstance(frame, BadImage))
-        raise BadImage(f"under half of its frames in a row are good: {reasons.most_common(1)[0][0]}")
+        raise BadImage(f"fewer than half of its frames in a row are good: {reasons.most_common(1)[0][0]}")
     pictures = _one_size(
         files[first:last], [frame for frame in read[first:last] if isinstance(frame, Packed)], packing
     )

@@ -95,7 +95,7 @@ def _results(kind: Kind) -> dict[str, str]:
         "MAE validation loss, first": f"{checked[0]['loss_val']:.3f} (step {checked[0]['step']})",
         "MAE validation loss, last": f"{checked[-1]['loss_val']:.3f} (step {checked[-1]['step']})",
         "accuracy after finetuning": f"{100 * accuracy:.1f} %",
-        "accuracy of chance": f"{100 / classes:.1f} %",
+        "chance accuracy": f"{100 / classes:.1f} %",
         "accuracy / chance": f"{accuracy * classes:.1f} x",
         "MAE speed": _speed(mae, kind),
         "finetuning speed": _speed(finetune, kind),

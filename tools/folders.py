@@ -178,7 +178,7 @@ def _reject_nested(found: Found) -> None:
 def _mixed(folder: Path) -> UserError:
     return UserError(
         f"{folder} contains both pictures and folders of pictures; a clip is one folder of pictures, so move "
-        "one kind."
+        "one of the two elsewhere."
     )
 
 
@@ -250,7 +250,7 @@ def _labelled(
         loose = min(item.source for item in listed if not item.label)
         raise UserError(
             f"{found.root / below} contains both class folders and loose {found.kind.what}, such as "
-            f"{readable(loose)}; move one kind."
+            f"{readable(loose)}; move one of the two elsewhere."
         )
     return listed
 

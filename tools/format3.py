@@ -28,7 +28,7 @@ def convert(root: tyro.conf.Positional[Path]) -> None:
         for split in info["splits"]:
             old = root / f"{split}.parquet"
             if recorded.get(split, found := sha256_of(old)) != found:
-                raise ValueError(f"{old.name} does not have its checksum in dataset.json")
+                raise ValueError(f"the checksum of {old.name} is not the one in dataset.json")
             rows = pq.read_table(old, page_checksum_verification=True)
             write_catalogue(root / f"{split}.arrow", rows.cast(SCHEMA))
     except (ValueError, LookupError, TypeError, AttributeError, OSError, pa.ArrowException) as error:

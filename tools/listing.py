@@ -62,7 +62,7 @@ def plan_of(kind: str, listing: Listing, val_fraction: float, packing: Packing, 
     order = (lambda text: (int(text), text)) if listing.numbered else None
     classes = sorted({item.label for item in train} - {""}, key=order)
     if unknown := {item.label for item in val} - {*classes, ""}:
-        raise UserError(f"{where}: validation has class {min(unknown)!r}, training has not; remove it.")
+        raise UserError(f"{where}: validation has class {min(unknown)!r}, but training does not; remove it.")
     in_train = {path for item in train for path in item.paths}
     if both := in_train.intersection(path for item in val for path in item.paths):
         raise UserError(f"{where}: {min(both)!r} is in train and in val; remove it from one of them.")
@@ -126,7 +126,7 @@ def unite(labels: Iterable[str]) -> dict[str, str]:
     several = [nfc for nfc, found in spellings.items() if len(found) > 1]
     if several:
         names = f"{readable(min(several))} ({len(several)})"
-        print(f"classes that are spelled in two forms of Unicode (NFC and NFD) are united, such as {names}")
+        print(f"classes that differ only in Unicode normalization (NFC, NFD) are merged, such as {names}")
     return {label: nfc if len(found) > 1 else label for nfc, found in spellings.items() for label in found}
 
 

@@ -222,7 +222,7 @@ def _table(path: Path, rows: Rows, column: int, separator: str, find: Find) -> t
         where = f"{path} {'line' if separator else 'entry'} {number}"
         lines.append(Line(where, cells[column], " ".join(cells[n] for n in others)))
     if not heading and len(others) > 1 and plain_labels(lines)[0] in PLAIN:
-        raise UserError(f"{path} has {width} columns and no heading; keep two, the path and the class.")
+        raise UserError(f"{path} has {width} columns and no header; keep two, the path and the class.")
     if others and first[others[0]] == "template":  # SSv2: [something] is something in its list of classes
         lines = [line._replace(label=re.sub(r"[\[\]]", "", line.label)) for line in lines]
     names = ", ".join(first[n] for n in (column, *others)) if heading else "path, class"
@@ -262,7 +262,7 @@ def _lines(path: Path, lines: Sequence[tuple[int, str]], find: Find) -> tuple[st
         parsed[n] = _absent(parsed[n], known)
     first, heading = parsed[0], ""
     if absent[:1] == [0] and first.label not in known and _are_words([first.path, first.label]):
-        parsed, heading = parsed[1:], " after a heading"
+        parsed, heading = parsed[1:], " after a header"
     what = "a path per line" if known == {""} else "path and class per line"
     return what + heading, parsed
 

@@ -93,13 +93,13 @@ class ClipOptions(ListOptions):
     shard_size: int = 64
     """clips per shard"""
     fps: float | None = None
-    """frames per second to store; by default 30, of folders of frames those that they have"""
+    """frames per second to store; by default 30, for folders of frames their own rate (--source-fps)"""
     source_fps: float = 30.0
-    """frames per second that folders of frames have"""
+    """frame rate of the folders of frames"""
     max_seconds: float = 60.0
     """longer clips are cut into equal parts"""
     clip_seconds: float = 10.0
-    """about the length of these parts"""
+    """approximate length of these parts"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

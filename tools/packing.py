@@ -1,4 +1,4 @@
-"""Pack the shards of a plan: options, resume, parts for several machines, progress, the closing table."""
+"""Pack the shards of a plan: options, resume, parts for several machines, progress, the summary table."""
 
 import errno
 import math
@@ -28,7 +28,7 @@ from tools.images import COPIED
 from tools.planfile import UNFINISHED, begin, check_same, remove
 from tools.shards import PLAN_FILE, Job, Load, PackPlan, Result, finish, is_done, jobs_of, readable
 
-LEFT_OUT = 12  # most kinds of other files in the closing table
+LEFT_OUT = 12  # most kinds of other files in the summary table
 REASONS = 20  # most reasons of rejection of a split in it
 NOTES = ("[0-9]*.parquet", PLAN_FILE)  # an unfinished dataset's rows per shard and its plan
 
@@ -111,7 +111,7 @@ def source_folder(path: Path, flag: str, what: str) -> Path:
 
 
 def run(plan: PackPlan, root: Path, out: Path, load: Load, options: PackOptions) -> int:
-    """Pack what is not packed yet and print the closing table; return the exit code.
+    """Pack what is not packed yet and print the summary table; return the exit code.
 
     The exit code is 1 if too many samples were rejected or some could not be read.
     """

@@ -43,7 +43,7 @@ def report(*runs: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
     """
     for run in runs or [Path("runs")]:
         if not (run / "config.json").is_file():
-            what = f"{run} is not a run folder, it has no config.json"
+            what = f"{run} is not a run folder: it has no config.json"
             raise UserError(f"{what}; name one, as in RUN=image-mae-pico")
     if out and out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out} does not end in .html; name such a file with OUT= (--out)")

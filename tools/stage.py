@@ -77,7 +77,7 @@ def copy_dataset(store: fs.FileSystem, top: str, target: Path, workers: int) -> 
         raise UserError(str(error).replace(str(waiting), top)) from error
     info = replace(source, root=target, tars=own_places(source, noted))
     if done.is_file() and done.read_bytes() != noted.read_bytes():
-        raise UserError(f"{target} contains another dataset than {top}; choose an empty folder.")
+        raise UserError(f"{target} contains a different dataset than {top}; choose an empty folder.")
     if before not in (b"", noted.read_bytes()):  # tars of another dataset, perhaps with the same lengths
         for tar in (tar for split in info.splits for tar in (target / split).glob("[0-9]*.tar")):
             tar.unlink()
@@ -158,9 +158,9 @@ def fetch(
                 with store.open_input_stream(source) as reader, temporary.open("wb") as writer:
                     shutil.copyfileobj(reader, writer, BLOCK)
                 if checksum and sha256_of(temporary) != checksum:
-                    raise OSError("it does not have its checksum in dataset.json: is the source damaged?")
+                    raise OSError("its checksum is not the one in dataset.json: is the source damaged?")
                 if rows and (damaged := damaged_sample(temporary, rows)):
-                    raise OSError(f"sample {damaged} does not have its checksum: is the source damaged?")
+                    raise OSError(f"the checksum of sample {damaged} differs: is the source damaged?")
                 return temporary.stat().st_size
         except (OSError, pa.ArrowException) as error:
             reason = first_line(error)

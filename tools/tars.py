@@ -34,7 +34,7 @@ from tools.tarsamples import ANY_SIZE, MADE, TarPacking, first_is_clip, load_tar
 
 Indexed = tuple[tuple[Path, Path], pa.Table]  # a tar, the tar of its repacked samples, and their rows
 Classes = dict[tuple[int, str], str]  # (number or -1, name or "") of a class: a source that has it
-NO_CLASS = "it has no class, but other samples have one (--unlabelled omits all)"
+NO_CLASS = "it has no class, but other samples have one (--unlabelled ignores all classes)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,12 @@ class TarOptions(PackOptions):
     """pictures that are repacked are scaled down until their shorter side has this many pixels; those that
     are used in place keep their size"""
     repack: bool = False
-    """write samples that training cannot read unchanged (PNG, CMYK, 16 bit, EXIF rotation ...) into further
-    tars; otherwise they are left out"""
+    """write samples that training cannot read unchanged (PNG, CMYK, 16 bit, EXIF rotation ...) into
+    additional tars; otherwise they are left out"""
     unlabelled: bool = False
-    """leave out all classes, as for pretraining"""
+    """ignore all classes, as for pretraining"""
     class_names: Path | None = None
-    """text file with the name of class 0, 1, 2 ... in each line"""
+    """text file with one class name per line, class 0 first"""
     fps: float = 30.0
     """frames per second of the clips in the tars"""
 
@@ -96,7 +96,7 @@ def pack_tars(
 
 
 def index(plan: PackPlan, root: Path, out: Path, options: TarOptions) -> int:
-    """Index what is not indexed yet and print the closing table; return the exit code as `packing.run`."""
+    """Index what is not indexed yet and print the summary table; return the exit code as `packing.run`."""
     console = Console(markup=False, highlight=False, emoji=False)
     work, done = out / WORK, out / "dataset.json"
     with writing_to(out):
@@ -126,7 +126,7 @@ def finish(plan: PackPlan, root: Path, out: Path) -> None:
     for (tar, _), rows in (part for parts in found.values() for part in parts):
         if (end := "".join(rows["reason"].to_pylist()[-1:])).startswith(FROM_HERE):
             fault = end.removeprefix(FROM_HERE)
-            print(f"{tar} is {fault} after {len(rows) - 1} samples: the rest of the tar is missing")
+            print(f"{tar} is {fault} after {len(rows) - 1} samples: the rest of the tar is left out")
     known = [classes_in(parts) for parts in found.values()]
     classes, labels = classes_of(known[0], known[-1], packing.class_names.splitlines())
     if "val" not in found:
@@ -207,7 +207,7 @@ def classes_of(train: Classes, val: Classes, listed: Sequence[str]) -> tuple[lis
     if numbers and named and not listed:
         both = f"{min(named.values())} has class {min(named)!r}, {min(numbers.values())} {min(numbers)}"
         raise UserError(
-            f"{both}; give the name of each number with --class-names, or omit all (--unlabelled)."
+            f"{both}; give the name of each number with --class-names, or ignore all classes (--unlabelled)."
         )
     names = sorted({united[name] for number, name in train if number < 0 and name})
     used = range(len(listed)) if listed else sorted({number for number, _ in train if number >= 0})
@@ -219,8 +219,8 @@ def classes_of(train: Classes, val: Classes, listed: Sequence[str]) -> tuple[lis
         own = str(number) if number >= 0 else name
         unknown = number < 0 and name and normalize("NFC", name) not in known_names
         if (number >= 0 and number not in labels) or unknown:
-            where = "--class-names has" if listed else "training has"
-            raise UserError(f"{source} has class {own!r}, which {where} not; remove it.")
+            where = "--class-names" if listed else "training"
+            raise UserError(f"{source} has class {own!r}, but {where} does not; remove it.")
         if number >= 0 and not listed and name and (known := classes[labels[number]]) not in (name, own):
             other = f"{source} calls class {number} {name!r}, training {known!r}"
             raise UserError(f"{other}; correct one of them, or give the names with --class-names.")

@@ -75,7 +75,7 @@ def describe(catalogue: Dataset, named: pa.RecordBatch) -> str:
     if classes and len(catalogue):
         counts = np.bincount(catalogue.label[catalogue.label >= 0], minlength=classes)
         empty = f", {(counts == 0).sum()} of them empty" if not counts.all() else ""
-        several = "classes" if classes > 1 else "class only, so nothing to classify:"
+        several = "classes" if classes > 1 else "class (nothing to classify)"
         parts.append(f"{classes} {several} of {counts.min()} to {counts.max()} samples{empty}")
     if twice := len(named) - pc.count_distinct(named["sha256"]).as_py():  # pyrefly: ignore
         parts.append(f"repeated samples: {twice}")
@@ -159,7 +159,7 @@ def check_shard(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterator[
             what = f"its files or labels differ from the catalogue at byte {start} or later"
             yield f"{path}: {row['key']}: {what}; pack this dataset again"
     if data[ends[-1] :] != packed[ends[-1] :]:
-        yield f"{path} does not end at byte {len(packed)}, it is cut off or damaged; pack this dataset again"
+        yield f"{path} does not end at byte {len(packed)}: it is cut off or damaged; pack this dataset again"
     if indexed != "".join(index):
         yield f"{path.with_suffix('.idx')} does not match its tar; pack this dataset again"
     yield from (f"{path}: {fault}" for fault in decode_faults(np.frombuffer(data, np.uint8), good))

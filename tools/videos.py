@@ -217,7 +217,7 @@ def _judged(
 def _packed(piece: Piece, seconds: Fraction, declared: Fraction, to_jpeg: JpegWriter) -> Packed:
     """The sample of a piece, of which `seconds` were decoded. Raises `BadImage` if that is under half."""
     if 2 * seconds < declared:
-        raise BadImage("under half of its declared duration can be decoded")
+        raise BadImage("less than half of its declared duration can be decoded")
     changes = to_jpeg.changes()
     if piece.damaged:
         changes.append("damaged part left out")

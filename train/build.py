@@ -91,8 +91,8 @@ def resume(config: Config, task: Task, run: Run, state: State) -> None:
     if state.step > steps:
         distributed.fail(
             run.world,
-            f"{run.folder} is already at step {state.step} and optim.epochs {config.optim.epochs:g} ends at "
-            f"step {steps}; take more epochs, or choose another RUN",
+            f"{run.folder} is already at step {state.step}, but optim.epochs {config.optim.epochs:g} ends at "
+            f"step {steps}; raise optim.epochs, or choose another RUN",
         )
     distributed.check_agreement(
         run.world,
@@ -115,7 +115,7 @@ def micro_batches(config: Config, processes: int, mixed: int = 1) -> tuple[int, 
         factors = f" x {repeats} repeats" if repeats > 1 else ""
         factors += f" x {mixed} mixed samples" if mixed > 1 else ""
         raise UserError(
-            f"optim.batch {batch} does not divide by {processes} processes{factors}; "
+            f"optim.batch {batch} is not divisible by {processes} processes{factors}; "
             f"use a multiple of {processes * group}"
         )
     most = max(1, min(config.speed.micro_batch // group, share))

@@ -53,11 +53,11 @@ def model_card(config: Config, info: DatasetInfo, last_row: Mapping[str, object]
     recipe |= {key: value for key, value in flatten(to_dict(config)).items() if "." not in key}
     source = {"path": str(data.path), "splits": info.splits, "classes": info.classes}
     other = "other.safetensors --to timm" if data.frames == 1 or autoencoder else "other.onnx --to onnx"
-    seen = ", of the training samples, nothing was held out" if last_row.get("held_out") == 0 else ""
+    seen = " (on the training samples; nothing was held out)" if last_row.get("held_out") == 0 else ""
     return f"""# {config.run.name}
 
 {model.name}, {kind}, trained by hiera-train: {steps} steps.
-Input: {info.kind}s of {" x ".join(map(str, size))} pixels, from 0 to 1, less {mean}, divided by {deviation}.
+Input: {info.kind}s of {" x ".join(map(str, size))} pixels, from 0 to 1, minus {mean}, divided by {deviation}.
 
 Data, its {len(info.classes)} classes in the order of the outputs; recipe; last metrics{seen}:
 ```json
@@ -65,7 +65,7 @@ Data, its {len(info.classes)} classes in the order of the outputs; recipe; last 
 {json.dumps(recipe, ensure_ascii=False)}
 {json.dumps({key: value for key, value in last_row.items() if value is not None})}
 ```
-Licence: {_licence(model.init)}
+License: {_licence(model.init)}
 
 Loading, from the folder of hiera-train's code, with the path of model.safetensors:
 ```python
@@ -78,9 +78,9 @@ load_weights(model, "model.safetensors")
 
 
 def _licence(init: str) -> str:
-    """The licence of weights that started from `init`."""
+    """The license of weights that started from `init`."""
     if not init:
         return "started from random weights; the terms of the data above apply."
     if is_official(init) or Path(init).name in RELEASED:
-        return f"started from `{init}`, {LICENSE}; that holds for these weights too."
-    return f"that of `{init}`, it started there: ask their authors, or see a model_card.md beside the file."
+        return f"started from `{init}`, {LICENSE}, which applies to these weights too."
+    return f"that of the starting weights `{init}`: ask their authors, or see a model_card.md next to them."

@@ -34,12 +34,13 @@ class ModelConfig:
     """Absolute-window position embeddings (arXiv 2311.05613), images only. Models named abswin always have
     them."""
     checkpoint_stages: tuple[int, ...] = ()
-    """Stages (1 to 4) whose activations are computed again backward: less memory, about a third slower."""
+    """Stages (1 to 4) with activation checkpointing (recomputation): less memory, about a third slower."""
     init: str = ""
     """Starting weights: a file, an official name such as mae_hiera_base_16x224:mae_k400, or empty for random
-    ones. Warm start only; resuming needs nothing."""
+    ones. This is a warm start; to resume a run, repeat its command."""
     reuse_encoder_norm: bool = False
-    """A classifier's final norm starts from the autoencoder's (timm) instead of fresh (the authors)."""
+    """A classifier's final norm starts from the autoencoder's (as in timm), not from initial values (as the
+    authors do)."""
 
     def __post_init__(self) -> None:
         check_settings(self, "model.", drop_path=(0, BELOW_1), dropout=(0, BELOW_1))
@@ -54,7 +55,7 @@ class OptimConfig:
     lr: float = 1e-3
     """Learning rate at `lr_batch`; the run scales it linearly to `batch` and prints the result."""
     lr_batch: int = 1024
-    """The batch that `lr` is stated for."""
+    """The batch to which `lr` refers."""
     epochs: float = 100.0
     warmup_epochs: float = 5.0
     name: Literal["adamw", "sgd"] = "adamw"
@@ -66,10 +67,10 @@ class OptimConfig:
     layer_decay: float = 1.0
     """Learning rate factor from each layer to the one before it; the head has 1."""
     decay_last_block: bool = True
-    """Whether the last block has one factor (MAE, SlowFast) or the head's rate (the authors' draft)."""
+    """True: the last block has one factor (MAE, SlowFast). False: the head's rate (the authors' draft)."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights, such as 0.9999; 0 = none. With one, its weights
-    are what is evaluated and exported."""
+    """Decay of an exponential moving average of the weights, such as 0.9999; 0 = none. If set, the average is
+    evaluated and exported."""
     clip_norm: float = 0.0
     """Clip gradients to this norm; 0 = never."""
     min_lr: float = 0.0
@@ -96,7 +97,7 @@ class RunConfig:
     """Steps between evaluations on the validation split; 0 = once per epoch, but at least 10 and at most 100
     times per run. The last step is always evaluated."""
     patience: int = 0
-    """End the run after so many evaluations without a better result; 0 = never."""
+    """End the run after this number of evaluations without improvement; 0 = never."""
     checkpoint_every: int = 500
     """Steps between checkpoints: a crash costs at most that many."""
     keep: int = 2
@@ -108,7 +109,7 @@ class RunConfig:
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Live trackers: any of tensorboard, wandb, mlflow, trackio."""
     max_skipped: int = 10
-    """Stop after so many non-finite steps in a row, at least 1."""
+    """Stop after this number of consecutive non-finite steps, at least 1."""
 
     def __post_init__(self) -> None:
         counts = ("log_every", "checkpoint_every", "keep", "max_skipped")
@@ -118,7 +119,7 @@ class RunConfig:
         # An absolute path starts with an empty part. make passes the name through a shell.
         if self.name and ({"", ".", ".."} & set(parts) or re.search(r"[\s'\"]", self.name)):
             raise UserError(
-                f"run.name is '{self.name}'; it must name a folder below {self.root}, without blanks or "
+                f"run.name is '{self.name}'; it must name a folder below {self.root}, without spaces or "
                 "quotes"
             )
         if (longest := max(len(os.fsencode(part)) for part in parts)) > 255:
@@ -141,7 +142,7 @@ class SpeedConfig(DecodeConfig):
     restarts: int = 0
     """How often the processes of this machine are started again after one of them failed."""
     timeout: float = 600.0
-    """Seconds a process waits for the others before it gives up, as when one of them hangs."""
+    """Seconds that a process waits for the others before it gives up, for example if one of them hangs."""
     micro_batch: int = 64
     """Samples per process per forward; gradients accumulate up to optim.batch."""
     eval_batch: int = 0
@@ -196,7 +197,7 @@ class MaeConfig(Groups):
     decode_ratio: float = 1.0
     """Share of the masked tokens that training decodes (dual masking, arXiv 2303.16727); 1 = the paper."""
     normalize_targets: bool = True
-    """Predict patches that are normalized each by its own mean and deviation, or the pixels themselves."""
+    """Predict pixels that are normalized per patch (norm_pix_loss in MAE); False: raw pixels."""
     decoder_heads: int = 0
     """0 = the model's own: 16, as released; the paper says 8 for video."""
     health: bool = True
@@ -211,7 +212,7 @@ class FinetuneConfig(Groups):
     """Supervised finetuning."""
 
     freeze: Literal["none", "trunk"] = "none"
-    """none, or trunk: only the last norm and the head learn (a linear probe)."""
+    """none, or trunk: only the last norm and the head are trained (a linear probe)."""
     smoothing: float = 0.1
     """Label smoothing."""
     mixup: float = 0.0
@@ -221,8 +222,8 @@ class FinetuneConfig(Groups):
     views: tuple[int, int] = (1, 1)
     """Temporal x spatial views averaged per clip in evaluation."""
     pretrained_epochs: int = 0
-    """Epochs of pretraining that the recipe's numbers are for; a run that starts from another length warns.
-    0 = any."""
+    """Pretraining epochs for which the recipe's hyperparameters are; the run warns if its starting weights
+    had another number. 0 = any."""
 
     def __post_init__(self) -> None:
         check_settings(self, "", smoothing=(0, BELOW_1), mixup=(0, ANY), cutmix=(0, ANY))

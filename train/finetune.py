@@ -74,7 +74,7 @@ def task_of(config: FinetuneConfig, run: Run, classes: Sequence[str]) -> Task:
 def check_labels(split: Dataset) -> None:
     """Raise UserError unless every sample has a class, of two or more."""
     if len(split.info.classes) == 1:
-        raise UserError(f"{split.info.root} has one class only; there is nothing to tell apart")
+        raise UserError(f"{split.info.root} has only one class; finetuning needs data with two or more")
     if (split.label < 0).any():
         raise UserError(f"{split.catalogue} has samples without a class; finetuning needs labelled shards")
 
@@ -84,7 +84,7 @@ def warn_of_few(evaluated: Dataset) -> None:
     if (count := len(evaluated)) < FEW:
         log(
             f"warning: only {count} samples are evaluated: acc changes in steps of {1 / count:.2g}; small "
-            "differences are chance; pack more of the data for validation (--val-fraction)"
+            "differences may be chance; pack more of the data for validation (--val-fraction)"
         )
 
 
@@ -187,7 +187,7 @@ def evaluate(
         write_predictions(run.folder, dataset, ids.numpy(), best.numpy(), chances.numpy())
     most = int(answers.bincount().max()) if len(ids) else 0
     if hits[:, 0].sum() <= most < len(ids):
-        log(f"acc is not above {most / len(ids):.3g}, that of always answering the most frequent class")
+        log(f"acc is not above {most / len(ids):.3g}, that of always predicting the most frequent class")
     sums = {"acc": hits[:, 0].sum(), "acc5": hits.sum(), "loss_val": losses.double().sum()}
     if len(dataset.info.classes) <= KEPT:
         del sums["acc5"]

@@ -73,8 +73,8 @@ def measure(
     ]
     if collapsed and len(queries) >= FEWEST:
         log(
-            f"warning: the features of {', '.join(collapsed)} have collapsed, they hardly tell samples "
-            "apart; train again with a lower optim.lr or a longer optim.warmup_epochs"
+            f"warning: the features of {', '.join(collapsed)} have collapsed, so they hardly "
+            "distinguish samples; train again with a lower optim.lr or a longer optim.warmup_epochs"
         )
     row = dict(zip(HEALTH_COLUMNS, (*ranks, *deviations), strict=False))
     if min(part.label.min() for part in parts) < 0:

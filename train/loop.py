@@ -259,7 +259,7 @@ def finish(trainer: Trainer) -> None:
     trainer.stop.wait()
     trainer.recorder.settle()
     if trainer.stops_early and not trainer.signal:
-        better = f"the last {trainer.since} evaluations gave no better result (run.patience)"
+        better = f"the last {trainer.since} evaluations brought no improvement (run.patience)"
         log(f"stopped early after step {state.step} of {trainer.steps}: {better}")
         save(trainer)
     trainer.writer.wait()

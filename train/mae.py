@@ -68,7 +68,7 @@ def task_of(config: MaeConfig, run: Run, classes: Sequence[str]) -> Task:
     """The autoencoder with its loss, masks and evaluation; `classes` are those of its encoder's probes."""
     if not config.model.name.startswith("mae_"):
         raise UserError(
-            f"MAE pretraining wants a mae_hiera_* model, not {config.model.name}; python -m models.zoo lists "
+            f"MAE pretraining needs a mae_hiera_* model, not {config.model.name}; python -m models.zoo lists "
             "them"
         )
     model = create_model(

@@ -154,7 +154,7 @@ def show(report: Report) -> None:
         print("the run has no metric row of a repeated step to compare with; see --run.log-every")
         return
     print(
-        f"equal in every bit: {report['rows_equal']} of {report['rows_compared']} metric rows since step "
+        f"bit-identical: {report['rows_equal']} of {report['rows_compared']} metric rows since step "
         f"{report['from_step']}, repeated by {report['processes']} process(es)"
     )
 

@@ -104,7 +104,7 @@ def create_classifier(data: DataConfig, model: ModelConfig, classes: int) -> nn.
     """A classifier of `classes`; raises UserError when the name is an autoencoder's."""
     if model.name.startswith("mae_"):
         raise UserError(
-            f"finetuning wants a hiera_* model, not {model.name}; python -m models.zoo lists them"
+            f"finetuning needs a hiera_* model, not {model.name}; python -m models.zoo lists them"
         )
     return create_model(data, model, num_classes=classes, head_dropout=model.dropout)
 

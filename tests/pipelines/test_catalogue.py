@@ -93,7 +93,7 @@ def test_every_broken_dataset_has_its_message(tmp_path):
     (root / "dataset.json").write_text(whole.replace('"format": 3', '"format": 2'))
     expect(root, "has format 2, this version reads 3; convert it with `python -m tools.format3 /.*/d`")
     (root / "dataset.json").write_text(whole.replace('"samples": 2', '"samples": 3'))
-    expect(root, "has 2 rows, dataset.json says 3")
+    expect(root, "has 2 rows, but dataset.json has 3")
     (root / "dataset.json").write_text(
         whole.replace('"samples": 2, "rejected": 0', '"samples": 1, "rejected": 1')
     )
@@ -214,7 +214,7 @@ def test_a_damaged_dataset_of_format_2_is_not_converted_and_stays_as_it_is(tmp_p
     pq.write_table(pa.Table.from_pylist(read_rows(root), old), root / "train.parquet")
     info = json.loads((root / "dataset.json").read_text()) | {"format": 2}
     for change, message in (
-        ({"catalogue_sha256": {"train": "0" * 64}}, "does not have its checksum"),
+        ({"catalogue_sha256": {"train": "0" * 64}}, "checksum of train.parquet is not the one in"),
         ({"catalogue_sha256": {}, "splits": {"../x": info["splits"]["train"]}}, "cannot be converted"),
         ({"catalogue_sha256": {}, "classes": info["classes"][:1]}, "cannot be read"),
     ):

@@ -266,7 +266,7 @@ def test_wrong_settings_give_one_line(images, clips):
             images,
             DataConfig(size=16),
             {"batch": 10, "world": 4},
-            "a batch of 10 does not divide into 4 processes",
+            "a batch of 10 is not divisible by 4 processes",
         ),
     ]:
         with pytest.raises(UserError, match=match):

@@ -218,9 +218,9 @@ def test_segments_need_no_frame_rate_and_have_one_view_in_time(dataset, tmp_path
     assert np.abs(pixels - (2 * np.arange(8) + 1) * 125 // 16).max() <= 0.5  # the same in three spatial views
     config = small("video-ft-pico", dataset, tmp_path, "run")
     config = replace(config, data=replace(config.data, sampling="segments"), views=(5, 3))
-    with pytest.raises(UserError, match="one view in time, not 5; set --views 1 3"):
+    with pytest.raises(UserError, match="one temporal view, not 5; set --views 1 3"):
         build.check(config)
-    with pytest.raises(UserError, match="one view in time, not 5"):
+    with pytest.raises(UserError, match="one temporal view, not 5"):
         evaluation(at(dataset, 12.0), view, 2, views=(5, 1))
     with pytest.raises(UserError, match=r"data\.sampling is 'segment'; it can be stride, segments"):
         replace(config.data, sampling="segment")

@@ -264,7 +264,7 @@ def test_spellings_of_one_class_are_united(tmp_path, capsys):
     assert plan.classes == ["x", composed]
     assert sorted(sample.label for sample in plan.splits["train"]) == [0, 1, 1]
     assert [sample.label for sample in plan.splits["val"]] == [1]
-    assert "(NFC and NFD) are united, such as Äpfel (1)" in capsys.readouterr().out
+    assert "(NFC, NFD) are merged, such as Äpfel (1)" in capsys.readouterr().out
     alone = [Listed("1", split)]
     assert plan_of("image", Listing(alone), 0, ImageOptions().packing(), "").classes == [split], "as before"
 

@@ -111,7 +111,7 @@ def test_columns_are_found_by_content_and_heading(tmp_path, capsys):
     assert "; video, label separated by commas; class names" in capsys.readouterr().out
     for text, words in {
         "id,kind,video\n1,run,plain/78687.webm\n": "one of its columns id, kind, video is the class",
-        "plain/78687.webm,run,1\nriding a bike/x.mp4,run,2\n": "has 3 columns and no heading; keep two",
+        "plain/78687.webm,run,1\nriding a bike/x.mp4,run,2\n": "has 3 columns and no header; keep two",
     }.items():
         with pytest.raises(UserError, match=words):
             read(tmp_path, text)
@@ -227,7 +227,7 @@ def test_what_train_and_val_disagree_on_names_the_lists(tmp_path, capsys):
         write(tmp_path / f"{name}.mp4", b"")
     write(tmp_path / "c_000000_000010.mkv", b"")
     both = r"^\S*train\.csv and \S*val\.csv: "
-    with pytest.raises(UserError, match=both + "validation has class '2', training has not"):
+    with pytest.raises(UserError, match=both + "validation has class '2', but training does not"):
         plan(tmp_path, "a_000000_000010 0\nb_000000_000010 1\n", "c_000000_000010 2.0\n")
     heading = "label,youtube_id,time_start,time_end\n"
     with pytest.raises(UserError, match=both + r"'a_000000_000010\.mp4' is in train and in val; remove it"):

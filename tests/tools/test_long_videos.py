@@ -22,7 +22,7 @@ from tools.videos import load_video
 from train.presets import FINETUNE_PRESETS
 
 SHORT = replace(PACKING, fps=10.0, max_seconds=3.0, clip_seconds=1.0)
-LOST = "under half of its declared duration can be decoded"
+LOST = "less than half of its declared duration can be decoded"
 
 
 def parts(path: Path, packing: VideoPacking = SHORT) -> list[Part]:
@@ -147,7 +147,7 @@ def test_a_long_folder_of_frames_becomes_clips(tmp_path):
     for number in (12, 14, 16, 18, 20):
         (tmp_path / "clip" / names[number]).write_bytes(b"")
     found = list(load_clip(tmp_path, "clip", packing))
-    assert rejected(found) == {"#t=1.1,2.2": "under half of its frames in a row are good: empty file"}
+    assert rejected(found) == {"#t=1.1,2.2": "fewer than half of its frames in a row are good: empty file"}
     assert len(found) == 4
 
 

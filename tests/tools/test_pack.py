@@ -369,7 +369,7 @@ def test_clips_with_bad_frames_keep_their_longest_good_run(tmp_path):
     assert rows["4"]["change"] == "gaps in its frame numbers closed"
     assert [rows[str(n)]["frames"] for n in range(5)] == [7, 5, 0, 10, 9]
     assert rows["0"]["change"] == rows["1"]["change"] == "bad frames cut off"
-    assert rows["2"]["reason"] == "under half of its frames in a row are good: empty file"
+    assert rows["2"]["reason"] == "fewer than half of its frames in a row are good: empty file"
     assert frames_of(tmp_path / "out", "train", rows["0"]) == [frame(0, n).read_bytes() for n in range(4, 11)]
     packed = frames_of(tmp_path / "out", "train", rows["3"])
     assert {picture.shape for picture in dali_decode(packed)} == {(60, 80, 3)}

@@ -299,7 +299,7 @@ def cut(path: Path, share: float) -> Path:
 
 
 LOST = ("damaged part left out", "shorter than it declares")
-HOPELESS = ("under half of its declared duration can be decoded", "damaged: no frame can be decoded")
+HOPELESS = ("less than half of its declared duration can be decoded", "damaged: no frame can be decoded")
 
 
 @pytest.mark.parametrize(

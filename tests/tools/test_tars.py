@@ -367,8 +367,8 @@ def test_names_of_classes(tmp_path):
 
 
 DISAGREE: dict[str, tuple[list, list, str]] = {
-    "number": (["0", "1"], ["2"], r"has class '2', which training has not"),
-    "name": (["cat", "dog"], ["owl"], r"has class 'owl', which training has not"),
+    "number": (["0", "1"], ["2"], r"has class '2', but training does not"),
+    "name": (["cat", "dog"], ["owl"], r"has class 'owl', but training does not"),
     "numbers and names": (["0", "1"], ["cat"], r"has class 'cat', .* 0; give the name of each number with"),
     "another order": (
         [{"label": 0, "class_name": "cat"}, {"label": 1, "class_name": "dog"}],
@@ -639,7 +639,7 @@ def test_the_end_of_a_tar_that_is_missing_is_printed(tmp_path, capsys):
     index(tmp_path / "cut.tar", tmp_path / "out", val_fraction=0.0)
     count = sum(row["status"] == "ok" for row in read_rows(tmp_path / "out"))
     out = " ".join(capsys.readouterr().out.split())
-    found = re.search(r"cut\.tar is cut off after (\d) samples: the rest of the tar is missing", out)
+    found = re.search(r"cut\.tar is cut off after (\d) samples: the rest of the tar is left out", out)
     assert found and 0 < count <= int(found[1]) < 6
 
 

@@ -175,11 +175,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "checksum": (lambda root: change_row(root, "val", 0, sha256="0" * 64), "val/.*its checksum differs"),
     "shard": (
         lambda root: change_row(root, "train", 3, shard=9),
-        "its shards are out of order or beyond the last",
+        "its shard numbers are out of order or too large",
     ),
     "lost row": (
         lambda root: write_rows(root, rows_of(root)[:-1]),
-        "train.arrow .*it has 18 rows, dataset.json says 19",
+        "train.arrow .*it has 18 rows, but dataset.json has 19",
     ),
     "damaged catalogue": (
         lambda root: (root / "train.arrow").write_bytes((root / "train.arrow").read_bytes()[:900]),
@@ -260,6 +260,6 @@ def test_a_catalogue_other_than_the_recorded_one_is_a_fault(images, tmp_path, ca
     with (root / "val.arrow").open("ab") as file:
         file.write(b"\0")
     assert faults(root, capsys) == [
-        f"{root}/val.arrow cannot be read (it does not have its checksum in dataset.json); "
+        f"{root}/val.arrow cannot be read (its checksum is not the one in dataset.json); "
         "pack this dataset again"
     ]

@@ -222,7 +222,7 @@ def test_micro_batches_contain_whole_pairs():
     assert split(12, 3, 1, 1) == (2, 6)
     assert split(16, 1, 2, 2) == (4, 2)  # at least one pair
     with pytest.raises(
-        UserError, match="12 does not divide by 4 processes x 2 mixed samples; use a multiple of 8"
+        UserError, match="12 is not divisible by 4 processes x 2 mixed samples; use a multiple of 8"
     ):
         split(12, 4, 1, 4)
 

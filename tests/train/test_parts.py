@@ -100,7 +100,7 @@ def test_micro_batches_contain_whole_samples():
     assert split(512, 32, 4, 2) == (32, 8)
     assert split(24, 7, 2, 2) == (6, 2)
     assert split(8, 1, 4, 2) == (4, 1)  # at least one sample
-    with pytest.raises(UserError, match=r"optim\.batch 12 does not divide by 2 processes x 4 repeats"):
+    with pytest.raises(UserError, match=r"optim\.batch 12 is not divisible by 2 processes x 4 repeats"):
         split(12, 4, 4, 2)
 
 

@@ -168,7 +168,7 @@ def test_a_run_without_better_results_ends_early_and_its_best_one_is_shown(image
         "train.evaluate", str(run), "--weights", str(tmp_path / "zero.safetensors"), "--device", "cpu"
     )
     assert "acc 0.5" in other.stdout and "during training" not in other.stdout
-    assert "acc is not above 0.5, that of always answering the most frequent class" in other.stdout
+    assert "acc is not above 0.5, that of always predicting the most frequent class" in other.stdout
     assert f"{rows[0]['acc']:.1%} (step 2," in report(run).read_text()
     before = (run / "metrics.csv").read_bytes()
     fit(replace(config, run=settings), finetune.make_task)  # from the checkpoint of step 8: nothing is left

@@ -99,7 +99,7 @@ def test_a_replay_equals_the_run_in_every_bit(run: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     replay.show(report)
     printed = capsys.readouterr().out
-    assert "equal in every bit: 2 of 2 metric rows since step 4" in printed
+    assert "bit-identical: 2 of 2 metric rows since step 4" in printed
     assert "first non-finite value: none" in printed and "train/light things/" in printed
 
 

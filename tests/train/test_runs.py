@@ -297,7 +297,7 @@ def test_unsuitable_settings_give_one_line(images: Path, clips: Path, tmp_path: 
             build.check(config)
         assert "\n" not in str(caught.value)
     for expected, config in {
-        "wants a mae_hiera_\\*": changed("model", name="hiera_pico_96"),
+        "needs a mae_hiera_\\*": changed("model", name="hiera_pico_96"),
         "keeps 0 of 4 mask units": replace(good, mask_ratio=0.9),
         "decoder_heads is 7; choose a divisor of the decoder's width, 128": replace(good, decoder_heads=7),
         "multiples of 32 pixels": changed("data", size=50),
