@@ -108,13 +108,13 @@ def save(picture: Image.Image, path: Path) -> None:
 # ---- contenders: endless batches -------------------------------------------------------------------------
 
 
-def ours(root: Path, frames: int, centre: bool, batch: int, threads: int) -> Batches:
-    return iter(our_loader(root, frames, centre, batch, threads))
+def ours(root: Path, frames: int, center: bool, batch: int, threads: int) -> Batches:
+    return iter(our_loader(root, frames, center, batch, threads))
 
 
-def our_loader(root: Path, frames: int, centre: bool, batch: int, threads: int) -> Loader:
+def our_loader(root: Path, frames: int, center: bool, batch: int, threads: int) -> Loader:
     parts = (open_dataset(root, "train"), config_of(frames), DecodeConfig(threads=threads), World(0, 1, CPU))
-    return EndlessEvalLoader(*parts, samples=batch) if centre else TrainLoader(*parts, batch=batch)
+    return EndlessEvalLoader(*parts, samples=batch) if center else TrainLoader(*parts, batch=batch)
 
 
 def config_of(frames: int) -> DataConfig:
@@ -133,7 +133,7 @@ class EndlessEvalLoader(EvalLoader):
 class Way:
     """How the other implementation prepares a sample."""
 
-    centre: bool = False  # a central crop, otherwise a random resized crop and flip
+    center: bool = False  # a central crop, otherwise a random resized crop and flip
     floats: bool = True  # normalize, as reference trainers do in their workers; otherwise uint8
 
 
@@ -144,10 +144,10 @@ def pillow_frames(data: Sequence[bytes | Path], way: Way) -> torch.Tensor:
 
     if len(data) > 1:
         free = len(data) - (FRAMES - 1) * STRIDE - 1
-        start = free // 2 if way.centre else random.randint(0, free)
+        start = free // 2 if way.center else random.randint(0, free)
         data = data[start : start + (FRAMES - 1) * STRIDE + 1 : STRIDE]
     pictures: list[Any] = [Image.open(BytesIO(x) if isinstance(x, bytes) else x).convert("RGB") for x in data]
-    if way.centre:
+    if way.center:
         done: list[Any] = [tv.center_crop(tv.resize(picture, [256]), [SIZE, SIZE]) for picture in pictures]
     else:
         window = RandomResizedCrop.get_params(pictures[0], [0.08, 1.0], [3 / 4, 4 / 3])
@@ -345,7 +345,7 @@ def run(
         "pictures of short side 256, random crop": (batch, 12, lambda: small_race(work, batch, workers)),
         "pictures of 500 pixels, random crop": (batch, 12, lambda: original_race(work, batch, workers)),
         "clips, random crop": (few, 4, lambda: clip_race(work, Way(), few, workers)),
-        "clips, centre crop": (few, 4, lambda: clip_race(work, Way(centre=True), few, workers)),
+        "clips, center crop": (few, 4, lambda: clip_race(work, Way(center=True), few, workers)),
         "decoding windows": (batch, 20, lambda: decode_race(work, batch, workers)),
     }
     results = {
@@ -384,7 +384,7 @@ def clip_race(work: Path, way: Way, batch: int, workers: int) -> dict[str, Batch
     folders = [sorted(folder.iterdir()) for folder in sorted((work / "frames").glob("*/*"))]
     tars = sorted((work / "clips" / "train").glob("*.tar"))
     return {
-        "ours": ours(work / "clips", FRAMES, way.centre, batch, workers),
+        "ours": ours(work / "clips", FRAMES, way.center, batch, workers),
         **file_race(folders, way, batch, workers),
         "webdataset": webdataset_batches(tars, way, batch, workers),
     }

@@ -86,7 +86,7 @@ def saturation(pixels: Tensor, factor: Tensor) -> Tensor:
 
 
 def sharpness(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Blend with a smoothed copy (3 x 3, centre weight 5), whose outermost pixels stay as they are."""
+    """Blend with a smoothed copy (3 x 3, center weight 5), whose outermost pixels stay as they are."""
     kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
     kernel[:, :, 1, 1] = 5
     smooth = pixels.float()
@@ -152,7 +152,7 @@ def shift(pixels: Tensor, share: Tensor, row: int, column: int) -> Tensor:
 
 
 def rotate(pixels: Tensor, degrees: Tensor) -> Tensor:
-    """Turn about the centre, counter-clockwise."""
+    """Turn about the center, counter-clockwise."""
     angle = degrees.flatten() * (math.pi / 180)
     cos, sin = torch.cos(angle), torch.sin(angle)
     x, y = pixels.shape[3] / 2, pixels.shape[2] / 2

@@ -88,7 +88,7 @@ class DataConfig:
     clip_start: int | None = None
     """First frame of every training clip, at `stride_fps`; None = random."""
     eval_clip_start: int | None = None
-    """First frame of every clip in evaluation, at `stride_fps`; None = centred."""
+    """First frame of every clip in evaluation, at `stride_fps`; None = centered."""
     eval_split: Literal["val", "train"] = "val"
     """Split that is evaluated. With train, nothing is held out."""
     scale: tuple[float, float] = (0.2, 1.0)
@@ -100,7 +100,7 @@ class DataConfig:
     interpolation: Literal["triangular", "cubic", "linear"] = "triangular"
     """Resize filter: triangular (antialiased, as torchvision), cubic or linear."""
     crop: float = 224 / 256
-    """Evaluation: side of the centre window as a share of the short side."""
+    """Evaluation: side of the center window as a share of the short side."""
     augment: Augment = field(default_factory=Augment)
     """RandAugment, color jitter and random erasing of training rows, alike in all frames of a clip."""
     repeats: int = 1

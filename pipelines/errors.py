@@ -34,7 +34,7 @@ DEVICE = re.compile(  # what CUDA, DALI and nvJPEG say when the driver or the GP
 INTERRUPTED = "interrupted; run the same command again to continue"
 # The path of a remote file, also as `Path` writes it: with one slash.
 REMOTE = re.compile(r"(?:s3a?|gs|gcs|hf|hdfs|abfss?|az|ftps?|https?):/")
-# Escape sequences other than colours and cursor movements, control characters other than line ends, and the
+# Escape sequences other than colors and cursor movements, control characters other than line ends, and the
 # bytes of paths that are not UTF-8, which no stream takes.
 CONTROLS = re.compile(
     r"\x1b(?!\[[0-9;?]*[A-HJKhlm])|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f\ud800-\udfff]"

@@ -139,10 +139,10 @@ def random_resized_crop(draws: Floats, width: Ints, height: Ints, scale: Range, 
     h = np.take_along_axis(tried_h, first, axis=1)[:, 0]
     x, y = np.floor(draws[:, 20] * (width - w + 1)), np.floor(draws[:, 21] * (height - h + 1))
     drawn = np.stack([x, y, w, h], axis=1).astype(np.int32)
-    return np.where(fits.any(axis=1)[:, None], drawn, widest_centre(width, height, ratio))
+    return np.where(fits.any(axis=1)[:, None], drawn, widest_center(width, height, ratio))
 
 
-def widest_centre(width: Ints, height: Ints, ratio: Range) -> np.ndarray:
+def widest_center(width: Ints, height: Ints, ratio: Range) -> np.ndarray:
     """The largest central window within the aspect ratios, int32 [n, 4] as (x, y, width, height)."""
     w = np.minimum(width, np.rint(height * ratio[1]))
     h = np.minimum(height, np.rint(width / ratio[0]))

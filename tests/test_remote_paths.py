@@ -63,7 +63,7 @@ def test_the_flag_decides_what_an_address_needs():
         check_words(["--data.path=b\udce4r"])
 
 
-def test_every_kind_of_address_is_recognised_and_no_path_or_other_word_is():
+def test_every_kind_of_address_is_recognized_and_no_path_or_other_word_is():
     for address in ADDRESSES:
         for words in (["--out", address], [f"--out={address}"], ["x", address]):
             with pytest.raises(UserError, match="is not a local path"):

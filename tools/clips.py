@@ -59,7 +59,7 @@ def part_length(seconds: Fraction, packing: ClipPacking) -> Fraction | None:
 
 
 def parts_of(found: Iterable[tuple[int, int, Part]], fps: float) -> Iterator[Part]:
-    """Name the parts of a long clip by their times; join neighbours that are rejected.
+    """Name the parts of a long clip by their times; join neighbors that are rejected.
 
     found: (first frame, frame past the last, part). Raises `BadImage` if no part is good.
     """

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from models.files import read_json
 from pipelines.errors import UserError
-from tools.plot import COLOURS, Panel, Tables, draw, names_of, panels_of
+from tools.plot import COLORS, Panel, Tables, draw, names_of, panels_of
 from train.config import Config, MaeConfig, flatten, to_dict
 from train.evaluate import read_config
 from train.metrics import Row, best_of, read_csv, score
@@ -23,7 +23,7 @@ from train.optim import total_steps
 from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 from train.rundir import exported_step
 
-INK, PAPER = "#010203", "#040506"  # placeholders of the page's colours in matplotlib's drawings
+INK, PAPER = "#010203", "#040506"  # placeholders of the page's colors in matplotlib's drawings
 PRESETS: dict[str, Config] = {**MAE_PRESETS, **FINETUNE_PRESETS}
 NUMBERS = {  # column -> (name, format)
     "acc": ("top-1", "{:.1%}"),
@@ -170,8 +170,8 @@ def _svg(panel: Panel, tables: Tables) -> Markup:
     # Every drawing has the same group names, and an id may occur only once in a page.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :]).replace(INK, "currentColor")
     svg = svg.replace(PAPER, "var(--paper)")
-    for number, colour in enumerate(COLOURS):
-        svg = svg.replace(colour, f"var(--run{number})")
+    for number, color in enumerate(COLORS):
+        svg = svg.replace(color, f"var(--run{number})")
     return Markup(svg)  # matplotlib escapes texts
 
 

@@ -38,21 +38,21 @@ TEXTURES = {
     "rings": lambda y, x: np.sin(np.hypot(y, x)),
     "stripes": lambda y, x: np.sin(y),
 }
-HUES = {"blue": 0.6, "orange": 0.08}  # centres; each picture deviates from them
+HUES = {"blue": 0.6, "orange": 0.08}  # centers; each picture deviates from them
 PICTURE_CLASSES = [f"{hue}_{texture}" for hue in HUES for texture in TEXTURES]
 
 
 def draw_picture(draw: Draw, name: str) -> np.ndarray:
-    """One picture of class `name`, uint8 [128, 128, 3]: a rotated and shifted texture in two colours."""
+    """One picture of class `name`, uint8 [128, 128, 3]: a rotated and shifted texture in two colors."""
     hue, texture = name.split("_")
     angle = draw.uniform(-0.4, 0.4)
     period = draw.uniform(14, 24)
-    centre = draw.uniform(0.2, 0.8, 2) * IMAGE_SIDE
-    y, x = np.mgrid[:IMAGE_SIDE, :IMAGE_SIDE] - centre[:, None, None]
+    center = draw.uniform(0.2, 0.8, 2) * IMAGE_SIDE
+    y, x = np.mgrid[:IMAGE_SIDE, :IMAGE_SIDE] - center[:, None, None]
     turned = np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
     weight = 0.5 + 0.5 * TEXTURES[texture](*(2 * np.pi / period * np.stack(turned)))
-    colour = (HUES[hue] + draw.normal(0, 0.05)) % 1, draw.uniform(0.5, 1), draw.uniform(0.5, 1)
-    ink = np.array(hsv_to_rgb(*colour))
+    color = (HUES[hue] + draw.normal(0, 0.05)) % 1, draw.uniform(0.5, 1), draw.uniform(0.5, 1)
+    ink = np.array(hsv_to_rgb(*color))
     paper = np.full(3, draw.uniform(0.1, 0.9)) + draw.uniform(-0.1, 0.1, 3)
     light = draw.uniform(0.7, 1.1) + 0.2 * _smooth(draw, IMAGE_SIDE, 40)
     picture = (paper + (ink - paper) * weight[..., None]) * light[..., None]
@@ -94,7 +94,7 @@ def draw_clip(draw: Draw, label: str) -> np.ndarray:
 
 
 def _patchwork(draw: Draw) -> np.ndarray:
-    """Patches of many colours, uint8 [80, 80, 3]; opposite edges meet."""
+    """Patches of many colors, uint8 [80, 80, 3]; opposite edges meet."""
     channels = [_smooth(draw, CLIP_SIDE, draw.uniform(16, 28)) for _ in range(3)]
     return _uint8(1 / (1 + np.exp(-2.5 * np.stack(channels, -1))))
 

@@ -73,7 +73,7 @@ def embed(arguments: Arguments) -> None:
                 writer.write_table(table)
         if writer is not None:
             writer.close()
-    shown = "the centre view" if views == (1, 1) else f"the mean of {views[0]} x {views[1]} views"
+    shown = "the center view" if views == (1, 1) else f"the mean of {views[0]} x {views[1]} views"
     damaged = f"; damaged samples, whose features are null: {missing}" if missing else ""
     width = model.model.get_parameter("norm.weight").numel()
     names = ", ".join(split.split for split in splits)

@@ -1,6 +1,6 @@
 """Plot the curves of one or several runs: python -m tools.plot runs/A [runs/B ...].
 
-The colour of a line shows its run, its style shows its column.
+The color of a line shows its run, its style shows its column.
 """
 
 import math
@@ -42,8 +42,8 @@ PANELS = (
 )
 NOT_DRAWN = {"time", "step", "epoch", "samples", "mfu", "max_mem_gb", "skipped", "bad", "held_out"}
 # Of the runs, on white and on a dark page: each has a contrast of at least 4.5 to 1 there.
-COLOURS = ("#0b62c4", "#b04a00", "#1a7a2e", "#8034b8", "#c4203a", "#007a85", "#6b6b00", "#b0268a")
-DARK_COLOURS = ("#6db3ff", "#ffa657", "#5fd07a", "#c9a0ff", "#ff8a94", "#4fd0d8", "#d0d060", "#ff8ad0")
+COLORS = ("#0b62c4", "#b04a00", "#1a7a2e", "#8034b8", "#c4203a", "#007a85", "#6b6b00", "#b0268a")
+DARK_COLORS = ("#6db3ff", "#ffa657", "#5fd07a", "#c9a0ff", "#ff8a94", "#4fd0d8", "#d0d060", "#ff8ad0")
 STYLES: tuple[Literal["solid", "dashed", "dotted", "dashdot"], ...] = ("solid", "dashed", "dotted", "dashdot")
 TICKS: dict[str, Any] = {"nbins": 6, "steps": [1, 2, 5, 10]}
 FEW = 30  # with fewer points than this, a line also shows them
@@ -69,7 +69,7 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
     figure = Figure(figsize=(11, 3.2 * lines + 0.4), layout="constrained")
     for number, panel in enumerate(panels, start=1):
         draw(figure.add_subplot(lines, 2, number), panel, tables)
-    legend = [Line2D([], [], color=colour, lw=3) for _, colour in zip(tables, cycle(COLOURS), strict=False)]
+    legend = [Line2D([], [], color=color, lw=3) for _, color in zip(tables, cycle(COLORS), strict=False)]
     names = [name.replace("$", r"\$") for name in tables]  # otherwise matplotlib reads formulas
     figure.legend(legend, names, loc="outside upper left", ncols=4, frameon=False)
     path = out or (runs[0] if len(runs) == 1 else runs[0].parent) / "curves.png"
@@ -110,11 +110,11 @@ def draw(axis: "Axes", panel: Panel, tables: Tables) -> None:
     per_step, over = _epochs_per_step(tables)
     filled = {name for rows in tables.values() for row in rows for name in row if row[name] is not None}
     styles = dict(zip((column for column in panel.columns if column in filled), cycle(STYLES), strict=False))
-    for rows, colour in zip(tables.values(), cycle(COLOURS), strict=False):
+    for rows, color in zip(tables.values(), cycle(COLORS), strict=False):
         for column, style in styles.items():
             points = [(row[over], row[column]) for row in rows if row.get(column) is not None]
             marker = "." if len(points) < FEW else None
-            axis.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker=marker)
+            axis.plot(*zip(*points, strict=True), color=color, linestyle=style, marker=marker)
     last = max((row[over] for rows in tables.values() for row in rows), default=1)
     unit = f" ({panel.unit})" if panel.unit else ""
     axis.set(ylabel=panel.title + unit, xlabel=over, xlim=(0, last * 1.02))

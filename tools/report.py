@@ -19,7 +19,7 @@ from models.files import read_json
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_text
 from tools.compare import as_text, curves, numbers, preset_of, settings, starts_of, summary
-from tools.plot import COLOURS, DARK_COLOURS, names_of
+from tools.plot import COLORS, DARK_COLORS, names_of
 from tools.results import results
 from train.config import MaeConfig, flatten
 from train.evaluate import read_config
@@ -68,7 +68,7 @@ def report(*runs: tyro.conf.Positional[Path], out: Path | None = None) -> Path:
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs compared",
         time=time.strftime("%Y-%m-%d %H:%M"),
         names=names,
-        colours={"light": COLOURS, "dark": DARK_COLOURS},
+        colors={"light": COLORS, "dark": DARK_COLORS},
         sections=sections,
         left_out=left_out,
     )

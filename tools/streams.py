@@ -24,7 +24,7 @@ from tools.shards import VideoPacking
 RAW = ("mpegvideo", "h264", "hevc")
 AHEAD = 4  # frames whose times may be permuted: packed AVI files store them out of order
 
-# The same pixels on any processor, and colours between the coarser samples of a video's colour planes.
+# The same pixels on any processor, and colors between the coarser samples of a video's color planes.
 ACCURATE = (
     Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
 )
@@ -139,7 +139,7 @@ def good_run(shots: Iterator[Shot | None], fps: Fraction, run: Run) -> Iterator[
 
 
 def _in_sequence(frames: Iterator[VideoFrame | None]) -> Iterator[tuple[int | None, VideoFrame | None]]:
-    """Frames with their times (pts). If times of neighbours are permuted, they are sorted."""
+    """Frames with their times (pts). If times of neighbors are permuted, they are sorted."""
     ahead: list[tuple[int | None, VideoFrame]] = []
     last = None
 

@@ -259,8 +259,8 @@ def draw_pairs(config: FinetuneConfig, step: int, height: int, width: int) -> ND
     partner = 1 - generator.beta(alphas, alphas)
     edges = []
     for size in (height, width):
-        centre, length = generator.integers(0, size, pairs), (size * np.sqrt(partner)).astype(np.int64)
-        edges += [np.clip(centre - length // 2, 0, size), np.clip(centre + (length + 1) // 2, 0, size)]
+        center, length = generator.integers(0, size, pairs), (size * np.sqrt(partner)).astype(np.int64)
+        edges += [np.clip(center - length // 2, 0, size), np.clip(center + (length + 1) // 2, 0, size)]
     top, bottom, left, right = (np.where(cuts, edge, 0) for edge in edges)
     area = (bottom - top) * (right - left) / (height * width)
     columns = (np.where(cuts, area, partner), np.where(cuts, 0, partner), top, bottom, left, right)

@@ -121,7 +121,7 @@ def video_ft(size: str, pretrained_epochs: int = 3200) -> FinetuneConfig:
     RandAugment (7, 0.5) is the paper's. It names neither the crop area nor the number of operations, and
     follows MAE-st: area 0.08 to 1, 2 operations. Every clip that is decoded gives two augmented rows.
     As there, the side of the three spatial views is the clip's short side. For `--views 5 1`, MAE-st takes
-    the centre at 224 / 256 (`--data.crop 0.875`).
+    the center at 224 / 256 (`--data.crop 0.875`).
     make train-ft RECIPE=video-ft-base INIT=mae_hiera_base_16x224:mae_k400 DATA=shards/kinetics GPUS=8
     """
     big = size in ("large", "huge")

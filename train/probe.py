@@ -1,6 +1,6 @@
 """k-NN and linear probes of frozen features: python -m train.probe RUN.
 
-The encoder computes the features of one centre view per sample, for both splits. In the k-NN probe the
+The encoder computes the features of one center view per sample, for both splits. In the k-NN probe the
 nearest training samples of each validation sample vote (Wu et al. 2018, arXiv 1805.01978). The linear probe
 fits one linear layer to the training features.
 """
@@ -42,7 +42,7 @@ class Arguments:
     data: Path | None = None
     """Other labelled shards than the run's."""
     k: int = 20
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     decay: float = 1e-3
     """Weight decay of the linear layer."""
     device: str = "auto"
@@ -74,7 +74,7 @@ def probe(arguments: Arguments) -> dict[str, float]:
             "weights: WEIGHTS= (--weights)"
         )
     answers = torch.where(queries.isfinite().all(1), answers, -1)  # no probe gives -1
-    voted = neighbours(known, classes, queries, arguments.k)
+    voted = neighbors(known, classes, queries, arguments.k)
     fitted = linear(known, classes, queries, arguments.decay)
     return {"knn": accuracy(voted, answers), "linear": accuracy(fitted, answers)}
 
@@ -108,7 +108,7 @@ def head_input(model: NormalizedInput) -> Callable[[Tensor], Tensor]:
     return lambda pixels: model.model.features(model.normalize(pixels))  # pyrefly: ignore
 
 
-def neighbours(known: Tensor, classes: Tensor, queries: Tensor, k: int) -> Tensor:
+def neighbors(known: Tensor, classes: Tensor, queries: Tensor, k: int) -> Tensor:
     """The class that the k most similar of `known` give to each query: int64 [m]."""
     known, queries = functional.normalize(known, dim=1), functional.normalize(queries, dim=1)
     found = []

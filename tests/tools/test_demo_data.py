@@ -96,14 +96,14 @@ def small_pictures(frames: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(picture) for picture in scaled]).reshape(len(frames), -1) / 255
 
 
-def colour_histograms(frames: np.ndarray) -> np.ndarray:
-    """[n, 80, 80, 3] -> [n, 64]: the share of each of 4 x 4 x 4 colours."""
+def color_histograms(frames: np.ndarray) -> np.ndarray:
+    """[n, 80, 80, 3] -> [n, 64]: the share of each of 4 x 4 x 4 colors."""
     bins = (frames // 64).astype(int) @ np.array([16, 4, 1])
     return np.stack([np.bincount(each.ravel(), minlength=64) for each in bins]) / bins[0].size
 
 
 def textures(frames: np.ndarray) -> np.ndarray:
-    """[n, 80, 80, 3] -> [n, 12]: the steps between neighbours, down and across."""
+    """[n, 80, 80, 3] -> [n, 12]: the steps between neighbors, down and across."""
     values = frames.astype(float)
     steps = [np.abs(np.diff(values, axis=axis)) for axis in (1, 2)]
     return np.concatenate([part(step, axis=(1, 2)) for step in steps for part in (np.mean, np.std)], 1)
@@ -127,7 +127,7 @@ def logistic_regression(x: np.ndarray, y: np.ndarray, other: np.ndarray) -> np.n
 
 
 @pytest.mark.parametrize("classify", [nearest_centroid, logistic_regression])
-@pytest.mark.parametrize("features", [small_pictures, colour_histograms, textures])
+@pytest.mark.parametrize("features", [small_pictures, color_histograms, textures])
 def test_one_frame_does_not_show_the_class(pairs, features, classify):
     frames, labels, training = pairs
     x = features(frames[:, 0])

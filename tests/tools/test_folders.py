@@ -1,4 +1,4 @@
-"""Layouts of folders: recognised, rejected with an explanation, and split without dividing a source video."""
+"""Layouts of folders: recognized, rejected with an explanation, and split without dividing a source video."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ def problem(root: Path, kind: Kind = PICTURES) -> str:
         ("data/set/train", "data/set/val"),
     ],
 )
-def test_split_folders_are_recognised(tmp_path, train, val):
+def test_split_folders_are_recognized(tmp_path, train, val):
     tree(tmp_path, f"{train}/cat/1.jpg", f"{train}/dog/2.JPEG", f"{val}/cat/3.png", "readme.txt")
     assert listed(tmp_path) == {
         "train": [(f"{train}/cat/1.jpg", "cat"), (f"{train}/dog/2.JPEG", "dog")],

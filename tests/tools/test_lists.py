@@ -92,7 +92,7 @@ def test_quoted_cells_windows_lines_and_a_byte_order_mark(tmp_path):
     assert read(tmp_path, text) == {SOURCES[0]: "a, b", SOURCES[1]: 'c "d"'}
 
 
-def test_a_quoted_heading_of_kinetics_is_recognised(tmp_path):
+def test_a_quoted_heading_of_kinetics_is_recognized(tmp_path):
     (tmp_path / "list.csv").write_text('"label","youtube_id","time_start","time_end"\n"a b","abc",7,17\n')
     index = Index([source := "x/abc_000007_000017.mp4"], VIDEOS)
     (clip,) = read_list(tmp_path / "list.csv", "train", index, tmp_path)

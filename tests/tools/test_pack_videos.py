@@ -237,7 +237,7 @@ def test_motion_jpegs_turned_by_exif_are_turned(tmp_path):
 
 
 @pytest.mark.parametrize("matrix", [None, av.video.reformatter.Colorspace.ITU709])
-def test_colours_are_those_of_the_source(tmp_path, matrix):
+def test_colors_are_those_of_the_source(tmp_path, matrix):
     picture = pixels(2, (320, 240))
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=30, options={"crf": "1"})

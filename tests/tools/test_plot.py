@@ -1,4 +1,4 @@
-"""Curves: colour by run, style by column, epochs next to steps, any column; pictures of reconstructions."""
+"""Curves: color by run, style by column, epochs next to steps, any column; pictures of reconstructions."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines.errors import UserError
-from tools.plot import COLOURS, Panel, draw, names_of, panels_of, plot
+from tools.plot import COLORS, Panel, draw, names_of, panels_of, plot
 from tools.report import reconstructions, report
 from train.mae import _sheet
 
@@ -28,10 +28,10 @@ def drawn(panel: Panel, tables: dict):
     return axis
 
 
-def test_colour_is_of_the_run_and_style_of_the_column():
+def test_color_is_of_the_run_and_style_of_the_column():
     axis = drawn(LOSS, {"a": rows(loss=1.0, loss_val=2.0), "b": rows(loss=3.0, loss_val=4.0)})
     found = {line.get_ydata()[0]: (line.get_color(), line.get_linestyle()) for line in axis.lines}
-    first, second = COLOURS[:2]
+    first, second = COLORS[:2]
     assert found == {1.0: (first, "-"), 2.0: (first, "--"), 3.0: (second, "-"), 4.0: (second, "--")}
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["loss", "loss_val"]
     assert axis.get_ylabel() == "loss" and axis.get_xlabel() == "step" and axis.get_xlim()[0] == 0

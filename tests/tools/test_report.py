@@ -24,7 +24,7 @@ from pipelines.dataset import DatasetInfo
 from pipelines.errors import UserError
 from tests.train_helpers import call
 from tools.compare import settings
-from tools.plot import COLOURS
+from tools.plot import COLORS
 from tools.report import LOG_LINES, report, usage
 from train.card import model_card
 from train.config import to_dict
@@ -129,13 +129,13 @@ def test_the_report_of_a_finished_run_is_complete(page: str):
     assert "75.0%" in text and "10.0%" in text and "samples/s 50 " in text
     (picture,) = re.findall(r'<img width="2" [^>]*base64,([^"]+)"', page)
     assert Image.open(io.BytesIO(base64.b64decode(picture))).size == (1, 1)
-    assert "true patch statistics colour the prediction" in text
+    assert "true patch statistics color the prediction" in text
     assert f"line {99}" in text and f"line {100 - LOG_LINES}" in text
     assert f"line {99 - LOG_LINES} " not in text
     assert "9.9" in text
 
 
-def test_reconstructions_from_plain_pixels_have_no_true_colours(tmp_path: Path):
+def test_reconstructions_from_plain_pixels_have_no_true_colors(tmp_path: Path):
     config = replace(MAE_PRESETS["image-mae-pico"], normalize_targets=False)
     (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
     (tmp_path / "reconstruction.png").write_bytes(PNG)
@@ -211,7 +211,7 @@ def test_one_page_compares_runs(run: Path):
     assert "smoothing" in section(page, "Settings")
     drawn = section(page, "Curves")
     assert "stroke: var(--run0)" in drawn and "stroke: var(--run1)" in drawn
-    assert not any(colour in drawn for colour in COLOURS), "a dark page has colours of its own"
+    assert not any(color in drawn for color in COLORS), "a dark page has colors of its own"
     assert "Curves of c (there is no metrics.csv)" in page and "Results of c (there is no predictions" in page
     assert section(page, "Log").count("<details><summary>") == 2
     (started / "config.json").write_text("{")
@@ -220,23 +220,21 @@ def test_one_page_compares_runs(run: Path):
 
 
 def test_text_and_curves_have_contrast_in_both_modes(page: str):
-    """At least 4.5 to 1 (WCAG 2, AA), computed from the page's own colours."""
+    """At least 4.5 to 1 (WCAG 2, AA), computed from the page's own colors."""
     light, dark = (dict(re.findall(r"--([\w]+): (#\w+|[\d ]+);", part)) for part in page.split("@media")[:2])
-    assert light.keys() == dark.keys() and len(light) == 7 + len(COLOURS)
-    used = set(re.findall(r"var\(--(\w+)\)", page)) - {"c", "share", "side", "colour"}
+    assert light.keys() == dark.keys() and len(light) == 7 + len(COLORS)
+    used = set(re.findall(r"var\(--(\w+)\)", page)) - {"c", "share", "side", "color"}
     assert used <= light.keys()
-    for colours in (light, dark):
-        for text in ("ink", "quiet", *(name for name in colours if name.startswith("run"))):
+    for colors in (light, dark):
+        for text in ("ink", "quiet", *(name for name in colors if name.startswith("run"))):
             for paper in ("paper", "card", "right", "wrong") if text == "ink" else ("paper", "card"):
-                assert contrast(colours[text], colours[paper]) >= 4.5, (text, paper, colours)
+                assert contrast(colors[text], colors[paper]) >= 4.5, (text, paper, colors)
 
 
 def contrast(one: str, other: str) -> float:
-    def luminance(colour: str) -> float:
-        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-        values = (
-            [int(digits[i : i + 2], 16) for i in (0, 2, 4)] if "#" in colour else map(int, colour.split())
-        )
+    def luminance(color: str) -> float:
+        digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+        values = [int(digits[i : i + 2], 16) for i in (0, 2, 4)] if "#" in color else map(int, color.split())
         shares = [value / 255 for value in values]
         linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

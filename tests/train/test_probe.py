@@ -13,15 +13,15 @@ from train import evaluate, finetune, loop, mae, probe
 def test_neighbors_vote_with_weights_by_similarity():
     torch.manual_seed(0)
     known, classes, queries = torch.randn(50, 8), torch.randint(4, (50,)), torch.randn(20, 8)
-    found = probe.neighbours(known, classes, queries, k=7)
+    found = probe.neighbors(known, classes, queries, k=7)
     for row, predicted in zip(queries, found, strict=True):
         likeness = torch.cosine_similarity(row[None], known)
         votes = [0.0] * 4
         for index in likeness.argsort(descending=True)[:7].tolist():
             votes[int(classes[index])] += torch.exp(likeness[index] / 0.07).item()
         assert votes.index(max(votes)) == predicted
-    assert (probe.neighbours(known, classes, known, k=1) == classes).all()
-    assert probe.neighbours(known, classes, queries, k=500).shape == (20,)
+    assert (probe.neighbors(known, classes, known, k=1) == classes).all()
+    assert probe.neighbors(known, classes, queries, k=500).shape == (20,)
 
 
 def test_the_linear_layer_separates_only_separable_classes():
