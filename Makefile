@@ -9,7 +9,7 @@ INSTALL_UV = python3 -m venv .uv && .uv/bin/python -m pip install -q 'uv>=0.9'
 
 BENCH ?= all
 NODE_RANK ?= 0
-WORKERS ?= 3
+WORKERS ?= 4
 MASTER ?= localhost:29500
 
 # A value as one word of the shell.
@@ -87,7 +87,7 @@ embed: env  ## write the features of every sample of DATA= by RUN=NAME to OUT=fe
 bench: env  ## compare speed with other implementations: BENCH=all|loader|model|training|packing IMAGES=DIR
 	$(PY) -m benchmarks $(BENCH) $(if $(IMAGES),$(if $(filter all loader training packing,$(BENCH)),--images $(call quoted,$(IMAGES)))) $(ARGS)
 
-test: check  ## run check, then the tests, WORKERS=3 at a time, without the long ones of make faults
+test: check  ## run check, then the tests, WORKERS=4 at a time, without the long ones of make faults
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 gpu-check: env  ## check and measure this machine's GPU; DEVICE=cpu runs the checks that need none

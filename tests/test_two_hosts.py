@@ -128,7 +128,7 @@ def test_two_hosts_and_a_link_that_is_cut(
             time.sleep(cut)
             ip("-n", "hiera-a", "link", "set", "veth0", "up")
         else:
-            while printed(config).count("another process ended, or gave no sign") < 2:
+            while printed(config).count("another process ended, or did not answer") < 2:
                 assert time.monotonic() < begin + 90, printed(config)
                 time.sleep(0.5)
             words = f"both processes ended after {time.monotonic() - begin:.0f} s; "
