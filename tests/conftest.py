@@ -42,6 +42,32 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.option.markexpr != "fault":
         items[:] = [item for item in items if not item.get_closest_marker("long")]
+    items[:] = slow_first(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+SLOW = (  # modules whose tests start many processes
+    "test_runs", "test_resume", "test_fakegpu", "test_faults", "test_ending", "test_recipes",
+    "test_golden", "test_accounting", "test_remote_paths", "test_draws", "test_run_machine",
+)  # fmt: skip
+
+
+def slow_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """The tests in parts of equal length, one per worker, that begin with some of the slow modules.
+
+    pytest-xdist cuts the list into such parts, and a worker that is done takes over the ends of others:
+    slow tests at the ends would be the last ones, with idle workers beside them.
+    """
+    module = {item: Path(item.path).stem for item in items}
+    rest, ordered = [item for item in items if module[item] not in SLOW], []
+    for worker in range(workers):
+        mine = SLOW[worker::workers]
+        part = sorted(
+            (item for item in items if module[item] in mine), key=lambda item: mine.index(module[item])
+        )
+        length = max(0, (len(items) - len(ordered)) // (workers - worker) - len(part))
+        ordered += part + rest[:length]
+        rest = rest[length:]
+    return ordered + rest
 
 
 @pytest.fixture

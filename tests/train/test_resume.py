@@ -263,7 +263,7 @@ def test_a_finished_run_can_be_extended_also_with_an_interruption(images, tmp_pa
     assert rundir.exported_step(run) == 20
     assert [row["step"] for row in read_csv(run / "metrics.csv")][-6:] == [12, 14, 15, 16, 18, 20]
     assert fit(longer) and "is finished" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"already at step 20 and optim\.epochs 1 ends at step 10"):
+    with pytest.raises(UserError, match=r"already at step 20, but optim\.epochs 1 ends at step 10"):
         loop.fit(changed(longer, optim={"epochs": 1.0}), finetune.make_task)
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="has final weights and no checkpoint to resume from"):
