@@ -307,5 +307,5 @@ def training_rates(recipe: str, place: Place, flags: list[str]) -> Rates:
     if row["mfu"]:
         found["MFU (%)"] = 100 * float(row["mfu"])
     failed = next((line for line in printed.splitlines() if "torch.compile: FAILED" in line), "")
-    need(not failed, f"{failed.strip()}; without it: {found}")  # the training went on
+    need(not failed, f"{failed.strip()}; without it: {found}")  # the training continued
     return found

@@ -204,7 +204,8 @@ def curve(name: str) -> list[tuple[int, float]]:
 
 def health(name: str) -> dict[str, list[float]]:
     """The health columns of a pretraining run, and the steps of its evaluations."""
-    return {column: [row[column] for row in evaluated(name)] for column in ("step", *HEALTH_COLUMNS)}
+    rows = evaluated(name)
+    return {column: [row[column] for row in rows] for column in ("step", *HEALTH_COLUMNS)}
 
 
 def image_results(arguments: Arguments) -> dict[str, list[float]]:

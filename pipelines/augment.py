@@ -86,7 +86,7 @@ def saturation(pixels: Tensor, factor: Tensor) -> Tensor:
 
 
 def sharpness(pixels: Tensor, factor: Tensor) -> Tensor:
-    """Blend with a smoothed copy (3 x 3, center weight 5), whose outermost pixels stay as they are."""
+    """Blend with a smoothed copy (3 x 3, center weight 5), whose outermost pixels are not smoothed."""
     kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
     kernel[:, :, 1, 1] = 5
     smooth = pixels.float()

@@ -54,8 +54,8 @@ SLOW = (  # modules whose tests start many processes
 def slow_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
     """The tests in parts of equal length, one per worker, that begin with some of the slow modules.
 
-    pytest-xdist cuts the list into such parts, and a worker that is done takes over the ends of others:
-    slow tests at the ends would be the last ones, with idle workers beside them.
+    pytest-xdist cuts the list into such parts, and a worker that is done takes over the ends of others. If
+    these were slow tests, some workers would be idle while the last tests run.
     """
     module = {item: Path(item.path).stem for item in items}
     rest, ordered = [item for item in items if module[item] not in SLOW], []

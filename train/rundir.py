@@ -285,10 +285,7 @@ def record_start(config: Config, data: Mapping[str, object], start: Mapping[str,
 
 
 def environment(gpus: list[str] | None = None) -> dict[str, object]:
-    """Versions, hardware and commit, which a reader needs to reproduce a number.
-
-    gpus: their names, if CUDA must not start in this process.
-    """
+    """Versions, hardware and commit of a figure. gpus: their names, if CUDA must not start here."""
     if gpus is None:
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
