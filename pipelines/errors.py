@@ -154,9 +154,9 @@ def _exit_at_once(_number: int, _frame: object) -> None:
 def run_cli(main: Callable[[], object], remote: bool = False) -> None:
     """Run a command's `main`; a `UserError` becomes one line on stderr and exit code 2, Ctrl-C 130.
 
-    So does an OSError of a place that is full, closed or not there. If the reader of the output ended, such
-    as `head`, the exit code is 141, as in a shell. Unless the command takes `remote` paths, a word of the
-    command line that is one raises `UserError`.
+    So do memory that is too small and an OSError of a place that is full, closed or not there. If the reader
+    of the output ended, such as `head`, the exit code is 141, as in a shell. Unless the command takes
+    `remote` paths, a word of the command line that is one raises `UserError`.
     """
     if signal.getsignal(signal.SIGINT) is _exit_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -173,7 +173,7 @@ def run_cli(main: Callable[[], object], remote: bool = False) -> None:
         finally:
             if not isinstance(sys.exception(), Exception):  # of which the message is more important
                 print(end="", flush=True)
-    except (UserError, OSError, KeyboardInterrupt) as error:
+    except (UserError, OSError, KeyboardInterrupt, RuntimeError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _unread(1):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes the rest when it ends
             sys.exit(141)
@@ -198,6 +198,11 @@ def answer(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno in NO_PLACE:
         place = f"{error.filename or 'the disk'}: {error.strerror}"
         error = UserError(f"{place}; {NO_PLACE[error.errno]}")
+    if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
+        error = UserError(
+            f"memory is too small ({cause(error).partition('. ')[0].rstrip('.')}); use a device with more, "
+            "or the CPU (DEVICE=cpu, --device cpu)"
+        )
     if not isinstance(error, UserError):
         return None
     print(f"error: {error}", file=sys.stderr)

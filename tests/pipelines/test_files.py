@@ -60,6 +60,17 @@ def test_a_reader_that_ends_early_ends_the_command_without_a_traceback(count):
     assert (ended.returncode, ended.stderr) == (141, b"")
 
 
+def test_memory_that_is_too_small_gives_one_line(capsys):
+    """In a command that does not train; training names settings that need less."""
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: torch.empty(1 << 50))
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: memory is too small (") and printed.count("\n") == 1
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_cli(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+
+
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENAMETOOLONG])
 def test_an_unwritable_path_gives_one_line(number, capsys):
     def fail() -> None:
