@@ -5,6 +5,7 @@ The color of a line shows its run, its style shows its column.
 
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
@@ -16,6 +17,7 @@ import tyro
 
 from pipelines.errors import UserError, run_cli
 from pipelines.files import atomic_write
+from tools.fonts import families
 from train.metrics import read_csv
 
 if TYPE_CHECKING:
@@ -71,9 +73,12 @@ def plot(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None) 
         draw(figure.add_subplot(lines, 2, number), panel, tables)
     legend = [Line2D([], [], color=color, lw=3) for _, color in zip(tables, cycle(COLORS), strict=False)]
     names = [name.replace("$", r"\$") for name in tables]  # otherwise matplotlib reads formulas
-    figure.legend(legend, names, loc="outside upper left", ncols=4, frameon=False)
+    figure.legend(
+        legend, names, loc="outside upper left", ncols=4, frameon=False, prop=families("".join(names))
+    )
     path = out or (runs[0] if len(runs) == 1 else runs[0].parent) / "curves.png"
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # `families` warns of them in one line
         figure.savefig(temporary, format="png", dpi=110)
     return path
 

@@ -7,14 +7,13 @@ picture is written to preview-NAME.png in the folder of runs.
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from pipelines.augment import to_device
@@ -23,6 +22,7 @@ from pipelines.errors import run_cli
 from pipelines.files import atomic_write
 from pipelines.loader import Batch, TrainLoader
 from pipelines.order import keep_units
+from tools.fonts import line_of
 from train import distributed
 from train.build import check
 from train.config import Config, FinetuneConfig, MaeConfig
@@ -252,30 +252,6 @@ def beside(pictures: Sequence[Pixels]) -> Pixels:
 def below(pictures: Sequence[Pixels]) -> Pixels:
     """Pictures of equal width from top to bottom."""
     return beside([picture.swapaxes(0, 1) for picture in pictures]).swapaxes(0, 1)
-
-
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib; Pillow's own font has few letters."""
-    import matplotlib  # here: it takes half a second
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
-
-
-def fitted(text: str, size: int, width: int) -> str:
-    """The text, without its middle if it is wider than `width` pixels."""
-    line, kept = text, min(len(text), 4 * width // size)  # no letter is narrower than a quarter of the size
-    while kept > 1 and font(size).getlength(line) > width:
-        line = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
-        kept -= 1
-    return line
-
-
-def line_of(text: str, size: int, color: str, width: int) -> Pixels:
-    """A line of text as a picture of this width."""
-    line = Image.new("RGB", (width, round(size * 1.5)), "white")
-    ImageDraw.Draw(line).text((0, 0), fitted(text, size, width), color, font(size))
-    return np.asarray(line)
 
 
 def padded(picture: Pixels, height: int, width: int) -> Pixels:

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines.errors import UserError
+from tools import fonts
 from tools.plot import COLORS, Panel, draw, names_of, panels_of, plot
 from tools.report import reconstructions, report
 from train.mae import _sheet
@@ -97,3 +100,36 @@ def test_small_reconstructions_are_sharp_and_twice_as_large(frames: int, tmp_pat
     assert (pixels[:zoom, :3] == 255).all() and (pixels[zoom : 32 * zoom * frames] == (0, 0, 0, 255)).all()
     assert {0, 255} == {*np.asarray(image)[..., 3].flat}, "the gaps are transparent"
     assert [width for width, _ in reconstructions(tmp_path)["pictures"]] == [image.width] * 3
+
+
+def test_a_font_of_the_machine_draws_what_dejavu_sans_lacks(tmp_path: Path, monkeypatch, capsys):
+    """Names of classes, files and runs; without such a font, a line names the characters."""
+    make_font(tmp_path / "squares.ttf", "鱼", "Squares")
+    monkeypatch.setattr(fonts, "machine_fonts", lambda: [tmp_path / "none.ttf", tmp_path / "squares.ttf"])
+    assert list(map(len, map(fonts.fonts_for, ["a鱼", "abc", "é"]))) == [2, 1, 1]
+    assert [part for part, _ in fonts.parts_of("a鱼鱼 b", 12)] == ["a", "鱼鱼", " b"]
+    square = (fonts.line_of("鱼", 40, "black", 60) < 128).all(axis=2)
+    assert square.sum() == 20 * 20, "the glyph is a square of half the size"
+    assert fonts.families("a鱼").get_family() == ["DejaVu Sans", "Squares"]
+    assert capsys.readouterr().err == ""
+    fonts.fonts_for("鱼狗")
+    assert capsys.readouterr().err.startswith("warning: no font here has 狗: boxes are drawn; install one")
+
+
+def make_font(path: Path, characters: str, family: str) -> None:
+    """A font whose characters are filled squares, half as wide and high as the font's size."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 500), (500, 500), (500, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord(character): "square" for character in characters})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    builder.setupHorizontalMetrics(dict.fromkeys((".notdef", "square"), (600, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": family, "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)

@@ -14,8 +14,9 @@ from pipelines.loader import TrainLoader
 from pipelines.machine import World
 from tests.train_helpers import small
 from tools import preview
+from tools.fonts import fitted, length
 from tools.pack import ImageOptions, pack_images
-from tools.preview import Card, Section, below, beside, fitted, font, sheet
+from tools.preview import Card, Section, below, beside, sheet
 from train.config import Config, FinetuneConfig, MaeConfig
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -113,6 +114,6 @@ def test_cards_are_drawn_whole_and_do_not_overlap():
     for color in colors:
         y, x = np.nonzero((drawn == color).all(axis=2))
         assert (y.max() - y.min(), x.max() - x.min(), len(y)) == (49, 599, 50 * 600)
-    assert font(12).getlength(fitted("x" * 400, 12, 300)) <= 300 and fitted("short", 12, 300) == "short"
+    assert length(fitted("x" * 400, 12, 300), 12) <= 300 and fitted("short", 12, 300) == "short"
     assert beside([made[0].picture] * 2).shape == (50, 1204, 3)
     assert below([made[0].picture] * 3).shape == (158, 600, 3)
