@@ -95,8 +95,13 @@ class Writer:
         self.wait()
         self._last = self._pool.submit(save, self._folder, step, to_host(state), self._keep)
 
+    def check(self) -> None:
+        """Raise UserError if the last save has already failed."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
     def wait(self) -> None:
-        """Wait for the save that is under way."""
+        """Wait for the save that is under way; raises UserError if it fails."""
         last, self._last = self._last, None
         try:
             if last is not None:

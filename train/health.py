@@ -38,19 +38,26 @@ DECAY = 1e-3  # of the linear layer
 Encode = Callable[[Tensor], Tensor]  # pixels of a batch [b, ...] -> features [b, width]
 
 
+class History:
+    """What earlier evaluations of the same command found, per stage."""
+
+    def __init__(self) -> None:
+        self.highest = [0.0] * 4  # standard deviations
+        self.warned: set[int] = set()  # stages, from 1
+
+
 def measure(
     config: Config,
     world: World,
     parts: tuple[Dataset, Dataset],
-    highest: list[float],
+    history: History,
     model: NormalizedInput,
     check: Check,
 ) -> dict[str, float]:
-    """The columns of the health of an autoencoder; warns of a stage that has collapsed.
+    """The columns of the health of an autoencoder; warns once of each stage that has collapsed.
 
     parts: `fixed_parts` of the two splits; that of training is used only if all samples of both have a class.
-    highest: the highest deviation of each stage since the command began, which is updated.
-    check: called once per batch. Columns are NaN where features are not finite.
+    history: is updated. check: called once per batch. Columns are NaN where features are not finite.
     """
     encoder = model.model
     widths = [encoder.config.width << stage for stage in range(4)]  # pyrefly: ignore
@@ -65,25 +72,34 @@ def measure(
     queries, answers = features(config, world, parts[1], encode, check)
     stages = queries.split(widths, dim=1)
     ranks, deviations = [list(map(one, stages)) for one in (effective_rank, deviation)]
-    highest[:] = map(max, highest, deviations)
-    collapsed = [
-        f"stage {stage} (effective rank {rank:.3g}, standard deviation {std:.2g})"
-        for stage, (rank, std, top) in enumerate(zip(ranks, deviations, highest, strict=True), start=1)
-        if rank < LEAST_RANK or std < max(LEAST_STD, LEAST_SHARE * top)
-    ]
-    if collapsed and len(queries) >= FEWEST:
-        log(
-            f"warning: the features of {', '.join(collapsed)} have collapsed, so they hardly "
-            "distinguish samples; train again with a lower optim.lr or a longer optim.warmup_epochs"
-        )
     row = dict(zip(HEALTH_COLUMNS, (*ranks, *deviations), strict=False))
-    if min(part.label.min() for part in parts) < 0:
-        return row
-    known, classes = features(config, world, parts[0], encode, check)
-    known, queries = known[:, -widths[-1] :], stages[-1]
-    finite = bool(known.isfinite().all() and queries.isfinite().all())
-    found = linear(known, classes, queries, DECAY) if finite else None
-    return row | {"health_probe": math.nan if found is None else accuracy(found, answers)}
+    if min(part.label.min() for part in parts) >= 0:
+        known, classes = features(config, world, parts[0], encode, check)
+        known, last = known[:, -widths[-1] :], stages[-1]
+        finite = bool(known.isfinite().all() and last.isfinite().all())
+        row["health_probe"] = accuracy(linear(known, classes, last, DECAY), answers) if finite else math.nan
+    history.highest = list(map(max, history.highest, deviations))
+    if len(queries) >= FEWEST:
+        warn(ranks, deviations, row.get("health_probe"), history)
+    return row
+
+
+def warn(ranks: list[float], deviations: list[float], probe: float | None, history: History) -> None:
+    """Log which stages have collapsed that had not when this was last called."""
+    stages = enumerate(zip(ranks, deviations, history.highest, strict=True), start=1)
+    collapsed = {
+        stage: f"stage {stage} (effective rank {rank:.3g}, standard deviation {std:.2g})"
+        for stage, (rank, std, top) in stages
+        if rank < LEAST_RANK or std < max(LEAST_STD, LEAST_SHARE * top)
+    }
+    if new := [text for stage, text in collapsed.items() if stage not in history.warned]:
+        history.warned |= {*collapsed}
+        still = "" if probe is None else f" (a linear probe of the last stage has {probe:.1%} accuracy)"
+        log(
+            f"warning: the features of {', '.join(new)} have collapsed: they hardly differ between "
+            f"samples{still}; if the health columns of the next evaluations do not rise again, train with a "
+            "lower optim.lr or a longer optim.warmup_epochs"
+        )
 
 
 # ---- features

@@ -96,6 +96,8 @@ class Trainer:
         self.steps = total_steps(config.optim, len(task.training))  # of the whole run
         self.eval_every = config.run.eval_every or eval_interval(config.optim, len(task.training))
         self.signal = 0  # the number of the signal that stops the run
+        self.writer = checkpoint.Writer(folder / "checkpoints", config.run.keep)
+        ending.finish_first(self.writer.wait)
         self.metrics: MetricsWriter | None = None
         self.best: Row = {}  # the row with the best evaluation
         self.since = 0  # evaluations after it
@@ -104,7 +106,8 @@ class Trainer:
             about = {"step": state.step, "processes": world.size, "parameters": size}
             rundir.record_start(config, run.data, about)
             self.metrics = MetricsWriter(folder, task.columns, state.step)
-            self.metrics.followers = [run.beat, *([self.tracks.row] if self.tracks else [])]
+            trackers = [self.tracks.row] if self.tracks else []
+            self.metrics.followers = [run.beat, lambda _: self.writer.check(), *trackers]
             evaluated = [row for row in self.metrics.kept if row["loss_val"] is not None]
             self.best = best_of(evaluated)
             self.since = sum(row["step"] > self.best.get("step", 0) for row in evaluated)
@@ -113,9 +116,6 @@ class Trainer:
             if task.validation is None or any(row["step"] == state.step for row in self.metrics.kept):
                 state.row = None
         state.row, self.best, self.since = distributed.broadcast((state.row, self.best, self.since))
-        self.writer = checkpoint.Writer(folder / "checkpoints", config.run.keep)
-        ending.finish_first(self.writer.wait)
-
         self.micro, self.accumulate = build.micro_batches(config, world.size, task.mixed)
         model = self.eval_model = NormalizedInput(state.model, config.data.frames).to(world.device)
         if state.ema is not None:
@@ -219,6 +219,7 @@ def save(trainer: Trainer) -> None:
         state.elapsed = trainer.clock.elapsed()
         values = state.to_dict()
         if trainer.metrics is not None:
+            trainer.writer.wait()  # if the disk is full, its error comes before that of the rows
             trainer.metrics.commit()
             trainer.writer.save(state.step, values)
         recorder.saved = state.step

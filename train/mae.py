@@ -55,11 +55,11 @@ def make_task(config: MaeConfig, run: Run) -> Task:
     if not config.health or validation is None:
         return task
     parts = health.fixed_parts(train, validation)
-    highest = [0.0] * 4
+    history = health.History()
 
     def evaluate_with_health(model: NormalizedInput, dataset: Dataset, check: Check) -> dict[str, float]:
         scores = task.evaluate(model, dataset, check)
-        return scores | health.measure(config, run.world, parts, highest, model, check)
+        return scores | health.measure(config, run.world, parts, history, model, check)
 
     return replace(task, evaluate=evaluate_with_health)
 

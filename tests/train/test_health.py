@@ -86,18 +86,21 @@ def test_a_stage_that_loses_half_of_its_deviation_is_reported(
     config = settings(images, healthy.parent, "again")
     task = mae.make_task(config, Run(World(0, 1, torch.device("cpu"))))
     parts = health.fixed_parts(open_dataset(images, "train"), open_dataset(images, "val"))
-    model, highest = NormalizedInput(task.model, 1), [0.0] * 4
+    model, history = NormalizedInput(task.model, 1), health.History()
     capsys.readouterr()
     world = World(0, 1, torch.device("cpu"))
-    first = health.measure(config, world, parts, highest, model, lambda: None)
-    assert highest == [first[f"health_std_stage{n}"] for n in range(1, 5)]
+    first = health.measure(config, world, parts, history, model, lambda: None)
+    assert history.highest == [first[f"health_std_stage{n}"] for n in range(1, 5)]
     assert "have collapsed" not in capsys.readouterr().out
-    highest[1] *= 2.1
-    health.measure(config, world, parts, highest, model, lambda: None)
-    found = re.findall(r"stage (\d) \(effective", capsys.readouterr().out)
-    assert found == ["2"]
+    history.highest[1] *= 2.1
+    health.measure(config, world, parts, history, model, lambda: None)
+    printed = capsys.readouterr().out
+    assert re.findall(r"stage (\d) \(effective", printed) == ["2"] and "a linear probe of" in printed
+    health.measure(config, world, parts, history, model, lambda: None)
+    assert "have collapsed" not in capsys.readouterr().out, "each stage is reported once"
+    history.warned.clear()
     monkeypatch.setattr(health, "FEWEST", 15)  # the split has 14 samples
-    health.measure(config, world, parts, highest, model, lambda: None)
+    health.measure(config, world, parts, history, model, lambda: None)
     assert "have collapsed" not in capsys.readouterr().out
 
 

@@ -278,6 +278,21 @@ def test_checkpoints_are_written_in_the_background_and_a_full_disk_is_reported(t
     assert checkpoint.choose(tmp_path / "checkpoints") is not None
 
 
+def test_a_checkpoint_that_fails_ends_the_run_at_the_next_row(images, tmp_path, monkeypatch):
+    """Not at the next checkpoint, which may be hours later."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    config = small("image-mae-pico", images, tmp_path, "run", epochs=9.0)
+    config = replace(config, run=replace(config.run, log_every=1, checkpoint_every=5, eval_every=100))
+    with pytest.raises(UserError, match=r"no checkpoint can be written to .* free some space"):
+        fit(config, mae.make_task)
+    steps = [row["step"] for row in read_csv(tmp_path / "run/metrics.csv")]
+    assert 5 <= steps[-1] < 10
+
+
 # ---- compilation and the screen --------------------------------------------------------------------------
 
 
