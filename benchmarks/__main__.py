@@ -1,7 +1,7 @@
 """Compare speed with other implementations: python -m benchmarks all|loader|model|training|packing|core|...
 
 `all` runs the first five, then writes benchmarks/results/DATE-HARDWARE.json and the tables of docs/speed.md
-and of README.md. A single benchmark prints its tables; `python -m benchmarks loader --help` lists its flags.
+and both READMEs. A single benchmark prints its tables; `python -m benchmarks loader --help` lists its flags.
 """
 
 import datetime
@@ -38,8 +38,8 @@ class Pages:
 
     speed: Path = Path("docs/speed.md")
     """page whose tables are replaced"""
-    readme: Path = Path("README.md")
-    """page whose table of ratios is replaced"""
+    readmes: tuple[Path, ...] = (Path("README.md"), Path("README.zh-CN.md"))
+    """pages whose table of ratios is replaced"""
     results: Path = Path("benchmarks/results")
     """folder for the numbers of every round"""
 
@@ -120,13 +120,17 @@ def write(found: Results, where: dict, pages: Pages, keep: bool) -> None:
     machine = f"{where['processor']}, {where['cpus']} cores"
     if gpus:  # only benchmarks/model.py uses it
         machine = f"{gpus[0]} (a step of a model); {machine} (all others)"
-    for page, tables in ((pages.speed, markdown(found, machine)), (pages.readme, summary(found, machine))):
+    short = summary(found, machine)
+    for page, tables in (
+        (pages.speed, markdown(found, machine)),
+        *((readme, short) for readme in pages.readmes),
+    ):
         link = os.path.relpath(path, page.parent)
         tables = origin % link + tables
         text = page.read_text()
         before, after = text.partition(BEGIN)[0], text.partition(END)[2]
         atomic_text(page, before + BEGIN + tables + END + after)
-    print(f"{path}, {pages.speed} and {pages.readme} are written")
+    print(f"written: {', '.join(map(str, (path, pages.speed, *pages.readmes)))}")
 
 
 if __name__ == "__main__":

@@ -48,5 +48,5 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 step --kill-on-bad-exit=1 "$PY" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node "${GPUS:-$SLURM_GPUS_ON_NODE}" --rdzv-backend c10d \
-    --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))" --rdzv-id "$SLURM_JOB_ID" \
+    --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 12000))" --rdzv-id "$SLURM_JOB_ID" \
     --shutdown-timeout 240 -m "$@"

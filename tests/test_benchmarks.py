@@ -29,12 +29,12 @@ def test_ratios_are_computed_within_a_round():
 
 
 def test_pages_keep_their_text_and_get_new_tables(tmp_path: Path):
-    pages = [tmp_path / "speed.md", tmp_path / "README.md"]
+    pages = [tmp_path / name for name in ("speed.md", "README.md", "README.zh-CN.md")]
     for page in pages:
         page.write_text(f"before\n{bench.BEGIN}old\n{bench.END}after\n")
     where = {"gpus": [], "cpus": 2, "processor": "Ours 3000", "commit": "abc"}
     for title, keep in (("an old race", True), ("a race", False), ("another", True), ("a race", True)):
-        bench.write({title: RACE}, where, bench.Pages(*pages, tmp_path / "results"), keep)
+        bench.write({title: RACE}, where, bench.Pages(pages[0], tuple(pages[1:]), tmp_path / "results"), keep)
     for page in pages:
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
@@ -62,7 +62,7 @@ def test_trainings_are_compared_on_the_cpu_and_a_gpu_is_named_for_what_used_it(
     page = tmp_path / "page.md"
     page.write_text(f"{bench.BEGIN}{bench.END}")
     where = {"gpus": ["An H100"], "cpus": 2, "processor": "Ours 3000", "commit": "abc"}
-    bench.write({"a race": RACE}, where, bench.Pages(page, page, tmp_path), keep=False)
+    bench.write({"a race": RACE}, where, bench.Pages(page, (page,), tmp_path), keep=False)
     assert "An H100 (a step of a model); Ours 3000, 2 cores (all others)" in page.read_text()
 
 

@@ -5,6 +5,7 @@ what the scripts start is real: torchrun, training, packing.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from tests.tools.test_pack import image_tree, pack_images, sums
 from tests.train_helpers import ROOT, arguments, small
 from train.config import OptimConfig
 from train.optim import checkpoint_bytes
+from train.presets import FINETUNE_PRESETS, MAE_PRESETS
 from train.rundir import log_cores
 
 SCRIPTS = ("slurm-train.sh", "slurm-pack.sh")
@@ -132,6 +134,16 @@ def test_the_page_has_the_size_of_the_checkpoints_of_a_model():
                 models.append(create(name))
         sizes = [checkpoint_bytes(model, replace(adamw, ema=ema)) for model in models for ema in (0.0, 0.9)]
         assert f"| `{size}` | {' | '.join(f'{one / 1e9:.2f}' for one in sizes)} |" in page
+
+
+def test_the_page_has_the_samples_per_gpu_of_the_recipes():
+    page = (ROOT / "docs/cluster.md").read_text()
+    rows = re.findall(r"^\| `(.+-base)` \| ([\d,]+) \|(.+)\|$", page, re.M)
+    assert len(rows) == 4
+    for preset, batch, each in rows:
+        expected = {**MAE_PRESETS, **FINETUNE_PRESETS}[preset].optim.batch
+        assert int(batch.replace(",", "")) == expected
+        assert [int(cell) for cell in each.split("|")] == [expected // gpus for gpus in (8, 16, 32, 64)]
 
 
 @pytest.mark.parametrize(("written", "cancels"), [(None, 3), (-9000, 3), (1500, 1)])
