@@ -115,11 +115,13 @@ def index(plan: PackPlan, root: Path, out: Path, options: TarOptions) -> int:
                 finish(plan, root, out)
         shutil.rmtree(work, ignore_errors=True)
     done_plan = replace(plan, classes=read_info(out).classes, splits={"train": (), "val": ()})
-    code = report(console, out, done_plan, options.max_reject)
     if not (damaged := damaged_tars(out)):
-        return code
+        return report(console, out, done_plan, options.max_reject)
+    report(console, out, done_plan, 1.0)
     console.print(damaged, soft_wrap=True)
-    return code if options.max_reject == 1 else 1  # how many samples are lost is unknown: no share covers it
+    return int(
+        options.max_reject < 1
+    )  # the number of lost samples is unknown, so no smaller share can be met
 
 
 def damaged_tars(out: Path) -> str:
