@@ -50,7 +50,7 @@ def plan_of(kind: str, listing: Listing, val_fraction: float, packing: Packing, 
         if val_fraction and (absent := {x.label for x in train} - {x.label for x in val} - {""}):
             note = f"; classes without a sample in it: {len(absent)}, such as {readable(min(absent))}"
         share = f"{len(val)} of {len(train) + len(val)} samples become it"
-        print(f"no validation split in {where}: {share}{note}")
+        print(f"no validation split in {where}: with --val-fraction {val_fraction:g}, {share}{note}")
     elif val and has_classes(train) != has_classes(val):
         raise UserError(
             f"{where}: only one of train and val has classes; give both or none, or name the classes of a "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -30,6 +31,7 @@ from tools.shards import PLAN_FILE, Job, Load, PackPlan, Result, finish, is_done
 
 LEFT_OUT = 12  # most kinds of other files in the summary table
 REASONS = 20  # most reasons of rejection of a split in it
+REJECTED = 20  # most rejected samples below it
 NOTES = ("[0-9]*.parquet", PLAN_FILE)  # an unfinished dataset's rows per shard and its plan
 
 
@@ -46,7 +48,8 @@ class PackOptions:
     max_pixels: int = 100_000_000
     """larger pictures and frames are rejected"""
     max_reject: float = 0.01
-    """if a larger share of the samples is rejected, the exit code is 1"""
+    """if a larger share of the samples is rejected, or a tar is damaged, the exit code is 1; a share of 1
+    accepts both"""
     executor: Literal["local", "ray"] = "local"
     """local: processes of this machine; ray: a Ray cluster, all of whose nodes see source and out"""
     ray: str = "auto"
@@ -234,6 +237,8 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
     for what, (count, example) in sorted(plan.left_out.items(), key=lambda item: -item[1][0])[:LEFT_OUT]:
         table.add_row("", f"left out: {what}", str(count), readable(example))
     console.print(table)
+    if rejected:
+        console.print(_rejected([out / f"{split}.arrow" for split in plan.splits]), soft_wrap=True)
     if rejected < total:
         console.print(next_commands(out), soft_wrap=True)
     if rejected <= max_reject * total:
@@ -246,6 +251,19 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
         soft_wrap=True,
     )
     return 1
+
+
+def _rejected(catalogues: Sequence[Path]) -> str:
+    """The rejected samples by name, with their reasons, a line each; after the first REJECTED a count."""
+    columns = ["source", "reason", "status"]
+    rows = pa.Table.from_batches([read_batch(catalogue, columns) for catalogue in catalogues])
+    rows = rows.filter(pc.field("status") == "rejected").sort_by("source")
+    lines = [f"  {row['source']}: {row['reason']}" for row in rows[:REJECTED].to_pylist()]
+    if (more := len(rows) - REJECTED) > 0:
+        lines.append(
+            f"  and {more} more; docs/data.md has a command that lists all (What happens to damaged files?)"
+        )
+    return "\n".join(["the rejected samples:", *lines])
 
 
 def next_commands(out: Path) -> str:

@@ -14,7 +14,11 @@ from pipelines.files import lock, sync
 from tools.shards import PLAN_FILE, PackPlan
 
 UNFINISHED = (".*.tmp-*",)  # the temporary files of writers that were killed
-OTHERS = {"source_sha256": "another list of source files", "class_names": "other class names"}
+OTHERS = {
+    "source_sha256": "another list of source files",
+    "class_names": "other class names",
+    "class_key": "another --class-key",
+}
 UNLOCKED = "another process that packs into this folder would not be noticed, so make sure there is none"
 
 
@@ -66,7 +70,8 @@ def check_same(plan: PackPlan, noted: Path, delete: Path, text: str = "") -> Non
             f"{noted} is not of a packed dataset, or damaged; give another --out, or delete {delete}."
         ) from error
     settings = plan.settings()
-    if "source_fps" in settings:  # earlier versions recorded less
+    then = {"class_key": ""} | then  # earlier versions recorded less
+    if "source_fps" in settings:
         rate = settings["source_fps"] if "av" in settings else then.get("fps", 30.0)
         then = {"fps": 30.0, "source_fps": rate, "max_seconds": 60.0, "clip_seconds": 10.0} | then
     for name, now in settings.items():

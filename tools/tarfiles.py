@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -26,6 +26,8 @@ META = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 WORK = ".packing"  # folder next to a catalogue with what is done, until all tars are done
 REPACKED = "repacked"  # folder next to a catalogue with further tars
 FROM_HERE = "from here on the tar is "
+BAD_START = "not a tar, or damaged at its start"
+CUT_OFF = "cut off with the tar"
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -110,8 +112,10 @@ class ForeignTar(io.FileIO):
 def samples_in(tar: ForeignTar) -> Iterator[Found]:
     """The samples of a tar, grouped as webdataset groups them; at the end, why the tar ends early if it does.
 
-    Raises `OSError` if the storage fails.
+    If it does, a last sample that lacks files of the sample before it is incomplete. Raises `OSError` if the
+    storage fails.
     """
+    before: Set[str] = {".cls", ".json", ".txt", ""}  # before the first one: it needs more than these
     ended: list[Found] = []
     twice: list[Exception] = []
 
@@ -125,7 +129,9 @@ def samples_in(tar: ForeignTar) -> Iterator[Found]:
 
     for sample in group_by_keys(_members(tar, ended), keys=split, handler=note):
         files = {name: place for name, place in sample.items() if name.startswith(".")}
-        yield Found(sample["__key__"], files, "two files of one name" if twice else "")
+        fault = CUT_OFF if ended and files.keys() < before else ""
+        yield Found(sample["__key__"], files, "two files of one name" if twice else fault)
+        before = files.keys()
         twice.clear()
     yield from ended
 
@@ -154,7 +160,7 @@ def _members(tar: ForeignTar, ended: list[Found]) -> Iterator[dict[str, Any]]:
             raise
         fault = "damaged" if at < tar.length else "cut off"
     if fault:
-        reason = f"{FROM_HERE}{fault}" if at else "not a tar, or damaged at its start"
+        reason = f"{FROM_HERE}{fault}" if at else BAD_START
         ended.append(Found(f"byte {at}", {}, reason))
 
 
@@ -164,7 +170,7 @@ def _fault(member: tarfile.TarInfo, length: int) -> str:
         return "a link or a device in the tar"
     if member.issparse():
         return "a sparse file in the tar"
-    return "cut off with the tar" if member.offset_data + member.size > length else ""
+    return CUT_OFF if member.offset_data + member.size > length else ""
 
 
 # ---- lists of tars ---------------------------------------------------------------------------------------

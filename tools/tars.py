@@ -22,15 +22,15 @@ import pyarrow.parquet as pq
 import tyro
 from rich.console import Console
 
-from pipelines.dataset import SCHEMA, read_info
+from pipelines.dataset import SCHEMA, read_batch, read_info
 from pipelines.errors import UserError
 from tools.listing import note_gaps, unite
 from tools.lists import read_text
 from tools.packing import PackOptions, pack_part, report, writing_to
 from tools.planfile import begin, check_same
 from tools.shards import PackPlan, Sample, jobs_of, rejected, write_info, write_split
-from tools.tarfiles import FROM_HERE, REPACKED, WORK, expand
-from tools.tarsamples import ANY_SIZE, MADE, TarPacking, first_is_clip, load_tar
+from tools.tarfiles import BAD_START, FROM_HERE, REPACKED, WORK, expand
+from tools.tarsamples import ANY_SIZE, MADE, SHOWN, TarPacking, first_is_clip, load_tar, not_read
 
 Indexed = tuple[tuple[Path, Path], pa.Table]  # a tar, the tar of its repacked samples, and their rows
 Classes = dict[tuple[int, str], str]  # (number or -1, name or "") of a class: a source that has it
@@ -49,6 +49,8 @@ class TarOptions(PackOptions):
     additional tars; otherwise they are left out"""
     unlabelled: bool = False
     """ignore all classes, as for pretraining"""
+    class_key: str = ""
+    """NAME: the class of a sample is in the file KEY.NAME, else in the field NAME of KEY.json"""
     class_names: Path | None = None
     """text file with one class name per line, class 0 first"""
     fps: float = 30.0
@@ -61,7 +63,8 @@ class TarOptions(PackOptions):
         if len({*names}) < len(names):
             raise UserError(f"--class-names {self.class_names} has a name twice; number one of them.")
         sizes = (self.short_side, 1, self.max_pixels, self.val_fraction, PIL.__version__, self.fps)
-        return TarPacking(*sizes, clips, self.repack, self.unlabelled, "\n".join(names))
+        key = self.class_key.removeprefix(".")
+        return TarPacking(*sizes, clips, self.repack, self.unlabelled, "\n".join(names), key)
 
 
 def pack_tars(
@@ -112,7 +115,35 @@ def index(plan: PackPlan, root: Path, out: Path, options: TarOptions) -> int:
                 finish(plan, root, out)
         shutil.rmtree(work, ignore_errors=True)
     done_plan = replace(plan, classes=read_info(out).classes, splits={"train": (), "val": ()})
-    return report(console, out, done_plan, options.max_reject)
+    if not (damaged := damaged_tars(out)):
+        return report(console, out, done_plan, options.max_reject)
+    report(console, out, done_plan, 1.0)
+    console.print(damaged, soft_wrap=True)
+    return int(
+        options.max_reject < 1
+    )  # the number of lost samples is unknown, so no smaller share can be met
+
+
+def damaged_tars(out: Path) -> str:
+    """A sentence that names the tars that end early or are damaged, "" if there are none."""
+    columns = ["status", "reason", "source", "key"]
+    rows = pa.Table.from_batches([read_batch(out / f"{split}.arrow", columns) for split in ("train", "val")])
+    here = pc.match_substring_regex(rows["reason"], f"^({FROM_HERE}|{BAD_START})")  # pyrefly: ignore
+    if not (ends := rows.filter(here).sort_by("source").to_pylist()):
+        return ""
+    used = rows.filter(pc.field("status") == "ok")["source"]
+    names = []
+    for end in ends[:SHOWN]:
+        tar = end["source"].removesuffix(f"/{end['key']}")
+        count = pc.sum(pc.starts_with(used, f"{tar}/")).as_py() or 0  # pyrefly: ignore
+        names.append(f"{tar} from {end['key']} on ({count} samples before it are used)")
+    if len(ends) > SHOWN:
+        names.append(f"and {len(ends) - SHOWN} more")
+    return (
+        f"an unknown number of samples is lost, because these tars are damaged: {', '.join(names)}; restore "
+        "them and index all tars into another folder (--out, with make: OUT=), or accept the loss with "
+        "--max-reject 1 (with make: in ARGS=)."
+    )
 
 
 # ---- all tars --------------------------------------------------------------------------------------------
@@ -123,12 +154,14 @@ def finish(plan: PackPlan, root: Path, out: Path) -> None:
     packing = plan.packing
     assert isinstance(packing, TarPacking)
     found = {split: read_parts(split, samples, root, out) for split, samples in plan.splits.items()}
-    for (tar, _), rows in (part for parts in found.values() for part in parts):
-        if (end := "".join(rows["reason"].to_pylist()[-1:])).startswith(FROM_HERE):
-            fault = end.removeprefix(FROM_HERE)
-            print(f"{tar} is {fault} after {len(rows) - 1} samples: the rest of the tar is left out")
     known = [classes_in(parts) for parts in found.values()]
     classes, labels = classes_of(known[0], known[-1], packing.class_names.splitlines())
+    if not classes and not packing.unlabelled:
+        tar = root / plan.splits["train"][0].source
+        if other := not_read(tar):
+            print(
+                f"no sample has a class; {tar.name} also has {other}; if one is the class, give --class-key"
+            )
     if "val" not in found:
         found = divided(found["train"], packing.val_fraction)
     counts, names = {}, {}
@@ -137,6 +170,10 @@ def finish(plan: PackPlan, root: Path, out: Path) -> None:
         rows, tars[split] = joined([(pair, labelled(rows, classes, labels)) for pair, rows in parts])
         counts[split] = write_split(out / f"{split}.arrow", rows, len(tars[split]))
         names[split] = [str(tar.relative_to(out) if tar.is_relative_to(out) else tar) for tar in tars[split]]
+    if "val" not in plan.splits:
+        count, total = counts["val"]["samples"], sum(of["samples"] for of in counts.values())
+        fraction = f"--val-fraction {packing.val_fraction:g}"
+        print(f"no validation split: with {fraction}, {count} of {total} samples become it")
     write_info(replace(plan, classes=classes), out, counts, tars, {"tars": names})
 
 

@@ -2,13 +2,15 @@
 
 A sample's picture is KEY.jpg, .jpeg, .png or .webp; a clip is KEY.f0000.jpg, KEY.f0001.jpg ... Its class is
 the number or name in KEY.cls, else in "label" or "class" of KEY.json, else the number in KEY.txt, or a name
-there that --class-names lists; other text in KEY.txt, and what KEY.json calls the caption, is not used. A
-number's name is in "class_name" of KEY.json.
+there that --class-names lists; other text in KEY.txt, and what KEY.json calls the caption, is not used. With
+--class-key NAME, it is in KEY.NAME, else in NAME of KEY.json. A number's name is in "class_name" of KEY.json.
 """
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from tools.sources import Part
 from tools.tarfiles import ForeignTar, Place, samples_in
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+READ = (".cls", ".json", ".txt")
 FRAME = re.compile(r"\.f(\d{4,9})\.jpg", re.ASCII)
 NUMBER = re.compile(r"\d{1,6}", re.ASCII)
+SHOWN = 10  # suffixes and fields in a message
 LABEL_BYTES, PICTURE_BYTES = 1 << 20, 1 << 30
 IN_PLACE, MADE = "in place", "repacked: "
 NO_PICTURE = "no .jpg, .jpeg, .png, .webp or .f0000.jpg after the first dot of its name"
@@ -36,6 +40,7 @@ class TarPacking(Packing):
     repack: bool
     unlabelled: bool
     class_names: str  # one per line
+    class_key: str  # where the class is, "" for the usual places
 
 
 def load_tar(root: Path, source: str, packing: Packing) -> Iterator[Part]:
@@ -50,7 +55,7 @@ def load_tar(root: Path, source: str, packing: Packing) -> Iterator[Part]:
                 if found.fault:
                     raise BadImage(found.fault)
                 if not packing.unlabelled:
-                    row["label"], row["class_name"] = label_in(tar, found.files, names)
+                    row["label"], row["class_name"] = label_in(tar, found.files, names, packing.class_key)
                 packed = read_sample(tar, found.files, packing)
                 yield replace(packed, row=row | packed.row)
             except BadImage as error:
@@ -94,19 +99,23 @@ def read_sample(tar: ForeignTar, files: Mapping[str, Place], packing: TarPacking
     return Packed([picture.frames[0] for picture in made], size, f"{MADE}{reason}")
 
 
-def label_in(tar: ForeignTar, files: Mapping[str, Place], names: frozenset[str]) -> tuple[int, str]:
-    """The class of a sample: its number, -1 if there is none, and its name, "" if there is none."""
+def label_in(tar: ForeignTar, files: Mapping[str, Place], names: frozenset[str], key: str) -> tuple[int, str]:
+    """The class of a sample: its number, -1 if there is none, and its name, "" if there is none.
+
+    names, key: --class-names and --class-key. Raises `OSError` or `BadImage`.
+    """
+    own = f".{key.lower()}"
     texts = {
         name: tar.content(files[name], LABEL_BYTES).decode("utf-8-sig", "replace").strip()
-        for name in (".cls", ".json", ".txt")
+        for name in ((own, ".json") if key else READ)
         if name in files
     }
     described = described_by(texts.get(".json", ""))
     name = described.get("class_name")
     name = name if isinstance(name, str) else ""
-    if ".cls" in texts:
-        return class_of(texts[".cls"], name)
-    for field in ("label", "class"):
+    if (first := own if key else ".cls") in texts:
+        return class_of(texts[first], name)
+    for field in (key,) if key else ("label", "class"):
         value = described.get(field)
         value = int(value) if isinstance(value, float) and value.is_integer() else value
         if isinstance(value, int | str) and not isinstance(value, bool):
@@ -135,6 +144,23 @@ def class_of(text: str, name: str) -> tuple[int, str]:
     if re.fullmatch(r"[+-]?[\d.]+", text):
         raise BadImage("a class that is not a number from 0 to 999,999")
     return -1, readable(text)
+
+
+def not_read(path: Path) -> str:
+    """What a tar has besides what is read: suffixes with their numbers, and the fields of its first .json.
+
+    Raises `OSError`.
+    """
+    counts: Counter[str] = Counter()
+    fields: list[str] = []
+    with ForeignTar(path) as tar, suppress(BadImage):
+        for found in samples_in(tar):
+            counts.update({*found.files} - {*PICTURES, *READ, *filter(FRAME.fullmatch, found.files)})
+            if not fields and ".json" in found.files:
+                text = tar.content(found.files[".json"], LABEL_BYTES).decode("utf-8-sig", "replace")
+                fields = [f"field {name} of .json" for name in described_by(text)]
+    others = [f"{name} ({count})" for name, count in counts.most_common(SHOWN)]
+    return readable(", ".join([*others, *fields[:SHOWN]]))
 
 
 def first_is_clip(tars: Sequence[Path]) -> bool:

@@ -170,6 +170,7 @@ def check_foreign(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterato
     try:
         with ForeignTar(path) as tar:
             names = frozenset(str(info.packing.get("class_names", "")).splitlines())
+            key = str(info.packing.get("class_key", ""))
             numbers = {normalize("NFC", name): n for n, name in enumerate(info.classes)}
             listed: dict[tuple[str, tuple[int, ...]], int] = {}
             for found in samples_in(tar):
@@ -177,7 +178,7 @@ def check_foreign(info: DatasetInfo, path: Path, rows: Sequence[Row]) -> Iterato
                 label = -1
                 with suppress(BadImage):  # of a sample that was rejected
                     if not info.packing.get("unlabelled"):
-                        number, name = label_in(tar, found.files, names)
+                        number, name = label_in(tar, found.files, names, key)
                         known = numbers.get(normalize("NFC", name), numbers.get(str(number), -1))
                         label = number if names and number >= 0 else known
                     listed[readable(found.key), offsets] = label

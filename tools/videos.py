@@ -72,6 +72,8 @@ def load_video(root: Path, source: str, packing: Packing) -> Iterator[Part]:
     if not S_ISREG(mode := mode_of(path)):
         raise BadImage("not a regular file" if mode else "no video file")
     with SourceFile(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise BadImage("empty file")
         try:
             for part in _decode_file(file, packing):
                 if file.error is not None:

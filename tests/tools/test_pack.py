@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -510,7 +512,7 @@ def test_too_many_rejected_ends_with_exit_code_1_and_a_table(tmp_path, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "1 of 10 samples were rejected, more than --max-reject 5.00% allows" in out
     assert "to pretrain: make train-mae" in out  # the rest can be used
-    assert "rejected: empty file" in out and "bad.jpg" in out
+    assert "rejected: empty file" in out and "bad.jpg: empty file" in out
     assert pack_images(tmp_path / "source", tmp_path / "out", max_reject=0.1) == 0
 
 
@@ -525,6 +527,24 @@ def test_the_table_names_the_most_frequent_reasons_and_counts_the_others(tmp_pat
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "rejected: empty file 4 empty 0.jpg" in out and "rejected: not an image 3 words 0.jpg" in out
     assert "rejected: other reasons 3 gzip 0.jpg" in out and out.count("rejected: ") == 3
+
+
+def test_rejected_files_are_listed_and_a_command_of_the_docs_lists_all(tmp_path, capsys):
+    """The table names one file of each reason: the other damaged ones had to be searched."""
+    for number in range(25):
+        write(tmp_path / f"source/b/{number:02d}.jpg", b"text" if number else encoded(pixels(1)))
+    write(tmp_path / "source/a/empty.jpg", b"")
+    assert pack_images(tmp_path / "source", tmp_path / "out", val_fraction=0.3) == 1
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index("the rejected samples:")
+    shown = ["a/empty.jpg: empty file", *(f"b/{number:02d}.jpg: not an image" for number in range(1, 25))]
+    assert lines[first + 1 : first + 21] == [f"  {line}" for line in shown[:20]]
+    assert lines[first + 21].startswith("  and 5 more; docs/data.md has a command that lists all")
+    (line,) = re.findall(r"^\.venv/bin/python (-c .*pyarrow.*)$", (ROOT / "docs/data.md").read_text(), re.M)
+    command = f"{shlex.quote(sys.executable)} {line}".replace("shards/kinetics", str(tmp_path / "out"))
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert not done.stderr
+    assert sorted(line.replace("\t", ": ") for line in done.stdout.splitlines()) == shown
 
 
 def test_each_wrong_use_ends_with_one_line(tmp_path):

@@ -403,9 +403,10 @@ def test_files_that_are_no_videos_are_named(tmp_path):
         noise = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
         noise.sample_rate = 16000
         container.mux([*sound.encode(noise), *sound.encode()])
+    write(tmp_path / "empty.mp4", b"")
+    assert reason(tmp_path / "empty.mp4") == "empty file"
     unknown = "not a video, or its header is damaged or missing"
     hostile = {
-        "empty.mp4": b"",
         "page.mp4": b"<html><body>404 Not Found</body></html>",
         "zeros.mp4": bytes(100_000),
         "random.mp4": np.random.default_rng(1).bytes(100_000),

@@ -43,7 +43,7 @@ from tests.train.test_runs import assert_same, fit, kill_at_row
 from tests.train_helpers import ROOT, arguments, call, module, picture, small
 from tools import sources
 from tools.stage import stage
-from tools.tarfiles import expand
+from tools.tarfiles import CUT_OFF, expand
 from tools.tars import NO_CLASS, TarOptions, pack_tars
 from tools.tarsamples import NO_PICTURE
 from tools.verify import verify
@@ -564,6 +564,14 @@ def long_header(length: int) -> bytes:
     return made.tobuf(tarfile.GNU_FORMAT)
 
 
+def half() -> bytes:
+    """A tar that ends before the picture of its first sample, whose class comes first."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.addfile(header("a.cls", size=1), io.BytesIO(b"0"))
+    return buffer.getvalue()[:1024]
+
+
 ENDS = ("from here on the tar is damaged", "from here on the tar is cut off")
 BAD_START = {"byte 0": "not a tar, or damaged at its start"}
 HOSTILE: dict[str, tuple[Callable[[], bytes], dict[str, str]]] = {
@@ -579,6 +587,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], dict[str, str]]] = {
     "text": (lambda: b"no tar" * 999, BAD_START),
     "nothing": (lambda: b"", BAD_START),
     "zeros": (lambda: bytes(10240), {}),
+    "first sample cut off": (half, {"a": CUT_OFF, "byte": ENDS[1]}),
 }
 
 
@@ -631,16 +640,55 @@ def test_damaged_headers_never_lose_samples_in_silence(tmp_path):
         assert {*ENDS, *BAD_START.values()} & {*outcomes(tmp_path / "out").values()}
 
 
-def test_the_end_of_a_tar_that_is_missing_is_printed(tmp_path, capsys):
+def test_a_damaged_tar_ends_with_exit_code_1_and_its_name(tmp_path, capsys):
     """It was one rejected row, so that a lost half of a dataset could end with exit code 0."""
-    shard_writer(tmp_path / "data", 6)
-    data = (tmp_path / "data/t-0000.tar").read_bytes()
-    (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2])
-    index(tmp_path / "cut.tar", tmp_path / "out", val_fraction=0.0)
-    count = sum(row["status"] == "ok" for row in read_rows(tmp_path / "out"))
+    pattern = shard_writer(tmp_path / "data", 120, per_tar=60)
+    tar = tmp_path / "data/t-0001.tar"
+    data = tar.read_bytes()
+    with tarfile.open(tar) as whole:
+        places = {member.name: member.offset for member in whole}
+    assert [*places][:2] == ["n/00060.cls", "n/00060.jpg"]  # the class is first
+    tar.write_bytes(data[: places["n/00110.jpg"]])  # the last sample has a class and no picture
+    assert index(pattern, max_reject=0.001) == 1
+    at = places["n/00110.jpg"]
+    expected = (
+        f"an unknown number of samples is lost, because these tars are damaged: t-0001.tar from byte {at} on "
+        "(50 samples before it are used); restore them and index all tars into another folder (--out, with "
+        "make: OUT=), or accept the loss with --max-reject 1 (with make: in ARGS=)."
+    )
+    out = capsys.readouterr().out
+    assert expected in out.splitlines() and "samples were rejected" not in out  # one advice, not two
+    found = outcomes(tmp_path / "data")
+    assert found["n/00110"] == CUT_OFF and NO_PICTURE not in found.values()
+    assert len(open_dataset(tmp_path / "data", "train")) == 110  # the result is written
+    assert index(pattern, max_reject=0.5) == 1  # the same command does not hide it
+    assert expected in capsys.readouterr().out.splitlines()
+    assert index(pattern, max_reject=1.0) == 0
+    assert "t-0001.tar from byte" in capsys.readouterr().out
+
+
+def test_classes_that_are_not_read_are_named(tmp_path, capsys):
+    """The table gave only "the samples have no classes"."""
+    members: list[Member] = []
+    for number in range(4):
+        fields = json.dumps({"target": number % 2, "Source": "web"}).encode()
+        files = {"jpg": encoded(pixels(number)), "label": b"ab"[number % 2 :][:1], "json": fields}
+        members += [(f"{number}.{suffix}", data) for suffix, data in files.items()]
+    tar = write_tar(tmp_path / "a.tar", members)
+    assert index(tar, tmp_path / "none") == 0
     out = " ".join(capsys.readouterr().out.split())
-    found = re.search(r"cut\.tar is cut off after (\d) samples: the rest of the tar is left out", out)
-    assert found and 0 < count <= int(found[1]) < 6
+    other = ".label (4), field target of .json, field Source of .json"
+    assert f"no sample has a class; a.tar also has {other}; if one is the class, give --class-key" in out
+    with pytest.raises(UserError, match="was packed with another --class-key; give another --out"):
+        index(tar, tmp_path / "none", class_key="label")
+    assert index(tar, tmp_path / "suffix", class_key="label") == 0
+    assert read_info(tmp_path / "suffix").classes == ("a", "b")
+    assert index(tar, tmp_path / "field", class_key="target") == 0
+    assert read_info(tmp_path / "field").classes == ("0", "1")
+    for name in ("suffix", "field"):
+        assert verify(tmp_path / name) == 0
+        assert open_dataset(tmp_path / name, "train").label.tolist() == [0, 1, 0, 1]
+    assert "no sample has a class" not in capsys.readouterr().out
 
 
 def test_the_files_that_indexing_wrote_are_no_tars(tmp_path, capsys):
