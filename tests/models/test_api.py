@@ -34,7 +34,7 @@ def test_list_models_has_every_size_for_images_and_clips_as_classifier_and_autoe
 
 def test_a_line_of_sizes_defines_input_and_decoder(monkeypatch):
     nano = Size(24, 1, (1, 1, 2, 1), side=64, clip_side=32, decoder=(64, 1, 2))
-    monkeypatch.setitem(SIZES, "nano", nano)
+    monkeypatch.setattr(zoo, "SIZES", {**SIZES, "nano": nano})
     configs = zoo._configs()
     image, clip = configs["hiera_nano_64"], configs["hiera_nano_16x32"]
     assert (image.input_size, clip.input_size) == ((64, 64), (16, 32, 32))
@@ -46,13 +46,13 @@ def test_a_line_of_sizes_defines_input_and_decoder(monkeypatch):
 def test_heads_of_weights_come_from_their_width_and_blocks_or_are_refused(monkeypatch):
     """Regression: of two sizes with the same width, the last one gave the heads."""
     state = models.create("hiera_pico_96").state_dict()
-    monkeypatch.setitem(SIZES, "nano", Size(48, 2, (1, 1, 2, 1)))
+    pico = SIZES["pico"]
+    monkeypatch.setattr(zoo, "SIZES", {"pico": pico, "nano": Size(48, 2, (1, 1, 2, 1))})
     assert zoo.config_of_weights(state).heads == 1
-    monkeypatch.setitem(SIZES, "nano", Size(48, 2, (1, 2, 4, 1)))
+    monkeypatch.setattr(zoo, "SIZES", {"pico": pico, "nano": Size(48, 2, pico.stages)})
     with pytest.raises(UserError, match=r"sizes of \[1, 2\] heads have width 48, so the heads"):
         zoo.config_of_weights(state)
-    monkeypatch.setitem(SIZES, "nano", Size(24, 1, (1, 1, 2, 1)))
-    monkeypatch.delitem(SIZES, "pico")
+    monkeypatch.setattr(zoo, "SIZES", {"nano": Size(24, 1, (1, 1, 2, 1))})
     with pytest.raises(UserError, match="no known size has width 48"):
         zoo.config_of_weights(state)
 
