@@ -45,7 +45,7 @@ def assert_lists(page: str, listed: Iterable[str], known: Iterable[str]) -> None
     """Fail with the words that a table of a page lacks, and those that it must not have or has twice."""
     found, wanted = Counter(listed), Counter(known)
     lacks, extra = sorted((wanted - found).elements()), sorted((found - wanted).elements())
-    assert not lacks and not extra, f"the table in {page} lacks {lacks}, and these are too many: {extra}"
+    assert not lacks and not extra, f"the table in {page}: missing {lacks}, extra {extra}"
 
 
 def strings_of(path: Path) -> list[str]:
