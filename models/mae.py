@@ -184,7 +184,8 @@ def random_keep(x: Tensor, units: int, mask_ratio: float) -> Tensor:
     kept = int(units * (1 - mask_ratio))
     if not 0 < kept < units:
         raise UserError(
-            f"mask_ratio {mask_ratio} keeps {kept} of {units} mask units; choose one that keeps some of them"
+            f"mask_ratio {mask_ratio} keeps {kept} of {units} mask units; choose a larger input_size, or a "
+            "ratio that keeps and hides at least 1"
         )
     noise = torch.rand(x.shape[0], units, device=x.device)
     return noise.argsort(dim=1)[:, :kept].sort(dim=1).values

@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import fields, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,15 +21,27 @@ from models.mae import MaskedAutoencoder
 from models.unroll import FRAMES, STRIDE, UNIT
 from pipelines.errors import UserError
 
-# Width, heads of the first stage, blocks per stage (arXiv 2306.00989, table 2). pico is not in the paper.
+
+class Size(NamedTuple):
+    """Everything that the models of one size have of their own."""
+
+    width: int  # channels of the first stage
+    heads: int  # of the first stage
+    stages: tuple[int, int, int, int]  # blocks of each
+    side: int = 224  # pixels of an image
+    clip_side: int = 224  # pixels of a clip's frame
+    decoder: tuple[int, int, int] = (512, 8, 16)  # width, blocks, heads
+
+
+# From arXiv 2306.00989, table 2. pico is not in the paper.
 SIZES = {
-    "pico": (48, 1, (1, 2, 4, 1)),
-    "tiny": (96, 1, (1, 2, 7, 2)),
-    "small": (96, 1, (1, 2, 11, 2)),
-    "base": (96, 1, (2, 3, 16, 3)),
-    "base_plus": (112, 2, (2, 3, 16, 3)),
-    "large": (144, 2, (2, 6, 36, 4)),
-    "huge": (256, 4, (2, 6, 36, 4)),
+    "pico": Size(48, 1, (1, 2, 4, 1), side=96, clip_side=64, decoder=(128, 2, 4)),
+    "tiny": Size(96, 1, (1, 2, 7, 2)),
+    "small": Size(96, 1, (1, 2, 11, 2)),
+    "base": Size(96, 1, (2, 3, 16, 3)),
+    "base_plus": Size(112, 2, (2, 3, 16, 3)),
+    "large": Size(144, 2, (2, 6, 36, 4)),
+    "huge": Size(256, 4, (2, 6, 36, 4)),
 }
 # Top-1 accuracy of the finetuned classifiers: ImageNet-1K, Kinetics-400 with 15 views (arXiv 2306.00989).
 PUBLISHED = {
@@ -73,14 +86,14 @@ BF16_PEAK = {
 
 def _configs() -> dict[str, HieraConfig]:
     configs = {}
-    for size, (width, heads, stages) in SIZES.items():
-        side, image = 224, HieraConfig(width=width, heads=heads, stages=stages)
-        if size == "pico":
-            side, image = 96, replace(image, decoder_width=128, decoder_depth=2, decoder_heads=4)
-        clip_side = 64 if size == "pico" else 224
-        configs[f"hiera_{size}_{side}"] = replace(image, input_size=(side, side))
-        clip = replace(image, input_size=(16, clip_side, clip_side), num_classes=400)
-        configs[f"hiera_{size}_16x{clip_side}"] = clip
+    for name, size in SIZES.items():
+        width, depth, heads = size.decoder
+        image = HieraConfig(
+            input_size=(size.side, size.side), width=size.width, heads=size.heads, stages=size.stages,
+            decoder_width=width, decoder_depth=depth, decoder_heads=heads,
+        )  # fmt: skip
+        clip = replace(image, input_size=(16, size.clip_side, size.clip_side), num_classes=400)
+        configs |= {f"hiera_{name}_{size.side}": image, f"hiera_{name}_16x{size.clip_side}": clip}
     # The structures of weights by timm (small) and birder (base), which docs/weights.md lists.
     configs["hiera_small_abswin_256"] = replace(
         configs["hiera_small_224"], input_size=(256, 256), abs_win=True, global_pos_size=(16, 16),
@@ -130,13 +143,17 @@ def config_of_weights(state: State, side: int = 0) -> HieraConfig:
 
     side: of the square input (pixels), for absolute-window position embeddings, which do not show it; 0: 16
     times that of their global part, as in the released weights.
-    Raises UserError if no known size has this width, because the weights do not show the number of heads.
+    Raises UserError unless `SIZES` gives the number of heads, which the weights do not show: that of a size
+    with these width and blocks, or else that of all sizes with this width.
     """
     width, channels = state["patch_embed.proj.weight"].shape[:2]
-    heads = {known: first for known, first, _ in SIZES.values()}.get(width)
-    if heads is None:
+    stages = tuple(stage_depths(state))
+    alike = [size for size in SIZES.values() if size.width == width]
+    heads = {size.heads for size in alike if size.stages == stages} or {size.heads for size in alike}
+    if len(heads) != 1:
+        which = f"sizes of {sorted(heads)} heads have" if heads else "no known size has"
         raise UserError(
-            f"no known size has width {width}, so its heads are unknown; convert it to a weights file"
+            f"{which} width {width}, so the heads of these weights are unknown; convert it to a weights file"
         )
     table = state["pos_embed_spatial" if is_video(state) else "pos_embed"]
     abs_win, grid = table.ndim == 4, tuple(table.shape[2:])
@@ -146,8 +163,8 @@ def config_of_weights(state: State, side: int = 0) -> HieraConfig:
         input_size=(*frames, side, side),
         in_chans=channels,
         width=width,
-        heads=heads,
-        stages=tuple(stage_depths(state)),  # pyrefly: ignore
+        heads=heads.pop(),
+        stages=stages,  # pyrefly: ignore
         abs_win=abs_win,
         global_pos_size=grid if abs_win else HieraConfig.global_pos_size,  # pyrefly: ignore
         layer_scale=float("blocks.0.ls1.gamma" in state),

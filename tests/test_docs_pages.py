@@ -4,6 +4,8 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,13 @@ def code_words(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
+def assert_lists(page: str, listed: Iterable[str], known: Iterable[str]) -> None:
+    """Fail with the words that a table of a page lacks, and those that it must not have or has twice."""
+    found, wanted = Counter(listed), Counter(known)
+    lacks, extra = sorted((wanted - found).elements()), sorted((found - wanted).elements())
+    assert not lacks and not extra, f"the table in {page}: missing {lacks}, extra {extra}"
+
+
 def strings_of(path: Path) -> list[str]:
     """Every string in a Python file, without the placeholders of f-strings."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
@@ -61,7 +70,7 @@ def test_the_table_of_metrics_has_every_column_once():
         for cell in cells(section("docs/training.md", "What do the metrics mean?"), 0)
         for name in code_words(cell)
     ]
-    assert sorted(listed) == sorted({*MAE_COLUMNS, *FINETUNE_COLUMNS})
+    assert_lists("docs/training.md", listed, {*MAE_COLUMNS, *FINETUNE_COLUMNS})
 
 
 def test_the_settings_that_may_change_on_resume_are_those_of_the_code():
@@ -70,15 +79,16 @@ def test_the_settings_that_may_change_on_resume_are_those_of_the_code():
     free, fixed = (
         next(row for answer, row in rows.items() if answer.startswith(start)) for start in ("may", "never")
     )
-    assert sorted(free) == sorted(name + "*" if name.endswith(".") else name for name in FREE)
-    assert sorted(fixed) == sorted(FIXED)
+    assert_lists("docs/training.md", free, (name + "*" if name.endswith(".") else name for name in FREE))
+    assert_lists("docs/training.md", fixed, FIXED)
 
 
 def test_the_names_of_official_weights_are_those_of_the_code():
     table = section("docs/weights.md", "What are the official weights called?")
     patterns, sizes = cells(table, 1), cells(table, 2)
     pairs = [(code_words(p)[0], size) for p, s in zip(patterns, sizes, strict=True) for size in s.split(", ")]
-    assert sorted(pattern.replace("SIZE", size) for pattern, size in pairs) == sorted(official_names())
+    listed = (pattern.replace("SIZE", size) for pattern, size in pairs)
+    assert_lists("docs/weights.md", listed, official_names())
 
 
 @pytest.mark.parametrize("readme", READMES)

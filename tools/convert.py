@@ -171,7 +171,7 @@ def preprocessor_config(side: int, data: Mapping[str, Any]) -> dict[str, object]
 def transformers_config(state: State, names: Sequence[str], decoder_heads: int) -> dict[str, object]:
     """The config.json that transformers needs for weights with our names; `names` are the classes, if known.
 
-    Weights do not contain the number of heads. The encoder's follows from its width; the decoder's is given.
+    Weights do not contain the number of heads. The encoder's follows from the sizes; the decoder's is given.
     Raises UserError if no known size has this width.
     """
     model, mae = config_of_weights(state), is_autoencoder(state)

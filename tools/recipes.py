@@ -14,15 +14,21 @@ from train.presets import FINETUNE_PRESETS, MAE_PRESETS, NOT_GIVEN
 PAGE = Path(__file__).resolve().parent.parent / "docs/which.md"
 BEGIN, END = "<!-- recipes: make them with python -m tools.recipes -->", "<!-- end of recipes -->"
 SIZES = {"tiny": "T", "small": "S", "base": "B", "base_plus": "B+", "large": "L", "huge": "H"}
-OWN = ("pico", "reference")  # presets without a column in the paper
+OWN = ("pico", "reference")  # ends of the names of presets without a column in the paper
 
 
 def column_of(config: Config) -> str:
-    """Table and column of the paper from which a preset is, such as "14b, L after 400"."""
+    """Table and column of the paper from which a preset is, such as "14b, L after 400".
+
+    Raises UserError for a size that the paper does not have.
+    """
     pretraining, video = isinstance(config, MaeConfig), config.data.frames > 1
     ssv2 = config.data.sampling == "segments"
     table = f"{'12' if ssv2 else '11' if video else '14'}{'a' if pretraining else 'b'}"
-    size = SIZES[config.model.name.removeprefix("mae_").removeprefix("hiera_").rpartition("_")[0]]
+    name = config.model.name.removeprefix("mae_").removeprefix("hiera_").rpartition("_")[0]
+    if name not in SIZES:
+        raise UserError(f"the paper has no size {name}; add the name to OWN in tools/recipes.py")
+    size = SIZES[name]
     if isinstance(config, FinetuneConfig):
         more = f", {config.data.frames} frames" if ssv2 else ""
         more = f" after {config.pretrained_epochs}" if config.pretrained_epochs else more
@@ -71,9 +77,11 @@ def table(rows: Mapping[str, tuple[Config, dict[str, str]]]) -> list[str]:
     columns: list[str] = []
     names: dict[str, list[str]] = {}
     for name, (config, cells) in rows.items():
-        columns = ["preset", "paper's table", *cells]
-        if not name.endswith(OWN):
-            names.setdefault(" | ".join([column_of(config), *cells.values()]), []).append(f"`{name}`")
+        columns = ["preset", "paper's table", "input", *cells]
+        column = "none" if name.endswith(OWN) else column_of(config)
+        size = f"{config.data.size} x {config.data.size}"
+        shape = size if config.data.frames == 1 else f"{config.data.frames} x {size}"
+        names.setdefault(" | ".join([column, shape, *cells.values()]), []).append(f"`{name}`")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return lines + [f"| {', '.join(alike)} | {cells} |" for cells, alike in names.items()]
 

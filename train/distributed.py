@@ -121,14 +121,14 @@ def launch(processes: int, restarts: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    module = sys.modules["__main__"].__spec__
-    name = module.name if module else sys.argv[0]
+    module = sys.modules["__main__"].__spec__  # None: a script, as of own recipes
+    command = ["-m", module.name] if module else [sys.argv[0]]
     counts = [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     # If SIGHUP is ignored, as under nohup, it must stay ignored; torchrun would handle it.
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     handled = ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"] if ignored else []
     saving = "--shutdown-timeout=240"  # seconds to save; torchrun's own 30 are too few for a large model
-    arguments = ["--standalone", *counts, *handled, saving, "-m", name, *sys.argv[1:]]
+    arguments = ["--standalone", *counts, *handled, saving, *command, *sys.argv[1:]]
     # The processes share the cores; without this torchrun sets one thread per process.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     # Each start needs its own store: an old one gives gloo the addresses of processes that have ended.

@@ -153,7 +153,7 @@ class Trainer:
 
 
 def train_step(trainer: Trainer, step: int) -> None:
-    """One optimizer step over `accumulate` micro batches. Never waits for the device."""
+    """One optimizer step over `accumulate` micro batches. Never waits for the device: no host sync."""
     optim, state = trainer.config.optim, trainer.state
     set_learning_rate(state.optimizer, optim, step - 1, len(trainer.task.training))
     loss, bad = _accumulate(

@@ -105,7 +105,8 @@ def masking_of(mask_ratio: float, model: nn.Module) -> Masking:
     kept = int(units * (1 - mask_ratio))
     if not 0 < kept < units:
         raise UserError(
-            f"mask_ratio {mask_ratio} keeps {kept} of {units} mask units; keep at least 1 and hide 1"
+            f"mask_ratio {mask_ratio} keeps {kept} of {units} mask units; choose a larger data.size, or a "
+            "ratio that keeps and hides at least 1"
         )
     return Masking(units, kept)
 

@@ -50,7 +50,9 @@ class MetricsWriter:
         self._csv = csv.writer(self._file)
 
     def write(self, row: Row) -> None:
-        """Append one row; `None` and missing columns stay empty."""
+        """Append one row; `None` and missing columns stay empty. A value without a column is a mistake."""
+        unknown = sorted(set(row) - set(self.columns))
+        assert not unknown, f"no column for {unknown}; add them to MAE_COLUMNS or FINETUNE_COLUMNS"
         self._csv.writerow(_texts(row, self.columns))
         self._file.flush()
         self._uncommitted.append(dict(row))

@@ -90,7 +90,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, optim: OptimConfig, step
 def update(
     model: nn.Module, optimizer: torch.optim.Optimizer, clip_norm: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clip and step; a non-finite gradient skips the step without the host looking at it.
+    """Clip and step; a non-finite gradient skips the step on the device, without a host sync.
 
     After DDP's mean every process holds the same gradient, so all of them skip alike. Returns the norm before
     clipping and 1.0 where the step was skipped, both 0-D on the device.

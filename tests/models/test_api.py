@@ -6,8 +6,10 @@ from safetensors.torch import save_file
 from timm.optim import param_groups_layer_decay
 
 import models
+from models import zoo
 from models.mae import reconstruct
 from models.unroll import reroll, unroll
+from models.zoo import SIZES, Size
 from pipelines.errors import UserError
 
 torch.set_num_threads(2)
@@ -19,12 +21,40 @@ def keep_of(model, batch, kept, seed=0):
     return order[:, :kept].sort(1).values
 
 
-def test_list_models_has_all_names():
+def test_list_models_has_every_size_for_images_and_clips_as_classifier_and_autoencoder():
     names = models.list_models()
-    assert len(names) == len(set(names)) == 32
+    classifiers = ["hiera_small_abswin_256", "hiera_base_abswin_224"]
+    for size, row in SIZES.items():
+        classifiers += [f"hiera_{size}_{row.side}", f"hiera_{size}_16x{row.clip_side}"]
+    assert sorted(names) == sorted([*classifiers, *(f"mae_{name}" for name in classifiers)])
     assert {"hiera_pico_96", "hiera_pico_16x64", "mae_hiera_huge_16x224", "mae_hiera_base_plus_224"} <= set(
         names
     )
+
+
+def test_a_line_of_sizes_defines_input_and_decoder(monkeypatch):
+    nano = Size(24, 1, (1, 1, 2, 1), side=64, clip_side=32, decoder=(64, 1, 2))
+    monkeypatch.setattr(zoo, "SIZES", {**SIZES, "nano": nano})
+    configs = zoo._configs()
+    image, clip = configs["hiera_nano_64"], configs["hiera_nano_16x32"]
+    assert (image.input_size, clip.input_size) == ((64, 64), (16, 32, 32))
+    for config in (image, clip):
+        assert (config.width, config.heads, config.stages) == nano[:3]
+        assert (config.decoder_width, config.decoder_depth, config.decoder_heads) == nano.decoder
+
+
+def test_heads_of_weights_come_from_their_width_and_blocks_or_are_refused(monkeypatch):
+    """Regression: of two sizes with the same width, the last one gave the heads."""
+    state = models.create("hiera_pico_96").state_dict()
+    pico = SIZES["pico"]
+    monkeypatch.setattr(zoo, "SIZES", {"pico": pico, "nano": Size(48, 2, (1, 1, 2, 1))})
+    assert zoo.config_of_weights(state).heads == 1
+    monkeypatch.setattr(zoo, "SIZES", {"pico": pico, "nano": Size(48, 2, pico.stages)})
+    with pytest.raises(UserError, match=r"sizes of \[1, 2\] heads have width 48, so the heads"):
+        zoo.config_of_weights(state)
+    monkeypatch.setattr(zoo, "SIZES", {"nano": Size(24, 1, (1, 1, 2, 1))})
+    with pytest.raises(UserError, match="no known size has width 48"):
+        zoo.config_of_weights(state)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
+from models import layers
 from pipelines import order
+
+
+@pytest.mark.parametrize("module", [order, layers])
+def test_every_kind_of_draw_has_its_own_stream_and_those_of_randaugment_come_last(module):
+    streams = {name: value for name, value in vars(module).items() if name.startswith("STREAM_")}
+    last = streams.pop("STREAM_RAND", 100)
+    alike = {name: value for name, value in streams.items() if list(streams.values()).count(value) > 1}
+    assert alike == {}, "two kinds of draws of a sample would be equal"
+    assert len(streams) >= 3 and max(streams.values()) < last == 100
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 100, 255, 256, 257, 1000, 4097, 70_001])

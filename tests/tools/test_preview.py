@@ -1,6 +1,6 @@
 """`make preview`: the pixels, masks and mixed labels of the loader and of training, with class and source."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.config import Augment
 from pipelines.dataset import open_dataset, read_batch
 from pipelines.errors import UserError
 from pipelines.loader import TrainLoader
@@ -18,6 +19,7 @@ from tools.fonts import fitted, length
 from tools.pack import ImageOptions, pack_images
 from tools.preview import Card, Section, below, beside, sheet
 from train.config import Config, FinetuneConfig, MaeConfig
+from train.presets import FINETUNE_PRESETS
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -103,6 +105,14 @@ def test_data_without_classes_is_refused_for_finetuning_only(images: Path, tmp_p
     config = small("image-mae-pico", tmp_path / "data", tmp_path / "runs", "run")
     section = preview.training(config, open_dataset(tmp_path / "data", "train"), ALONE)
     assert {card.captions[0] for card in section.cards} == {"no class"}
+
+
+def test_the_text_names_every_augmentation():
+    recipe = FINETUNE_PRESETS["image-ft-base"]
+    for field in fields(Augment):
+        changed = replace(recipe.data.augment, **{field.name: 1})
+        other = replace(recipe, data=replace(recipe.data, augment=changed))
+        assert preview.augmentation(other) != preview.augmentation(recipe), field.name
 
 
 def test_cards_are_drawn_whole_and_do_not_overlap():

@@ -151,6 +151,15 @@ def test_csv_and_parquet_have_the_same_rows_also_after_resuming(tmp_path: Path):
     assert rows[0]["loss"] == row(1)["loss"] and rows[0]["acc"] is None
 
 
+def test_a_value_without_a_column_is_refused(tmp_path: Path):
+    """Regression: it was left out of CSV and Parquet without a message."""
+    writer = MetricsWriter(tmp_path, FINETUNE_COLUMNS, 0)
+    with pytest.raises(AssertionError, match=r"no column for \['acc10'\]; add them to MAE_COLUMNS or FINE"):
+        writer.write({**row(1), "acc10": 0.5})
+    writer.write({**row(1), "acc": 0.5})
+    assert len(read_csv(tmp_path / "metrics.csv")) == 1
+
+
 def test_the_first_metric_columns_are_those_of_the_reference_trainer():
     assert MAE_COLUMNS[:5] == ("time", "step", "loss_train", "lr", "loss_val")
     assert FINETUNE_COLUMNS[:5] == ("time", "step", "loss", "lr", "acc")

@@ -1,7 +1,11 @@
 """The presets equal the paper's numbers in tests/train/paper_recipes.json and the page that lists them."""
 
 import json
+import os
 import re
+import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import pytest
 import torch
 
 from pipelines.errors import UserError
-from tests.train_helpers import small
+from tests.train_helpers import ROOT, small
 from tools import recipes
 from train import config, console, finetune, presets
 from train.config import FinetuneConfig, to_dict
@@ -88,8 +92,9 @@ def test_every_preset_has_the_papers_values(column, cells):
 
 def test_every_preset_has_a_column_of_the_paper_or_a_named_source():
     listed = {name for _, cells in COLUMNS for name in cells["presets"]}
-    own = {name for name in PRESETS if name.endswith(("pico", "reference"))}
-    assert listed - set(NOT_GIVEN) == set(PRESETS) - own
+    own = {name for name in PRESETS if name.endswith(recipes.OWN)}
+    differ = (listed - set(NOT_GIVEN)) ^ (set(PRESETS) - own)
+    assert not differ, "neither in paper_recipes.json nor named by OWN in tools/recipes.py, or in both"
     for prefix, cells in PAPER["sources"]["MAE-st and SlowFast"].items():
         for name in listed - set(NOT_GIVEN):
             if name.startswith(prefix):
@@ -100,7 +105,7 @@ def test_clip_finetuning_has_two_randaugment_operations_and_small_crops():
     """Regression: they had 4 operations and crop area [0.5, 1], as SlowFast's supervised configurations."""
     for name in FINETUNE_PRESETS:
         data = FINETUNE_PRESETS[name].data
-        if name.startswith("video-ft-") and not name.endswith(("pico", "reference")):
+        if name.startswith("video-ft-") and not name.endswith(recipes.OWN):
             assert (data.augment.layers, data.scale) == (2, (0.08, 1.0)), name
 
 
@@ -137,12 +142,55 @@ def test_the_page_lists_the_presets(tmp_path, monkeypatch):
     recipes.main()
     recipes.main(check=True)
     assert (
-        "| `image-ft-large-400` | 14b, L after 400 | 0.001 at 1024 | 50, 5 | 0.9 | 0.2, 0 |"
+        "| `image-ft-large-400` | 14b, L after 400 | 224 x 224 | 0.001 at 1024 | 50, 5 | 0.9 | 0.2, 0 |"
         in page.read_text()
     )
     page.write_text("no markers")
     with pytest.raises(UserError, match="has no markers"):
         recipes.main()
+
+
+def test_a_size_that_the_paper_does_not_have_is_refused_unless_own_names_it(monkeypatch):
+    preset = MAE_PRESETS["image-mae-pico"]
+    monkeypatch.setitem(recipes.MAE_PRESETS, "image-mae-example", preset)
+    with pytest.raises(UserError, match=r"no size pico; add the name to OWN in tools/recipes\.py"):
+        recipes.section()
+    monkeypatch.setattr(recipes, "OWN", (*recipes.OWN, "example"))
+    assert "`image-mae-example` | none | 96 x 96 | 0.0005 at 64 |" in recipes.section()
+
+
+# ---- own recipes, in a file ------------------------------------------------------------------------------
+
+
+def test_the_documented_file_adds_a_recipe(tmp_path, monkeypatch):
+    page = (Path(recipes.PAGE).parent / "training.md").read_text()
+    (text,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "_PRESETS" in block]
+    (tmp_path / "my_recipes.py").write_text(text)
+    monkeypatch.setattr(presets, "FINETUNE_PRESETS", known := dict(FINETUNE_PRESETS))
+    runpy.run_path(str(tmp_path / "my_recipes.py"))
+    monkeypatch.setattr("sys.argv", ["my_recipes.py", "image-ft-mine", "--data.size", "64"])
+    made = console.parse(known, "train.finetune")
+    assert (made.optim.epochs, made.data.size, made.run.name) == (30, 64, "image-ft-mine")
+
+
+def test_a_script_is_started_in_several_processes(tmp_path):
+    """Regression: torchrun was given the path of a script as the name of a module."""
+    script = tmp_path / "my_recipes.py"
+    script.write_text(
+        "import os, sys\n"
+        "if 'RANK' in os.environ:\n"
+        "    print(f\"rank {os.environ['RANK']} {sys.argv[1:]}\\n\", end='')\n"
+        "else:\n"
+        "    from train import distributed\n"
+        "    distributed.launch(2, 0)\n"
+    )
+    command = [sys.executable, script, "image-ft-mine", "--optim.lr", "1e-3"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    words = "['image-ft-mine', '--optim.lr', '1e-3']"
+    assert sorted(done.stdout.splitlines()) == [f"rank 0 {words}", f"rank 1 {words}"]
 
 
 # ---- the length of pretraining ---------------------------------------------------------------------------
