@@ -193,9 +193,9 @@ def read_info(root: Path | str) -> DatasetInfo:
                 f"{convert if raw['format'] == 2 else 'pack it again'}"
             )
         check_info(raw)
+        listed = raw["splits"], raw["packing"], raw["tar_bytes"], raw["catalogue_sha256"], raw.get("tars", {})
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged ({error!r}); pack this dataset again") from error
-    listed = raw["splits"], raw["packing"], raw["tar_bytes"], raw["catalogue_sha256"], raw.get("tars", {})
     return DatasetInfo(root, raw["kind"], tuple(raw["classes"]), *listed)
 
 

@@ -119,9 +119,7 @@ def index(plan: PackPlan, root: Path, out: Path, options: TarOptions) -> int:
         return report(console, out, done_plan, options.max_reject)
     report(console, out, done_plan, 1.0)
     console.print(damaged, soft_wrap=True)
-    return int(
-        options.max_reject < 1
-    )  # the number of lost samples is unknown, so no smaller share can be met
+    return int(options.max_reject < 1)  # the number of lost samples is unknown: any share could be exceeded
 
 
 def damaged_tars(out: Path) -> str:

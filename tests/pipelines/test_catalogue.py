@@ -88,6 +88,9 @@ def test_every_broken_dataset_has_its_message(tmp_path):
     expect(root, "dataset.json is damaged")
     (root / "dataset.json").write_text("[]")
     expect(root, "dataset.json is damaged")
+    without = {name: value for name, value in json.loads(whole).items() if name != "catalogue_sha256"}
+    (root / "dataset.json").write_text(json.dumps(without | {"splits": {}}))
+    expect(root, "dataset.json is damaged")
     (root / "dataset.json").write_text(whole.replace('"format": 3', '"format": 1'))
     expect(root, "has format 1, this version reads 3; pack it again")
     (root / "dataset.json").write_text(whole.replace('"format": 3', '"format": 2'))
