@@ -211,7 +211,7 @@ def numbers(*runs: Path) -> dict[str, Any]:
     found = {"columns": [*map(named, names)], "meanings": {named(name): MEANINGS[name] for name in names}}
     if len(runs) == 1:
         return found | {"rows": [(0, [*every[0].values()])]}
-    every = [last_numbers(rows) | evaluations(rows) for rows in tables]
+    every = [one | evaluations(rows) for one, rows in zip(every, tables, strict=True)]
     columns = [BEST, LAST, *names]
     bests = [best_of(rows) for rows in tables]
     # Accuracies come before the losses of pretraining: the two cannot be compared.

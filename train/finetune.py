@@ -97,7 +97,7 @@ def note_of_few(count: int) -> str:
 
 def most_frequent(labels: np.ndarray) -> int:
     """How many of the samples have the most frequent class. labels: int64 [n]."""
-    return int(np.bincount(labels).max(initial=0))
+    return int(np.unique(labels, return_counts=True)[1].max(initial=0))
 
 
 def warn_of_length(config: FinetuneConfig) -> None:
