@@ -6,6 +6,7 @@ Such a write is: temporary name, fsync, rename, fsync of the folder.
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -66,6 +67,12 @@ def atomic_text(path: Path, text: str) -> None:
     """`atomic_write` of a text in UTF-8."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
+
+
+def json_text(values: object, indent: int | None = None) -> str:
+    """JSON with readable names. Lone surrogates, which UTF-8 cannot encode, become JSON's \\u escapes."""
+    text = json.dumps(values, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def open_regular(path: Path | str, flags: int = os.O_RDONLY) -> int:

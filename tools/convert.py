@@ -25,7 +25,7 @@ from models.layers import IMAGE_STATS, VIDEO_STATS
 from models.weights import load_weights
 from models.zoo import CONFIGS, config_of_weights
 from pipelines.errors import UserError, run_cli
-from pipelines.files import atomic_text, atomic_write
+from pipelines.files import atomic_text, atomic_write, json_text
 
 RELEASED_DATA = {"crop": 224 / 256, "interpolation": "cubic"}  # evaluation of the released models
 SETTINGS = ("crop", "interpolation", "sampling", "stride", "stride_fps")  # of a run's evaluation
@@ -103,7 +103,7 @@ def _write_folder(read: Weights, state: State, converted: State, folder: Path) -
     processor = preprocessor_config(config_of_weights(state).input_size[0], data)
     folder.mkdir(parents=True, exist_ok=True)
     for name, values in {"config.json": config, "preprocessor_config.json": processor}.items():
-        atomic_text(folder / name, json.dumps(values, indent=2) + "\n")
+        atomic_text(folder / name, json_text(values, indent=2) + "\n")
     _write(converted, folder / "model.safetensors", "transformers")
     return notes
 
@@ -268,7 +268,7 @@ def _write_onnx(
     names = {"input_names": ["input"], "output_names": ["logits"]}
     written = torch.onnx.export(program, opset_version=opset, dynamo=True, verbose=False, **names)
     assert written is not None
-    written.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
+    written.model.metadata_props.update({name: json_text(value) for name, value in facts.items()})
     written.save(path, external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
@@ -279,7 +279,7 @@ def _write_pt2(
 ) -> Callable[[Tensor], Tensor]:
     """Write a pt2 file; return a function that computes logits with it."""
     with path.open("wb") as file:  # torch warns about paths with another suffix
-        torch.export.save(program, file, extra_files={"preprocessing.json": json.dumps(facts)})
+        torch.export.save(program, file, extra_files={"preprocessing.json": json_text(facts)})
     with path.open("rb") as file:
         return torch.export.load(file).module()
 

@@ -87,6 +87,7 @@ def predict(
     config, classes, packing = read_run(run)
     check_out(out, TABLES if isinstance(config, FinetuneConfig) else (".png",))
     inputs = tuple(file for path in inputs for file in files_of(path, config.data.frames > 1))
+    hint = "" if weights else of_the_best(run)
     weights = weights_of(run, weights)
     with tempfile.TemporaryDirectory() as folder:
         names, reasons = pack(config, inputs, packing, Path(folder))
@@ -96,6 +97,7 @@ def predict(
             catalogue = open_dataset(folder, "val")
             place, task = open_task(config, classes, device)
             model = load_model(task.model, config, weights, classes, place)
+            print(f"weights: {weights}{hint}")
             if task.picture is not None:
                 path, rows = out or run / "predict.png", min(DRAWN, len(good))
                 task.picture(path, model, catalogue, rows)
@@ -115,6 +117,12 @@ def predict(
         if reason:
             print(f"error: {name}: {reason}", file=sys.stderr)
     return int(any(reasons))
+
+
+def of_the_best(run: Path) -> str:
+    """After the name of the weights of the last step: how to use those of the best evaluation."""
+    best = run / "best.safetensors"
+    return f" (the last step; of the best evaluation: WEIGHTS={best} (--weights))" if best.exists() else ""
 
 
 def check_out(out: Path | None, suffixes: Sequence[str]) -> None:
@@ -222,6 +230,8 @@ def load(root: Path, source: str, packing: Packing) -> Iterator[Packed | BadImag
             raise BadImage("a folder without pictures")
         yield from (load_video if clips else load_image)(root, source, packing)
     except BadImage as error:
+        if Path(source).suffix.lower() in (videos.SUFFIXES if clips else SUFFIXES):
+            raise  # damaged, but of the right kind
         raise BadImage(f"{error} (this run takes {'clips' if clips else 'pictures'})") from error
 
 

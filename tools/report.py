@@ -129,7 +129,7 @@ def usage(run: Path) -> tuple[str, str]:
     if isinstance(config, MaeConfig):
         preset = preset_of(run).replace("-mae-", "-ft-") or "PRESET"
         words = ["train.finetune", preset, "--model.init", weights, "--data.path", config.data.path]
-    code = (run / "model_card.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (run / "model_card.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     command = ".venv/bin/python -m " + shlex.join(map(str, words))
     return command, code.replace(weights.name, str(weights))
 

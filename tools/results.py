@@ -118,6 +118,8 @@ def results(run: Path) -> dict[str, Any]:
             (names[label], names[other], number, number / scores.samples[label])
             for label, other, number in ([] if small else confused(found.label, found.found, PAIRS))
         ],
+        "right": int((found.label == found.found).sum()),
+        "total": len(found.label),
         "mean": (f"mean of {len(used)} classes", scores.samples.sum(), columns[used].mean(0)),
         "scores": [(names[at], scores.samples[at], columns[at]) for at in order],
         "worst": worst_samples(run, found),

@@ -53,13 +53,14 @@ def model_card(config: Config, info: DatasetInfo, last_row: Mapping[str, object]
     recipe |= {key: value for key, value in flatten(to_dict(config)).items() if "." not in key}
     source = {"path": str(data.path), "splits": info.splits, "classes": info.classes}
     other = "other.safetensors --to timm" if data.frames == 1 or autoencoder else "other.onnx --to onnx"
+    outputs = "" if autoencoder else f", its {len(info.classes)} classes in the order of the outputs"
     seen = " (on the training samples; nothing was held out)" if last_row.get("held_out") == 0 else ""
     return f"""# {config.run.name}
 
 {model.name}, {kind}, trained by hiera-train: {steps} steps.
 Input: {info.kind}s of {" x ".join(map(str, size))} pixels, from 0 to 1, minus {mean}, divided by {deviation}.
 
-Data, its {len(info.classes)} classes in the order of the outputs; recipe; last metrics{seen}:
+Data{outputs}; recipe; last metrics{seen}:
 ```json
 {json.dumps(source, ensure_ascii=False)}
 {json.dumps(recipe, ensure_ascii=False)}

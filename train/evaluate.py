@@ -46,7 +46,7 @@ def read_config(run: Path, data: Path | None = None) -> Config:
     if not path.exists():
         raise UserError(f"{path} does not exist; name a run folder made by train.mae or train.finetune")
     try:
-        config = from_dict(json.loads(path.read_text()))
+        config = from_dict(json.loads(path.read_bytes()))
     except UNREADABLE as error:
         raise UserError(f"{path} is not a configuration ({first_line(error)}); restore it") from error
     return replace(config, data=replace(config.data, path=data)) if data else config

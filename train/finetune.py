@@ -81,11 +81,23 @@ def check_labels(split: Dataset) -> None:
 
 def warn_of_few(evaluated: Dataset) -> None:
     """Warn if the evaluated split is so small that the accuracy is coarse."""
-    if (count := len(evaluated)) < FEW:
-        log(
-            f"warning: only {count} samples are evaluated: acc changes in steps of {1 / count:.2g}; small "
-            "differences may be chance; pack more of the data for validation (--val-fraction)"
-        )
+    if note := note_of_few(len(evaluated)):
+        log(f"warning: {note}; pack more of the data for validation (--val-fraction)")
+
+
+def note_of_few(count: int) -> str:
+    """That the accuracy of `count` evaluated samples is coarse; empty if it is not."""
+    if not 0 < count < FEW:
+        return ""
+    return (
+        f"only {count} samples are evaluated: acc changes in steps of {1 / count:.2g}; small differences "
+        "may be chance"
+    )
+
+
+def most_frequent(labels: np.ndarray) -> int:
+    """How many of the samples have the most frequent class. labels: int64 [n]."""
+    return int(np.unique(labels, return_counts=True)[1].max(initial=0))
 
 
 def warn_of_length(config: FinetuneConfig) -> None:
@@ -95,7 +107,7 @@ def warn_of_length(config: FinetuneConfig) -> None:
         return
     run = init if init.is_dir() else init.parent
     try:
-        values = json.loads((run / "config.json").read_text())
+        values = json.loads((run / "config.json").read_bytes())
         kind, epochs = values["kind"], float(values["optim"]["epochs"])
     except (OSError, ValueError, LookupError, TypeError):
         return  # not a run folder
@@ -185,7 +197,7 @@ def evaluate(
     hits = (best == answers[:, None]).numpy()
     if run.world.is_main and run.folder is not None:
         write_predictions(run.folder, dataset, ids.numpy(), best.numpy(), chances.numpy())
-    most = int(answers.bincount().max()) if len(ids) else 0
+    most = most_frequent(answers.numpy())
     if hits[:, 0].sum() <= most < len(ids):
         log(f"acc is not above {most / len(ids):.3g}, that of always predicting the most frequent class")
     sums = {"acc": hits[:, 0].sum(), "acc5": hits.sum(), "loss_val": losses.double().sum()}

@@ -22,7 +22,7 @@ import torch
 
 from pipelines.dataset import DatasetInfo, read_info
 from pipelines.errors import UNREADABLE, UserError, first_line
-from pipelines.files import atomic_text, lock
+from pipelines.files import atomic_text, json_text, lock
 from pipelines.machine import usable_cores
 from train import checkpoint, distributed
 from train.config import Config, FinetuneConfig, from_dict, refused_changes, shared_settings, to_dict
@@ -148,7 +148,7 @@ def check_config(config: Config) -> None:
     path, old = folder / "config.json", None
     if path.exists() and (exported_step(folder) or any(folder.glob("checkpoints/step-*.pt*"))):
         try:
-            old = from_dict(json.loads(path.read_text()))
+            old = from_dict(json.loads(path.read_bytes()))
         except UNREADABLE as error:
             how = "move the folder away or use another RUN"
             raise UserError(f"{path} cannot be read ({first_line(error)}); {how}") from error
@@ -210,7 +210,7 @@ def data_of(folder: Path) -> dict[str, Any]:
     """The contents of a run's data.json, empty if there is none. Raises UserError if it is damaged."""
     path = folder / "data.json"
     try:
-        found = {**json.loads(path.read_text())} if path.exists() else {}
+        found = {**json.loads(path.read_bytes())} if path.exists() else {}
         classes = found.get("classes", [])
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise TypeError("the classes are not a list of names")
@@ -276,12 +276,12 @@ def record_start(config: Config, data: Mapping[str, object], start: Mapping[str,
     starts = folder / "env.json"
     before = []
     with suppress(OSError, ValueError):
-        before = json.loads(starts.read_text())
+        before = json.loads(starts.read_bytes())
     if not isinstance(before, list):
         before = [before]
     entries = [*before, {**start, **environment()}]
     for name, values in {"config.json": to_dict(config), "env.json": entries, "data.json": data}.items():
-        atomic_text(folder / name, json.dumps(values, indent=2) + "\n")
+        atomic_text(folder / name, json_text(values, indent=2) + "\n")
 
 
 def environment(gpus: list[str] | None = None) -> dict[str, object]:

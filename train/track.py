@@ -21,7 +21,7 @@ from PIL import Image
 
 from models.layers import NormalizedInput
 from pipelines.errors import UNREADABLE, UserError, first_line
-from pipelines.files import atomic_text
+from pipelines.files import atomic_text, json_text
 from train.config import Config, flatten, to_dict
 from train.console import log
 from train.metrics import COMMON, Row
@@ -51,7 +51,7 @@ def tensorboard(config: Config, known: str, step: int) -> Tracker:
 
     writer = SummaryWriter(str(config.run.folder / "tensorboard"), purge_step=step + 1 if known else None)
     if not known:
-        writer.add_text("settings", f"```\n{json.dumps(to_dict(config), indent=1)}\n```", 0)
+        writer.add_text("settings", f"```\n{json_text(to_dict(config), indent=1)}\n```", 0)
 
     def send(values: Values, step: int) -> None:
         for name, value in values.items():

@@ -116,15 +116,17 @@ def test_a_pipeline_predicts_what_evaluation_predicts(tmp_path, interpolation):
     config = replace(config, data=data, model=replace(config.model, drop_path=0.0))
     assert isinstance(config, FinetuneConfig)
     run, folder = tmp_path / "run", tmp_path / "hf"
+    classes = [CLASSES[0], "猫"]
     run.mkdir()
     torch.manual_seed(0)
-    model = create_classifier(config.data, config.model, len(CLASSES))
+    model = create_classifier(config.data, config.model, len(classes))
     with torch.no_grad():
         model.get_parameter("head.projection.weight").mul_(3000)  # so that pictures get different classes
     save_file(model.state_dict(), run / "model.safetensors")
     (run / "config.json").write_text(json.dumps(to_dict(config)))
-    (run / "data.json").write_text(json.dumps({"classes": CLASSES}))
+    (run / "data.json").write_text(json.dumps({"classes": classes}))
     convert(str(run), folder, to="transformers")
+    assert '"1": "猫"' in (folder / "config.json").read_text()
 
     inputs = []
     for number, size in enumerate([(80, 80), (160, 160), (90, 200), (240, 131)]):  # width, height
@@ -134,15 +136,15 @@ def test_a_pipeline_predicts_what_evaluation_predicts(tmp_path, interpolation):
     out = tmp_path / "packed"
     out.mkdir()
     assert pack(config, inputs, {}, out)[1] == [""] * len(inputs)
-    here, task = open_task(config, CLASSES, "cpu")
-    ready = load_model(task.model, config, run / "model.safetensors", CLASSES, here)
+    here, task = open_task(config, classes, "cpu")
+    ready = load_model(task.model, config, run / "model.safetensors", classes, here)
     wanted = probabilities(task, ready, open_dataset(out, "val"))
 
     answer = transformers.pipeline("image-classification", str(folder), device="cpu")
-    found = torch.zeros(len(inputs), len(CLASSES))
+    found = torch.zeros(len(inputs), len(classes))
     for number, path in enumerate(inputs):
         for row in answer(str(path), top_k=None):
-            found[number, CLASSES.index(row["label"])] = row["score"]
+            found[number, classes.index(row["label"])] = row["score"]
     assert (wanted.max(0).values - wanted.min(0).values).max() > 0.1  # the pictures do differ
     torch.testing.assert_close(found[0], wanted[0], atol=0.01, rtol=0)  # 80 pixels: cropped, not resampled
     torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)

@@ -27,7 +27,7 @@ from train.presets import FINETUNE_PRESETS
 from train.task import batches_of
 
 torch.set_num_threads(2)
-CLASSES = ["ant", "bee", "cat"]
+CLASSES = ["ant", "bee", "猫"]
 PICTURE = {"size": 64, "frames": 1, "crop": 0.8, "interpolation": "triangular"}
 CLIP = {**PICTURE, "size": 32, "frames": 4, "sampling": "stride", "stride": 3, "stride_fps": 25.0}
 
@@ -62,7 +62,9 @@ def test_an_export_gives_the_models_logits_for_any_batch(tmp_path, capsys, to, d
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     if to == "onnx":
         written, session = onnx.load(path), onnxruntime.InferenceSession(path)
-        facts = {entry.key: json.loads(entry.value) for entry in written.metadata_props}
+        texts = {entry.key: entry.value for entry in written.metadata_props}
+        facts = {name: json.loads(text) for name, text in texts.items()}
+        assert "猫" in texts["classes"], "readable without a JSON parser"
         assert [imported.version for imported in written.opset_import] == [18]
         compute = lambda x: torch.from_numpy(session.run(["logits"], {"input": x.numpy()})[0])  # noqa: E731
     else:

@@ -104,7 +104,10 @@ def test_pictures_get_the_predictions_of_evaluation(trained: Path, capsys):
     source = trained.parent / "source"
     inputs = sorted((source / "val").rglob("*.*"))
     assert predict(trained, tuple(inputs), device="cpu") == 0
-    got = answers(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    got, best = answers(printed), trained / "best.safetensors"
+    of_the_best = f"(the last step; of the best evaluation: WEIGHTS={best} (--weights))"
+    assert f"weights: {trained}/model.safetensors {of_the_best}" in printed.splitlines()
     assert predict(trained, tuple((source / "val").iterdir()), device="cpu") == 0
     assert answers(capsys.readouterr().out) == got, "folders of pictures are their pictures"
     wanted = expected(trained)
@@ -189,9 +192,13 @@ def test_wrong_inputs_are_named_and_the_others_are_predicted(trained: Path, tmp_
     assert list(answers(told.out)) == [str(good)]
     reasons = dict(re.fullmatch(r"error: (.*?): (.*)", line).groups() for line in told.err.splitlines())
     assert set(reasons) == {str(path) for path in (text, empty, missing, cut)}
-    assert "not an image" in reasons[str(text)] and "this run takes pictures" in reasons[str(empty)]
+    assert "not an image" in reasons[str(text)] and "(this run takes pictures)" in reasons[str(empty)]
     assert "No such file" in reasons[str(missing)] and "truncated" in reasons[str(cut)]
-    assert predict(trained, (missing,), device="cpu") == 1  # nothing left to answer
+    video = tmp_path / "a.mp4"
+    video.write_bytes(b"no picture")
+    assert predict(trained, (missing, video), device="cpu") == 1  # nothing left to answer
+    told = capsys.readouterr()
+    assert "a.mp4: not an image (this run takes pictures)" in told.err and not told.out
 
 
 def test_an_input_with_nan_probabilities_has_no_prediction(images: Path, tmp_path: Path, capsys):

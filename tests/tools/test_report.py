@@ -23,7 +23,7 @@ from models import create
 from pipelines.dataset import DatasetInfo
 from pipelines.errors import UserError
 from tests.train_helpers import call
-from tools.compare import settings
+from tools.compare import MEANINGS, NUMBERS, meanings, settings, summary
 from tools.plot import COLORS
 from tools.report import LOG_LINES, report, usage
 from train.card import model_card
@@ -59,8 +59,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = config.optim.batch * 8 // int(config.optim.epochs)
     splits = {"train": {"samples": samples}, "val": {"samples": 1500}}
     (folder / "data.json").write_text(json.dumps({"splits": splits, "classes": ["a", EVIL]}))
-    found = {"id": [0, 1], "source": ["0.jpg", EVIL], "label": [0, 1], "class_1": ["a", "a"]}
-    pq.write_table(pa.table({**found, "probability_1": [0.9, 0.8]}), folder / "predictions.parquet")
+    found = {"id": [0, 1, 2, 3], "source": ["0.jpg", EVIL, "2.jpg", "3.jpg"], "label": [0, 1, 0, 0]}
+    found |= {"class_1": ["a"] * 4, "probability_1": [0.9, 0.8, 0.7, 0.6]}
+    pq.write_table(pa.table(found), folder / "predictions.parquet")
     write_metrics(folder, (*FINETUNE_COLUMNS, EVIL), steps=8)
     (folder / "log.txt").write_text("".join(f"line {i} {EVIL}\n" for i in range(100)))
     (folder / "reconstruction.png").write_bytes(PNG)
@@ -126,7 +127,7 @@ def test_the_report_of_a_finished_run_is_complete(page: str):
     )
     assert re.findall("<h2>(.*?)</h2>", page) == [*titles]
     assert page.count("<svg") == 7
-    assert "75.0%" in text and "10.0%" in text and "samples/s 50 " in text
+    assert "75.0%" in text and "10.0%" in text and " 50 samples/s " in text
     (picture,) = re.findall(r'<img width="2" [^>]*base64,([^"]+)"', page)
     assert Image.open(io.BytesIO(base64.b64decode(picture))).size == (1, 1)
     assert "true patch statistics color the prediction" in text
@@ -151,9 +152,39 @@ def test_the_summary_names_task_data_model_hardware_and_results(page: str):
         "Model hiera_pico_96, 1.2 M parameters, input 96 x 96",
         "Hardware 12 CPU cores, 2 processes",
         "Progress finished: 8 steps, epoch 2, 1.5 min of training",
-        "Best top-1 75.0% (step 1, epoch 0.25) Last top-1 75.0% (step 8, epoch 2)",
+        "Last evaluation accuracy (acc) 75.0% (step 8, epoch 2): 3 of 4 samples",
+        "Best evaluation accuracy (acc) 75.0% (step 1, epoch 0.25): 3 of 4 samples Chance level",
+        "Chance level accuracy (acc) 75.0%: always predicting the most frequent class",
+        "Few samples only 4 samples are evaluated: acc changes in steps of 0.25; small differences may be",
     ):
         assert fact in text
+    assert "the last evaluation, not of the best one: 3 of 4 predictions are right" in text
+
+
+def test_the_last_evaluation_is_quoted_if_the_best_is_better(run: Path):
+    text = (run / "metrics.csv").read_text().replace(",0.75,", ",1.0,", 1)
+    (run / "metrics.csv").write_text(text)
+    last, best = (summary(run)[f"{name} evaluation"][0] for name in ("Last", "Best"))
+    assert last == "accuracy (acc) 75.0% (step 8, epoch 2): 3 of 4 samples"
+    assert best.startswith(
+        "accuracy (acc) 100.0% (step 1, epoch 0.25): 4 of 4 samples; it was chosen on these"
+    )
+    (run / "predictions.parquet").write_bytes(b"PAR1 half")
+    assert summary(run)["Last evaluation"] == [last.split(":")[0]] and "Chance level" not in summary(run)
+
+
+def test_every_number_and_every_curve_is_explained(page: str):
+    columns = {*MAE_COLUMNS, *FINETUNE_COLUMNS} - {"step", "epoch", "samples", "held_out"}  # not shown
+    numbers = {column for column in columns if column in NUMBERS}
+    assert numbers == {*NUMBERS} and len(meanings([*columns])) == len(MEANINGS)
+    assert {re.sub(r"(stage)\d$", r"\1", column) for column in columns} == {*MEANINGS}
+    text = words(page)
+    for column in {*FINETUNE_COLUMNS} & {"loss", "acc", "lr", "grad_norm", "step_ms"}:
+        assert MEANINGS[column] in text.replace("\n", " "), column
+    assert list(meanings(["health_rank_stage1", "health_rank_stage2", "acc5", "new"])) == [
+        "acc5",
+        "health_rank_stageN",
+    ]
 
 
 def test_settings_are_those_that_differ_from_the_preset(tmp_path: Path):
@@ -163,12 +194,14 @@ def test_settings_are_those_that_differ_from_the_preset(tmp_path: Path):
     start = {"command": "python -m train.finetune image-ft-pico --optim.lr 0.0125"}
     (tmp_path / "env.json").write_text(json.dumps([start]))
     found = settings(tmp_path)
-    assert found["columns"] == ["image-ft-pico", tmp_path.name]
+    assert found["columns"] == ["preset image-ft-pico", "this run"]
     assert found["rows"] == [("optim.lr", ["0.001", "0.0125"])] and found["others"] > 50
     shutil.copytree(tmp_path, tmp_path / "b")
     changed = replace(changed, smoothing=0.25)
     (tmp_path / "b/config.json").write_text(json.dumps(to_dict(changed)))
-    rows = settings(tmp_path, tmp_path / "b")["rows"]
+    both = settings(tmp_path, tmp_path / "b")
+    rows = both["rows"]
+    assert both["columns"] == ["preset image-ft-pico", tmp_path.name, "b"]
     assert [name for name, _ in rows] == ["smoothing", "optim.lr"], "differences between the runs come first"
 
 
@@ -207,7 +240,7 @@ def test_one_page_compares_runs(run: Path):
     page = path.read_text()
     ranking = " ".join(words(section(page, "Numbers")).split())
     assert ranking.index("1. b") < ranking.index("2. good <run>") < ranking.index("3. c")
-    assert "top-1 87.5% (step 1, epoch 0.25)" in ranking
+    assert "accuracy (acc) 87.5% (step 1, epoch 0.25)" in ranking
     assert "smoothing" in section(page, "Settings")
     drawn = section(page, "Curves")
     assert "stroke: var(--run0)" in drawn and "stroke: var(--run1)" in drawn
@@ -345,7 +378,10 @@ def test_the_card_describes_the_weights():
     config = FINETUNE_PRESETS["image-ft-pico"]
     assert recipe["optim.lr"] == config.optim.lr and recipe["smoothing"] == config.smoothing
     assert metrics == {"step": 7, "acc": 0.5} and "TRAINING" not in text
+    assert "Data, its 3 classes in the order of the outputs; recipe" in text
     assert "training samples" in model_card(config, INFO, {"held_out": 0}, 7)
+    autoencoder = model_card(MAE_PRESETS["image-mae-pico"], INFO, {}, 7)
+    assert "\nData; recipe; last metrics:" in autoencoder and '"émus"' in autoencoder
 
 
 def test_the_card_names_the_licence():

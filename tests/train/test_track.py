@@ -16,7 +16,7 @@ import torch
 from pipelines.errors import UserError
 from pipelines.machine import World
 from tests.train.test_resume import changed, quick
-from train import distributed, loop, mae, track
+from train import distributed, evaluate, loop, mae, rundir, track
 from train.config import Config, RunConfig, from_dict
 from train.console import parse
 from train.metrics import read_csv
@@ -164,6 +164,24 @@ def test_a_tracker_has_every_row_once_after_a_resume(tracked: Path, name: str):
     }
     assert {at: values[at] for at in exact} == pytest.approx(exact, rel=1e-6)
     assert pictures == [5, 10]
+
+
+def test_names_in_other_scripts_are_readable_in_files_and_tensorboard(images: Path, tmp_path: Path):
+    """A path that is not valid Unicode has the same value when it is read."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = settings(images, tmp_path, "猫", "tensorboard")
+    config = replace(config, data=replace(config.data, path=Path("shards/b\udce4r")))
+    config.run.folder.mkdir()
+    rundir.record_start(config, {"classes": ["坏", "b\udce4r"]}, {})
+    assert '"坏"' in (config.run.folder / "data.json").read_text(encoding="utf-8")
+    assert '"猫"' in (config.run.folder / "config.json").read_text(encoding="utf-8")
+    assert rundir.data_of(config.run.folder)["classes"] == ["坏", "b\udce4r"]
+    assert evaluate.read_config(config.run.folder) == config
+    track.tensorboard(config, "", 0).close()
+    events = EventAccumulator(str(config.run.folder / "tensorboard")).Reload()
+    (text,) = events.Tensors("settings/text_summary")
+    assert '"猫"' in text.tensor_proto.string_val[0].decode()
 
 
 def test_the_formula_gives_the_size_of_a_checkpoint(tracked: Path):
