@@ -6,8 +6,8 @@ import os
 import re
 import resource
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import UserError, check_local, first_line
-from pipelines.files import arrow_messages, length_of, open_regular, sha256_of
+from pipelines.files import arrow_batch, length_of, open_regular, sha256_of
 
 FORMAT_VERSION = 3
 
@@ -251,27 +251,28 @@ def open_split(info: DatasetInfo, split: str) -> Dataset:
     path = info.catalogue(split)
     if not path.is_file():
         raise UserError(f"{path} is missing; pack this dataset again")
-    try:
+    with reading(path):
         if sha256_of(path) != info.catalogue_sha256[split]:
             raise ValueError("its checksum is not the one in dataset.json")
         numbers = numbers_of(read_batch(path, (*PER_SAMPLE, "frames", *PER_FRAME.values())), info, split)
-    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}); pack this dataset again") from error
     return Dataset(info, split, **numbers)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise UserError if the block finds that a catalogue is damaged or cannot be read."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, LookupError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}); pack this dataset again") from error
+
+
 def read_batch(path: Path, columns: Sequence[str]) -> pa.RecordBatch:
-    """These columns of a catalogue. Raises ArrowException, OSError or ValueError for one that is damaged."""
-    source = None
-    if path.stat().st_size >= MAPPED:
-        with suppress(OSError):  # some network file systems cannot map files
-            source = pa.memory_map(str(path))
-    schema, rows = arrow_messages(source or pa.BufferReader(path.read_bytes()))
-    if pa.ipc.read_schema(schema) != SCHEMA:
-        raise ValueError("its columns are not those of a catalogue")
-    batch = pa.ipc.read_record_batch(rows, SCHEMA).select(columns)
-    batch.validate(full=True)
-    return batch
+    """These columns of a catalogue. Raises UserError for one that is damaged."""
+    with reading(path):
+        batch = arrow_batch(path, SCHEMA, MAPPED).select(columns)
+        batch.validate(full=True)
+        return batch
 
 
 def numbers_of(batch: pa.RecordBatch, info: DatasetInfo, split: str) -> dict[str, np.ndarray]:

@@ -96,12 +96,27 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def arrow_messages(source: "pa.NativeFile") -> "tuple[pa.Message, pa.Message]":
-    """The schema and the only record batch of an Arrow file, which are no larger than the file.
+def arrow_batch(path: Path, expected: "pa.Schema", mapped: int) -> "pa.RecordBatch":
+    """The only record batch of an Arrow file with the expected schema, not yet validated.
 
-    Raises ArrowException, or ValueError for another number of batches and for a compressed one: a few bytes
-    could become gigabytes.
+    mapped: bytes from which the file is mapped into memory instead of read. Raises OSError, ArrowException,
+    or ValueError for another schema or number of batches and for a compressed one: a few bytes could become
+    gigabytes.
     """
+    import pyarrow as pa
+
+    source = None
+    if path.stat().st_size >= mapped:
+        with suppress(OSError):  # some network file systems cannot map files
+            source = pa.memory_map(str(path))
+    schema, rows = arrow_messages(source or pa.BufferReader(path.read_bytes()))
+    if pa.ipc.read_schema(schema) != expected:
+        raise ValueError("its columns are not those of a catalogue")
+    return pa.ipc.read_record_batch(rows, expected)
+
+
+def arrow_messages(source: "pa.NativeFile") -> "tuple[pa.Message, pa.Message]":
+    """The schema and the only record batch of an Arrow file, which are no larger than the file."""
     import pyarrow as pa
 
     def field(table: int, number: int) -> int:

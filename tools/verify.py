@@ -51,11 +51,11 @@ def verify(root: tyro.conf.Positional[Path]) -> int:
     for split in info.splits:
         try:
             catalogue = open_split(info, split)
+            rows = read_batch(catalogue.catalogue, SCHEMA.names)
         except UserError as error:
             faults.append(str(error))
             console.print(f"{split}: its catalogue cannot be read")
             continue
-        rows = read_batch(catalogue.catalogue, SCHEMA.names)
         found = [*check_split(catalogue, rows)]
         named[split] = rows[: len(catalogue)].select(["sha256", "key", "source"])
         console.print(f"{split}: {describe(catalogue, named[split])}; faults: {len(found)}")

@@ -263,3 +263,14 @@ def test_a_catalogue_other_than_the_recorded_one_is_a_fault(images, tmp_path, ca
         f"{root}/val.arrow cannot be read (its checksum is not the one in dataset.json); "
         "pack this dataset again"
     ]
+
+
+def test_a_catalogue_whose_texts_are_damaged_is_a_fault(images, capsys):
+    """Its numbers are right and its checksum fits, so it opens; a name is not UTF-8."""
+    path, name = images / "train.arrow", rows_of(images, "train")[0]["source"].encode()
+    path.write_bytes(path.read_bytes().replace(name, b"\xff" * len(name)))
+    info = json.loads((images / "dataset.json").read_text())
+    info["catalogue_sha256"]["train"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (images / "dataset.json").write_text(json.dumps(info))
+    assert verify(images) == 1
+    assert re.search(r"fault: .*train\.arrow cannot be read \(", capsys.readouterr().out)
