@@ -33,7 +33,7 @@ KINDS = (
     Kind(
         name="images",
         pack="tools.pack images --source data/demo/images",
-        pretrain="image-mae-pico --optim.epochs 10 --run.eval-every 31",
+        pretrain="image-mae-pico --optim.epochs 10 --optim.lr 5e-4 --run.eval-every 31",  # only 63 steps
         finetune="image-ft-pico --optim.epochs 6 --run.eval-every 50",
     ),
     Kind(

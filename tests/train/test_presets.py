@@ -156,7 +156,7 @@ def test_a_size_that_the_paper_does_not_have_is_refused_unless_own_names_it(monk
     with pytest.raises(UserError, match=r"no size pico; add the name to OWN in tools/recipes\.py"):
         recipes.section()
     monkeypatch.setattr(recipes, "OWN", (*recipes.OWN, "example"))
-    assert "`image-mae-example` | none | 96 x 96 | 0.0005 at 64 |" in recipes.section()
+    assert "`image-mae-example` | none | 96 x 96 | 0.00025 at 64 |" in recipes.section()
 
 
 # ---- own recipes, in a file ------------------------------------------------------------------------------

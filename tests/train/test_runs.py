@@ -204,7 +204,7 @@ def test_a_folder_with_other_settings_is_refused_and_not_changed(images: Path, t
     run = fit(config, mae.make_task)
     before = (run / "config.json").read_text()
     other = replace(config, optim=replace(config.optim, lr=0.123))
-    with pytest.raises(UserError, match=r"optim\.lr: 0\.0005 -> 0\.123"):
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.00025 -> 0\.123"):
         loop.fit(other, mae.make_task)
     assert (run / "config.json").read_text() == before
 
@@ -226,7 +226,7 @@ def test_under_torchrun_other_settings_are_refused_too(images: Path, tmp_path: P
     ]
     done = call("torch.distributed.run", *words, *arguments(other))
     assert done.returncode != 0
-    assert done.stderr.count("error: ") == 1 and "optim.lr: 0.0005 -> 0.123" in done.stderr
+    assert done.stderr.count("error: ") == 1 and "optim.lr: 0.00025 -> 0.123" in done.stderr
 
 
 @pytest.mark.parametrize(
