@@ -95,8 +95,8 @@ class Writer:
         self.wait()
         self._last = self._pool.submit(save, self._folder, step, to_host(state), self._keep)
 
-    def check(self) -> None:
-        """Raise UserError if the last save has already failed."""
+    def check(self, _row: object = None) -> None:
+        """Raise UserError if the last save has already failed; called with every metric row."""
         if self._last is not None and self._last.done():
             self.wait()
 

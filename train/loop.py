@@ -107,7 +107,7 @@ class Trainer:
             rundir.record_start(config, run.data, about)
             self.metrics = MetricsWriter(folder, task.columns, state.step)
             trackers = [self.tracks.row] if self.tracks else []
-            self.metrics.followers = [run.beat, lambda _: self.writer.check(), *trackers]
+            self.metrics.followers = [run.beat, self.writer.check, *trackers]
             evaluated = [row for row in self.metrics.kept if row["loss_val"] is not None]
             self.best = best_of(evaluated)
             self.since = sum(row["step"] > self.best.get("step", 0) for row in evaluated)
