@@ -172,7 +172,7 @@ def transformers_config(state: State, names: Sequence[str], decoder_heads: int) 
     """The config.json that transformers needs for weights with our names; `names` are the classes, if known.
 
     Weights do not contain the number of heads. The encoder's follows from the sizes; the decoder's is given.
-    Raises UserError if no known size has this width.
+    Raises UserError if no known size has this width, or sizes with other heads have it.
     """
     model, mae = config_of_weights(state), is_autoencoder(state)
     config: dict[str, object] = {

@@ -1,5 +1,6 @@
 """Text in pictures, also in scripts that DejaVu Sans lacks: names of classes, files and runs."""
 
+import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from itertools import groupby
@@ -16,6 +17,8 @@ from pipelines.files import warn_once
 if TYPE_CHECKING:
     from matplotlib.font_manager import FontProperties
 
+WARNED: set[str] = set()  # scripts; every line of a picture may lack other characters
+
 
 def fonts_for(text: str) -> list[Path]:
     """The font files that can draw a text: DejaVu Sans, and the machine's best one for what it lacks.
@@ -31,18 +34,28 @@ def fonts_for(text: str) -> list[Path]:
 
 @cache
 def other_fonts(lacking: frozenset[str]) -> tuple[Path, ...]:
-    """The font file of this machine that has most of these characters, or none if no font has any."""
+    """The font file of this machine that has most of these characters, or none if no font has any.
+
+    Warns of the first characters of each script that no font has.
+    """
     wanted, best, covered = {*map(ord, lacking)}, (), frozenset[int]()
     for path in machine_fonts():
         found = wanted & characters(path)
         if len(found) > len(covered):
             best, covered = (path,), found
-    if rest := wanted - covered:
-        some = " ".join(map(chr, sorted(rest)[:8]))
+    rest = sorted(map(chr, wanted - covered))
+    if new := {*map(script, rest)} - WARNED:
+        WARNED.update(new)
+        some = " ".join([character for character in rest if script(character) in new][:8])
         warn_once(
             f"no font here has {some}: boxes are drawn; install one (Chinese in Debian: fonts-noto-cjk)"
         )
     return best
+
+
+def script(character: str) -> str:
+    """The first word of a character's name, such as CJK or ARABIC."""
+    return unicodedata.name(character, "").partition(" ")[0]
 
 
 @cache
@@ -68,7 +81,8 @@ def families(text: str) -> "FontProperties":
     """matplotlib's fonts for a text, for each of its characters the first that has it."""
     from matplotlib.font_manager import FontProperties, fontManager
 
-    for path in (fonts := fonts_for(text)):
+    fonts = fonts_for(text)
+    for path in fonts[1:]:  # matplotlib knows its own
         fontManager.addfont(path)
     return FontProperties(family=[FontProperties(fname=path).get_name() for path in fonts])
 

@@ -225,8 +225,10 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
     names = ", ".join([*plan.classes[:3], *["..."] * (len(plan.classes) > 3)])
     table.add_row("", "classes", str(len(plan.classes)), names or "the samples have no classes")
     total = rejected = 0
-    for split in plan.splits:
-        for row in _outcomes(out / f"{split}.arrow"):
+    columns = ["status", "change", "reason", "source"]
+    parts = {split: read_batch(out / f"{split}.arrow", columns) for split in plan.splits}
+    for split, rows in parts.items():
+        for row in _outcomes(rows):
             count, change, example = row["source_count"], row["change"], row["source_min"]
             total += count
             if row["status"] == "ok":
@@ -238,7 +240,7 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
         table.add_row("", f"left out: {what}", str(count), readable(example))
     console.print(table)
     if rejected:
-        console.print(_rejected([out / f"{split}.arrow" for split in plan.splits]), soft_wrap=True)
+        console.print(_rejected(pa.Table.from_batches(parts.values())), soft_wrap=True)
     if rejected < total:
         console.print(next_commands(out), soft_wrap=True)
     if rejected <= max_reject * total:
@@ -253,10 +255,8 @@ def report(console: Console, out: Path, plan: PackPlan, max_reject: float) -> in
     return 1
 
 
-def _rejected(catalogues: Sequence[Path]) -> str:
+def _rejected(rows: pa.Table) -> str:
     """The rejected samples by name, with their reasons, a line each; after the first REJECTED a count."""
-    columns = ["source", "reason", "status"]
-    rows = pa.Table.from_batches([read_batch(catalogue, columns) for catalogue in catalogues])
     rows = rows.filter(pc.field("status") == "rejected").sort_by("source")
     lines = [f"  {row['source']}: {row['reason']}" for row in rows[:REJECTED].to_pylist()]
     if (more := len(rows) - REJECTED) > 0:
@@ -279,14 +279,13 @@ def next_commands(out: Path) -> str:
     return "\n".join([*lines, f"{pico}; docs/which.md lists recipes and published weights"])
 
 
-def _outcomes(catalogue: Path) -> list[dict]:
+def _outcomes(rows: pa.RecordBatch) -> list[dict]:
     """Row counts by (status, change, reason), with one source each: packed first, then the most frequent.
 
     The reasons after the first REASONS become one row.
     """
-    columns = ["status", "change", "reason"]
-    rows = pa.Table.from_batches([read_batch(catalogue, [*columns, "source"])])
-    kinds = rows.group_by(columns).aggregate([("source", "count"), ("source", "min")])
+    table = pa.Table.from_batches([rows])
+    kinds = table.group_by(["status", "change", "reason"]).aggregate([("source", "count"), ("source", "min")])
     order = [("status", "ascending"), ("source_count", "descending"), ("change", "ascending")]
     found = kinds.sort_by([*order, ("reason", "ascending")]).to_pylist()
     last = sum(row["status"] == "ok" for row in found) + REASONS

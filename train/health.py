@@ -85,7 +85,7 @@ def measure(
 
 
 def warn(ranks: list[float], deviations: list[float], probe: float | None, history: History) -> None:
-    """Log which stages have collapsed that had not when this was last called."""
+    """Log which stages have collapsed, each once."""
     stages = enumerate(zip(ranks, deviations, history.highest, strict=True), start=1)
     collapsed = {
         stage: f"stage {stage} (effective rank {rank:.3g}, standard deviation {std:.2g})"
