@@ -346,7 +346,12 @@ def run(
         "pictures of 500 pixels, random crop": (batch, 12, lambda: original_race(work, batch, workers)),
         "clips, random crop": (few, 4, lambda: clip_race(work, Way(), few, workers)),
         "clips, center crop": (few, 4, lambda: clip_race(work, Way(center=True), few, workers)),
-        "decoding windows": (batch, 20, lambda: decode_race(work, batch, workers)),
+        f"crops, decoding only, batches of {batch}": (batch, 100, lambda: decode_race(work, batch, workers)),
+        f"crops, decoding only, batches of {4 * batch}": (
+            4 * batch,
+            25,
+            lambda: decode_race(work, 4 * batch, workers),
+        ),
     }
     results = {
         f"loading {name}": race(contenders(), size, rounds, batches)
