@@ -258,12 +258,16 @@ def text_of(found: str | dict[str, float] | list) -> str:
 
 
 def recommended(rates: dict[str, dict[str, float]]) -> dict[str, list[str]]:
-    """Flags for each base recipe from the measured rates; empty without rates of steps."""
+    """Flags for each base recipe whose steps with flash attention and whose loading were measured.
+
+    Others keep the settings that an earlier check may have written.
+    """
     found = {}
     for recipe in gpu_runs.RECIPES:
         steps = measured(rates, f"steps of {recipe} ")
-        if ours := {name: rate for name, rate in steps.items() if "upstream" not in name}:
-            loading = measured(rates, "loading clips" if "video" in recipe else "loading pictures")
+        ours = {name: rate for name, rate in steps.items() if "upstream" not in name}
+        loading = measured(rates, "loading clips" if "video" in recipe else "loading pictures")
+        if loading and any("flash" in name for name in ours):
             found[recipe] = step_flags(ours) + loading_flags(loading)
     return found
 
@@ -287,8 +291,6 @@ def step_flags(rates: dict[str, float]) -> list[str]:
 
 def loading_flags(rates: dict[str, float]) -> list[str]:
     """Threads, share of the decoding engines, and decoding of the fastest loading."""
-    if not rates:
-        return []
     best = max(rates, key=lambda name: rates[name])
     ((threads, share, decode),) = re.findall(r"(\d+) threads, engine share ([\d.]+), (\w+)", best)
     return ["--speed.threads", threads, "--speed.hw-decoder-load", share, "--speed.decode", decode]

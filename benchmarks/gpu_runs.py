@@ -168,9 +168,9 @@ def resume_and_stop(place: Place) -> str:
     after = float(rows_of(place, "stopped")[-1]["max_mem_gb"])
     need(
         not place.gpu or after < before * 1.02 + 0.01,
-        f"{after:.2f} GB after the resume, {before:.2f} GB before",
+        f"{after:.2f} GiB after the resume, {before:.2f} GiB before",
     )
-    return f"exit code 143, resumed; {before:.2f} GB before, {after:.2f} GB after"
+    return f"exit code 143, resumed; {before:.2f} GiB before, {after:.2f} GiB after"
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
@@ -302,7 +302,7 @@ def training_rates(recipe: str, place: Place, flags: list[str]) -> Rates:
     more = ("--optim.batch", micro, "--optim.epochs", 40 * micro / samples, "--run.log-every", 10)
     printed = run(*train_command(place, recipe, recipe, *flags, *more, "--run.checkpoint-every", 10**6))
     row = rows_of(place, recipe)[-1]
-    found = {"samples/s": float(row["samples_per_s"]), "memory (GB)": float(row["max_mem_gb"])}
+    found = {"samples/s": float(row["samples_per_s"]), "memory (GiB)": float(row["max_mem_gb"])}
     found["data wait (%)"] = 100 * float(row["data_wait_ms"]) / float(row["step_ms"])
     if row["mfu"]:
         found["MFU (%)"] = 100 * float(row["mfu"])

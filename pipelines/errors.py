@@ -199,10 +199,12 @@ def answer(error: BaseException) -> int | None:
         place = f"{error.filename or 'the disk'}: {error.strerror}"
         error = UserError(f"{place}; {NO_PLACE[error.errno]}")
     if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
-        error = UserError(
-            f"memory is too small ({cause(error).partition('. ')[0].rstrip('.')}); use a device with more, "
-            "or the CPU (DEVICE=cpu, --device cpu)"
+        what = cause(error).partition(". ")[0].rstrip(".")
+        gpu = "cuda" in what.lower() or DEVICE.search(what)
+        advice = (
+            "a GPU with more, or the CPU (DEVICE=cpu, --device cpu)" if gpu else "a machine with more memory"
         )
+        error = UserError(f"memory is too small ({what}); use {advice}")
     if not isinstance(error, UserError):
         return None
     print(f"error: {error}", file=sys.stderr)

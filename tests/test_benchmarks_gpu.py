@@ -163,15 +163,23 @@ def test_settings_are_the_smallest_micro_batch_near_the_best_and_training_accept
     assert (speed.attention, speed.decode) == ("flash", "whole")
 
 
+def test_without_rates_of_flash_and_of_loading_nothing_is_recommended():
+    """A check of some rows only would replace the settings of a whole one."""
+    steps, loading, _ = RATES
+    by_cudnn = {"steps of image-mae-base by cuDNN (samples/s)": {"micro 64, cuDNN": 950.0}}
+    assert gpu_check.recommended({steps: RATES[steps]}) == {}
+    assert gpu_check.recommended({loading: RATES[loading]} | by_cudnn) == {}
+
+
 def test_cudnn_and_windows_are_recommended_if_they_are_faster():
+    loading = {"8 threads, engine share 0.65, whole": 1.0, "12 threads, engine share 0.65, window": 2.0}
     rates = {
+        "loading clips (frames/s)": loading,
         "steps of video-ft-base (samples/s)": {"micro 64, flash": 900.0},
         "steps of video-ft-base by cuDNN (samples/s)": {"micro 64, cuDNN": 950.0, "micro 128, cuDNN": 960.0},
     }
-    flags = gpu_check.recommended(rates)
-    assert flags == {"video-ft-base": ["--speed.attention", "cudnn", "--speed.micro-batch", "64"]}
-    loading = {"8 threads, engine share 0.65, whole": 1.0, "12 threads, engine share 0.65, window": 2.0}
-    assert gpu_check.loading_flags(loading)[-1] == "window"
+    (flags,) = gpu_check.recommended(rates).values()
+    assert flags[:4] == ["--speed.attention", "cudnn", "--speed.micro-batch", "64"] and flags[-1] == "window"
 
 
 def test_data_is_generated_for_pictures_and_clips(tmp_path: Path):

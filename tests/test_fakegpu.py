@@ -140,7 +140,7 @@ def test_a_run_logs_which_micro_batch_would_fit(alone):
     lines, folder, _ = alone
     found(lines, "mae_rows", folder)
     log = (folder.parent / "runs/rows/log.txt").read_text()
-    assert re.search(r"GPU memory: \d+\.\d of 80 GB at 6 rows per forward; about 12 would fit", log), log
+    assert re.search(r"GPU memory: \d+\.\d of 80 GiB at 6 rows per forward; about 12 would fit", log), log
     assert log.count("GPU memory") == 1
 
 

@@ -60,10 +60,11 @@ def script(character: str) -> str:
 
 @cache
 def machine_fonts() -> list[Path]:
-    """The font files of this machine, also those in the user's own folders."""
+    """The font files of this machine, also those in the user's own folders; regular ones before bold ones."""
     from matplotlib import font_manager
 
-    return sorted(map(Path, font_manager.findSystemFonts()))
+    paths = map(Path, font_manager.findSystemFonts())
+    return sorted(paths, key=lambda path: ("Regular" not in path.name, path))
 
 
 @cache

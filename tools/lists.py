@@ -67,7 +67,7 @@ class Index:
         backslashes.
         """
         if text not in self.sources:
-            text = text.replace("\\", "/")
+            text = re.sub(r"^[A-Za-z]:/", "/", text.replace("\\", "/"))
         text = normpath(text) if text else text  # a/./b and a//b are a/b
         if text in self.sources:
             return [text]

@@ -30,7 +30,7 @@ from tools.packing import PackOptions, pack_part, report, writing_to
 from tools.planfile import begin, check_same
 from tools.shards import PackPlan, Sample, jobs_of, rejected, write_info, write_split
 from tools.tarfiles import BAD_START, FROM_HERE, REPACKED, WORK, expand
-from tools.tarsamples import ANY_SIZE, MADE, SHOWN, TarPacking, first_is_clip, load_tar, not_read
+from tools.tarsamples import ANY_SIZE, MADE, PICTURES, SHOWN, TarPacking, first_is_clip, load_tar, not_read
 
 Indexed = tuple[tuple[Path, Path], pa.Table]  # a tar, the tar of its repacked samples, and their rows
 Classes = dict[tuple[int, str], str]  # (number or -1, name or "") of a class: a source that has it
@@ -64,6 +64,10 @@ class TarOptions(PackOptions):
             raise UserError(f"--class-names {self.class_names} has a name twice; number one of them.")
         sizes = (self.short_side, 1, self.max_pixels, self.val_fraction, PIL.__version__, self.fps)
         key = self.class_key.removeprefix(".")
+        if f".{key.lower()}" in (".json", *PICTURES):
+            raise UserError(
+                f"--class-key {key}: .{key} is no class; give another suffix, or a field of .json"
+            )
         return TarPacking(*sizes, clips, self.repack, self.unlabelled, "\n".join(names), key)
 
 

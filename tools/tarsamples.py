@@ -3,7 +3,8 @@
 A sample's picture is KEY.jpg, .jpeg, .png or .webp; a clip is KEY.f0000.jpg, KEY.f0001.jpg ... Its class is
 the number or name in KEY.cls, else in "label" or "class" of KEY.json, else the number in KEY.txt, or a name
 there that --class-names lists; other text in KEY.txt, and what KEY.json calls the caption, is not used. With
---class-key NAME, it is in KEY.NAME, else in NAME of KEY.json. A number's name is in "class_name" of KEY.json.
+--class-key NAME, it is in KEY.NAME, else in NAME of KEY.json. The name of a number in
+.cls, label or class is in "class_name" of KEY.json.
 """
 
 import json
@@ -22,6 +23,7 @@ from tools.tarfiles import ForeignTar, Place, samples_in
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 READ = (".cls", ".json", ".txt")
+USUAL_KEYS = ("", "cls", "label", "class")  # of classes whose name is in class_name
 FRAME = re.compile(r"\.f(\d{4,9})\.jpg", re.ASCII)
 NUMBER = re.compile(r"\d{1,6}", re.ASCII)
 SHOWN = 10  # suffixes and fields in a message
@@ -111,7 +113,7 @@ def label_in(tar: ForeignTar, files: Mapping[str, Place], names: frozenset[str],
         if name in files
     }
     described = described_by(texts.get(".json", ""))
-    name = described.get("class_name")
+    name = described.get("class_name") if key in USUAL_KEYS else ""
     name = name if isinstance(name, str) else ""
     if (first := own if key else ".cls") in texts:
         return class_of(texts[first], name)

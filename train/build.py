@@ -136,7 +136,7 @@ def log_memory(micro: int, accumulate: int, device: torch.device) -> None:
     others = total - free - torch.cuda.memory_reserved(device)  # DALI, NCCL and other processes
     most = min(int((0.9 * total - others - kept) / max(1, peak - kept) * micro), micro * accumulate)
     advice = f"; about {most} would fit (--speed.micro_batch) and may be faster" if most > micro else ""
-    used = f"{(total - free) / 2**30:.1f} of {total / 2**30:.0f} GB"
+    used = f"{(total - free) / 2**30:.1f} of {total / 2**30:.0f} GiB"
     log(f"GPU memory: {used} at {micro} rows per forward{advice}")
 
 

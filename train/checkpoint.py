@@ -173,12 +173,11 @@ def choose(folder: Path) -> Path | None:
     """
     damaged = {}
     for path in reversed(_all(folder)):
-        digest = _digest_path(path)
-        if digest.exists() and sha256_of(path) == digest.read_text():
-            for bad, problem in damaged.items():
-                _set_aside(bad, problem)
+        if not (found := problem(path)):
+            for bad, why in damaged.items():
+                _set_aside(bad, why)
             return path
-        damaged[path] = "its SHA-256 does not match" if digest.exists() else f"{digest.name} is missing"
+        damaged[path] = found
     found = [*damaged, *folder.glob(f"step-*{DAMAGED}")]
     if found:
         raise UserError(
@@ -188,11 +187,19 @@ def choose(folder: Path) -> Path | None:
     return None
 
 
-def _set_aside(path: Path, problem: str) -> None:
+def problem(path: Path) -> str:
+    """What is wrong with a checkpoint's file, or ""; reads all of it."""
+    digest = _digest_path(path)
+    if not digest.exists():
+        return f"{digest.name} is missing"
+    return "" if sha256_of(path) == digest.read_text() else "its SHA-256 does not match"
+
+
+def _set_aside(path: Path, why: str) -> None:
     aside = path.with_name(path.name + DAMAGED)
     path.replace(aside)
     _digest_path(path).unlink(missing_ok=True)
-    log(f"checkpoint {path} is damaged ({problem}); it is now {aside.name}, and an older one is used")
+    log(f"checkpoint {path} is damaged ({why}); it is now {aside.name}, and an older one is used")
 
 
 def load(path: Path, device: torch.device) -> dict:

@@ -160,7 +160,7 @@ class Screen:
             "lr": f"{row['lr']:.3g}",
             "speed": f"{row['samples_per_s']:.1f} samples/s",
             "wait": f"{(row['data_wait_ms'] or 0) / (row['step_ms'] or 1):.0%} of a step",
-            "memory": f"{row['max_mem_gb']:.1f} GB",
+            "memory": f"{row['max_mem_gb']:.1f} GiB",
             "epoch": f"{row['epoch']:.4g}",
             **evaluated,
         }

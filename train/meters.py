@@ -108,7 +108,7 @@ class Clock:
         self._begin = time.perf_counter() - elapsed
         self._device = device
         self._coming: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # not yet counted
-        self._memory = 0.0  # GB, the most of all rows
+        self._memory = 0.0  # GiB, the most of all rows
         self.waited = 0.0  # seconds waited for the loader since this process began
         self.rows = 0  # since this process began
         self.skip()
@@ -277,7 +277,7 @@ def _share_of_peak(operations_per_s: float, device: torch.device) -> float | Non
 
 
 def _memory_gb(device: torch.device) -> float:
-    """GB that are in use on a GPU now, with DALI's and NCCL's memory; on the CPU the process's peak."""
+    """GiB that are in use on a GPU now, with DALI's and NCCL's memory; on the CPU the process's peak."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return (total - free) / 2**30

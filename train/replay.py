@@ -76,13 +76,13 @@ def replay(arguments: Arguments) -> Report:
 
 
 def _prepare(folder: Path, checkpoints: list[Path]) -> None:
-    """An empty run folder, with links to the checkpoints: the newest may be damaged."""
+    """An empty run folder, with links to the newest valid one of the checkpoints, if there is one."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "checkpoints").mkdir(parents=True)
-    for path in checkpoints:
-        for file in (path, path.with_suffix(".sha256")):
-            name = file.name.removeprefix(checkpoint.KEPT)
-            (folder / "checkpoints" / name).symlink_to(file.resolve())
+    valid = next((path for path in reversed(checkpoints) if not checkpoint.problem(path)), None)
+    for file in (valid, valid.with_suffix(".sha256")) if valid else ():
+        name = file.name.removeprefix(checkpoint.KEPT)
+        (folder / "checkpoints" / name).symlink_to(file.resolve())
 
 
 def _repeat(config: Config, folder: Path, last: int) -> Report:

@@ -67,6 +67,10 @@ def test_memory_that_is_too_small_gives_one_line(capsys):
     assert ended.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: memory is too small (") and printed.count("\n") == 1
+    assert "use a machine with more memory" in printed and "--device" not in printed
+    with pytest.raises(SystemExit):
+        run_cli(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to")))
+    assert "(CUDA out of memory); use a GPU with more, or the CPU (DEVICE=cpu" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="shapes"):
         run_cli(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
 

@@ -48,10 +48,11 @@ def test_a_name_may_begin_with_a_bracket(tmp_path: Path):
 
 @pytest.mark.parametrize("separator", [" ", ",", "\t"])
 def test_paths_of_windows_are_found(tmp_path: Path, capsys, separator: str):
-    sources = ["pets/a.jpg", "pets/b.jpg", "odd\\name.jpg"]
+    sources = ["pets/a.jpg", "pets/b.jpg", "c.jpg", "odd\\name.jpg"]
     text = f"pets\\a.jpg{separator}0\r\nD:\\data\\pets\\b.jpg{separator}1\r\nodd\\name.jpg{separator}1\r\n"
+    text += f"D:\\data\\c.jpg{separator}0\r\n"
     found = read(tmp_path, text, sources, PICTURES)
-    assert found == {"pets/a.jpg": "0", "pets/b.jpg": "1", "odd\\name.jpg": "1"}
+    assert found == {"pets/a.jpg": "0", "pets/b.jpg": "1", "odd\\name.jpg": "1", "c.jpg": "0"}
     assert "absent" not in capsys.readouterr().out
 
 

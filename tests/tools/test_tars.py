@@ -667,6 +667,22 @@ def test_a_damaged_tar_ends_with_exit_code_1_and_its_name(tmp_path, capsys):
     assert "t-0001.tar from byte" in capsys.readouterr().out
 
 
+def test_the_name_of_another_field_is_no_class(tmp_path):
+    """A sample without the named field had the class that `class_name` gives for the usual fields."""
+    fields = [{"breed": 0, "class_name": "dog"}, {"breed": 1, "class_name": "dog"}, {"class_name": "dog"}]
+    members: list[Member] = []
+    for number, values in enumerate(fields):
+        files = {"jpg": encoded(pixels(number)), "json": json.dumps(values).encode()}
+        members += [(f"{number}.{suffix}", data) for suffix, data in files.items()]
+    tar = write_tar(tmp_path / "a.tar", members)
+    assert index(tar, tmp_path / "data", class_key="breed") == 0
+    assert read_info(tmp_path / "data").classes == ("0", "1")
+    assert outcomes(tmp_path / "data")["2"] == NO_CLASS
+    for key in ("json", ".JPG"):
+        with pytest.raises(UserError, match="is no class; give another suffix"):
+            index(tar, tmp_path / "other", class_key=key)
+
+
 def test_classes_that_are_not_read_are_named(tmp_path, capsys):
     """The table gave only "the samples have no classes"."""
     members: list[Member] = []

@@ -39,7 +39,7 @@ def test_the_panel_fits_80_columns_and_leaves_room_for_lines(output: io.StringIO
     assert len(lines) <= 8 and max(map(len, text.splitlines())) <= 80
     for part in ("100/400 steps", "time left", "loss", "█", "0.0005", "123.4 samples/s", "3% of a step"):
         assert part in text
-    for part in ("1.2 GB", "epoch", "3.5", "acc 0.91, loss_val 0.345", "acc 0.9331 at step 90"):
+    for part in ("1.2 GiB", "epoch", "3.5", "acc 0.91, loss_val 0.345", "acc 0.9331 at step 90"):
         assert part in text
     assert "time left" in output.getvalue() and "a line above the panel" in output.getvalue()
 

@@ -127,6 +127,16 @@ def test_a_replay_begins_at_the_newest_valid_checkpoint(run: Path, tmp_path: Pat
     assert listing(copy) == {**before, "replay-9.json": sha256_of(copy / "replay-9.json")}
 
 
+def test_a_replay_begins_at_the_start_if_no_checkpoint_is_valid(run: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    for path in (copy / "checkpoints").glob("*.pt"):
+        path.write_bytes(b"no checkpoint")
+    before = listing(copy)
+    report = replay.replay(replay.Arguments(copy, 6, device="cpu"))
+    assert (report["from_step"], report["rows_compared"], report["rows_equal"]) == (0, 3, 3)
+    assert listing(copy) == {**before, "replay-6.json": sha256_of(copy / "replay-6.json")}
+
+
 @pytest.mark.parametrize("step", [0, 10])
 def test_a_step_that_the_run_does_not_have_is_refused(run: Path, step: int):
     with pytest.raises(UserError, match=f"step {step} is not one of .*choose a step from 1 to 9"):
