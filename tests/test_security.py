@@ -192,7 +192,7 @@ CONFIGS = {  # of config.json: the setting to change, or the whole text
         '{"kind": []}',
         '{"kind": "mae", "data": 5}',
     ],
-    "data.size": [100_000, "x", -1, float("nan"), None, [1]],
+    "data.size": [100_000, 1e300, 64.0, "x", -1, float("nan"), None, [1]],
     "data.frames": [1 << 40, "__import__('os')"],
     "data.path": [5, None],
     "run.name": ["../../x", "/x", "a/../b", 5],

@@ -111,9 +111,9 @@ def read_csv(path: Path) -> list[dict]:
     """The rows of a metrics.csv: numbers parsed, empty fields None; incomplete lines are dropped."""
     rows = []
     with path.open(newline="", errors="replace") as file:
-        reader = csv.reader(line for line in file if line.endswith("\n"))
-        header = next(reader, [])
-        for row in reader:
+        lines = (line.rstrip("\r\n").split(",") for line in file if line.endswith("\n"))
+        header = next(lines, [])
+        for row in lines:
             with suppress(ValueError):  # a line that was cut off or damaged
                 rows.append({k: _number(k, v) for k, v in zip(header, row, strict=True)})
     return rows

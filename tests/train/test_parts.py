@@ -151,6 +151,15 @@ def test_csv_and_parquet_have_the_same_rows_also_after_resuming(tmp_path: Path):
     assert rows[0]["loss"] == row(1)["loss"] and rows[0]["acc"] is None
 
 
+def test_damaged_lines_of_a_csv_are_left_out(tmp_path: Path):
+    """Found by fuzzing: Python's csv module gave an error for a field of more than 131,072 characters."""
+    lines = ["step,loss", "1,0.5", f'2,"{"9" * 200_000}', "3,0.25", "4"]
+    (tmp_path / "metrics.csv").write_text("\r\n".join(lines) + "\r\n5,0.1")
+    assert read_csv(tmp_path / "metrics.csv") == [{"step": 1, "loss": 0.5}, {"step": 3, "loss": 0.25}]
+    (tmp_path / "metrics.csv").write_text("x" * 200_000 + "\n1\n")
+    assert len(read_csv(tmp_path / "metrics.csv")) == 1
+
+
 def test_a_value_without_a_column_is_refused(tmp_path: Path):
     """Regression: it was left out of CSV and Parquet without a message."""
     writer = MetricsWriter(tmp_path, FINETUNE_COLUMNS, 0)
