@@ -88,41 +88,41 @@ def compare_all(
         "packing": data | ({"rounds": 1, "copies": 1} if quick else {"rounds": rounds}),
         "core": {"rounds": 1 if quick else rounds},
     }
-    found: Results = {}
+    found: dict[str, Results] = {}
     for part in parts:
         print(f"{part} ...", file=sys.stderr, flush=True)
         module = importlib.import_module(f"benchmarks.{part}")
         # Each runs in a new process, so that its memory and threads do not affect the next.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            part_found: Results = pool.submit(module.run, **flags[part]).result()
-        show(part_found)
-        found |= part_found
+            found[part] = pool.submit(module.run, **flags[part]).result()
+        show(found[part])
     if not quick:
         where = environment() | {"processor": processor(), "peers": versions(PEERS)}
-        write(found, where, pages, keep=set(parts) != set(COMPARED))
+        write(found, where, pages)
 
 
-def write(found: Results, where: dict, pages: Pages, keep: bool) -> None:
-    """Write the results and put the tables into the pages; `keep` the last results of other comparisons."""
-    new = list(found)
+def write(found: dict[str, Results], where: dict, pages: Pages) -> None:
+    """Write the results by part and put the tables into the pages, with the last results of other parts."""
     gpus: list[str] = where["gpus"]
     hardware = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()) if gpus else f"{where['cpus']}-cores"
     today = datetime.date.today()
     path = pages.results / f"{today}-{hardware}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = max(pages.results.glob(f"*-{hardware}.json"), default=None)  # names begin with the date
-    known = json.loads(earlier.read_text()) if earlier and keep else {"results": {}, "measured": {}}
-    found = known["results"] | found
-    measured = known["measured"] | dict.fromkeys(new, f"{today}, commit {where['commit']}")
-    atomic_text(path, json.dumps({"environment": where, "measured": measured, "results": found}, indent=1))
-    when = re.sub(r"([0-9a-f]{10})[0-9a-f]{30}", r"\1", "; ".join(sorted(set(measured.values()))))
+    known = json.loads(earlier.read_text()).get("parts", {}) if earlier else {}
+    measured = f"{today}, commit {where['commit']}"
+    parts = known | {part: {"measured": measured, "results": results} for part, results in found.items()}
+    atomic_text(path, json.dumps({"environment": where, "parts": parts}, indent=1))
+    results = {name: race for part in parts.values() for name, race in part["results"].items()}
+    dates = sorted({part["measured"] for part in parts.values()})
+    when = re.sub(r"([0-9a-f]{10})[0-9a-f]{30}", r"\1", "; ".join(dates))
     origin = f"*Measured on {hardware}: {when}. Every round is in [{path.name}](%s).*\n\n"
     machine = f"{where['processor']}, {where['cpus']} cores"
     if gpus:  # only benchmarks/model.py uses it
         machine = f"{gpus[0]} (a step of a model); {machine} (all others)"
-    short = summary(found, machine)
+    short = summary(results, machine)
     for page, tables in (
-        (pages.speed, markdown(found, machine)),
+        (pages.speed, markdown(results, machine)),
         *((readme, short) for readme in pages.readmes),
     ):
         link = os.path.relpath(path, page.parent)

@@ -33,8 +33,9 @@ def test_pages_keep_their_text_and_get_new_tables(tmp_path: Path):
     for page in pages:
         page.write_text(f"before\n{bench.BEGIN}old\n{bench.END}after\n")
     where = {"gpus": [], "cpus": 2, "processor": "Ours 3000", "commit": "abc"}
-    for title, keep in (("an old race", True), ("a race", False), ("another", True), ("a race", True)):
-        bench.write({title: RACE}, where, bench.Pages(pages[0], tuple(pages[1:]), tmp_path / "results"), keep)
+    places = bench.Pages(pages[0], tuple(pages[1:]), tmp_path / "results")
+    for part, title in (("loader", "an old name"), ("model", "another"), ("loader", "a race")):
+        bench.write({part: {title: RACE}}, where, places)
     for page in pages:
         text = page.read_text()
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
@@ -43,8 +44,9 @@ def test_pages_keep_their_text_and_get_new_tables(tmp_path: Path):
     (found,) = (tmp_path / "results").glob("*-2-cores.json")
     assert f"(results/{found.name})" in pages[0].read_text()
     written = json.loads(found.read_text())
-    assert written["environment"] == where and list(written["measured"]) == ["a race", "another"]
-    assert written["results"] == {"a race": RACE, "another": RACE}
+    assert written["environment"] == where and "commit abc" in written["parts"]["loader"]["measured"]
+    found = {part: written["parts"][part]["results"] for part in written["parts"]}
+    assert found == {"loader": {"a race": RACE}, "model": {"another": RACE}}
 
 
 def test_trainings_are_compared_on_the_cpu_and_a_gpu_is_named_for_what_used_it(
@@ -62,7 +64,7 @@ def test_trainings_are_compared_on_the_cpu_and_a_gpu_is_named_for_what_used_it(
     page = tmp_path / "page.md"
     page.write_text(f"{bench.BEGIN}{bench.END}")
     where = {"gpus": ["An H100"], "cpus": 2, "processor": "Ours 3000", "commit": "abc"}
-    bench.write({"a race": RACE}, where, bench.Pages(page, (page,), tmp_path), keep=False)
+    bench.write({"model": {"a race": RACE}}, where, bench.Pages(page, (page,), tmp_path))
     assert "An H100 (a step of a model); Ours 3000, 2 cores (all others)" in page.read_text()
 
 
