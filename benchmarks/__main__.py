@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -109,9 +109,9 @@ def write(found: dict[str, Results], where: dict, pages: Pages) -> None:
     path = pages.results / f"{today}-{hardware}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = max(pages.results.glob(f"*-{hardware}.json"), default=None)  # names begin with the date
-    known = json.loads(earlier.read_text()).get("parts", {}) if earlier else {}
+    parts: dict[str, Any] = json.loads(earlier.read_text()).get("parts", {}) if earlier else {}
     measured = f"{today}, commit {where['commit']}"
-    parts = known | {part: {"measured": measured, "results": results} for part, results in found.items()}
+    parts |= {part: {"measured": measured, "results": results} for part, results in found.items()}
     atomic_text(path, json.dumps({"environment": where, "parts": parts}, indent=1))
     results = {name: race for part in parts.values() for name, race in part["results"].items()}
     dates = sorted({part["measured"] for part in parts.values()})

@@ -265,9 +265,11 @@ def _coerce(hint: typing.Any, value: typing.Any) -> typing.Any:
         return _build(typing.cast(type, hint), value)
     if typing.get_origin(hint) is tuple:
         return tuple(value)
+    if hint is Path:
+        return Path(value)
     if hint is int and not isinstance(value, int):
         raise TypeError(f"{value!r} is not a whole number")
-    return Path(value) if hint is Path else value
+    return value
 
 
 def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:
