@@ -17,6 +17,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -162,9 +163,9 @@ def pillow_frames(data: Sequence[bytes | Path], way: Way) -> torch.Tensor:
 
 def opencv_frames(data: Sequence[Path]) -> torch.Tensor:
     """OpenCV decodes, crops, resizes and flips a picture; the result is uint8."""
-    import cv2  # pyrefly: ignore
     from torchvision.transforms import RandomResizedCrop
 
+    cv2: Any = import_module("cv2")  # optional: without its types
     coded = np.fromfile(data[0], np.uint8)
     picture = cv2.imdecode(coded, cv2.IMREAD_COLOR_RGB)
     size = torch.empty(3, *picture.shape[:2], device="meta")
