@@ -6,6 +6,7 @@ On resume, settings in FREE may change, those in FIXED never, all others only if
 import dataclasses
 import difflib
 import json
+import operator
 import os
 import re
 import typing
@@ -263,13 +264,8 @@ def _build(cls: type, values: Mapping) -> typing.Any:
 def _coerce(hint: typing.Any, value: typing.Any) -> typing.Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value)
-    if typing.get_origin(hint) is tuple:
-        return tuple(value)
-    if hint is Path:
-        return Path(value)
-    if hint is int and not isinstance(value, int):
-        raise TypeError(f"{value!r} is not a whole number")
-    return value
+    convert = {tuple: tuple, Path: Path, int: operator.index}.get(typing.get_origin(hint) or hint)
+    return convert(value) if convert else value
 
 
 def flatten(values: Mapping, prefix: str = "") -> dict[str, object]:

@@ -79,10 +79,14 @@ def _prepare(folder: Path, checkpoints: list[Path]) -> None:
     """An empty run folder, with links to the newest valid one of the checkpoints, if there is one."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "checkpoints").mkdir(parents=True)
-    valid = next((path for path in reversed(checkpoints) if not checkpoint.problem(path)), None)
-    for file in (valid, valid.with_suffix(".sha256")) if valid else ():
-        name = file.name.removeprefix(checkpoint.KEPT)
-        (folder / "checkpoints" / name).symlink_to(file.resolve())
+    for path in reversed(checkpoints):
+        if found := checkpoint.problem(path):
+            log(f"replay: {path} is damaged ({found}); an older one is used, or the start of the run")
+            continue
+        for file in (path, path.with_suffix(".sha256")):
+            name = file.name.removeprefix(checkpoint.KEPT)
+            (folder / "checkpoints" / name).symlink_to(file.resolve())
+        break
 
 
 def _repeat(config: Config, folder: Path, last: int) -> Report:
