@@ -88,17 +88,17 @@ def compare_all(
         "packing": data | ({"rounds": 1, "copies": 1} if quick else {"rounds": rounds}),
         "core": {"rounds": 1 if quick else rounds},
     }
-    found: dict[str, Results] = {}
+    # Before the pages are changed, which would make the commit "dirty".
+    where = environment() | {"processor": processor(), "peers": versions(PEERS)}
     for part in parts:
         print(f"{part} ...", file=sys.stderr, flush=True)
         module = importlib.import_module(f"benchmarks.{part}")
         # Each runs in a new process, so that its memory and threads do not affect the next.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            found[part] = pool.submit(module.run, **flags[part]).result()
-        show(found[part])
-    if not quick:
-        where = environment() | {"processor": processor(), "peers": versions(PEERS)}
-        write(found, where, pages)
+            found: Results = pool.submit(module.run, **flags[part]).result()
+        show(found)
+        if not quick:  # at once, so that a failure of a later part loses nothing
+            write({part: found}, where, pages)
 
 
 def write(found: dict[str, Results], where: dict, pages: Pages) -> None:

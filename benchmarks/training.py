@@ -27,8 +27,11 @@ def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[s
     """Module and arguments of all contenders, by comparison; ours is first."""
 
     def ours(program: str, preset: str, shards: str, kind: str, compiled: str = "no") -> list[str]:
-        place = ["--data.path", str(work / shards), "--run.root", str(runs)]
+        # Each in a folder of its own; a second run in the same one would resume the first.
+        place = ["--data.path", str(work / shards), "--run.root", str(runs / f"compiled-{compiled}")]
         length = ["--optim.batch", str(BATCH[kind]), "--run.log-every", "1", "--optim.warmup-epochs", "0"]
+        # Only the last step is evaluated: the plain loops do not evaluate.
+        length += ["--run.eval-every", str(steps)]
         # Half a step less, so that the rounded quotient is exactly `steps`.
         epochs = ["--optim.epochs", str((steps - 0.5) * BATCH[kind] / samples(work / shards))]
         speed = ["--speed.micro-batch", str(BATCH[kind]), "--speed.compile", compiled]
@@ -69,10 +72,10 @@ def samples(shards: Path) -> int:
     return len(open_dataset(shards, "train"))
 
 
-def trial(command: list[str], batch: int) -> dict[str, float]:
-    """Run `python -m COMMAND` and time the lines "step N: ..." that it prints. Raises UserError if it fails.
+def trial(command: list[str], batch: int, steps: int) -> dict[str, float]:
+    """Run `python -m COMMAND` and time the lines "step N: ..." that it prints.
 
-    Memory is that of the largest process.
+    Raises UserError if it fails or does not print all steps. Memory is that of the largest process.
     """
     begin, marks = time.perf_counter(), []
     process = subprocess.Popen([sys.executable, "-m", *command], stdout=-1, stderr=-2, text=True)
@@ -86,6 +89,9 @@ def trial(command: list[str], batch: int) -> dict[str, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"python -m {' '.join(command)} failed: {''.join(printed)[-500:]}")
+    if len(marks) != steps:
+        text = f"python -m {' '.join(command)} printed {len(marks)} steps instead of {steps}"
+        raise UserError(f"{text}: {''.join(printed)[-500:]}")
     seconds = marks[-2] - marks[WARM - 1]  # our last line also includes the evaluation
     rate = batch * (len(marks) - 1 - WARM) / seconds
     per_cpu = batch * len(marks) / (usage.ru_utime + usage.ru_stime)
@@ -117,7 +123,8 @@ def run(
                 for name, command in racing.items() if only in title else ():
                     print(f"round {number + 1} of {rounds}: {title}, {name}", file=sys.stderr, flush=True)
                     columns = found.setdefault(f"training: {title}", {}).setdefault(name, {})
-                    for column, value in trial(command, BATCH[title.partition(",")[0]]).items():
+                    batch = BATCH[title.partition(",")[0]]
+                    for column, value in trial(command, batch, steps).items():
                         columns.setdefault(column, []).append(value)
     return found
 

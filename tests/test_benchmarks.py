@@ -11,6 +11,7 @@ from torch import nn
 import benchmarks.__main__ as bench
 from benchmarks import learning, loader, plain_loop, playback, training
 from benchmarks.results import markdown, ratio, summary
+from pipelines.errors import UserError
 from tests.pipelines_fixtures import jpeg, picture
 from tools.samples import read_annotations
 from train import console
@@ -54,18 +55,41 @@ def test_trainings_are_compared_on_the_cpu_and_a_gpu_is_named_for_what_used_it(
 ):
     """A training would take a GPU by default; the loops that it is compared with cannot."""
     monkeypatch.setattr(training, "samples", lambda _: 64)
+    folders = []
     for racing in training.contenders(tmp_path, tmp_path, 9).values():
         for program, preset, *flags in (
             command for name, command in racing.items() if name.startswith("ours")
         ):
             monkeypatch.setattr("sys.argv", [program, preset, *flags])
             presets = MAE_PRESETS if program == "train.mae" else FINETUNE_PRESETS
-            assert console.parse(presets, program).speed.device == "cpu"
+            config = console.parse(presets, program)
+            assert config.speed.device == "cpu"
+            assert config.run.eval_every == 9, "the plain loops do not evaluate"
+            folders.append(config.run.root / (config.run.name or preset))
+    assert len(set(folders)) == len(folders), "the second run in a folder would only resume the first"
     page = tmp_path / "page.md"
     page.write_text(f"{bench.BEGIN}{bench.END}")
     where = {"gpus": ["An H100"], "cpus": 2, "processor": "Ours 3000", "commit": "abc"}
     bench.write({"model": {"a race": RACE}}, where, bench.Pages(page, (page,), tmp_path))
     assert "An H100 (a step of a model); Ours 3000, 2 cores (all others)" in page.read_text()
+
+
+def test_a_training_without_steps_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Such as a run that is already complete."""
+    (tmp_path / "silent.py").write_text("for step in range(3):\n    print(f'step {step}: loss 1')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"python -m silent printed 3 steps instead of 9: step 0: loss 1\n"):
+        training.trial(["silent"], batch=1, steps=9)
+
+
+def test_the_results_of_complete_parts_are_kept_if_a_later_one_fails(tmp_path: Path):
+    pages = [tmp_path / name for name in ("speed.md", "README.md")]
+    for page in pages:
+        page.write_text(f"{bench.BEGIN}{bench.END}")
+    places = bench.Pages(pages[0], (pages[1],), tmp_path)
+    with pytest.raises(UserError, match="nothing"):  # the folder of pictures does not exist
+        bench.compare_all(tmp_path / "nothing", tmp_path / "work", 1, ("core", "packing"), pages=places)
+    assert "a step of a model that does nothing" in pages[0].read_text()
 
 
 @pytest.mark.parametrize(
