@@ -83,7 +83,7 @@ def compare_all(
     small = ("mae_hiera_pico_96", "hiera_pico_96", "mae_hiera_pico_16x64", "hiera_pico_16x64")
     flags: dict[str, dict] = {
         "loader": data | {"rounds": 1 if quick else rounds},
-        "model": {"rounds": rounds, "names": small, "memory": False} if quick else {"rounds": rounds},
+        "model": {"rounds": 1, "names": small} if quick else {"rounds": rounds},
         "training": data | ({"rounds": 1, "steps": 15} if quick else {"rounds": rounds}),
         "packing": data | ({"rounds": 1, "copies": 1} if quick else {"rounds": rounds}),
         "core": {"rounds": 1 if quick else rounds},

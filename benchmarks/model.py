@@ -1,11 +1,13 @@
 """Compare the speed of our models with other implementations: `python -m benchmarks model`.
 
 A step is forward and backward in training mode: bf16 autocast on CUDA, float32 on the CPU. The variants of
-a model take turns within every round, so that other load on the machine affects them equally. Memory is
-measured in a process that runs only one variant: on the CPU, what the step adds to the process before the
-model was built; on CUDA, the allocator's peak.
+a model take turns, so that other load on the machine affects them equally, and each runs several steps in a
+new process, as a training does: beside other models, those that return much memory to the system after every
+step are slower. Memory is, on the CPU, what the steps add to the process before the model was built; on CUDA,
+the allocator's peak.
 """
 
+import json
 import math
 import subprocess
 import sys
@@ -25,6 +27,8 @@ from models.zoo import bf16_peak, config_of, create, forward_macs
 from pipelines.errors import UserError, run_cli
 
 NAMES = ("mae_hiera_base_224", "hiera_base_224", "mae_hiera_base_16x224", "hiera_base_16x224")
+WARM = 2  # steps that do not count
+STEPS = {"cpu": 3, "cuda": 20}  # on CUDA, their launches overlap
 DEFAULT_BATCH = {("cpu", False): 2, ("cpu", True): 1, ("cuda", False): 64, ("cuda", True): 8}  # images, clips
 PEERS = {"hiera-transformer": upstream_model, "timm": timm_model, "transformers": transformers_model}
 
@@ -75,47 +79,34 @@ def make_step(name: str, variant: str, batch: int, device: torch.device) -> tupl
     return step, forward_macs(config, mae, mask_ratio=0.9 if config.video else 0.6)
 
 
-def measure(name: str, variants: list[str], batch: int, rounds: int, device: torch.device) -> Race:
-    """Time the variants of one model in turn; the share of the bf16 peak counts its own operations."""
-    made = {variant: make_step(name, variant, batch, device) for variant in variants}
-    race: Race = {variant: {"samples/s": []} for variant in variants}
-    peak = bf16_peak(_device_name(device))
-    for number in range(rounds + 1):
-        for variant, (step, macs) in made.items():
-            rate = batch / _seconds(step, device)
-            if number:  # the first round warms up
-                race[variant]["samples/s"].append(rate)
-                if peak:
-                    race[variant].setdefault("share of bf16 peak", []).append(6 * macs * rate / peak)
-    return race
+def trial(name: str, variant: str, batch: int, device: torch.device) -> dict[str, float]:
+    """Rate and peak memory of one variant, and on known GPUs the share of the bf16 peak.
 
-
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    """Wall time of a step; on CUDA, the mean of ten steps, whose launches overlap."""
+    The share counts the variant's own operations. Call this in a new process.
+    """
+    before = _resident("VmRSS")
+    step, macs = make_step(name, variant, batch, device)
     cuda = device.type == "cuda"
+    steps = STEPS[device.type]
+    for _ in range(WARM):
+        step()
     if cuda:
         torch.cuda.synchronize(device)
-    start, steps = time.perf_counter(), 10 if cuda else 1
+    start = time.perf_counter()
     for _ in range(steps):
         step()
     if cuda:
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / steps
+    rate = batch * steps / (time.perf_counter() - start)
+    columns = {"samples/s": rate}
+    if peak := bf16_peak(_device_name(device)):
+        columns["share of bf16 peak"] = 6 * macs * rate / peak
+    memory = torch.cuda.max_memory_allocated(device) / 1e6 if cuda else _resident("VmHWM") - before
+    return columns | {"memory (MB)": memory}
 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def memory_of(name: str, variant: str, batch: int, device: torch.device) -> float:
-    """Peak memory (MB) of this process during two steps of one variant; call it in a new process."""
-    before = _resident("VmRSS")
-    step, _ = make_step(name, variant, batch, device)
-    for _ in range(2):
-        step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> float:
@@ -124,15 +115,15 @@ def _resident(field: str) -> float:
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(field))
 
 
-def _memory_in_child(name: str, variant: str, batch: int, device: str, threads: int) -> float:
-    """Run `memory_of` in a new process."""
-    call = f"memory_of({name!r}, {variant!r}, {batch}, torch.device({device!r}))"
-    code = f"import torch; from benchmarks.model import *; torch.set_num_threads({threads}); print({call})"
+def _in_child(name: str, variant: str, batch: int, device: str, threads: int) -> dict[str, float]:
+    """Run `trial` in a new process. Raises UserError if it fails."""
+    call = f"trial({name!r}, {variant!r}, {batch}, torch.device({device!r}))"
+    code = f"from benchmarks.model import *; torch.set_num_threads({threads}); print(json.dumps({call}))"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"measuring the memory of {name} {variant} failed: {done.stderr.strip()[-300:]}")
-    return float(done.stdout.split()[-1])
+        raise UserError(f"{variant}'s step of {name} failed: {done.stderr.strip()[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run(
@@ -142,7 +133,6 @@ def run(
     rounds: int = 5,
     device: str | None = None,
     compiled: bool = False,
-    memory: bool = True,
     threads: int = 2,
 ) -> Results:
     """Compare models with hiera-transformer (the authors' package), timm and transformers, if installed.
@@ -151,21 +141,21 @@ def run(
         names: models, as `python -m models.zoo` lists them.
         peers: also time other implementations.
         batch: samples per step; by default 2 images or 1 clip on the CPU, 64 or 8 on CUDA.
-        rounds: timed rounds, after one warm-up round.
+        rounds: trials per variant; they take turns.
         device: "cpu" or "cuda"; default: CUDA if it exists.
         compiled: also time every variant under torch.compile.
-        memory: also measure peak memory, in a process per variant.
         threads: CPU threads.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(threads)
     found: Results = {}
     for name in names:
         print(f"{name} on {_device_name(torch.device(device))} ...", file=sys.stderr, flush=True)
         size = batch or DEFAULT_BATCH[device, "16x" in name]
-        race = measure(name, variants_of(name, peers, compiled), size, rounds, torch.device(device))
-        for variant in race if memory else ():
-            race[variant]["memory (MB)"] = [_memory_in_child(name, variant, size, device, threads)]
+        race: Race = {variant: {} for variant in variants_of(name, peers, compiled)}
+        for _ in range(rounds):
+            for variant, columns in race.items():
+                for column, value in _in_child(name, variant, size, device, threads).items():
+                    columns.setdefault(column, []).append(value)
         found[f"a step of {name}, batch {size}"] = race
     return found
 

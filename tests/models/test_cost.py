@@ -131,7 +131,7 @@ def test_zoo_prints_the_models(capsys, monkeypatch):
 
 def test_the_benchmark_compares_with_other_implementations():
     names = ("mae_hiera_pico_16x64", "mae_hiera_pico_96", "hiera_pico_96")
-    races = list(bench_model.run(names, rounds=1, device="cpu", memory=False).values())
+    races = list(bench_model.run(names, rounds=1, device="cpu").values())
     assert [list(race) for race in races] == [
         ["ours", "ours decode_ratio=0.5", "hiera-transformer"],
         ["ours", "hiera-transformer", "transformers"],
