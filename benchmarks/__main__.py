@@ -1,7 +1,8 @@
 """Compare speed with other implementations: python -m benchmarks all|loader|model|training|packing|core|...
 
-`all` runs the first five, then writes benchmarks/results/DATE-HARDWARE.json and the tables of docs/speed.md
-and both READMEs. A single benchmark prints its tables; `python -m benchmarks loader --help` lists its flags.
+`all` runs the first five and writes benchmarks/results/DATE-HARDWARE.json and the tables of docs/speed.md
+and both READMEs after each. A single benchmark prints its tables; `python -m benchmarks loader --help` lists
+its flags.
 """
 
 import datetime
@@ -75,8 +76,8 @@ def compare_all(
         images: folder of JPEG pictures, searched through.
         work: folder for generated data, which is kept and used again.
         rounds: rounds per contender; they take turns.
-        parts: run only these; others keep the last results of this hardware.
-        quick: one round of the smallest models, under five minutes; the results are only printed.
+        parts: run only these; others keep the last results of this processor.
+        quick: one round of the smallest models, about five minutes; the results are only printed.
         pages: see `Pages`.
     """
     data = {"images": images, "work": work}
@@ -102,16 +103,21 @@ def compare_all(
 
 
 def write(found: dict[str, Results], where: dict, pages: Pages) -> None:
-    """Write the results by part and put the tables into the pages, with the last results of other parts."""
+    """Write the results by part and put the tables into the pages.
+
+    Other parts keep their last results, if they are of the same processor.
+    """
     gpus: list[str] = where["gpus"]
     hardware = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()) if gpus else f"{where['cpus']}-cores"
     today = datetime.date.today()
     path = pages.results / f"{today}-{hardware}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = max(pages.results.glob(f"*-{hardware}.json"), default=None)  # names begin with the date
-    parts: dict[str, Any] = json.loads(earlier.read_text()).get("parts", {}) if earlier else {}
+    old: dict[str, Any] = json.loads(earlier.read_text()).get("parts", {}) if earlier else {}
+    parts = {name: part for name, part in old.items() if part.get("processor") == where["processor"]}
     measured = f"{today}, commit {where['commit']}"
-    parts |= {part: {"measured": measured, "results": results} for part, results in found.items()}
+    common = {"measured": measured, "processor": where["processor"]}
+    parts |= {part: common | {"results": results} for part, results in found.items()}
     atomic_text(path, json.dumps({"environment": where, "parts": parts}, indent=1))
     results = {name: race for part in parts.values() for name, race in part["results"].items()}
     dates = sorted({part["measured"] for part in parts.values()})

@@ -27,7 +27,7 @@ from models.zoo import bf16_peak, config_of, create, forward_macs
 from pipelines.errors import UserError, run_cli
 
 NAMES = ("mae_hiera_base_224", "hiera_base_224", "mae_hiera_base_16x224", "hiera_base_16x224")
-WARM = 2  # steps that do not count
+WARM = {"cpu": 2, "cuda": 10}  # steps that do not count
 STEPS = {"cpu": 3, "cuda": 20}  # on CUDA, their launches overlap
 DEFAULT_BATCH = {("cpu", False): 2, ("cpu", True): 1, ("cuda", False): 64, ("cuda", True): 8}  # images, clips
 PEERS = {"hiera-transformer": upstream_model, "timm": timm_model, "transformers": transformers_model}
@@ -88,7 +88,7 @@ def trial(name: str, variant: str, batch: int, device: torch.device) -> dict[str
     step, macs = make_step(name, variant, batch, device)
     cuda = device.type == "cuda"
     steps = STEPS[device.type]
-    for _ in range(WARM):
+    for _ in range(WARM[device.type]):
         step()
     if cuda:
         torch.cuda.synchronize(device)
@@ -122,7 +122,7 @@ def _in_child(name: str, variant: str, batch: int, device: str, threads: int) ->
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{variant}'s step of {name} failed: {done.stderr.strip()[-300:]}")
+        raise UserError(f"{variant}'s step of {name} failed: {done.stderr.strip()[-1000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

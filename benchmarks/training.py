@@ -1,8 +1,8 @@
 """Compare the speed of training with plain loops: python -m benchmarks training
 
 Ours is `python -m train.mae` or `train.finetune` on packed shards; the others are benchmarks/plain_loop.py
-on the unpacked files. All train a model of pico size on the CPU, on the same pictures with the same crops,
-batch and threads, and print every step. Each runs in a new process; they take turns. The first step is timed
+on the unpacked files, with the same pixels. All train a model of pico size on the CPU, on the same pictures
+with the same crops, batch and threads, and print every step. Each runs in a new process; they take turns. The first step is timed
 from the start of the process.
 """
 
@@ -30,8 +30,8 @@ def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[s
         # Each in a folder of its own; a second run in the same one would resume the first.
         place = ["--data.path", str(work / shards), "--run.root", str(runs / f"compiled-{compiled}")]
         length = ["--optim.batch", str(BATCH[kind]), "--run.log-every", "1", "--optim.warmup-epochs", "0"]
-        # Only the last step is evaluated: the plain loops do not evaluate.
-        length += ["--run.eval-every", str(steps)]
+        # Only the last step is evaluated and saved: the plain loops do neither.
+        length += ["--run.eval-every", str(steps), "--run.checkpoint-every", str(steps)]
         # Half a step less, so that the rounded quotient is exactly `steps`.
         epochs = ["--optim.epochs", str((steps - 0.5) * BATCH[kind] / samples(work / shards))]
         speed = ["--speed.micro-batch", str(BATCH[kind]), "--speed.compile", compiled]
@@ -44,13 +44,13 @@ def contenders(work: Path, runs: Path, steps: int) -> dict[str, dict[str, list[s
 
     return {
         "images, finetuning": {
-            "ours": ours("train.finetune", "image-ft-pico", "short256", "images"),
+            "ours": ours("train.finetune", "image-ft-pico", "as-is", "images"),
             "our model in a plain loop": plain("ours", "originals", "images"),
             "timm's model in a plain loop": plain("timm", "originals", "images"),
         },
         "images, MAE": {
-            "ours": ours("train.mae", "image-mae-pico", "short256", "images"),
-            "ours, compiled": ours("train.mae", "image-mae-pico", "short256", "images", "yes"),
+            "ours": ours("train.mae", "image-mae-pico", "as-is", "images"),
+            "ours, compiled": ours("train.mae", "image-mae-pico", "as-is", "images", "yes"),
             "our model in a plain loop": plain("ours", "originals", "images", "--mae"),
             "transformers' model in a plain loop": plain("transformers", "originals", "images", "--mae"),
         },

@@ -48,6 +48,9 @@ def test_pages_keep_their_text_and_get_new_tables(tmp_path: Path):
     assert written["environment"] == where and "commit abc" in written["parts"]["loader"]["measured"]
     found = {part: written["parts"][part]["results"] for part in written["parts"]}
     assert found == {"loader": {"a race": RACE}, "model": {"another": RACE}}
+    bench.write({"model": {"another": RACE}}, where | {"processor": "Theirs 5"}, places)
+    text = pages[0].read_text()
+    assert "Theirs 5" in text and "Ours 3000" not in text and "a race" not in text
 
 
 def test_trainings_are_compared_on_the_cpu_and_a_gpu_is_named_for_what_used_it(
@@ -64,7 +67,8 @@ def test_trainings_are_compared_on_the_cpu_and_a_gpu_is_named_for_what_used_it(
             presets = MAE_PRESETS if program == "train.mae" else FINETUNE_PRESETS
             config = console.parse(presets, program)
             assert config.speed.device == "cpu"
-            assert config.run.eval_every == 9, "the plain loops do not evaluate"
+            rare = (config.run.eval_every, config.run.checkpoint_every)
+            assert rare == (9, 9), "the plain loops neither evaluate nor save"
             folders.append(config.run.root / (config.run.name or preset))
     assert len(set(folders)) == len(folders), "the second run in a folder would only resume the first"
     page = tmp_path / "page.md"

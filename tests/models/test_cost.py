@@ -131,12 +131,12 @@ def test_zoo_prints_the_models(capsys, monkeypatch):
 
 def test_the_benchmark_compares_with_other_implementations():
     names = ("mae_hiera_pico_16x64", "mae_hiera_pico_96", "hiera_pico_96")
-    races = list(bench_model.run(names, rounds=1, device="cpu").values())
-    assert [list(race) for race in races] == [
+    assert [bench_model.variants_of(name, True, False) for name in names] == [
         ["ours", "ours decode_ratio=0.5", "hiera-transformer"],
         ["ours", "hiera-transformer", "transformers"],
         ["ours", "hiera-transformer", "timm"],
     ]
+    races = list(bench_model.run(names[:1], rounds=1, device="cpu").values())
     assert all(
         len(rounds["samples/s"]) == 1 and rounds["samples/s"][0] > 0
         for race in races
