@@ -1,4 +1,4 @@
-"""Compare the loader with torchvision, webdataset and DALI alone, on real pictures.
+"""Compare the loader with torchvision, OpenCV, webdataset, DALI alone and its floor, on real pictures.
 
     python -m benchmarks loader --images data/imagenet/train --work /tmp/bench
 

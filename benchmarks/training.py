@@ -2,8 +2,8 @@
 
 Ours is `python -m train.mae` or `train.finetune` on packed shards; the others are benchmarks/plain_loop.py
 on the unpacked files, with the same pixels. All train a model of pico size on the CPU, on the same pictures
-with the same crops, batch and threads, and print every step. Each runs in a new process; they take turns. The first step is timed
-from the start of the process.
+with the same crops, batch and threads, and print every step. Each runs in a new process; they take turns. The
+first step is timed from the start of the process.
 """
 
 import os
