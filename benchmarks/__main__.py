@@ -91,6 +91,7 @@ def compare_all(
     }
     # Before the pages are changed, which would make the commit "dirty".
     where = environment() | {"processor": processor(), "peers": versions(PEERS)}
+    del where["command"]  # it has paths of this machine and describes only the last parts
     for part in parts:
         print(f"{part} ...", file=sys.stderr, flush=True)
         module = importlib.import_module(f"benchmarks.{part}")

@@ -94,6 +94,8 @@ def test_the_results_of_complete_parts_are_kept_if_a_later_one_fails(tmp_path: P
     with pytest.raises(UserError, match="nothing"):  # the folder of pictures does not exist
         bench.compare_all(tmp_path / "nothing", tmp_path / "work", 1, ("core", "packing"), pages=places)
     assert "a step of a model that does nothing" in pages[0].read_text()
+    (found,) = tmp_path.glob("*.json")
+    assert "command" not in json.loads(found.read_text())["environment"], "it has paths of this machine"
 
 
 @pytest.mark.parametrize(
